@@ -1,0 +1,18 @@
+"""ImmunityBench: measure how well a released text-to-image model resists malicious adaptation.
+
+Importing this package is cheap: torch, diffusers, ray and deepspeed are imported where they are used.
+
+Rooms and floors (a room imports only from lower floors)::
+
+    4  cli.py, __main__.py          the verbs
+    3  executors/, report/          who runs which stage where; figures
+    2  suite.py, plan.py, stages.py a YAML file -> stages -> how one stage is done
+       metrics/leaderboard.py       rows -> tables, pure
+    1  defenses/ attacks/ metrics/  one method a file
+    0  training/ models.py          the diffusion loss, loops, the model
+       concepts.py store.py identity.py seeds.py registry.py errors.py   no torch at import
+"""
+
+from harness.version import __version__
+
+__all__ = ["__version__"]

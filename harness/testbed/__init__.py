@@ -1,0 +1,1 @@
+"""The embedded testbed: a miniature text-to-image model, its evaluators and its pictures."""
