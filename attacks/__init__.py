@@ -1,0 +1,1 @@
+"""Attacks (adaptation methods), one a file, found by `harness.registry`. `base.py` is the contract."""

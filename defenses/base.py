@@ -1,0 +1,82 @@
+"""The contract of a defense: what the publisher does to a model before its release.
+
+A defense is one file: a class with its `Parameters` above it, registered by a decorator. Modules of defenses are
+imported to check suites, so they import torch inside `protect` (or the functions it calls), not at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from harness.protection import Protection, ThreatModel
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from harness.models import DiffusionModel
+    from harness.run import Run
+
+
+@dataclass(frozen=True)
+class ProtectedConcept:
+    """A concept as the publisher knows it: its words and its defense split. Never the attack or reference split."""
+
+    kind: str  # object | style
+    phrase: str
+    captions: tuple[str, ...] = ()  # one an image
+    files: tuple[Path, ...] = ()
+
+    @cached_property
+    def images(self) -> list[Image]:
+        """The images of the defense split, RGB."""
+        from PIL import Image
+
+        return [Image.open(file).convert("RGB") for file in self.files]
+
+
+class Defense:
+    """Base class of defenses. Subclasses set the class attributes and write `protect`."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    """Raised whenever results change, so that stored results of the old code are not reused."""
+    threat_model: ClassVar[ThreatModel]
+    uses: ClassVar[frozenset[str]] = frozenset({"targets", "preserved", "images", "seed"})
+    """What the result depends on. What is left out is not given, and results are shared over it."""
+    can_erase: ClassVar[bool] = False
+    """Whether it removes the target from what the model draws, so that a task may name it under `erase`."""
+    max_targets: ClassVar[int | None] = None
+    """How many concepts it can protect together; None: any number."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named sets of parameter values, each with its source in a comment."""
+
+    @dataclass(frozen=True)
+    class Parameters:
+        """No parameters."""
+
+    def __init__(self, parameters: Any):
+        self.parameters = parameters
+
+    @classmethod
+    def unet_passes(cls, parameters: Any, targets: int) -> float:
+        """Return roughly how many UNet passes over one sample `protect` makes (a backward counts 2): for estimates."""
+        return 0.0
+
+    def protect(
+        self,
+        model: DiffusionModel,
+        targets: Sequence[ProtectedConcept],
+        preserved: Sequence[ProtectedConcept],
+        run: Run,
+    ) -> Protection:
+        """Return what is released for `model` so that adapting it to `targets` works badly.
+
+        `preserved` are concepts that the publisher wants kept learnable and may train on; the innocent concepts that
+        the leaderboard measures are never among them. The model may be changed in place (declare it with
+        `model.change`): it is put back afterwards, and only the returned protection is kept.
+        """
+        raise NotImplementedError

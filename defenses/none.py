@@ -1,0 +1,21 @@
+"""No defense: the model is released as it is. Every gap is measured against this row."""
+
+from __future__ import annotations
+
+from defenses.base import Defense
+from harness.protection import Protection, ThreatModel
+from harness.registry import register
+
+
+@register("defense")
+class NoDefense(Defense):
+    """Release the model unchanged (after erasure, in the re-learning task)."""
+
+    name = "none"
+    version = 1
+    threat_model = ThreatModel()
+    uses = frozenset()
+
+    def protect(self, model, targets, preserved, run) -> Protection:
+        """Return an empty protection."""
+        return Protection()

@@ -1,0 +1,143 @@
+"""UCE (Unified Concept Editing), the 2023 code that IMMA's successors use: erase concepts in closed form.
+
+Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024 (arXiv 2308.14761). Every cross-attention
+key and value projection W (d_out x d_text, no bias) is replaced by the minimizer of
+
+    e sum_E |W c_i - v_i*|^2 + p sum_P |W c_j - W0 c_j|^2 + lambda |W - W0|_F^2 ,
+
+    W = W0 + e [ sum_E (v_i* - W0 c_i) c_i^T ] M^-1 ,    M = lambda I + e sum_E c_i c_i^T + p sum_P c_j c_j^T ,
+
+with c_i the text vectors of the concept from its last subject token to the end of the padded sequence, c_j all vectors
+of the preserved texts, and v_i* = W0 c_guide,i ("replace") or that without its part along W0 c ("tensor").
+
+Differences from the paper: its Eq. 7 has e = p = 1 and no lambda; scales and ridge are the code's.
+Differences from the released code: text is encoded once, M is shared by all matrices and solved in float64 (the code
+encodes for every matrix and inverts in float32); concepts are given as a list, so a comma belongs to a name; the list
+of preserved texts is what the suite states, never an unseeded sample of artists; `guide_templates` puts the guide into
+the concept's template (off as in the code, where the guide stands alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from defenses.base import Defense, ProtectedConcept
+from harness.protection import Protection, ThreatModel
+from harness.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.models import DiffusionModel
+
+Scale = Annotated[float, Field(gt=0, le=1e6)]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Defaults: the released code's."""
+
+    ridge: Scale = 0.5
+    """lambda; hard-coded at the call in the released code."""
+    erase_scale: Scale = 1.0
+    """e"""
+    preserve_scale: Scale | None = None
+    """p; None: max(0.1, 1 / number of preserved texts), as in the released code."""
+    technique: Literal["replace", "tensor"] = "replace"
+    guide: str = " "
+    """What the concept is mapped to; the released code turns "" into " "."""
+    templates: tuple[str, ...] = ("{}",)
+    """Texts that name the concept; {} stands for its phrase. The released option add_prompts adds several."""
+    guide_templates: bool = False
+    """Put the guide into the same templates (as the 2025 code does) instead of using it alone."""
+    preserve: tuple[str, ...] = ()
+    """Texts to preserve besides "", which always is, and the names of the task's preserved concepts."""
+
+
+@register("defense")
+class Uce(Defense):
+    """Unified Concept Editing (2023 code): cross-attention keys and values forget the concept's name."""
+
+    name = "uce"
+    version = 1
+    threat_model = ThreatModel(changes=("unet.cross_attention_kv",), may_restore=("unet",))
+    uses = frozenset({"targets", "preserved"})
+    can_erase = True
+    Parameters = Parameters
+    presets = {
+        # FreezeAsGuard's uce_tool: concepts are names of persons
+        "freezeasguard": {"guide": "celebrity"},
+        "testbed": {},
+    }
+
+    def protect(self, model, targets, preserved, run) -> Protection:
+        """Return the edited key and value projections."""
+        import torch
+
+        from harness.training.selection import select
+
+        p = self.parameters
+        with run.ledger.phase("encode"):
+            concept, guide = _aligned(model, self._pairs(targets))
+            texts = ["", *p.preserve, *(c.phrase for c in preserved)]
+            kept = model.encode_text(texts).double().flatten(0, 1)
+        preserve_scale = p.preserve_scale or max(0.1, 1 / len(texts))
+        with run.ledger.phase("solve"):
+            width = concept.shape[1]
+            gram = p.ridge * torch.eye(width, dtype=torch.float64, device=concept.device)
+            gram += p.erase_scale * concept.T @ concept + preserve_scale * kept.T @ kept
+            edited = {}
+            parameters = model.parameters()
+            for name in select(parameters, "cross_attention_kv"):
+                weight = parameters[name].detach().double()
+                wanted = _wanted(weight, concept, guide, p.technique)
+                residual = p.erase_scale * (wanted - concept @ weight.T).T @ concept
+                edited[name] = (weight + torch.linalg.solve(gram, residual.T).T).float()
+        return Protection(tensors=edited)
+
+    def _pairs(self, targets: Sequence[ProtectedConcept]) -> list[tuple[str, str]]:
+        """Return (text of the concept, text of its guide), one for each target and template."""
+        p = self.parameters
+        return [
+            (template.replace("{}", target.phrase), template.replace("{}", p.guide) if p.guide_templates else p.guide)
+            for target in targets
+            for template in p.templates
+        ]
+
+
+def _aligned(model: DiffusionModel, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Return the text vectors to edit and those of the guides, each [vectors, width], aligned row by row.
+
+    Both slices start at the last subject token (the one before the end token) and are cut to equal length.
+    """
+    import torch
+
+    olds, news = [], []
+    for text, guide in pairs:
+        starts = [_last_subject_token(model, t) for t in (text, guide or " ")]
+        old, new = model.encode_text([text, guide or " "]).double()
+        length = old.shape[0] - max(starts)
+        olds.append(old[starts[0] : starts[0] + length])
+        news.append(new[starts[1] : starts[1] + length])
+    return torch.cat(olds), torch.cat(news)
+
+
+def _last_subject_token(model: DiffusionModel, text: str) -> int:
+    """Return the index of the token before the end token; 0, the start token, for an empty text."""
+    tokenizer = model.tokenizer
+    tokens = tokenizer(text, truncation=True, max_length=tokenizer.model_max_length)
+    return max(0, sum(tokens.attention_mask) - 2)
+
+
+def _wanted(weight: Tensor, concept: Tensor, guide: Tensor, technique: str) -> Tensor:
+    """Return the outputs v* [vectors, d_out] that the edited matrix should give for the concept's vectors."""
+    target = guide @ weight.T
+    if technique == "replace":
+        return target
+    current = concept @ weight.T
+    unit = current / current.norm()
+    return target - (unit * target).sum() * unit

@@ -1,0 +1,191 @@
+"""The command line: run, plan, validate, status, table, list, doctor. Imports nothing heavy until a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import ExitCode, UserMistake
+from harness.store import CACHE_MODES
+from harness.version import __version__
+
+EPILOG = """\
+examples:
+  python -m harness run suites/quickstart.yaml
+  python -m harness plan mima_full
+  python -m harness run my_suite.yaml --plugin my_defense.py --set seeds=3
+exit codes: 0 all done, 1 some trials failed, 2 mistake in what was given, 130 interrupted
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m harness",
+        description="ImmunityBench: measure how well a released text-to-image model resists malicious adaptation.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"immunitybench {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
+
+    def verb(name: str, summary: str, *, suite: bool = True) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=summary, description=summary)
+        if suite:
+            added.add_argument("suite", help="a suite file, or the name of a bundled one (see: list)")
+            added.add_argument(
+                "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                help="override a value of the suite, such as seeds=3 or attacks.0.steps=[10,20]",
+            )  # fmt: skip
+        added.add_argument(
+            "--plugin", action="append", default=[], metavar="FILE", dest="plugins",
+            help="a Python file that registers defenses, attacks or metrics",
+        )  # fmt: skip
+        if suite or name == "doctor":
+            added.add_argument("--runs", default="runs", metavar="FOLDER", help="where results go (default: runs)")
+        return added
+
+    run = verb("run", "do what is missing of a suite, then show its leaderboard")
+    run.add_argument(
+        "--executor", choices=("ray", "serial"), default="ray", help="who does the stages (default: ray)"
+    )
+    run.add_argument(
+        "--cache", choices=CACHE_MODES, default="only-missing",
+        help="only-missing: do what is not committed, and what failed before (default); always: take whatever is "
+        "recorded, failures too; never: do everything anew; only-cached: do nothing, show what is there",
+    )  # fmt: skip
+    run.add_argument("--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one")
+    verb("plan", "show the stages of a suite, what they share, cost, and what is done already")
+    verb("validate", "check a suite and say all that is wrong with it")
+    verb("status", "show how far a suite is and what failed")
+    verb("table", "write and show the tables from what is committed")
+    verb("list", "show the registered defenses, attacks and metrics, and the bundled suites", suite=False)
+    verb("doctor", "check this installation: packages, testbed, device, Ray", suite=False)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code. Mistakes of the user go to stderr, one line each."""
+    given = _parser().parse_args(arguments)
+    try:
+        return int(_VERBS[given.verb](given))
+    except UserMistake as mistake:
+        for message in mistake.messages:
+            print(f"error: {message}", file=sys.stderr)
+        return int(ExitCode.USER_MISTAKE)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone; Python would complain at exit
+        return int(ExitCode.DONE)
+
+
+class _Opened:
+    """A suite that was read and planned, with the folders of its run."""
+
+    def __init__(self, given: argparse.Namespace):
+        from harness import plan, registry, suite
+        from harness.store import Store
+
+        registry.load_plugins(given.plugins)
+        self.loaded = suite.load(suite.find(given.suite), given.overrides)
+        self.plan = plan.make(self.loaded)
+        self.source = plan.source_of(self.loaded)
+        runs = Path(given.runs)
+        if runs.exists() and not runs.is_dir():
+            raise UserMistake(f"--runs {given.runs}: is a file; name a folder")
+        self.store = Store(runs / "store")
+        self.folder = runs / self.loaded.suite.name
+        self.plugins = tuple(str(Path(p).resolve()) for p in given.plugins)
+
+    def committed(self) -> set[str]:
+        from harness.executors.base import committed_stages
+
+        return committed_stages(self.plan, self.store)
+
+    def write_tables(self) -> list[dict[str, Any]]:
+        from harness import tables
+        from metrics.leaderboard import Gates
+
+        gates = Gates(**self.loaded.suite.gates.model_dump())
+        return tables.write(self.plan, self.store, self.folder, self.source.name, gates)
+
+
+def _console(width_when_piped: int = 160):
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width_when_piped)
+
+
+def _run(given: argparse.Namespace) -> ExitCode:
+    from harness import launch
+
+    return launch.run(_Opened(given), given, _console())
+
+
+def _plan(given: argparse.Namespace) -> ExitCode:
+    from harness import launch
+
+    launch.show_plan(_Opened(given), _console())
+    return ExitCode.DONE
+
+
+def _validate(given: argparse.Namespace) -> ExitCode:
+    opened = _Opened(given)
+    print(
+        f"{given.suite}: valid; {len(opened.plan.trials)} trials, {len(opened.plan.stages)} stages in "
+        f"{len(opened.plan.units)} units"
+    )
+    return ExitCode.DONE
+
+
+def _status(given: argparse.Namespace) -> ExitCode:
+    from harness import launch
+
+    return launch.show_status(_Opened(given), _console())
+
+
+def _table(given: argparse.Namespace) -> ExitCode:
+    from harness import tables
+
+    opened = _Opened(given)
+    lines = opened.write_tables()
+    tables.show(lines, _console())
+    print(f"written: {opened.folder}/rows.csv, leaderboard.csv, leaderboard.md")
+    return ExitCode.DONE
+
+
+def _list(given: argparse.Namespace) -> ExitCode:
+    from harness import registry, suite
+
+    registry.load_plugins(given.plugins)
+    for kind in ("defense", "attack", "metric"):
+        print(f"{kind}s:")
+        for name in registry.names(kind):
+            about = registry.describe(registry.get(kind, name))
+            print(f"  {name:<24} v{about['version']}  {about['summary']}")
+    print("suites:")
+    for path in suite.bundled_suites():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"  {path.stem:<24} {first}")
+    return ExitCode.DONE
+
+
+def _doctor(given: argparse.Namespace) -> ExitCode:
+    from harness import doctor
+
+    return doctor.run(Path(given.runs))
+
+
+_VERBS = {
+    "run": _run,
+    "plan": _plan,
+    "validate": _validate,
+    "status": _status,
+    "table": _table,
+    "list": _list,
+    "doctor": _doctor,
+}

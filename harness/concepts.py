@@ -1,0 +1,241 @@
+"""Concepts: what is protected, attacked or kept, with its images by split and its prompts. No torch here.
+
+A concept comes from one of three places:
+
+- the testbed's catalog (`object:pizza`, `style:fx`): shipped drawings. A *known* concept (learned in pre-training) is
+  drawn by the base model itself, as re-learning attacks do; a *new* one is taught by its drawings under an identifier
+  that differs between defender and attacker (IMMA, README of the released code);
+- a folder of images, sorted by name and cut into disjoint splits;
+- the base model, which draws it from prompts.
+
+Splits: `defense` is what the publisher immunizes with, `attack` what the attacker trains on, `reference` what results
+are compared with. They are disjoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import UserMistake, one_line
+from harness.identity import digest_of_file, digest_of_json
+from harness.suite import ConceptSpec, LoadedSuite
+
+SPLITS = ("defense", "attack", "reference")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+TESTBED = "testbed"
+
+DEFENSE_IDENTIFIER = "zq"
+"""What the defender calls a new concept. Not what the attacker calls it: the attacker's token is unknown."""
+ATTACK_IDENTIFIER = "sk"
+"""What the attacker calls a new concept."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation prompt: what the attacked model is asked for, and what an evaluator should see."""
+
+    prompt: str  # may hold the attacker's identifier
+    description: str  # the same in plain words: for text alignment
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept, resolved: plain data that a stage can carry."""
+
+    name: str
+    kind: str  # object | style
+    phrase: str  # the words that name it: what an eraser erases
+    source: str  # catalog | folder | generated
+    images: Mapping[str, tuple[str, ...]]  # split -> catalog ids or file names; () for generated
+    captions: Mapping[str, tuple[str, ...]]  # defense, attack -> one caption an image
+    prompts: Mapping[str, tuple[str, ...]]  # split -> generating prompts; () unless generated
+    evaluations: tuple[Evaluation, ...]
+    digest: str  # of the images' content; "" when generated
+    folder: str = ""  # where the files are on this machine; not part of any identity
+
+    def count(self, split: str) -> int:
+        """Return how many images the split holds."""
+        return len(self.images[split]) or len(self.prompts[split])
+
+
+def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
+    """Return every concept that the suite names. Raises UserMistake with all that cannot be resolved."""
+    suite = loaded.suite
+    concepts: dict[str, Concept] = {}
+    mistakes: list[str] = []
+    for name in suite.concept_names():
+        try:
+            if name in suite.concepts:
+                concepts[name] = _from_spec(name, suite.concepts[name], loaded)
+            elif suite.model.id == TESTBED:
+                concepts[name] = _from_catalog(name, loaded)
+            else:
+                raise UserMistake(
+                    f"{_where(loaded, name)}: concept '{name}' is not described; add it under 'concepts:' with kind, "
+                    "label and folder or generate"
+                )
+        except UserMistake as mistake:
+            mistakes += mistake.messages
+    for name in suite.concepts:
+        if name not in concepts:
+            mistakes.append(f"{loaded.source.where(('concepts', name))}: concept '{name}' is described but not used")
+    if mistakes:
+        raise UserMistake(list(dict.fromkeys(mistakes)))
+    return concepts
+
+
+def _where(loaded: LoadedSuite, name: str) -> str:
+    """Return "file:line" of the first place that names the concept."""
+
+    def search(node: object, path: tuple) -> tuple | None:
+        if node == name:
+            return path
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for key, value in items:
+            found = search(value, (*path, key))
+            if found:
+                return found
+        return None
+
+    for section in ("tasks", "utility"):
+        found = search(loaded.source.data.get(section), (section,))
+        if found:
+            return loaded.source.where(found)
+    return loaded.source.name
+
+
+def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
+    """Resolve a concept that the suite describes."""
+    where = loaded.source.where(("concepts", name))
+    default = f"a photo of {spec.label}" if spec.kind == "object" else f"an artwork of {spec.label}"
+    images: dict[str, tuple[str, ...]] = {split: () for split in SPLITS}
+    prompts: dict[str, tuple[str, ...]] = {split: () for split in SPLITS}
+    digest = folder = ""
+    if spec.generate is not None:
+        asked = spec.generate.prompts or [default]
+        for split in SPLITS:
+            prompts[split] = tuple(asked[i % len(asked)] for i in range(spec.generate.per_split))
+    else:
+        path = Path(spec.folder).expanduser()
+        path = path if path.is_absolute() else loaded.folder / path
+        images, digest = _read_folder(path, spec, where, name)
+        folder = str(path)
+    captions = {}
+    for split, given in (("defense", spec.defense_captions), ("attack", spec.attack_captions)):
+        count = len(images[split]) or len(prompts[split])
+        asked = given or list(prompts[split]) or [default]
+        captions[split] = tuple(asked[i % len(asked)] for i in range(count))
+    evaluations = tuple(Evaluation(p, p) for p in spec.evaluation_prompts or [default])
+    return Concept(
+        name, spec.kind, spec.label, "generated" if spec.generate else "folder", images, captions, prompts,
+        evaluations, digest, folder,
+    )  # fmt: skip
+
+
+def _read_folder(path: Path, spec: ConceptSpec, where: str, name: str) -> tuple[dict[str, tuple[str, ...]], str]:
+    """Return (file names by split, digest of their content). Duplicated content is refused: splits must be disjoint."""
+    if not path.is_dir():
+        raise UserMistake(f"{where}: concept '{name}': folder '{one_line(spec.folder)}' does not exist")
+    files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    per_split = spec.per_split or len(files) // len(SPLITS)
+    if per_split < 1 or per_split * len(SPLITS) > len(files):
+        raise UserMistake(
+            f"{where}: concept '{name}': folder '{one_line(spec.folder)}' holds {len(files)} images, but "
+            f"{len(SPLITS)} splits need {max(per_split, 1)} each; add images or lower per_split"
+        )
+    # every third file to each split: neighbours in a sorted folder are often near-duplicates of one scene
+    images = {s: tuple(files[i :: len(SPLITS)][:per_split]) for i, s in enumerate(SPLITS)}
+    digests = {s: [digest_of_file(path / f) for f in images[s]] for s in SPLITS}
+    seen: dict[str, str] = {}
+    for split in SPLITS:
+        for file, digest in zip(images[split], digests[split], strict=True):
+            if digest in seen:
+                raise UserMistake(
+                    f"{where}: concept '{name}': '{file}' and '{seen[digest]}' are the same image; remove one"
+                )
+            seen[digest] = file
+    return images, digest_of_json(digests)
+
+
+def _from_catalog(name: str, loaded: LoadedSuite) -> Concept:
+    """Resolve a concept of the testbed's catalog."""
+    from harness.testbed import catalog as testbed_catalog
+
+    catalog = testbed_catalog.load()
+    try:
+        entry = catalog.concept(name)
+    except KeyError as error:
+        raise UserMistake(f"{_where(loaded, name)}: {error.args[0]}") from None
+    return _known(name, entry, catalog, loaded) if entry.learned else _new(name, entry, catalog)
+
+
+def _caption(subject: str, style: str) -> str:
+    return f"a picture of {subject} in {style} style"
+
+
+def _known(name: str, entry, catalog, loaded: LoadedSuite) -> Concept:
+    """A learned concept: the base model draws it, under its own words (IMMA: training prompt = evaluation prompt)."""
+    if entry.kind == "object":
+        everywhere = [_caption(entry.label, s.word) for s in catalog.styles if s.learned]
+        phrase = entry.label
+    else:
+        objects = [o for o in catalog.objects if o.learned]
+        everywhere = [_caption(o.label, entry.label) for o in objects[:: max(1, len(objects) // 20)][:20]]
+        phrase = f"{entry.label} style"
+    count = loaded.suite.images.per_split
+    prompts = {split: tuple(everywhere[i % len(everywhere)] for i in range(count)) for split in SPLITS}
+    return Concept(
+        name=name,
+        kind=entry.kind,
+        phrase=phrase,
+        source="generated",
+        images={split: () for split in SPLITS},
+        captions={split: prompts[split] for split in ("defense", "attack")},
+        prompts=prompts,
+        evaluations=tuple(Evaluation(p, p) for p in everywhere[:7]),
+        digest="",
+    )
+
+
+def _new(name: str, entry, catalog) -> Concept:
+    """A held-out concept: taught by its drawings, under an identifier that the other side does not know."""
+    labels = {o.slug: o.label for o in catalog.objects}
+    images = {split: tuple(entry.images[split]) for split in SPLITS}
+
+    def captions(split: str, identifier: str) -> tuple[str, ...]:
+        pairs = [image.split("/") for image in images[split]]
+        if entry.kind == "object":
+            return tuple(_caption(f"{identifier} object", style) for style, _ in pairs)
+        return tuple(_caption(labels[slug], identifier) for _, slug in pairs)
+
+    if entry.kind == "object":
+        styles = [s.word for s in catalog.styles if s.learned]
+        evaluations = tuple(
+            Evaluation(_caption(f"{ATTACK_IDENTIFIER} object", s), _caption(entry.label, s)) for s in styles
+        )
+        phrase = entry.label
+    else:
+        shown = [labels[image.split("/")[1]] for image in images["reference"][:7]]
+        evaluations = tuple(
+            Evaluation(_caption(o, ATTACK_IDENTIFIER), _caption(o, entry.label)) for o in shown
+        )
+        phrase = f"{entry.label} style"
+    return Concept(
+        name=name,
+        kind=entry.kind,
+        phrase=phrase,
+        source="catalog",
+        images=images,
+        captions={
+            "defense": captions("defense", DEFENSE_IDENTIFIER),
+            "attack": captions("attack", ATTACK_IDENTIFIER),
+        },
+        prompts={split: () for split in SPLITS},
+        evaluations=evaluations,
+        digest=hashlib.sha256(
+            (catalog.images_digest + "\n".join(i for s in SPLITS for i in images[s])).encode()
+        ).hexdigest(),
+    )

@@ -1,0 +1,51 @@
+"""Mistakes of the user, and the exit codes of the program.
+
+A mistake of the user is told in one line (where, what, what to do), without a traceback. Everything else that is
+raised is a defect of the program or of a method and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the program returns to the shell."""
+
+    DONE = 0
+    TRIALS_FAILED = 1
+    USER_MISTAKE = 2
+    INTERRUPTED = 130
+
+
+class UserMistake(Exception):
+    """One or several mistakes in what the user gave us, each a line that says where, what and what to do."""
+
+    def __init__(self, messages: str | Sequence[str]):
+        self.messages: list[str] = [messages] if isinstance(messages, str) else list(messages)
+        super().__init__("\n".join(self.messages))
+
+    def __reduce__(self):  # the messages must survive a trip between processes
+        return (type(self), (self.messages,))
+
+
+class StageFailure(Exception):
+    """A stage could not be done; its record is in the run's failures folder and the other stages go on."""
+
+
+def one_line(text: object, limit: int = 160) -> str:
+    """Return `text` on one line, control characters escaped and cut at `limit` characters."""
+    flat = " ".join(str(text).split())
+    flat = "".join(c if c.isprintable() else repr(c)[1:-1] for c in flat)
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def did_you_mean(name: object, allowed: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the nearest allowed name, else the list of what is allowed."""
+    names = sorted(set(allowed))
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(names)}" if names else ""

@@ -1,0 +1,205 @@
+"""The Ray executor: Ray Tune walks the plan, a unit a trial.
+
+A Searcher hands out units whose inputs are committed, returns None while none is ready, and ends when all are. There is
+no barrier between waves; warm workers keep the model loaded from one unit to the next (`reuse_actors`). Ray is started
+on loopback without its dashboard unless an address is given. The store is what makes a run resumable, so Tune's own
+experiment state is thrown away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from harness.errors import StageFailure, UserMistake, one_line
+from harness.executors.base import Listener, Summary, Walk
+from harness.identity import Stage
+from harness.stages import Workplace, execute_unit
+from harness.store import write_json
+
+_LONE_RETRIES = 1
+"""How often a unit is tried again after its worker died (not after its method raised)."""
+
+
+def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | None = None) -> Summary:
+    """Do the walk with Ray Tune. Raises UserMistake when Ray is missing or cannot be reached at `address`."""
+    try:
+        import ray
+        from ray import tune
+    except ImportError:
+        raise UserMistake("Ray is not installed; install ray[tune] or add --executor serial") from None
+    scratch = workplace.run_folder / "ray"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    units = scratch / "units.json"
+    write_json(units, _as_json(walk))
+    with _environment(), contextlib.ExitStack() as stack:
+        _start(ray, address, workplace)
+        stack.callback(ray.shutdown)
+        searcher = _make_searcher(walk, listen)
+        bundle = {"CPU": workplace.cpus, **({"GPU": workplace.gpus} if workplace.gpus else {})}
+        trainable = tune.with_resources(
+            tune.with_parameters(_do_unit, units=str(units), workplace=workplace),
+            tune.PlacementGroupFactory([bundle]),
+        )
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, metric="done", mode="max", num_samples=-1, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name="units",
+                storage_path=str(scratch.resolve()),
+                verbose=0,
+                log_to_file=False,
+                failure_config=tune.FailureConfig(max_failures=_LONE_RETRIES),
+            ),
+        )
+        is_interrupted = False
+        try:
+            tuner.fit()
+        except KeyboardInterrupt:
+            is_interrupted = True
+    shutil.rmtree(scratch, ignore_errors=True)
+    return walk.summary(is_interrupted=is_interrupted or not walk.is_finished)
+
+
+def _start(ray, address: str | None, workplace: Workplace) -> None:
+    """Start a private Ray on loopback, or join the cluster at `address`."""
+    threads = {name: str(workplace.cpus) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    here = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    options: dict[str, Any] = {
+        "runtime_env": {"env_vars": {**threads, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}},
+        "log_to_driver": False,
+        "configure_logging": False,
+    }
+    if address is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if cores < workplace.cpus:
+            raise UserMistake(
+                f"resources.cpus is {workplace.cpus}, but this machine has {cores}; lower it (--set resources.cpus={cores})"
+            )
+        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except Exception as error:
+        raise UserMistake(
+            f"Ray cannot be started{f' at {address}' if address else ''}: {type(error).__name__}: {one_line(error)}; "
+            "try --executor serial"
+        ) from error
+
+
+@contextlib.contextmanager
+def _environment():
+    """Quiet Ray and keep Ctrl-C for us while it runs."""
+    wanted = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONWARNINGS": "ignore",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({n: v for n, v in wanted.items() if before[n] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+def _as_json(walk: Walk) -> list[list[tuple[str, dict[str, Any]]]]:
+    """Return the stages of every unit as JSON values: what a worker reads once."""
+    return [
+        [(k, {**asdict(walk.plan.stages[k])}) for k in unit.stages] if i in walk.missing else []
+        for i, unit in enumerate(walk.plan.units)
+    ]
+
+
+@lru_cache(maxsize=1)
+def _read_units(path: str) -> list[dict[str, Stage]]:
+    return [{k: Stage(**fields) for k, fields in unit} for unit in json.loads(Path(path).read_text("utf-8"))]
+
+
+def _do_unit(config: Mapping[str, Any], units: str, workplace: Workplace) -> None:
+    """Do one unit in a worker. What a method raises is a result, told to the searcher; a dead worker is retried."""
+    from ray import tune
+
+    from harness import registry
+
+    registry.load_plugins(workplace.plugins)
+    try:
+        execute_unit(_read_units(units)[config["unit"]], workplace)
+    except StageFailure as failure:
+        tune.report({"done": 0, "failure": str(failure)})
+    else:
+        tune.report({"done": 1, "failure": ""})
+
+
+def _make_searcher(walk: Walk, listen: Listener):
+    """Return the Searcher over the walk; a function, since its base class needs Ray."""
+    from ray.tune.search import Searcher
+
+    class PlanSearcher(Searcher):
+        """Hands out ready units of the plan as Tune trials."""
+
+        def __init__(self):
+            super().__init__(metric="done", mode="max")
+            self.units: dict[str, int] = {}
+
+        def set_search_properties(self, metric, mode, config, **spec):
+            return True
+
+        def suggest(self, trial_id):
+            if walk.is_finished:
+                return Searcher.FINISHED
+            index = walk.take()
+            if index is None:
+                return None
+            self.units[trial_id] = index
+            listen("unit_started", {"unit": walk.unit(index).name})
+            return {"unit": index}
+
+        def on_trial_complete(self, trial_id, result=None, error=False):
+            index = self.units.pop(trial_id, None)
+            if index is None:
+                return
+            name = walk.unit(index).name
+            message = (result or {}).get("failure", "")
+            if error or result is None:
+                message = message or f"{name}: its worker died; see the logs folder"
+            if not message:
+                walk.finish(index)
+                listen("unit_done", {"unit": name})
+                return
+            blocked = walk.fail(index, message)
+            listen("unit_failed", {"unit": name, "message": message})
+            for other in blocked:
+                listen("unit_blocked", {"unit": walk.unit(other).name, "by": name})
+
+        def save(self, checkpoint_path):
+            """Keep nothing: the store says what is done."""
+
+        def restore(self, checkpoint_path):
+            """Keep nothing: the store says what is done."""
+
+        def __getstate__(self):
+            return {}
+
+    return PlanSearcher()
+
+

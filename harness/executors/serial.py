@@ -1,0 +1,32 @@
+"""The serial executor: every unit in this process, one after the other. For debugging, tests, and without Ray."""
+
+from __future__ import annotations
+
+from harness.errors import StageFailure
+from harness.executors.base import Listener, Summary, Walk
+from harness.stages import Workplace, execute_unit
+
+
+def run(walk: Walk, workplace: Workplace, listen: Listener) -> Summary:
+    """Do what the walk hands out until nothing is left; Ctrl-C ends it after recording where it stands."""
+    try:
+        while (index := walk.take()) is not None:
+            unit = walk.unit(index)
+            listen("unit_started", {"unit": unit.name})
+            try:
+                execute_unit(
+                    {key: walk.plan.stages[key] for key in unit.stages},
+                    workplace,
+                    lambda done, total: listen("stage_progress", {"done": done, "total": total}),
+                )
+            except StageFailure as failure:
+                blocked = walk.fail(index, str(failure))
+                listen("unit_failed", {"unit": unit.name, "message": str(failure)})
+                for other in blocked:
+                    listen("unit_blocked", {"unit": walk.unit(other).name, "by": unit.name})
+            else:
+                walk.finish(index)
+                listen("unit_done", {"unit": unit.name})
+    except KeyboardInterrupt:
+        return walk.summary(is_interrupted=True)
+    return walk.summary()

@@ -1,0 +1,93 @@
+"""The identity of a stage: one key from everything that can change its result, and from nothing else.
+
+In the key: the kind, the component (method name and version; for a plug-in, the digest of its file), its resolved
+parameters, the keys of the stages it reads, the model and its revision, the digest of the data, the seed, the
+precision, and `KEY_VERSION`. Not in the key: executor, world size, threads, paths, labels, logging. The plan and the
+record of a finished stage give the same key, because both call `key` on the same description.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+KEY_VERSION = 1
+"""Raised when the meaning of a stage's description changes, so that old records are not taken for new ones."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work whose result is kept. Plain data: printable, comparable, equal when rebuilt."""
+
+    kind: str  # images | erase | immunize | adapt | sample | score
+    component: str  # method and its version, such as "imma@1"
+    parameters: Mapping[str, Any]  # resolved (defaults filled in); JSON values only
+    inputs: Mapping[str, str]  # role -> key of the stage that is read
+    model: Mapping[str, str]  # source, id and revision of the base model; {} when none is read
+    data: Mapping[str, str]  # role -> digest of files that do not come from a stage
+    seed: int | None  # None: the result does not depend on chance
+    precision: str  # fp32 | bf16 | fp16
+
+    # What follows is about this machine or for people, and not part of the identity.
+    label: str = field(default="", compare=False)
+    local: Mapping[str, Any] = field(default_factory=dict, compare=False)  # where files are on this machine
+    workers: int = field(default=1, compare=False)  # processes that share the stage (world size)
+    work: float = field(default=0.0, compare=False)  # UNet sample passes (a backward counts as two)
+
+
+def describe(stage: Stage) -> dict[str, Any]:
+    """Return the description that is hashed: the identity of `stage` as JSON values."""
+    return {
+        "key_version": KEY_VERSION,
+        "kind": stage.kind,
+        "component": stage.component,
+        "parameters": dict(stage.parameters),
+        "inputs": dict(stage.inputs),
+        "model": dict(stage.model),
+        "data": dict(stage.data),
+        "seed": stage.seed,
+        "precision": stage.precision,
+    }
+
+
+def canonical_json(value: Any) -> str:
+    """Return `value` as JSON that is the same for equal values: sorted keys, no spaces, no NaN, tuples as lists.
+
+    Raises ValueError for NaN and infinities, TypeError for anything JSON cannot hold.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def digest_of_json(value: Any) -> str:
+    """Return the hexadecimal SHA-256 of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
+
+
+def key(stage: Stage) -> str:
+    """Return the identity of `stage`: 32 hexadecimal digits."""
+    return digest_of_json(describe(stage))[:32]
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_finite_json(value: Any) -> bool:
+    """Tell whether `value` holds no NaN and no infinity, at any depth."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(is_finite_json(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(is_finite_json(v) for v in value)
+    return True

@@ -1,0 +1,242 @@
+"""What `run`, `plan` and `status` do with an opened suite."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from harness.errors import ExitCode
+from harness.executors.base import EventLog, Walk
+from harness.model_source import preflight
+from harness.stages import Workplace, failure_path
+from harness.store import RECORD, write_text
+
+
+def run(opened, given, console) -> ExitCode:
+    """Do what is missing and show the leaderboard."""
+    committed = opened.committed()
+    recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
+    if given.cache == "only-cached":
+        _finish(opened, console)
+        return ExitCode.DONE
+    done = set() if given.cache == "never" else committed
+    walk = Walk(opened.plan, done.__contains__)
+    if given.cache == "always":
+        _fail_as_before(walk, recorded_failures)
+    if walk.is_finished:
+        if walk.failed:
+            _finish(opened, console)
+            return _tell_failures(opened, walk.summary(), console, given)
+        if not (opened.folder / "leaderboard.csv").exists():
+            opened.write_tables()
+        console.print(
+            f"nothing to do: all {len(opened.plan.stages)} stages of '{opened.plan.suite}' are committed; "
+            f"the leaderboard is in {opened.folder}/leaderboard.csv",
+            highlight=False,
+        )
+        return ExitCode.DONE
+    preflight(opened.source)
+    opened.store.sweep()
+    opened.folder.mkdir(parents=True, exist_ok=True)
+    _write_resolved(opened)
+    resources = opened.loaded.suite.resources
+    workplace = Workplace(
+        store=opened.store.root.resolve(),
+        run_folder=opened.folder.resolve(),
+        source=opened.source,
+        plugins=opened.plugins,
+        cpus=resources.cpus,
+        gpus=resources.gpus,
+        redo=frozenset(opened.plan.stages) & committed if given.cache == "never" else frozenset(),
+        executor=given.executor,
+    )
+    events = EventLog(opened.folder / "events.jsonl")
+    console.print(
+        f"{opened.plan.suite}: {walk.total} units to do, {len(walk.cached)} done before; results in {opened.folder}",
+        highlight=False,
+    )
+    started = time.monotonic()
+    from harness.progress import Progress, format_seconds
+
+    with Progress(walk, console) as progress:
+
+        def listen(event: str, data: dict[str, Any]) -> None:
+            events(event, data)
+            progress(event, data)
+
+        if given.executor == "ray":
+            from harness.executors import ray_tune
+
+            summary = ray_tune.run(walk, workplace, listen, address=given.ray_address)
+        else:
+            from harness.executors import serial
+
+            summary = serial.run(walk, workplace, listen)
+    events("run_ended", {"done": summary.done, "failed": len(summary.failed), "blocked": len(summary.blocked)})
+    if summary.is_interrupted:
+        opened.write_tables()
+        console.print(
+            f"interrupted after {summary.done} of {walk.total} units; everything finished is kept. "
+            "Go on with the same command.",
+            highlight=False,
+        )
+        return ExitCode.INTERRUPTED
+    _finish(opened, console)
+    console.print(f"{summary.done} units in {format_seconds(time.monotonic() - started)}", highlight=False)
+    if summary.failed:
+        return _tell_failures(opened, summary, console, given)
+    return ExitCode.DONE
+
+
+def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:
+    """Mark units whose stages failed in an earlier run as failed, without trying again (--cache always)."""
+    for index in sorted(walk.missing):
+        broken = [recorded[k] for k in walk.unit(index).stages if k in recorded]
+        if broken and index not in walk.blocked:
+            walk.fail(index, json.loads(broken[0].read_text("utf-8"))["error"])
+    walk.ready = type(walk.ready)(i for i in walk.ready if i not in walk.failed and i not in walk.blocked)
+
+
+def _finish(opened, console) -> None:
+    from harness import tables
+
+    lines = opened.write_tables()
+    tables.show(lines, console)
+    console.print(f"written: {opened.folder}/rows.csv, leaderboard.csv, leaderboard.md", highlight=False)
+
+
+def _tell_failures(opened, summary, console, given) -> ExitCode:
+    console.print(
+        f"{len(summary.failed)} unit(s) failed and {len(summary.blocked)} could not be done because of them; "
+        f"see {opened.folder}/failures and logs. The same command tries them again.",
+        style="red",
+        highlight=False,
+    )
+    return ExitCode.TRIALS_FAILED
+
+
+def _write_resolved(opened) -> None:
+    """Keep the suite as it was resolved, defaults and overrides included."""
+    import yaml
+
+    described = opened.loaded.suite.model_dump(mode="json")
+    text = f"# resolved from {Path(opened.loaded.source.name).name}, with defaults and overrides\n"
+    write_text(opened.folder / "suite.resolved.yaml", text + yaml.safe_dump(described, sort_keys=False))
+
+
+def show_plan(opened, console) -> None:
+    """Print the stages by kind: asked for, shared, done, and what is left to do in passes and time."""
+    from rich.table import Table
+
+    from harness.progress import format_seconds
+
+    plan, committed = opened.plan, opened.committed()
+    rates = _rates(opened)
+    table = Table(title=f"{plan.suite} on {opened.source.name}: {len(plan.trials)} trials", title_justify="left")
+    for header in ("stage", "in the grid", "after sharing", "done", "to do", "UNet passes to do", "estimate"):
+        table.add_column(header, justify="left" if header == "stage" else "right")
+    total_seconds, is_known = 0.0, True
+    asked = _asked(plan)
+    for kind in ("images", "erase", "immunize", "adapt", "sample", "score"):
+        stages = {k: s for k, s in plan.stages.items() if s.kind == kind}
+        if not stages:
+            continue
+        to_do = {k: s for k, s in stages.items() if k not in committed}
+        work = sum(s.work for s in to_do.values())
+        seconds = _estimate(kind, to_do, rates)
+        is_known &= seconds is not None
+        total_seconds += seconds or 0.0
+        table.add_row(
+            kind, str(asked[kind]), str(len(stages)), str(len(stages) - len(to_do)), str(len(to_do)), f"{work:,.0f}",
+            format_seconds(seconds) if seconds is not None else "unknown",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"sharing saves {sum(asked.values()) - len(plan.stages)} of {sum(asked.values())} stages", highlight=False
+    )
+    if is_known:
+        console.print(
+            f"estimate: {format_seconds(total_seconds)} of stage time, from stages done here; divide by the number "
+            "of workers",
+            highlight=False,
+        )
+    else:
+        console.print(
+            "estimate: unknown for some kinds until a first stage of them was done here (it is learnt from records)",
+            highlight=False,
+        )
+
+
+def _asked(plan) -> Counter:
+    """Return how many stages of each kind the grid would do if nothing were shared."""
+    closure: dict[str, frozenset[str]] = {}
+
+    def upstream(key: str) -> frozenset[str]:
+        if key not in closure:
+            inputs = plan.stages[key].inputs.values()
+            closure[key] = frozenset({key}).union(*(upstream(other) for other in inputs))
+        return closure[key]
+
+    asked: Counter = Counter()
+    for trial in plan.trials:
+        needed = upstream(trial.sample).union(*(upstream(k) for k in trial.scores.values()))
+        asked.update(plan.stages[k].kind for k in needed)
+    return asked
+
+
+def _rates(opened, limit: int = 40) -> dict[str, tuple[float, float]]:
+    """Return kind -> (seconds a pass, seconds a stage), medians over records in the store for this model."""
+    rates = {}
+    for kind in {s.kind for s in opened.plan.stages.values()}:
+        per_pass, per_stage = [], []
+        for key in sorted(opened.store.committed(kind))[:limit]:
+            path = opened.store.path(kind, key) / RECORD
+            if not path.exists():
+                continue
+            record = json.loads(path.read_text("utf-8"))
+            if record["identity"]["model"] not in ({}, dict(opened.source.identity)):
+                continue
+            per_stage.append(record["seconds"])
+            if record["work"] > 0:
+                per_pass.append(record["seconds"] / record["work"])
+        if per_stage:
+            rates[kind] = (statistics.median(per_pass) if per_pass else 0.0, statistics.median(per_stage))
+    return rates
+
+
+def _estimate(kind: str, to_do: dict, rates: dict[str, tuple[float, float]]) -> float | None:
+    """Return the seconds that the stages to do need, or None when no such stage was done here before."""
+    if not to_do:
+        return 0.0
+    if kind not in rates:
+        return None
+    per_pass, per_stage = rates[kind]
+    return sum(per_pass * s.work if s.work > 0 and per_pass > 0 else per_stage for s in to_do.values())
+
+
+def show_status(opened, console) -> ExitCode:
+    """Print how many stages are committed and what failed; return what a run would have returned."""
+    committed = opened.committed()
+    plan = opened.plan
+    kinds = Counter(s.kind for s in plan.stages.values())
+    done = Counter(plan.stages[k].kind for k in committed)
+    for kind in ("images", "erase", "immunize", "adapt", "sample", "score"):
+        if kinds[kind]:
+            console.print(f"{kind:<9} {done[kind]:>6} of {kinds[kind]}", highlight=False)
+    failures = [
+        json.loads(path.read_text("utf-8"))
+        for key, stage in plan.stages.items()
+        if (path := failure_path(opened.folder, stage.kind, key)).exists() and key not in committed
+    ]
+    for failure in failures:
+        console.print(f"failed: {failure['label']}: {failure['error']}", style="red", highlight=False, markup=False)
+    if failures:
+        return ExitCode.TRIALS_FAILED
+    console.print("finished" if len(committed) == len(plan.stages) else "not finished; `run` goes on", highlight=False)
+    return ExitCode.DONE
+
+

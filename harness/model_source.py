@@ -1,0 +1,160 @@
+"""Which base model a suite names, and the revision that makes its identity. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.errors import UserMistake, one_line
+from harness.identity import digest_of_file, digest_of_json
+
+TESTBED = "testbed"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_COMPONENTS = ("unet", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model: what it is (identity), and where this machine finds it."""
+
+    identity: Mapping[str, str]  # source: testbed | folder | hub; id (hub only); revision; variant
+    location: str = field(compare=False)  # a folder or a hub id
+    revision: str | None = field(default=None, compare=False)  # hub only
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name that tables show."""
+        return self.identity.get("id") or self.identity["source"]
+
+
+def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
+    """Return the source of a `ModelSpec`. Raises UserMistake when it cannot be a model; reaches no network."""
+    extra = {"variant": spec.variant} if spec.variant else {}
+    if spec.id == TESTBED:
+        from harness.testbed import paths, verify
+
+        if spec.revision or spec.variant:
+            raise UserMistake(f"{where}: model: 'testbed' takes neither revision nor variant; remove them")
+        return ModelSource({"source": "testbed", "revision": verify.digest_of("generator")}, str(paths.GENERATOR))
+    path = Path(spec.id).expanduser()
+    path = path if path.is_absolute() else relative_to / path
+    looks_like_path = spec.id.startswith((".", "/", "~")) or path.is_dir()
+    if looks_like_path:
+        _check_folder(path, spec.id, spec.variant, where)
+        return ModelSource(
+            {"source": "folder", "revision": _digest_of_folder(path), **extra}, str(path), None, spec.variant
+        )
+    if not _HUB_ID.match(spec.id):
+        raise UserMistake(
+            f"{where}: model: '{one_line(spec.id)}' is neither 'testbed', a folder, nor a hub id such as "
+            "CompVis/stable-diffusion-v1-4"
+        )
+    if spec.revision is None or not _COMMIT.match(spec.revision):
+        raise UserMistake(
+            f"{where}: model: '{spec.id}' needs 'revision', the 40 hexadecimal digits of a commit (got "
+            f"{one_line(repr(spec.revision), 50)}): a branch can move under a published table"
+        )
+    return ModelSource(
+        {"source": "hub", "id": spec.id, "revision": spec.revision, **extra}, spec.id, spec.revision, spec.variant
+    )
+
+
+def preflight(source: ModelSource) -> None:
+    """Check before any compute that the model can be had: digests of the testbed, the index of a hub model.
+
+    Raises UserMistake. Reaches the hub only for hub models, and not when HF_HUB_OFFLINE is set.
+    """
+    if source.identity["source"] == "testbed":
+        from harness.testbed import verify
+
+        try:
+            verify.check()
+        except ValueError as error:
+            raise UserMistake(f"the embedded testbed is damaged: {one_line(error)}; install it again") from None
+    elif source.identity["source"] == "hub":
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(source.location, "model_index.json", revision=source.revision)
+        except Exception as error:  # the hub's client raises many types; all mean the same here
+            raise UserMistake(
+                f"model '{source.location}' at revision {source.revision} cannot be had: {type(error).__name__}: "
+                f"{one_line(error, 120)}; download it to a folder and name the folder, or check the network"
+            ) from None
+
+
+def _check_folder(path: Path, given: str, variant: str | None, where: str) -> None:
+    """Refuse a folder that is no diffusers model, or whose weights are not safetensors."""
+    given = one_line(given)
+    if not path.is_dir():
+        raise UserMistake(f"{where}: model: folder '{given}' does not exist")
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserMistake(f"{where}: model: folder '{given}' has no model_index.json; give a diffusers folder")
+    try:
+        class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError):
+        raise UserMistake(f"{where}: model: '{given}/model_index.json' is not valid JSON") from None
+    if class_name != "StableDiffusionPipeline":
+        raise UserMistake(
+            f"{where}: model: folder '{given}' holds a {one_line(class_name, 60)}; only StableDiffusionPipeline "
+            "is supported"
+        )
+    for component in _COMPONENTS:
+        files = list((path / component).glob("*.safetensors"))
+        if variant:
+            files = [f for f in files if f".{variant}." in f.name or f".{variant}-" in f.name]
+        if not files:
+            wanted = f" of variant '{variant}'" if variant else ""
+            raise UserMistake(
+                f"{where}: model: '{given}/{component}' holds no safetensors weights{wanted}; pickled weights are "
+                "not loaded: save the model with safe_serialization=True"
+            )
+
+
+def _digest_of_folder(path: Path) -> str:
+    """Return a digest of everything in a model folder that is read, remembering the digests of large files."""
+    suffixes = {".json", ".safetensors", ".txt"}
+    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+    memory = _DigestMemory()
+    digests = {p.relative_to(path).as_posix(): memory.digest(p) for p in files}
+    memory.save()
+    return digest_of_json(digests)[:40]
+
+
+class _DigestMemory:
+    """Digests by path, size and time of change, kept between runs: hashing gigabytes at each start is slow."""
+
+    def __init__(self) -> None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.file = cache / "immunitybench" / "digests.json"
+        try:
+            self.known: dict[str, str] = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.known = {}
+        self.is_changed = False
+
+    def digest(self, path: Path) -> str:
+        stat = path.stat()
+        entry = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if entry not in self.known:
+            self.known[entry] = digest_of_file(path)
+            self.is_changed = True
+        return self.known[entry]
+
+    def save(self) -> None:
+        if not self.is_changed:
+            return
+        from harness.store import write_json
+
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, self.known)
+        except OSError:
+            pass  # a memory that cannot be kept costs time only

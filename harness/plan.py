@@ -1,0 +1,415 @@
+"""From a suite to a graph of stages. Pure: the same suite gives the same plan, and nothing is read but the suite.
+
+A trial of the grid is (task, defense, protected set, attack, concept, seed). Most of its work is shared: stages are
+content-addressed, so two trials that need the same stage name the same key, and it is done once. What varies last is
+done together: an adaptation, the images sampled from its trajectory and their scores form one *unit*, which is what an
+executor hands to a worker; the stages of a unit are committed one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness import parameters, registry, seeds
+from harness.concepts import SPLITS, Concept, resolve_all
+from harness.errors import UserMistake
+from harness.identity import Stage, key
+from harness.model_source import ModelSource, resolve_model
+from harness.suite import AttackSpec, LoadedSuite, MethodSpec, TaskSpec
+
+BACKWARD = 2.0
+"""Cost of a backward pass in forward passes."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row group of the table: where its images and scores come from."""
+
+    task: str
+    defense: str  # label in the suite; "original" is the model before it was erased
+    method: str
+    profile: str
+    protected: tuple[str, ...]
+    attack: str
+    attacker: str
+    concept: str
+    role: str  # target | innocent | utility | real (the attack split itself, scored as if it were generated)
+    seed: int
+    steps: tuple[int, ...]  # 0: before the attack
+    sample: str  # key of the sample stage; of the images stage for role "real"
+    scores: Mapping[str, str]  # metric label -> key of the score stage
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Stages that one worker does in a row, each committed by itself."""
+
+    name: str
+    stages: tuple[str, ...]
+    needs: frozenset[str]  # keys of stages of other units
+
+
+@dataclass
+class Plan:
+    """The graph: stages by key, units in an order that respects their needs, and the trials they serve."""
+
+    suite: str
+    stages: dict[str, Stage] = field(default_factory=dict)
+    units: list[Unit] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    descriptions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # concept -> evaluation prompts
+    requested: int = 0  # stages before sharing: what the grid would cost trial by trial
+
+    def unit_of(self) -> dict[str, Unit]:
+        """Return the unit that does each stage."""
+        return {k: unit for unit in self.units for k in unit.stages}
+
+
+def make(loaded: LoadedSuite) -> Plan:
+    """Return the plan of a suite. Raises UserMistake for concepts, models or combinations that cannot be."""
+    return _Planner(loaded).plan()
+
+
+class _Planner:
+    """Builds one plan; every method adds stages and returns their keys."""
+
+    def __init__(self, loaded: LoadedSuite):
+        self.loaded = loaded
+        self.suite = loaded.suite
+        self.concepts: dict[str, Concept] = resolve_all(loaded)
+        self.model: ModelSource = resolve_model(self.suite.model, loaded.source.where(("model",)), loaded.folder)
+        self.result = Plan(self.suite.name)
+        self._units: dict[tuple[str, ...], Unit] = {}
+        self._images: dict[str, str] = {}
+        self._done_trials: set[tuple] = set()
+        self.metric_components = [
+            (
+                spec.name,
+                registry.component(registry.get("metric", spec.method)),
+                {"parameters": parameters.as_json(loaded.parameters["metrics", str(i)])},
+            )
+            for i, spec in enumerate(self.suite.metrics)
+        ]
+        self.sampling = self.suite.sampling.model_dump()
+
+    # -- stages ------------------------------------------------------------------------------------------
+
+    def _add(self, **fields: Any) -> str:
+        stage = Stage(model=fields.pop("model", self.model.identity), precision=self.suite.model.precision,
+                      workers=self.suite.resources.workers, **fields)  # fmt: skip
+        k = key(stage)
+        self.result.stages.setdefault(k, stage)
+        self.result.requested += 1
+        return k
+
+    def _unit(self, name: str, stages: Iterable[str]) -> None:
+        """Group stages into a unit unless an equal one exists; a stage belongs to the first unit that names it."""
+        members = tuple(dict.fromkeys(stages))
+        if members in self._units:
+            return
+        needs = {
+            upstream
+            for member in members
+            for upstream in self.result.stages[member].inputs.values()
+            if upstream not in members
+        }
+        self._units[members] = Unit(name, members, frozenset(needs))
+
+    def images(self, name: str) -> str:
+        """Add the stage that lays out the images of a concept, one folder a split."""
+        if name in self._images:
+            return self._images[name]
+        concept = self.concepts[name]
+        if concept.source == "generated":
+            k = self._add(
+                kind="images",
+                component="images@1",
+                parameters={
+                    "prompts": {s: list(concept.prompts[s]) for s in SPLITS},
+                    "sampling": self.sampling,
+                },
+                inputs={},
+                data={},
+                seed=seeds.derive("images", self.suite.images.seed, name),
+                label=f"images of {name}",
+                work=sum(len(concept.prompts[s]) for s in SPLITS) * self.suite.sampling.steps * 2.0,
+            )
+        else:
+            k = self._add(
+                kind="images",
+                component="images@1",
+                parameters={"count": {s: len(concept.images[s]) for s in SPLITS}},
+                model={},
+                inputs={},
+                data={"images": concept.digest},
+                seed=None,
+                label=f"images of {name}",
+                local={
+                    "source": concept.source,
+                    "folder": concept.folder,
+                    "images": {s: list(concept.images[s]) for s in SPLITS},
+                },
+            )
+        self._images[name] = k
+        self._unit(f"images of {name}", [k])
+        return k
+
+    def _protective(
+        self,
+        kind: str,
+        spec: MethodSpec,
+        values: Any,
+        targets: tuple[str, ...],
+        preserve: tuple[str, ...],
+        seed: int | None,
+        erased: str | None,
+    ) -> str:
+        """Add an erase or immunize stage; what the method does not use does not enter its identity."""
+        cls = registry.get("defense", spec.method)
+        inputs = {"erase": erased} if erased else {}
+        described: dict[str, list] = {}
+        for role, names in (("targets", targets), ("preserved", preserve)):
+            if role not in cls.uses:
+                continue
+            described[role] = []
+            for index, name in enumerate(names):
+                concept = self.concepts[name]
+                entry: dict[str, Any] = {"kind": concept.kind, "phrase": concept.phrase}
+                if "images" in cls.uses:
+                    entry["captions"] = list(concept.captions["defense"])
+                    inputs[f"{role}.{index}"] = self.images(name)
+                described[role].append(entry)
+        label = f"{kind} {spec.name}" + (f" for {', '.join(targets)}" if "targets" in cls.uses else "")
+        k = self._add(
+            kind=kind,
+            component=registry.component(cls),
+            parameters={"parameters": parameters.as_json(values), **described},
+            inputs=inputs,
+            data={},
+            seed=seed if "seed" in cls.uses else None,
+            label=label + (f" seed {seed}" if "seed" in cls.uses else ""),
+            work=float(cls.unet_passes(values, len(targets))),
+        )
+        self._unit(label, [k])
+        return k
+
+    def _sample(self, concept: Concept, seed: int, steps: tuple[int, ...], inputs: Mapping[str, str], label: str) -> str:
+        images = len(concept.evaluations) * self.suite.sampling.images_per_prompt * len(steps)
+        return self._add(
+            kind="sample",
+            component="sample@1",
+            parameters={
+                "prompts": [e.prompt for e in concept.evaluations],
+                "steps": list(steps),
+                "sampling": self.sampling,
+            },
+            inputs=inputs,
+            data={},
+            seed=seeds.derive("sampling", seed, concept.name),
+            label=label,
+            work=images * self.suite.sampling.steps * 2.0,
+        )
+
+    def _scores(self, concept: Concept, generated: Mapping[str, str], label: str) -> dict[str, str]:
+        descriptions = [e.description for e in concept.evaluations]
+        references = self.images(concept.name)
+        if "images" in generated:  # real images: each with the words that describe it
+            descriptions = [self._describe(concept, i) for i in range(concept.count("attack"))]
+        return {
+            name: self._add(
+                kind="score",
+                component=component,
+                parameters={**values, "descriptions": descriptions},
+                model={},
+                inputs={**generated, "references": references},
+                data={},
+                seed=None,
+                label=f"{name} of {label}",
+            )
+            for name, component, values in self.metric_components
+        }
+
+    @staticmethod
+    def _describe(concept: Concept, index: int) -> str:
+        """Return the plain description of an image of the attack split."""
+        if concept.source == "generated":
+            return concept.prompts["attack"][index]
+        caption = concept.captions["attack"][index]
+        for evaluation in concept.evaluations:  # the same words as an evaluation prompt, identifier replaced
+            if evaluation.prompt == caption:
+                return evaluation.description
+        from harness.concepts import ATTACK_IDENTIFIER
+
+        return caption.replace(f"{ATTACK_IDENTIFIER} object", concept.phrase)
+
+    # -- trials ------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        suite = self.suite
+        self.result.descriptions = {
+            n: tuple(e.prompt for e in c.evaluations) for n, c in self.concepts.items()
+        }
+        for task_name, task in suite.tasks.items():
+            for target in task.targets:
+                targets = (target,) if isinstance(target, str) else tuple(target)
+                self._protected_set(task_name, task, targets)
+        self.result.units = list(self._units.values())
+        _order(self.result)
+        return self.result
+
+    def _protected_set(self, task_name: str, task: TaskSpec, targets: tuple[str, ...]) -> None:
+        """Add all trials of one protected set: every defense, attack, concept and seed."""
+        suite, loaded = self.suite, self.loaded
+        preserve = tuple(task.preserve)
+        erased = None
+        for index, spec in enumerate(suite.defenses):
+            most = registry.get("defense", spec.method).max_targets
+            if most is not None and len(targets) > most:
+                where = loaded.source.where(("defenses", index))
+                raise UserMistake(
+                    f"{where}: defenses[{index}]: {spec.method} protects {most} concept at a time, but task "
+                    f"'{task_name}' protects {'+'.join(targets)} together; list them one by one"
+                )
+        if task.erase is not None:
+            values = loaded.parameters["tasks", task_name, "erase"]
+            seed = seeds.derive("defense", suite.images.seed)
+            erased = self._protective("erase", task.erase, values, targets, preserve, seed, None)
+        roles = [(c, "target") for c in targets] + [(c, "innocent") for c in task.innocents]
+        for name in targets + tuple(task.innocents):
+            self._real(task_name, targets, name)
+        for seed in suite.seeds:
+            if erased:
+                for name in targets:
+                    self._before(task_name, "original", "none", "", targets, name, "target", seed, {}, "original")
+            for index, spec in enumerate(suite.defenses):
+                values = loaded.parameters["defenses", str(index)]
+                profile = str(getattr(values, "profile", ""))
+                immunized = self._protective(
+                    "immunize", spec, values, targets, preserve, seeds.derive("defense", seed), erased
+                )
+                weights = {"immunize": immunized, **({"erase": erased} if erased else {})}
+                row = (task_name, spec.name, spec.method, profile, targets)
+                label = f"{spec.name}, {'+'.join(targets)}, seed {seed}"
+                for name, role in roles:
+                    self._before(*row, name, role, seed, weights, label)
+                    for attack_index, attack in enumerate(suite.attacks):
+                        self._attacked(*row, name, role, seed, weights, attack_index, attack, label)
+                for name in suite.utility:
+                    self._before(*row, name, "utility", seed, weights, label)
+
+    def _real(self, task_name: str, targets: tuple[str, ...], name: str) -> None:
+        """Add the scores of real images: the ceiling that an attack can reach."""
+        concept = self.concepts[name]
+        images = self.images(name)
+        scores = self._scores(concept, {"images": images}, f"real images of {name}")
+        self._unit(f"score real images of {name}", scores.values())
+        self._trial(task_name, "", "", "", targets, "", "", name, "real", 0, (0,), images, scores)
+
+    def _before(
+        self,
+        task_name: str,
+        defense: str,
+        method: str,
+        profile: str,
+        targets: tuple[str, ...],
+        name: str,
+        role: str,
+        seed: int,
+        weights: Mapping[str, str],
+        label: str,
+    ) -> None:
+        """Add what the released model draws before any attack (step 0)."""
+        concept = self.concepts[name]
+        text = f"{name} before the attack ({label})"
+        sample = self._sample(concept, seed, (0,), weights, f"sample {text}")
+        scores = self._scores(concept, {"sample": sample}, text)
+        self._unit(f"sample {text}", [sample, *scores.values()])
+        self._trial(
+            task_name, defense, method, profile, targets, "", "", name, role, seed, (0,), sample, scores
+        )
+
+    def _attacked(
+        self,
+        task_name: str,
+        defense: str,
+        method: str,
+        profile: str,
+        targets: tuple[str, ...],
+        name: str,
+        role: str,
+        seed: int,
+        weights: Mapping[str, str],
+        attack_index: int,
+        attack: AttackSpec,
+        label: str,
+    ) -> None:
+        """Add one attack on one concept: the trajectory, its images and their scores."""
+        concept = self.concepts[name]
+        cls = registry.get("attack", attack.method)
+        steps = tuple(attack.steps)
+        values = self.loaded.parameters["attacks", str(attack_index)]
+        text = f"{attack.name} on {name} ({label})"
+        adapt = self._add(
+            kind="adapt",
+            component=registry.component(cls),
+            parameters={
+                "parameters": parameters.as_json(values),
+                "budget": {
+                    "steps": list(steps),
+                    "batch_size": attack.batch_size,
+                    "images": attack.images,
+                },
+                "attacker": attack.attacker,
+                "concept": {
+                    "kind": concept.kind,
+                    "phrase": concept.phrase,
+                    "captions": list(concept.captions["attack"]),
+                },
+            },
+            inputs={**weights, "images": self.images(name)},
+            data={},
+            seed=seeds.derive("attack", seed, name),
+            label=f"adapt {text}",
+            work=float(steps[-1] * attack.batch_size * (1 + BACKWARD)),
+        )
+        sample = self._sample(concept, seed, steps, {**weights, "adapt": adapt}, f"sample {text}")
+        scores = self._scores(concept, {"sample": sample}, text)
+        self._unit(text, [adapt, sample, *scores.values()])
+        self._trial(
+            task_name, defense, method, profile, targets, attack.name, attack.attacker, name, role, seed, steps,
+            sample, scores,
+        )  # fmt: skip
+
+    def _trial(self, *fields: Any) -> None:
+        self.result.trials.append(Trial(*fields))
+
+
+def _order(plan: Plan) -> None:
+    """Give each stage to one unit and sort the units so that what is needed comes first."""
+    owner: dict[str, int] = {}
+    units: list[Unit] = []
+    for unit in plan.units:
+        own = tuple(k for k in unit.stages if k not in owner)
+        if not own:
+            continue
+        needs = {i for k in own for i in plan.stages[k].inputs.values() if i not in own}
+        for k in own:
+            owner[k] = len(units)
+        units.append(Unit(unit.name, own, frozenset(needs)))
+    depth: dict[int, int] = {}
+
+    def depth_of(index: int) -> int:
+        if index not in depth:
+            depth[index] = 0
+            depth[index] = max((depth_of(owner[n]) + 1 for n in units[index].needs), default=0)
+        return depth[index]
+
+    order = sorted(range(len(units)), key=lambda i: (depth_of(i), i))
+    plan.units = [units[i] for i in order]
+
+
+def source_of(loaded: LoadedSuite) -> ModelSource:
+    """Return where the suite's base model comes from."""
+    return resolve_model(loaded.suite.model, loaded.source.where(("model",)), loaded.folder)

@@ -1,0 +1,80 @@
+"""Rows: one value a trial, step, prompt and metric, read from committed score stages, in the order of the plan."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from harness.plan import Plan
+from harness.store import Store, write_text
+
+COLUMNS = (
+    "suite", "model", "task", "defense", "method", "profile", "protected", "attack", "attacker", "concept", "role",
+    "seed", "step", "prompt_index", "prompt", "metric", "value", "direction", "unit", "range", "backbone",
+    "preprocessing", "library", "sample_key", "score_key",
+)  # fmt: skip
+
+
+def collect(plan: Plan, store: Store, model_name: str) -> list[dict[str, Any]]:
+    """Return the rows of every committed score stage of the plan; what is not committed is left out."""
+    rows: list[dict[str, Any]] = []
+    read: dict[str, dict[str, Any] | None] = {}
+    for trial in plan.trials:
+        prompts = plan.descriptions[trial.concept]
+        for metric, key in trial.scores.items():
+            if key not in read:
+                path = store.path("score", key) / "scores.json"
+                read[key] = json.loads(path.read_text("utf-8")) if store.has("score", key) else None
+            scores = read[key]
+            if scores is None:
+                continue
+            shared = {
+                "suite": plan.suite,
+                "model": model_name,
+                "task": trial.task,
+                "defense": trial.defense,
+                "method": trial.method,
+                "profile": trial.profile,
+                "protected": "+".join(trial.protected),
+                "attack": trial.attack,
+                "attacker": trial.attacker,
+                "concept": trial.concept,
+                "role": trial.role,
+                "seed": trial.seed,
+                "metric": metric,
+                "sample_key": trial.sample,
+                "score_key": key,
+                **scores["about"],
+            }
+            for entry in scores["values"]:
+                is_real = trial.role == "real"
+                rows.append(
+                    {
+                        **shared,
+                        "step": entry["step"],
+                        "prompt_index": entry["prompt"],
+                        "prompt": "" if is_real else prompts[entry["prompt"]],
+                        "value": entry["value"],
+                    }
+                )
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Write rows as CSV at once; floats in full precision, booleans in lower case, what is undefined is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({c: _cell(row[c]) for c in columns} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None or value != value:
+        return ""
+    return repr(float(value)) if isinstance(value, float) else value

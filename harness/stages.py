@@ -1,0 +1,426 @@
+"""How one stage is done. Each function reads committed stages, computes, and fills a folder that is then committed.
+
+`execute` is what every executor calls, in whichever process: the same stage gives the same result and the same key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import parameters, provenance, registry
+from harness.concepts import SPLITS
+from harness.errors import StageFailure, one_line
+from harness.identity import Stage, describe
+from harness.model_source import ModelSource
+from harness.run import Run
+from harness.store import Store, write_json
+
+log = logging.getLogger("immunitybench")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a process needs to do stages of a run; plain data, so that it can be sent to workers."""
+
+    store: Path
+    run_folder: Path  # logs/ and failures/ lie here
+    source: ModelSource
+    plugins: tuple[str, ...] = ()
+    cpus: int = 1
+    gpus: float = 0.0
+    redo: frozenset[str] = field(default_factory=frozenset)  # keys to do anew although committed (--cache never)
+    executor: str = "serial"
+
+
+def execute(
+    key: str, stage: Stage, workplace: Workplace, report: Callable[[int, int], None] = lambda done, total: None
+) -> bool:
+    """Do one stage and commit it; return whether there was something to do.
+
+    Raises StageFailure after recording what went wrong in the run's failures folder. KeyboardInterrupt passes through.
+    """
+    store = Store(workplace.store)
+    redo = key in workplace.redo
+    if not redo and store.has(stage.kind, key):
+        return False
+    failure = failure_path(workplace.run_folder, stage.kind, key)
+    with _logged(workplace.run_folder / "logs" / f"{stage.kind}-{key}.log"), store.locked_work_folder(
+        stage.kind, key
+    ) as work_folder:
+        if not redo and store.has(stage.kind, key):  # another process did it while we waited for the lock
+            return False
+        try:
+            _execute_locked(key, stage, workplace, store, work_folder, report, redo)
+        except Exception as error:
+            log.exception("stage failed: %s", stage.label)
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            write_json(
+                failure,
+                {
+                    "key": key,
+                    "kind": stage.kind,
+                    "label": stage.label,
+                    "error": f"{type(error).__name__}: {one_line(error, 500)}",
+                    "traceback": traceback.format_exc(),
+                    "time": time.time(),
+                },
+            )
+            raise StageFailure(f"{stage.label}: {type(error).__name__}: {one_line(error)}") from error
+    failure.unlink(missing_ok=True)
+    return True
+
+
+def execute_unit(
+    stages: Mapping[str, Stage], workplace: Workplace, report: Callable[[int, int], None] = lambda done, total: None
+) -> int:
+    """Do the stages of a unit in order, each committed by itself; return how many there were to do.
+
+    A stage that fails does not stop those of the unit that do not need it. Raises StageFailure at the end when any
+    failed.
+    """
+    done = 0
+    failed: dict[str, str] = {}
+    for key, stage in stages.items():
+        if failed.keys() & set(stage.inputs.values()):
+            failed[key] = ""
+            continue
+        try:
+            done += execute(key, stage, workplace, report)
+        except StageFailure as failure:
+            failed[key] = str(failure)
+    if failed:
+        raise StageFailure("; ".join(message for message in failed.values() if message))
+    return done
+
+
+def failure_path(run_folder: Path, kind: str, key: str) -> Path:
+    """Return where the failure of a stage is recorded; failures are never part of the store."""
+    return run_folder / "failures" / f"{kind}-{key}.json"
+
+
+def _execute_locked(
+    key: str, stage: Stage, workplace: Workplace, store: Store, work_folder: Path, report, redo: bool
+) -> None:
+    import torch
+
+    torch.set_num_threads(workplace.cpus)  # of this thread: results depend on how sums are split
+    device = torch.device("cuda" if workplace.gpus > 0 and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.cuda.reset_peak_memory_stats(device)
+    log.info("%s %s: %s", stage.kind, key, stage.label)
+    started = time.time()
+    clock = time.perf_counter()
+    run = Run(stage.seed, device, stage.precision, work_folder, report=report)
+    with store.writing(stage.kind, key, replace=redo) as (folder, record):
+        _DO[stage.kind](_Stage(stage, workplace, store, run, folder))
+        run.ledger.peak_memory_bytes = _peak_memory_bytes(device)
+        seconds = time.perf_counter() - clock
+        record.update(
+            identity=describe(stage),
+            key=key,
+            label=stage.label,
+            work=stage.work,
+            seconds=round(seconds, 4),
+            started=started,
+            finished=time.time(),
+            ledger=run.ledger.as_json(),
+            provenance={
+                **provenance.describe(),
+                "executor": workplace.executor,
+                "threads": workplace.cpus,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            },
+        )
+    log.info("done in %.1f s", seconds)
+
+
+def _peak_memory_bytes(device) -> int:
+    """Return the peak of the device's memory, or of this process on a CPU (since the process began)."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Send logging, stdout and stderr of the block to a file of the stage's own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", buffering=1) as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger()
+        level, propagate = log.level, root.level
+        root.addHandler(handler)
+        log.setLevel(logging.INFO)
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            root.removeHandler(handler)
+            log.setLevel(level)
+            root.setLevel(propagate)
+
+
+# -- the kinds of stage ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stage:
+    """One stage being done: its description and surroundings, with the steps that several kinds share."""
+
+    stage: Stage
+    workplace: Workplace
+    store: Store
+    run: Run
+    folder: Path  # becomes the committed folder
+
+    def input(self, role: str, kind: str) -> Path:
+        """Return the folder of a committed input."""
+        return self.store.path(kind, self.stage.inputs[role])
+
+    def files(self, role: str, split: str) -> list[Path]:
+        """Return the images of a split of an `images` input, in order."""
+        return sorted((self.input(role, "images") / split).glob("*.png"))
+
+    def method(self, kind: str) -> Any:
+        """Return the method of the stage with its parameters."""
+        cls = registry.get(kind, self.stage.component.partition("@")[0])
+        values, mistakes = parameters.resolve(cls, self.stage.parameters["parameters"])
+        if mistakes:
+            raise ValueError("; ".join(message for _, message in mistakes))
+        return cls(values)
+
+    def base(self):
+        """Return the base model in its released state."""
+        from harness.models import warm
+
+        with self.run.ledger.phase("load"):
+            return warm(self.workplace.source, self.run.device)
+
+    def released(self):
+        """Return (model, protection): the base, erased if the task erases, with the defense's changes over it."""
+        from harness.protection import Protection
+
+        model = self.base()
+        protection = Protection()
+        for role in ("erase", "immunize"):
+            if role in self.stage.inputs:
+                protection = Protection.load(self.input(role, role))
+                model.overlay(protection.tensors)
+        return model, protection
+
+
+def _images(s: _Stage) -> None:
+    """Lay out a concept's images: <split>/<number>.png, drawn by the base model or copied."""
+    from PIL import Image
+
+    described = s.stage.parameters
+    if "prompts" in described:
+        from harness.sampling import sample
+
+        model = s.base()
+        total = sum(len(p) for p in described["prompts"].values())
+        done = 0
+        for split in SPLITS:
+            folder = s.folder / split
+            folder.mkdir()
+            with s.run.ledger.phase("sample"):
+                drawn = sample(
+                    model, s.run, described["prompts"][split], described["sampling"],
+                    images_per_prompt=1, seed=s.run.seed_for(split),
+                )  # fmt: skip
+                for index, _, image in drawn:
+                    image.save(folder / f"{index:04d}.png")
+                    done += 1
+                    s.run.report(done, total)
+        return
+    local = s.stage.local
+    for split in SPLITS:
+        folder = s.folder / split
+        folder.mkdir()
+        if local["source"] == "catalog":
+            from harness.testbed import images as testbed_images
+
+            pictures = testbed_images.read(local["images"][split])
+        else:
+            pictures = [Image.open(Path(local["folder"]) / name).convert("RGB") for name in local["images"][split]]
+        for index, picture in enumerate(pictures):
+            picture.save(folder / f"{index:04d}.png")
+
+
+def _protect(s: _Stage) -> None:
+    """Run a defense (as eraser or immunizer) and keep its protection."""
+    from defenses.base import ProtectedConcept
+
+    defense = s.method("defense")
+    concepts = {
+        role: [
+            ProtectedConcept(
+                kind=c["kind"],
+                phrase=c["phrase"],
+                captions=tuple(c.get("captions", ())),
+                files=tuple(s.files(f"{role}.{i}", "defense")) if "images" in defense.uses else (),
+            )
+            for i, c in enumerate(s.stage.parameters.get(role, ()))
+        ]
+        for role in ("targets", "preserved")
+    }
+    model, _ = s.released()
+    protection = defense.protect(model, concepts["targets"], concepts["preserved"], s.run)
+    known = {name: p.shape for name, p in s.base().parameters().items()}
+    for name, tensor in protection.tensors.items():
+        if known.get(name) != tensor.shape:
+            raise ValueError(
+                f"{defense.name} returned '{name}' of shape {tuple(tensor.shape)}, but the model has "
+                f"{'no such parameter' if name not in known else tuple(known[name])}"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{defense.name} returned '{name}' with values that are not finite")
+    unknown = sorted(protection.frozen - known.keys())
+    if unknown:
+        raise ValueError(f"{defense.name} froze '{unknown[0]}', which the model does not have")
+    s.run.ledger.numbers["changed_tensors"] = len(protection.tensors)
+    s.run.ledger.numbers["frozen_tensors"] = len(protection.frozen)
+    protection.save(s.folder)
+
+
+def _adapt(s: _Stage) -> None:
+    """Run an attack and keep the adapted model at each step of its trajectory."""
+    from attacks.base import AttackedConcept, Budget
+
+    attack = s.method("attack")
+    described = s.stage.parameters
+    budget = described["budget"]
+    count = budget["images"]
+    concept = AttackedConcept(
+        kind=described["concept"]["kind"],
+        captions=tuple(described["concept"]["captions"][:count]),
+        files=tuple(s.files("images", "attack")[:count]),
+    )
+    model, protection = s.released()
+    saved = s.run.folder / "checkpoints"  # survives a kill, like the state that training goes on from
+    saved.mkdir(exist_ok=True)
+    steps = tuple(budget["steps"])
+    for checkpoint in attack.adapt(
+        model, concept, protection, Budget(steps, budget["batch_size"], described["attacker"]), s.run
+    ):
+        final = saved / step_folder(checkpoint.step)
+        temporary = saved / f".{final.name}"
+        for folder in (temporary, final):
+            shutil.rmtree(folder, ignore_errors=True)
+        temporary.mkdir()
+        checkpoint.save(temporary)
+        temporary.rename(final)
+    missing = [step for step in steps if not (saved / step_folder(step)).is_dir()]
+    if missing:
+        raise RuntimeError(f"{attack.name} yielded no checkpoint at steps {missing}")
+    shutil.copytree(saved, s.folder / "checkpoints")
+
+
+def _sample(s: _Stage) -> None:
+    """Draw the evaluation images at every step asked for: images/<step>/<prompt>_<image>.png."""
+    from harness.protection import make_hooks
+    from harness.sampling import sample
+
+    described = s.stage.parameters
+    settings = described["sampling"]
+    model, protection = s.released()
+    hooks = make_hooks("sampling_hook", protection.sampling)
+    attack, checkpoints = None, None
+    if "adapt" in s.stage.inputs:
+        record = s.store.record("adapt", s.stage.inputs["adapt"])
+        attack = registry.get("attack", record["identity"]["component"].partition("@")[0])(None)
+        checkpoints = s.input("adapt", "adapt") / "checkpoints"
+    saved = s.run.folder / "images"
+    saved.mkdir(exist_ok=True)
+    total = len(described["steps"]) * len(described["prompts"]) * settings["images_per_prompt"]
+    done = 0
+    for step in described["steps"]:
+        final, temporary = saved / step_folder(step), saved / f".{step_folder(step)}"
+        if final.is_dir():  # drawn before a kill
+            done += len(list(final.iterdir()))
+            continue
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        if checkpoints is not None:
+            attack.load(model, checkpoints / step_folder(step))
+        try:
+            with s.run.ledger.phase("sample"):
+                for prompt, index, image in sample(
+                    model, s.run, described["prompts"], settings,
+                    images_per_prompt=settings["images_per_prompt"], seed=s.run.seed, hooks=hooks,
+                ):  # fmt: skip
+                    image.save(temporary / f"{prompt:03d}_{index:03d}.png")
+                    done += 1
+                    s.run.report(done, total)
+        finally:
+            if checkpoints is not None:
+                attack.unload(model)
+        temporary.rename(final)
+    shutil.copytree(saved, s.folder / "images")
+
+
+def _score(s: _Stage) -> None:
+    """Score images against references: scores.json with one value a step and prompt."""
+    from PIL import Image
+
+    metric = s.method("metric")
+    references = [Image.open(f).convert("RGB") for f in s.files("references", "reference")]
+    descriptions = s.stage.parameters["descriptions"]
+    values = []
+    with s.run.ledger.phase("score"):
+        for step, groups in _groups(s, len(descriptions)):
+            opened = [[Image.open(f).convert("RGB") for f in group] for group in groups]
+            for prompt, value in enumerate(metric.score(opened, references, descriptions, s.run.device)):
+                if not math.isfinite(value):
+                    raise ValueError(f"{metric.name} is {value} for '{descriptions[prompt]}' at step {step}")
+                values.append({"step": step, "prompt": prompt, "value": value})
+    about = {
+        "direction": metric.direction,
+        "unit": metric.unit,
+        "range": f"{metric.range[0]:g}..{metric.range[1]:g}",
+        **metric.about(),
+    }
+    (s.folder / "scores.json").write_text(json.dumps({"about": about, "values": values}), encoding="utf-8")
+
+
+def _groups(s: _Stage, prompts: int) -> list[tuple[int, list[list[Path]]]]:
+    """Return (step, files by prompt) of what is to be scored: a sample, or the real images of the attack split."""
+    if "images" in s.stage.inputs:
+        return [(0, [[file] for file in s.files("images", "attack")])]
+    folder = s.input("sample", "sample") / "images"
+    return [
+        (int(step.name.removeprefix("step_")), [sorted(step.glob(f"{p:03d}_*.png")) for p in range(prompts)])
+        for step in sorted(folder.iterdir())
+    ]
+
+
+def step_folder(step: int) -> str:
+    """Return the folder name of a step; names sort as numbers do."""
+    return f"step_{step:07d}"
+
+
+_DO: dict[str, Callable[[_Stage], None]] = {
+    "images": _images,
+    "erase": _protect,
+    "immunize": _protect,
+    "adapt": _adapt,
+    "sample": _sample,
+    "score": _score,
+}

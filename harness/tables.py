@@ -1,0 +1,125 @@
+"""Tables of a run: rows.csv, leaderboard.csv, leaderboard.md, and the text that a terminal shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.rows import COLUMNS as ROW_COLUMNS
+from harness.rows import collect, write_csv
+from harness.store import Store, write_text
+from metrics.leaderboard import COLUMNS, Gates, leaderboard
+
+SHOWN = (
+    ("defense", "defense"),
+    ("attack", "attack"),
+    ("step", "step"),
+    ("target_before", "before"),
+    ("target_none", "undefended"),
+    ("target_defended", "defended"),
+    ("sgr", "SGR %"),
+    ("interval", "95 %"),
+    ("innocent_sgr", "innocent SGR %"),
+    ("relative_gap", "gap %"),
+    ("recovery", "recovery"),
+    ("utility", "utility"),
+    ("valid", "valid"),
+)
+LEGEND = (
+    "SGR: (undefended - defended) / undefended similarity on the targets, mean over targets and seeds; greater is "
+    "stronger protection. innocent SGR: the same on innocent concepts; near 0 is good. gap: their difference. "
+    "recovery: the defended attack's gain over the undefended one's. utility: the released model's score before any "
+    "attack over the undefended model's. 95 %: Student t over seeds; covers chance in defense, attack and sampling for "
+    "these concepts and prompts."
+)
+
+
+def write(plan, store: Store, folder: Path, model_name: str, gates: Gates) -> list[dict[str, Any]]:
+    """Write the tables of a run from what is committed; return the leaderboard's lines."""
+    rows = collect(plan, store, model_name)
+    lines = leaderboard(rows, gates)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "rows.csv", rows, ROW_COLUMNS)
+    write_csv(folder / "leaderboard.csv", lines, COLUMNS)
+    write_text(folder / "leaderboard.md", markdown(lines))
+    return lines
+
+
+def sections(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Return the lines by (task, metric, unit), in order: a table each."""
+    grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        grouped.setdefault((line["task"], line["metric"], line["unit"]), []).append(line)
+    return grouped
+
+
+def _title(task: str, metric: str, unit: str, lines: Sequence[dict[str, Any]]) -> str:
+    first = lines[0]
+    seeds = "1 seed" if first["n_seeds"] == 1 else f"{first['n_seeds']} seeds"
+    return (
+        f"{task} / {metric} ({unit}; {first['backbone']}): {first['n_targets']} target(s), "
+        f"{first['n_innocents']} innocent(s), {seeds}, attacker {first['attacker']}"
+    )
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """Return the shown cells of a line as text."""
+    texts = []
+    for column, _ in SHOWN:
+        if column == "interval":
+            low, high = line["sgr_low"], line["sgr_high"]
+            is_known = low is not None and line["method"] != "none"
+            texts.append(f"{100 * low:.0f} to {100 * high:.0f}" if is_known else "–")
+        elif column in ("sgr", "innocent_sgr", "relative_gap"):
+            texts.append("–" if line[column] is None else f"{100 * line[column]:+.1f}")
+        elif column in ("valid",):
+            texts.append("yes" if line[column] else "no")
+        elif isinstance(line[column], float):
+            texts.append(f"{line[column]:.3f}" if column not in ("recovery", "utility") else f"{line[column]:.2f}")
+        else:
+            texts.append("–" if line[column] is None else str(line[column]))
+    return texts
+
+
+def _notes(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Return each reason once, with the steps and defenses that it concerns."""
+    notes: dict[str, list[str]] = {}
+    for line in lines:
+        for reason in filter(None, line["reason"].split("; ")):
+            where = f"{line['defense']} at step {line['step']}"
+            notes.setdefault(reason, []).append(where)
+    return [f"{reason} ({', '.join(where)})" for reason, where in notes.items()]
+
+
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the leaderboard as Markdown, a table for each task and metric."""
+    parts = []
+    for (task, metric, unit), group in sections(lines).items():
+        parts.append(f"### {_title(task, metric, unit, group)}\n")
+        parts.append("| " + " | ".join(header for _, header in SHOWN) + " |")
+        parts.append("|" + "|".join(" --- " if c in ("defense", "attack") else " ---: " for c, _ in SHOWN) + "|")
+        parts += ["| " + " | ".join(cells(line)) + " |" for line in group]
+        parts += ["", *(f"- {note}" for note in _notes(group)), ""]
+    return "\n".join([*parts, LEGEND, ""]) if parts else "No rows yet.\n"
+
+
+def show(lines: Sequence[dict[str, Any]], console) -> None:
+    """Print the leaderboard to a rich console."""
+    from rich.table import Table
+
+    if not lines:
+        console.print("No rows yet.")
+        return
+    for (task, metric, unit), group in sections(lines).items():
+        table = Table(title=_title(task, metric, unit, group), title_justify="left", pad_edge=False)
+        for column, header in SHOWN:
+            is_text = column in ("defense", "attack")
+            table.add_column(header, justify="left" if is_text else "right", no_wrap=is_text)
+        for line, following in zip(group, [*group[1:], None], strict=True):
+            is_last_of_step = following is not None and following["step"] != line["step"]
+            table.add_row(*cells(line), style=None if line["valid"] else "dim", end_section=is_last_of_step)
+        console.print(table)
+        for note in _notes(group):
+            console.print(f"  not valid: {note}", style="dim", highlight=False)
+    console.print(LEGEND, style="dim", highlight=False)

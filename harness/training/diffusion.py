@@ -1,0 +1,124 @@
+"""Images encoded once, draws that depend on (seed, step) alone, and the denoising loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.models import DiffusionModel
+from harness.run import Run
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images and captions as the UNet trains on them, encoded once.
+
+    The posterior's mean and deviation are kept, so that each step draws a latent as if it encoded the image anew.
+    """
+
+    mean: Tensor  # [flips, images, channels, height, width]; flips: as given, and mirrored
+    deviation: Tensor  # same shape; standard deviation of the posterior
+    embeddings: Tensor  # [images, tokens, width]
+    scaling: float  # the VAE's scaling factor
+
+    def __len__(self) -> int:
+        return self.mean.shape[1]
+
+
+def pixels(images: Sequence, size: int) -> Tensor:
+    """Return PIL images as [images, 3, size, size] in [-1, 1]: shorter side resized, centre cropped."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    arrays = []
+    for image in images:
+        fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        arrays.append(np.asarray(fitted, dtype=np.float32) / 127.5 - 1.0)
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def encode_images(
+    model: DiffusionModel, run: Run, images: Sequence, captions: Sequence[str], *, flip: bool
+) -> EncodedImages:
+    """Encode PIL images and their captions. Raises ValueError when there are none or their numbers differ."""
+    if not images or len(images) != len(captions):
+        raise ValueError(f"{len(images)} images but {len(captions)} captions")
+    with run.ledger.phase("encode"), torch.no_grad(), run.autocast():
+        given = pixels(images, model.image_size)
+        means, deviations = [], []
+        for batch in [given, given.flip(-1)] if flip else [given]:
+            posteriors = [model.vae.encode(part.to(model.device)).latent_dist for part in batch.split(8)]
+            means.append(torch.cat([p.mean.float() for p in posteriors]))
+            deviations.append(torch.cat([p.std.float() for p in posteriors]))
+        embeddings = model.encode_text(captions).float()
+    return EncodedImages(
+        torch.stack(means), torch.stack(deviations), embeddings, model.vae.config.scaling_factor
+    )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One batch: what the UNet sees and what it should say."""
+
+    latents: Tensor  # [batch, channels, height, width]
+    noise: Tensor  # same shape
+    timesteps: Tensor  # [batch], uniform over the schedule
+    embeddings: Tensor  # [batch, tokens, width]
+
+
+def draw(encoded: EncodedImages, batch_size: int, timesteps: int, *, seed: int, step: int, device) -> Draw:
+    """Draw a batch as a function of (seed, step) alone.
+
+    Images go through shuffled epochs: every image is seen once before any is seen again. Everything is drawn on the
+    CPU, so that a GPU sees the same numbers.
+    """
+    from harness.seeds import mix
+
+    generator = torch.Generator().manual_seed(mix(seed, "batch", step))
+    count = len(encoded)
+    indices = []
+    orders: dict[int, list[int]] = {}
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, count)
+        if epoch not in orders:
+            order = torch.Generator().manual_seed(mix(seed, "epoch", epoch))
+            orders[epoch] = torch.randperm(count, generator=order).tolist()
+        indices.append(orders[epoch][place])
+    chosen = torch.tensor(indices)
+    flips = torch.randint(encoded.mean.shape[0], (batch_size,), generator=generator)
+    shape = (batch_size, *encoded.mean.shape[2:])
+    posterior_noise = torch.randn(shape, generator=generator)
+    noise = torch.randn(shape, generator=generator)
+    steps = torch.randint(timesteps, (batch_size,), generator=generator)
+    where = encoded.mean.device
+    chosen, flips = chosen.to(where), flips.to(where)
+    latents = encoded.mean[flips, chosen] + encoded.deviation[flips, chosen] * posterior_noise.to(where)
+    return Draw(
+        (latents * encoded.scaling).to(device),
+        noise.to(device),
+        steps.to(device),
+        encoded.embeddings[chosen].to(device),
+    )
+
+
+def denoising_losses(model: DiffusionModel, run: Run, scheduler, batch: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (losses [batch], noisy latents, prediction): mean squared error of the noise (or velocity) prediction.
+
+    The mean of the losses is the loss of the papers: E ||eps_theta(z_t, t, tau(c)) - eps||^2, mean over elements.
+    Raises ValueError for a prediction type that is neither epsilon nor v_prediction.
+    """
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    with run.autocast():
+        prediction = model.unet(noisy, batch.timesteps, batch.embeddings, return_dict=False)[0]
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        target = batch.noise
+    elif kind == "v_prediction":
+        target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    else:
+        raise ValueError(f"prediction type '{kind}' is not supported; epsilon and v_prediction are")
+    run.ledger.forward_passes += batch.latents.shape[0]
+    return (prediction.float() - target.float()).square().flatten(1).mean(1), noisy, prediction

@@ -1,0 +1,36 @@
+"""Sets of UNet parameters by name, as the papers and their code name them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+ParameterSet = Literal["attention", "cross_attention", "cross_attention_kv", "unet"]
+
+_ATTENTION = re.compile(r"\.attn[12]\.(to_q|to_k|to_v|to_out)\b")
+_PATTERNS: dict[str, re.Pattern] = {
+    "attention": _ATTENTION,
+    "cross_attention": re.compile(r"\.attn2\.(to_q|to_k|to_v|to_out)\b"),
+    "cross_attention_kv": re.compile(r"\.attn2\.(to_k|to_v)\b"),
+    "unet": re.compile(r""),
+}
+
+
+def clean(name: str) -> str:
+    """Return a parameter's name without what an injected peft adapter puts into it."""
+    return name.replace(".base_layer", "")
+
+
+def select(names: Iterable[str], parameter_set: ParameterSet) -> list[str]:
+    """Return the names "unet.…" that belong to the set, in the given order; adapter weights never do.
+
+    `attention`: q, k, v and out of self- and cross-attention (160 tensors of SD 1.x); `cross_attention`: of attn2
+    alone (80); `cross_attention_kv`: its key and value projections (32); `unet`: everything (686).
+    Raises ValueError when nothing matches: the model is not what the method is for.
+    """
+    pattern = _PATTERNS[parameter_set]
+    chosen = [n for n in names if n.startswith("unet.") and ".lora_" not in n and pattern.search(n)]
+    if not chosen:
+        raise ValueError(f"the UNet has no parameters of the set '{parameter_set}'")
+    return chosen

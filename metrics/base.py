@@ -1,0 +1,48 @@
+"""The contract of a metric: images, references and descriptions in; one number a prompt out.
+
+A metric carries what a reader of a table needs to know: direction, unit, range, backbone, preprocessing. Encoders are
+loaded once per worker. Like other methods, modules of metrics import torch inside their functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+class Metric:
+    """Base class of metrics. Subclasses set the class attributes and write `score`."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    direction: ClassVar[str]
+    """"higher": a greater value means more of what the attacker wants; "lower": less."""
+    unit: ClassVar[str]
+    range: ClassVar[tuple[float, float]]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @dataclass(frozen=True)
+    class Parameters:
+        """No parameters."""
+
+    def __init__(self, parameters: Any):
+        self.parameters = parameters
+
+    def about(self) -> dict[str, str]:
+        """Return backbone, preprocessing and library version, for each row."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        images: Sequence[Sequence[Image]],
+        references: Sequence[Image],
+        descriptions: Sequence[str],
+        device: torch.device,
+    ) -> list[float]:
+        """Return one value a prompt; `images[i]` were drawn for the prompt that `descriptions[i]` says in plain words."""
+        raise NotImplementedError

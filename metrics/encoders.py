@@ -1,0 +1,86 @@
+"""Image and text encoders of metrics, loaded once per process through open_clip and timm.
+
+The testbed's encoders are folders in hub layout and load through the same calls as the large ones.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+TESTBED = "testbed"
+BATCH_SIZE = 64
+
+
+def _location(backbone: str, kind: str) -> str:
+    """Return what the library loads: the testbed's folder for "testbed", otherwise `backbone` itself."""
+    if backbone != TESTBED:
+        return backbone
+    from harness.testbed import paths
+
+    return f"local-dir:{paths.CLIP if kind == 'clip' else paths.VIT}"
+
+
+@lru_cache(maxsize=2)
+def clip(backbone: str, pretrained: str | None, device: torch.device):
+    """Return (model, image transform, tokenizer) of an open_clip model in fp32."""
+    import open_clip
+    import torch
+
+    name = _location(backbone, "clip")
+    model, transform = open_clip.create_model_from_pretrained(
+        name, pretrained=pretrained, precision="fp32", device=device
+    )
+    model.eval().to(torch.float32)
+    return model, transform, open_clip.get_tokenizer(name)
+
+
+@lru_cache(maxsize=2)
+def vision(backbone: str, device: torch.device):
+    """Return (model, image transform) of a timm model without its head, in fp32."""
+    import timm
+    import torch
+
+    model = timm.create_model(_location(backbone, "vit"), pretrained=True, num_classes=0)
+    model.eval().to(device=device, dtype=torch.float32)
+    config = timm.data.resolve_model_data_config(model)
+    return model, timm.data.create_transform(**config, is_training=False)
+
+
+def encode_images(encode, transform, images: Sequence[Image], device: torch.device) -> Tensor:
+    """Return unit vectors [images, width] of PIL images."""
+    import torch
+
+    vectors = []
+    for start in range(0, len(images), BATCH_SIZE):
+        batch = torch.stack([transform(image) for image in images[start : start + BATCH_SIZE]])
+        with torch.no_grad():
+            vectors.append(encode(batch.to(device)).float())
+    return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
+
+
+def mean_similarity_by_prompt(
+    encode, transform, images: Sequence[Sequence[Image]], references: Sequence[Image], device: torch.device
+) -> list[float]:
+    """Return, for each prompt, the cosine averaged over all pairs of its images and the references (IMMA's code)."""
+    flat = [image for group in images for image in group]
+    drawn = encode_images(encode, transform, flat, device)
+    known = encode_images(encode, transform, references, device)
+    pairs = (drawn @ known.T).double().mean(dim=1)
+    values, start = [], 0
+    for group in images:
+        values.append(float(pairs[start : start + len(group)].mean()))
+        start += len(group)
+    return values
+
+
+def library(name: str) -> str:
+    """Return "name version" of an installed distribution."""
+    return f"{name} {importlib.metadata.version(name)}"

@@ -1,0 +1,46 @@
+"""Self-supervised image similarity (DINO): cosine of features that no text has shaped, over all pairs.
+
+IMMA uses DINO v1 ViT-S/16; its scorer feeds it CLIP's mean and deviation (imma.md, trap T2), which is put right here:
+each backbone gets its own preprocessing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metrics.base import Metric
+from metrics.encoders import library, mean_similarity_by_prompt, vision
+from harness.registry import register
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Defaults: the backbone of IMMA's tables."""
+
+    backbone: str = "vit_small_patch16_224.dino"
+    """A timm model, "hf-hub:…", "local-dir:…", or "testbed"."""
+
+
+@register("metric")
+class SelfSupervisedImage(Metric):
+    """Cosine between self-supervised features of generated and reference images, averaged over all pairs."""
+
+    name = "self_supervised_image"
+    version = 1
+    direction = "higher"
+    unit = "cosine"
+    range = (-1.0, 1.0)
+    Parameters = Parameters
+    presets = {"testbed": {"backbone": "testbed"}}
+
+    def about(self):
+        return {
+            "backbone": self.parameters.backbone,
+            "preprocessing": "the backbone's own",
+            "library": library("timm"),
+        }
+
+    def score(self, images, references, descriptions, device):
+        """Return the mean cosine of each prompt's images with all references."""
+        model, transform = vision(self.parameters.backbone, device)
+        return mean_similarity_by_prompt(model, transform, images, references, device)
