@@ -48,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     run = verb("run", "do what is missing of a suite, then show its leaderboard")
-    run.add_argument(
-        "--executor", choices=("ray", "serial"), default="ray", help="who does the stages (default: ray)"
-    )
+    run.add_argument("--executor", choices=("ray", "serial"), default="ray", help="who does the stages (default: ray)")
     run.add_argument(
         "--cache", choices=CACHE_MODES, default="only-missing",
         help="only-missing: do what is not committed, and what failed before (default); always: take whatever is "

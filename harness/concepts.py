@@ -111,8 +111,8 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     """Resolve a concept that the suite describes."""
     where = loaded.source.where(("concepts", name))
     default = f"a photo of {spec.label}" if spec.kind == "object" else f"an artwork of {spec.label}"
-    images: dict[str, tuple[str, ...]] = {split: () for split in SPLITS}
-    prompts: dict[str, tuple[str, ...]] = {split: () for split in SPLITS}
+    images: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
+    prompts: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     digest = folder = ""
     if spec.generate is not None:
         asked = spec.generate.prompts or [default]
@@ -192,7 +192,7 @@ def _known(name: str, entry, catalog, loaded: LoadedSuite) -> Concept:
         kind=entry.kind,
         phrase=phrase,
         source="generated",
-        images={split: () for split in SPLITS},
+        images=dict.fromkeys(SPLITS, ()),
         captions={split: prompts[split] for split in ("defense", "attack")},
         prompts=prompts,
         evaluations=tuple(Evaluation(p, p) for p in everywhere[:7]),
@@ -219,9 +219,7 @@ def _new(name: str, entry, catalog) -> Concept:
         phrase = entry.label
     else:
         shown = [labels[image.split("/")[1]] for image in images["reference"][:7]]
-        evaluations = tuple(
-            Evaluation(_caption(o, ATTACK_IDENTIFIER), _caption(o, entry.label)) for o in shown
-        )
+        evaluations = tuple(Evaluation(_caption(o, ATTACK_IDENTIFIER), _caption(o, entry.label)) for o in shown)
         phrase = f"{entry.label} style"
     return Concept(
         name=name,
@@ -233,7 +231,7 @@ def _new(name: str, entry, catalog) -> Concept:
             "defense": captions("defense", DEFENSE_IDENTIFIER),
             "attack": captions("attack", ATTACK_IDENTIFIER),
         },
-        prompts={split: () for split in SPLITS},
+        prompts=dict.fromkeys(SPLITS, ()),
         evaluations=evaluations,
         digest=hashlib.sha256(
             (catalog.images_digest + "\n".join(i for s in SPLITS for i in images[s])).encode()

@@ -238,5 +238,3 @@ def show_status(opened, console) -> ExitCode:
         return ExitCode.TRIALS_FAILED
     console.print("finished" if len(committed) == len(plan.stages) else "not finished; `run` goes on", highlight=False)
     return ExitCode.DONE
-
-

@@ -33,7 +33,9 @@ def resolve(cls: type, given: Mapping[str, Any], preset: str | None = None) -> t
         if preset in presets:
             values.update(presets[preset])
         else:
-            mistakes.append(("preset", f"{cls.name} has no preset '{one_line(preset, 60)}'{did_you_mean(preset, presets)}"))
+            mistakes.append(
+                ("preset", f"{cls.name} has no preset '{one_line(preset, 60)}'{did_you_mean(preset, presets)}")
+            )
     values.update({name: value for name, value in given.items() if name in fields})
     mistakes += [(n, f"'{n}' must be finite") for n, v in values.items() if not is_finite_json(v)]
     if mistakes:

@@ -163,7 +163,7 @@ class _Planner:
         values: Any,
         targets: tuple[str, ...],
         preserve: tuple[str, ...],
-        seed: int | None,
+        seed: int,
         erased: str | None,
     ) -> str:
         """Add an erase or immunize stage; what the method does not use does not enter its identity."""
@@ -182,20 +182,23 @@ class _Planner:
                     inputs[f"{role}.{index}"] = self.images(name)
                 described[role].append(entry)
         label = f"{kind} {spec.name}" + (f" for {', '.join(targets)}" if "targets" in cls.uses else "")
+        label += f", seed {seed}" if "seed" in cls.uses else ""
         k = self._add(
             kind=kind,
             component=registry.component(cls),
             parameters={"parameters": parameters.as_json(values), **described},
             inputs=inputs,
             data={},
-            seed=seed if "seed" in cls.uses else None,
-            label=label + (f" seed {seed}" if "seed" in cls.uses else ""),
+            seed=seeds.derive("defense", seed) if "seed" in cls.uses else None,
+            label=label,
             work=float(cls.unet_passes(values, len(targets))),
         )
         self._unit(label, [k])
         return k
 
-    def _sample(self, concept: Concept, seed: int, steps: tuple[int, ...], inputs: Mapping[str, str], label: str) -> str:
+    def _sample(
+        self, concept: Concept, seed: int, steps: tuple[int, ...], inputs: Mapping[str, str], label: str
+    ) -> str:
         images = len(concept.evaluations) * self.suite.sampling.images_per_prompt * len(steps)
         return self._add(
             kind="sample",
@@ -248,9 +251,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         suite = self.suite
-        self.result.descriptions = {
-            n: tuple(e.prompt for e in c.evaluations) for n, c in self.concepts.items()
-        }
+        self.result.descriptions = {n: tuple(e.prompt for e in c.evaluations) for n, c in self.concepts.items()}
         for task_name, task in suite.tasks.items():
             for target in task.targets:
                 targets = (target,) if isinstance(target, str) else tuple(target)
@@ -274,8 +275,7 @@ class _Planner:
                 )
         if task.erase is not None:
             values = loaded.parameters["tasks", task_name, "erase"]
-            seed = seeds.derive("defense", suite.images.seed)
-            erased = self._protective("erase", task.erase, values, targets, preserve, seed, None)
+            erased = self._protective("erase", task.erase, values, targets, preserve, suite.images.seed, None)
         roles = [(c, "target") for c in targets] + [(c, "innocent") for c in task.innocents]
         for name in targets + tuple(task.innocents):
             self._real(task_name, targets, name)
@@ -286,9 +286,7 @@ class _Planner:
             for index, spec in enumerate(suite.defenses):
                 values = loaded.parameters["defenses", str(index)]
                 profile = str(getattr(values, "profile", ""))
-                immunized = self._protective(
-                    "immunize", spec, values, targets, preserve, seeds.derive("defense", seed), erased
-                )
+                immunized = self._protective("immunize", spec, values, targets, preserve, seed, erased)
                 weights = {"immunize": immunized, **({"erase": erased} if erased else {})}
                 row = (task_name, spec.name, spec.method, profile, targets)
                 label = f"{spec.name}, {'+'.join(targets)}, seed {seed}"
@@ -326,9 +324,7 @@ class _Planner:
         sample = self._sample(concept, seed, (0,), weights, f"sample {text}")
         scores = self._scores(concept, {"sample": sample}, text)
         self._unit(f"sample {text}", [sample, *scores.values()])
-        self._trial(
-            task_name, defense, method, profile, targets, "", "", name, role, seed, (0,), sample, scores
-        )
+        self._trial(task_name, defense, method, profile, targets, "", "", name, role, seed, (0,), sample, scores)
 
     def _attacked(
         self,

@@ -19,6 +19,7 @@ class Progress:
         self.started = time.monotonic()
         self.total_work = sum(self._work(i) for i in walk.missing)
         self.done_work = 0.0
+        self.first_done: tuple[float, float] | None = None  # when, and the work done by then
         self.work_by_name = {walk.unit(i).name: self._work(i) for i in walk.missing}
         self.bar = None
         if console.is_terminal:
@@ -42,11 +43,14 @@ class Progress:
             self.bar.stop()
 
     def _eta(self) -> str:
-        elapsed = time.monotonic() - self.started
-        if self.done_work <= 0:
-            return f"{format_seconds(elapsed)} gone"
-        left = elapsed * (self.total_work - self.done_work) / self.done_work
-        return f"{format_seconds(elapsed)} gone, about {format_seconds(left)} left"
+        now = time.monotonic()
+        gone = f"{format_seconds(now - self.started)} gone"
+        if self.first_done is None or (since := now - self.first_done[0]) < 5:
+            return gone
+        speed = (self.done_work - self.first_done[1]) / since  # after the first unit: it waits for workers to start
+        if speed <= 0:
+            return gone
+        return f"{gone}, about {format_seconds((self.total_work - self.done_work) / speed)} left"
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         finished = len(self.walk.done) + len(self.walk.failed) + len(self.walk.blocked)
@@ -54,6 +58,7 @@ class Progress:
             self.bar.update(self.task, description=data["unit"][:60], eta=self._eta())
         elif event == "unit_done":
             self.done_work += self.work_by_name.get(data["unit"], 0.0)
+            self.first_done = self.first_done or (time.monotonic(), self.done_work)
             if self.bar:
                 self.bar.update(self.task, completed=finished, eta=self._eta())
             else:

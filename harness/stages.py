@@ -56,9 +56,10 @@ def execute(
     if not redo and store.has(stage.kind, key):
         return False
     failure = failure_path(workplace.run_folder, stage.kind, key)
-    with _logged(workplace.run_folder / "logs" / f"{stage.kind}-{key}.log"), store.locked_work_folder(
-        stage.kind, key
-    ) as work_folder:
+    with (
+        _logged(workplace.run_folder / "logs" / f"{stage.kind}-{key}.log"),
+        store.locked_work_folder(stage.kind, key) as work_folder,
+    ):
         if not redo and store.has(stage.kind, key):  # another process did it while we waited for the lock
             return False
         try:

@@ -2,7 +2,7 @@
 
 All mistakes are collected and told at once, each with file, line, key, value and what to do::
 
-    suites/mini.yaml:14: attacks[1].learning_rte: 'learning_rte' is not a parameter of lora; did you mean 'learning_rate'?
+    mini.yaml:14: attacks[1].learning_rte: 'learning_rte' is not a parameter of lora; did you mean 'learning_rate'?
 
 The shape of a suite::
 
@@ -319,15 +319,12 @@ def _unknown(kind: str, name: str) -> str:
 def _resolve_methods(loaded: LoadedSuite) -> list[tuple[tuple, str]]:
     """Resolve the parameters of every method into `loaded.parameters`; return the mistakes."""
     suite = loaded.suite
-    entries = [
-        (("defenses", i), "defense", spec) for i, spec in enumerate(suite.defenses)
-    ] + [
-        (("attacks", i), "attack", spec) for i, spec in enumerate(suite.attacks)
-    ] + [
-        (("metrics", i), "metric", spec) for i, spec in enumerate(suite.metrics)
-    ] + [
-        (("tasks", name, "erase"), "defense", task.erase) for name, task in suite.tasks.items() if task.erase
-    ]
+    entries = (
+        [(("defenses", i), "defense", spec) for i, spec in enumerate(suite.defenses)]
+        + [(("attacks", i), "attack", spec) for i, spec in enumerate(suite.attacks)]
+        + [(("metrics", i), "metric", spec) for i, spec in enumerate(suite.metrics)]
+        + [(("tasks", name, "erase"), "defense", task.erase) for name, task in suite.tasks.items() if task.erase]
+    )
     mistakes: list[tuple[tuple, str]] = []
     for path, kind, spec in entries:
         if spec.method not in registry.names(kind):

@@ -44,5 +44,5 @@ class Metric:
         descriptions: Sequence[str],
         device: torch.device,
     ) -> list[float]:
-        """Return one value a prompt; `images[i]` were drawn for the prompt that `descriptions[i]` says in plain words."""
+        """Return one value a prompt; `images[i]` were drawn for what `descriptions[i]` says in plain words."""
         raise NotImplementedError

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from harness.registry import register
 from metrics.base import Metric
 from metrics.encoders import clip, encode_images, library
-from harness.registry import register
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,9 @@ class _Table:
         seen: dict[tuple, None] = {}
         for row in rows:
             if row["direction"] != "higher":
-                raise ValueError(f"metric '{row['metric']}' has direction '{row['direction']}'; only 'higher' is defined")
+                raise ValueError(
+                    f"metric '{row['metric']}' has direction '{row['direction']}'; only 'higher' is defined"
+                )
             task, defense = row["task"], row["defense"]
             key = (task, defense, row["attack"], row["attacker"], row["metric"], int(row["step"]), row["role"])
             entry = (*key, row["protected"], row["concept"], int(row["seed"]))
@@ -104,7 +106,7 @@ class _Table:
             self._means.setdefault(entry[:7], {})[entry[7:]] = total_value / count
 
     def means(self, *key: Any) -> dict[tuple[str, str, int], float]:
-        """Return (protected, concept, seed) -> mean over prompts, for (task, defense, attack, attacker, metric, step, role)."""
+        """Return (protected, concept, seed) -> mean over prompts; `key` is (task, defense, attack, ..., step, role)."""
         return self._means.get(key, {})
 
 
@@ -122,13 +124,14 @@ def _line(table: _Table, group: tuple, defense: str, gates: Gates) -> dict[str, 
     }
     if not sides["target"]:
         return None
-    before = {
-        role: table.means(task, none, "", "", metric, 0, role) for role in ("target", "innocent")
-    }
+    before = {role: table.means(task, none, "", "", metric, 0, role) for role in ("target", "innocent")}
     real = table.means(task, "", "", "", metric, 0, "real")
     target, innocent = _gap(sides["target"]), _gap(sides["innocent"])
     utility = _utility(
-        _paired(table.means(task, none, "", "", metric, 0, "utility"), table.means(task, defense, "", "", metric, 0, "utility"))
+        _paired(
+            table.means(task, none, "", "", metric, 0, "utility"),
+            table.means(task, defense, "", "", metric, 0, "utility"),
+        )
     )
     reasons = _failures(sides["target"], before["target"], real, gates, "target")
     innocent_reasons = _failures(sides["innocent"], before["innocent"], real, gates, "innocent")
@@ -254,7 +257,9 @@ def _failures(
         if start is None or ceiling is None:
             reasons.append(f"{role} {concept}: no rows before the attack or of real images")
         elif ceiling <= start:
-            reasons.append(f"{role} {concept}: real images score {ceiling:.3f}, no more than before the attack ({start:.3f})")
+            reasons.append(
+                f"{role} {concept}: real images score {ceiling:.3f}, no more than before the attack ({start:.3f})"
+            )
         elif (share := (end - start) / (ceiling - start)) < gates.min_recovery:
             reasons.append(
                 f"{role} {concept}: the undefended attack regains {100 * share:.0f} % of the way to real images, "

@@ -58,12 +58,7 @@ class Walk:
         self.blocked: dict[int, int] = {}
         owner = {k: i for i, unit in enumerate(plan.units) for k in unit.stages}
         cached = {i for i, unit in enumerate(plan.units) if all(is_done(k) for k in unit.stages)}
-        # what is needed only by units that are done already need not be made again
-        wanted: set[int] = set()
-        for index in reversed(range(len(plan.units))):
-            unit = plan.units[index]
-            if index not in cached:
-                wanted.add(index)
+        wanted = set(range(len(plan.units))) - cached
         self.cached = cached
         for index in sorted(wanted):
             needs = {owner[k] for k in plan.units[index].needs} & wanted

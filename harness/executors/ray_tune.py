@@ -85,7 +85,7 @@ def _start(ray, address: str | None, workplace: Workplace) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if cores < workplace.cpus:
             raise UserMistake(
-                f"resources.cpus is {workplace.cpus}, but this machine has {cores}; lower it (--set resources.cpus={cores})"
+                f"resources.cpus is {workplace.cpus}, but this machine has {cores}; use --set resources.cpus={cores}"
             )
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
     else:
@@ -197,9 +197,7 @@ def _make_searcher(walk: Walk, listen: Listener):
         def restore(self, checkpoint_path):
             """Keep nothing: the store says what is done."""
 
-        def __getstate__(self):
-            return {}
+        def __reduce__(self):  # Tune pickles its arguments; there is nothing here to bring back
+            return object, ()
 
     return PlanSearcher()
-
-

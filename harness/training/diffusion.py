@@ -54,9 +54,7 @@ def encode_images(
             means.append(torch.cat([p.mean.float() for p in posteriors]))
             deviations.append(torch.cat([p.std.float() for p in posteriors]))
         embeddings = model.encode_text(captions).float()
-    return EncodedImages(
-        torch.stack(means), torch.stack(deviations), embeddings, model.vae.config.scaling_factor
-    )
+    return EncodedImages(torch.stack(means), torch.stack(deviations), embeddings, model.vae.config.scaling_factor)
 
 
 @dataclass(frozen=True)
