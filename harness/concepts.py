@@ -14,7 +14,6 @@ are compared with. They are disjoint.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ SPLITS = ("defense", "attack", "reference")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TESTBED = "testbed"
 
+EVALUATION_PROMPTS = 7
+"""Prompts of a testbed concept: one for each learned style, or seven objects of a style."""
 DEFENSE_IDENTIFIER = "zq"
 """What the defender calls a new concept. Not what the attacker calls it: the attacker's token is unknown."""
 ATTACK_IDENTIFIER = "sk"
@@ -51,6 +52,7 @@ class Concept:
     source: str  # catalog | folder | generated
     images: Mapping[str, tuple[str, ...]]  # split -> catalog ids or file names; () for generated
     captions: Mapping[str, tuple[str, ...]]  # defense, attack -> one caption an image
+    descriptions: tuple[str, ...]  # plain words for each image of the attack split
     prompts: Mapping[str, tuple[str, ...]]  # split -> generating prompts; () unless generated
     evaluations: tuple[Evaluation, ...]
     digest: str  # of the images' content; "" when generated
@@ -130,9 +132,18 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         captions[split] = tuple(asked[i % len(asked)] for i in range(count))
     evaluations = tuple(Evaluation(p, p) for p in spec.evaluation_prompts or [default])
     return Concept(
-        name, spec.kind, spec.label, "generated" if spec.generate else "folder", images, captions, prompts,
-        evaluations, digest, folder,
-    )  # fmt: skip
+        name=name,
+        kind=spec.kind,
+        phrase=spec.label,
+        source="generated" if spec.generate else "folder",
+        images=images,
+        captions=captions,
+        descriptions=captions["attack"],
+        prompts=prompts,
+        evaluations=evaluations,
+        digest=digest,
+        folder=folder,
+    )
 
 
 def _read_folder(path: Path, spec: ConceptSpec, where: str, name: str) -> tuple[dict[str, tuple[str, ...]], str]:
@@ -167,73 +178,69 @@ def _from_catalog(name: str, loaded: LoadedSuite) -> Concept:
     catalog = testbed_catalog.load()
     try:
         entry = catalog.concept(name)
-    except KeyError as error:
-        raise UserMistake(f"{_where(loaded, name)}: {error.args[0]}") from None
-    return _known(name, entry, catalog, loaded) if entry.learned else _new(name, entry, catalog)
+    except ValueError as error:
+        raise UserMistake(f"{_where(loaded, name)}: {error}") from None
+    return _known(entry, catalog, loaded.suite.images.per_split) if entry.learned else _new(entry, catalog)
 
 
-def _caption(subject: str, style: str) -> str:
-    return f"a picture of {subject} in {style} style"
-
-
-def _known(name: str, entry, catalog, loaded: LoadedSuite) -> Concept:
+def _known(entry, catalog, per_split: int) -> Concept:
     """A learned concept: the base model draws it, under its own words (IMMA: training prompt = evaluation prompt)."""
+    from harness.testbed.captions import caption
+
     if entry.kind == "object":
-        everywhere = [_caption(entry.label, s.word) for s in catalog.styles if s.learned]
+        everywhere = [caption(entry.label, s.id) for s in catalog.styles.values() if s.learned]
         phrase = entry.label
     else:
-        objects = [o for o in catalog.objects if o.learned]
-        everywhere = [_caption(o.label, entry.label) for o in objects[:: max(1, len(objects) // 20)][:20]]
+        objects = [o for o in catalog.objects.values() if o.learned]
+        everywhere = [caption(o.label, entry.label) for o in objects[:: max(1, len(objects) // 20)][:20]]
         phrase = f"{entry.label} style"
-    count = loaded.suite.images.per_split
-    prompts = {split: tuple(everywhere[i % len(everywhere)] for i in range(count)) for split in SPLITS}
+    prompts = {split: tuple(everywhere[i % len(everywhere)] for i in range(per_split)) for split in SPLITS}
     return Concept(
-        name=name,
+        name=entry.ref,
         kind=entry.kind,
         phrase=phrase,
         source="generated",
         images=dict.fromkeys(SPLITS, ()),
         captions={split: prompts[split] for split in ("defense", "attack")},
+        descriptions=prompts["attack"],
         prompts=prompts,
-        evaluations=tuple(Evaluation(p, p) for p in everywhere[:7]),
+        evaluations=tuple(Evaluation(p, p) for p in everywhere[:EVALUATION_PROMPTS]),
         digest="",
     )
 
 
-def _new(name: str, entry, catalog) -> Concept:
+def _new(entry, catalog) -> Concept:
     """A held-out concept: taught by its drawings, under an identifier that the other side does not know."""
-    labels = {o.slug: o.label for o in catalog.objects}
-    images = {split: tuple(entry.images[split]) for split in SPLITS}
+    from harness.digests import of_testbed
+    from harness.testbed.captions import caption
 
-    def captions(split: str, identifier: str) -> tuple[str, ...]:
-        pairs = [image.split("/") for image in images[split]]
+    images = {split: entry.images(split) for split in SPLITS}
+
+    def captions(split: str, identifier: str | None) -> tuple[str, ...]:
+        """Captions under an identifier, or in plain words for None."""
+        shown = [catalog.describe(image) for image in images[split]]
         if entry.kind == "object":
-            return tuple(_caption(f"{identifier} object", style) for style, _ in pairs)
-        return tuple(_caption(labels[slug], identifier) for _, slug in pairs)
+            return tuple(caption(f"{identifier} object" if identifier else o.label, s.id) for o, s in shown)
+        return tuple(caption(o.label, identifier or s.id) for o, s in shown)
 
     if entry.kind == "object":
-        styles = [s.word for s in catalog.styles if s.learned]
-        evaluations = tuple(
-            Evaluation(_caption(f"{ATTACK_IDENTIFIER} object", s), _caption(entry.label, s)) for s in styles
-        )
-        phrase = entry.label
+        styles = [s.id for s in catalog.styles.values() if s.learned]
+        pairs = [(caption(f"{ATTACK_IDENTIFIER} object", s), caption(entry.label, s)) for s in styles]
     else:
-        shown = [labels[image.split("/")[1]] for image in images["reference"][:7]]
-        evaluations = tuple(Evaluation(_caption(o, ATTACK_IDENTIFIER), _caption(o, entry.label)) for o in shown)
-        phrase = f"{entry.label} style"
+        labels = [catalog.describe(image)[0].label for image in images["reference"]]
+        pairs = [(caption(o, ATTACK_IDENTIFIER), caption(o, entry.label)) for o in labels]
     return Concept(
-        name=name,
+        name=entry.ref,
         kind=entry.kind,
-        phrase=phrase,
+        phrase=entry.label if entry.kind == "object" else f"{entry.label} style",
         source="catalog",
         images=images,
         captions={
             "defense": captions("defense", DEFENSE_IDENTIFIER),
             "attack": captions("attack", ATTACK_IDENTIFIER),
         },
+        descriptions=captions("attack", None),
         prompts=dict.fromkeys(SPLITS, ()),
-        evaluations=evaluations,
-        digest=hashlib.sha256(
-            (catalog.images_digest + "\n".join(i for s in SPLITS for i in images[s])).encode()
-        ).hexdigest(),
+        evaluations=tuple(Evaluation(*pair) for pair in pairs[:EVALUATION_PROMPTS]),
+        digest=digest_of_json({"archive": of_testbed("images.zip"), "images": images}),
     )

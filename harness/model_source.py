@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness import digests
 from harness.errors import UserMistake, one_line
-from harness.identity import digest_of_file, digest_of_json
 
 TESTBED = "testbed"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -37,18 +36,18 @@ def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
     """Return the source of a `ModelSpec`. Raises UserMistake when it cannot be a model; reaches no network."""
     extra = {"variant": spec.variant} if spec.variant else {}
     if spec.id == TESTBED:
-        from harness.testbed import paths, verify
+        from harness.testbed import paths
 
         if spec.revision or spec.variant:
             raise UserMistake(f"{where}: model: 'testbed' takes neither revision nor variant; remove them")
-        return ModelSource({"source": "testbed", "revision": verify.digest_of("generator")}, str(paths.GENERATOR))
+        return ModelSource({"source": "testbed", "revision": digests.of_testbed("generator")}, str(paths.GENERATOR))
     path = Path(spec.id).expanduser()
     path = path if path.is_absolute() else relative_to / path
     looks_like_path = spec.id.startswith((".", "/", "~")) or path.is_dir()
     if looks_like_path:
         _check_folder(path, spec.id, spec.variant, where)
         return ModelSource(
-            {"source": "folder", "revision": _digest_of_folder(path), **extra}, str(path), None, spec.variant
+            {"source": "folder", "revision": digests.of_folder(path), **extra}, str(path), None, spec.variant
         )
     if not _HUB_ID.match(spec.id):
         raise UserMistake(
@@ -116,45 +115,3 @@ def _check_folder(path: Path, given: str, variant: str | None, where: str) -> No
                 f"{where}: model: '{given}/{component}' holds no safetensors weights{wanted}; pickled weights are "
                 "not loaded: save the model with safe_serialization=True"
             )
-
-
-def _digest_of_folder(path: Path) -> str:
-    """Return a digest of everything in a model folder that is read, remembering the digests of large files."""
-    suffixes = {".json", ".safetensors", ".txt"}
-    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
-    memory = _DigestMemory()
-    digests = {p.relative_to(path).as_posix(): memory.digest(p) for p in files}
-    memory.save()
-    return digest_of_json(digests)[:40]
-
-
-class _DigestMemory:
-    """Digests by path, size and time of change, kept between runs: hashing gigabytes at each start is slow."""
-
-    def __init__(self) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.file = cache / "immunitybench" / "digests.json"
-        try:
-            self.known: dict[str, str] = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.known = {}
-        self.is_changed = False
-
-    def digest(self, path: Path) -> str:
-        stat = path.stat()
-        entry = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if entry not in self.known:
-            self.known[entry] = digest_of_file(path)
-            self.is_changed = True
-        return self.known[entry]
-
-    def save(self) -> None:
-        if not self.is_changed:
-            return
-        from harness.store import write_json
-
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.file, self.known)
-        except OSError:
-            pass  # a memory that cannot be kept costs time only

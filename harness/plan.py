@@ -84,14 +84,11 @@ class _Planner:
         self._units: dict[tuple[str, ...], Unit] = {}
         self._images: dict[str, str] = {}
         self._done_trials: set[tuple] = set()
-        self.metric_components = [
-            (
-                spec.name,
-                registry.component(registry.get("metric", spec.method)),
-                {"parameters": parameters.as_json(loaded.parameters["metrics", str(i)])},
-            )
-            for i, spec in enumerate(self.suite.metrics)
-        ]
+        self.metrics = []  # (label, component, parameters, data)
+        for index, spec in enumerate(self.suite.metrics):
+            cls, values = registry.get("metric", spec.method), loaded.parameters["metrics", str(index)]
+            described = {"parameters": parameters.as_json(values)}
+            self.metrics.append((spec.name, registry.component(cls), described, cls(values).data()))
         self.sampling = self.suite.sampling.model_dump()
 
     # -- stages ------------------------------------------------------------------------------------------
@@ -219,7 +216,7 @@ class _Planner:
         descriptions = [e.description for e in concept.evaluations]
         references = self.images(concept.name)
         if "images" in generated:  # real images: each with the words that describe it
-            descriptions = [self._describe(concept, i) for i in range(concept.count("attack"))]
+            descriptions = list(concept.descriptions)
         return {
             name: self._add(
                 kind="score",
@@ -227,25 +224,12 @@ class _Planner:
                 parameters={**values, "descriptions": descriptions},
                 model={},
                 inputs={**generated, "references": references},
-                data={},
+                data=data,
                 seed=None,
                 label=f"{name} of {label}",
             )
-            for name, component, values in self.metric_components
+            for name, component, values, data in self.metrics
         }
-
-    @staticmethod
-    def _describe(concept: Concept, index: int) -> str:
-        """Return the plain description of an image of the attack split."""
-        if concept.source == "generated":
-            return concept.prompts["attack"][index]
-        caption = concept.captions["attack"][index]
-        for evaluation in concept.evaluations:  # the same words as an evaluation prompt, identifier replaced
-            if evaluation.prompt == caption:
-                return evaluation.description
-        from harness.concepts import ATTACK_IDENTIFIER
-
-        return caption.replace(f"{ATTACK_IDENTIFIER} object", concept.phrase)
 
     # -- trials ------------------------------------------------------------------------------------------
 

@@ -33,6 +33,10 @@ class Metric:
     def __init__(self, parameters: Any):
         self.parameters = parameters
 
+    def data(self) -> dict[str, str]:
+        """Return the digests of local files that the result depends on, such as a backbone's: part of the identity."""
+        return {}
+
     def about(self) -> dict[str, str]:
         """Return backbone, preprocessing and library version, for each row."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import clip, library, mean_similarity_by_prompt
+from metrics.encoders import clip, data_digest, library, mean_similarity_by_prompt
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class ClipImage(Metric):
     range = (-1.0, 1.0)
     Parameters = Parameters
     presets = {"testbed": {"backbone": "testbed", "pretrained": None}}
+
+    def data(self):
+        return data_digest(self.parameters.backbone, "clip")
 
     def about(self):
         p = self.parameters

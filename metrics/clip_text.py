@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import clip, encode_images, library
+from metrics.encoders import clip, data_digest, encode_images, library
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class ClipText(Metric):
     range = (-100.0, 100.0)
     Parameters = Parameters
     presets = {"testbed": {"backbone": "testbed", "pretrained": None}}
+
+    def data(self):
+        return data_digest(self.parameters.backbone, "clip")
 
     def about(self):
         p = self.parameters

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +27,17 @@ def _location(backbone: str, kind: str) -> str:
     from harness.testbed import paths
 
     return f"local-dir:{paths.CLIP if kind == 'clip' else paths.VIT}"
+
+
+def data_digest(backbone: str, kind: str) -> dict[str, str]:
+    """Return the digest of a backbone that lies in files here; {} for one that its name pins."""
+    from harness import digests
+
+    if backbone == TESTBED:
+        return {"backbone": digests.of_testbed("evaluators/clip" if kind == "clip" else "evaluators/vit")}
+    if backbone.startswith("local-dir:"):
+        return {"backbone": digests.of_folder(Path(backbone.removeprefix("local-dir:")))}
+    return {}
 
 
 @lru_cache(maxsize=2)
