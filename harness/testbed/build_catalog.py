@@ -79,8 +79,10 @@ def build(work: Path, out: Path) -> None:
                 for position, slug in enumerate(curated)}
     concepts |= {f"style:{source.style}": style_splits(source.style, drawn) for source in STYLES}
     catalog = {
-        "styles": [{"id": s.style, "package": s.package, "version": s.version, "licence": s.licence,
-                    "attribution": f"{s.author}, https://github.com/{s.home}", "learned": s.style not in HELD_OUT_STYLES} for s in STYLES],
+        "styles": [{"id": source.style, "package": source.package, "version": source.version,
+                    "licence": source.licence,
+                    "attribution": f"{source.author}, https://github.com/{source.home}",
+                    "learned": source.style not in HELD_OUT_STYLES} for source in STYLES],
         "objects": [{"id": slug, **names[slug], "learned": slug in LEARNED_OBJECTS} for slug in curated],
         "concepts": concepts,
         "images": shipped,

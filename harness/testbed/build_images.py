@@ -28,6 +28,7 @@ from harness.testbed.sources import GROUPS, NAMES, STYLES, Source
 
 SIZE = 64
 RENDER_SIZE = 192
+NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 
 
 def slug_of(label: str) -> str:
@@ -83,8 +84,8 @@ def svg_texts(icon_set: dict, slugs: list[str]) -> dict[str, str]:
         width = icon.get("width", icon_set.get("width", 16))
         height = icon.get("height", icon_set.get("height", 16))
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        texts[slug] = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                       f'width="{width}" height="{height}" viewBox="{box}" color="#000000">{icon["body"]}</svg>')
+        texts[slug] = (f'<svg {NAMESPACES} width="{width}" height="{height}" viewBox="{box}" '
+                       f'color="#000000">{icon["body"]}</svg>')
     return texts
 
 

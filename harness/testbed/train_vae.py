@@ -91,8 +91,8 @@ def main() -> None:
     report = training.Report(100, options.steps)
     forward = torch.compile(RoundTrip(vae)) if options.compile else RoundTrip(vae)
     for step in range(start, options.steps):
-        rows = torch.cat([training.batches(curated, options.batch // 2, step),
-                          training.batches(every, options.batch - options.batch // 2, step)])
+        rows = torch.cat([training.batches(curated, options.batch // 2),
+                          training.batches(every, options.batch - options.batch // 2)])
         images = training.to_tensor(pixels[rows.numpy()]).to(device, memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate(step, options.steps, options.rate)

@@ -7,7 +7,6 @@ import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -44,7 +43,8 @@ def precision(device: torch.device):
 
 def _has_bf16_instructions() -> bool:
     try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text() or "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
     except OSError:
         return False
 
@@ -133,6 +133,6 @@ class Report:
             self.sums, self.count, self.start = {}, 0, time.time()
 
 
-def batches(indices: torch.Tensor, batch: int, step: int, draw: Callable = torch.randint) -> torch.Tensor:
+def batches(indices: torch.Tensor, batch: int) -> torch.Tensor:
     """``batch`` of the given indices, drawn with replacement by the global generator."""
-    return indices[draw(0, len(indices), (batch,))]
+    return indices[torch.randint(0, len(indices), (batch,))]
