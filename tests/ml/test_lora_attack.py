@@ -1,0 +1,174 @@
+"""The LoRA attack: only the adapter trains, the artifact is diffusers' own, an honest attacker honours the publisher."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from attacks.base import AttackedConcept, Budget
+from attacks.lora import Lora, Parameters
+from harness.protection import AdaptationHook, HookSpec, Protection
+from harness.registry import register
+from harness.training.selection import select
+
+
+def _adapt(model, run, files, folder, *, steps=(2, 4), protection=None, attacker="honest", **changes):
+    """Run the attack; return the folders of its checkpoints by step."""
+    attack = Lora(dataclasses.replace(Parameters(), **({"learning_rate": 1e-2} | changes)))
+    concept = AttackedConcept("object", ("a purse",) * len(files), files)
+    saved = {}
+    budget = Budget(tuple(steps), 2, attacker)
+    for checkpoint in attack.adapt(model, concept, protection or Protection(), budget, run):
+        saved[checkpoint.step] = folder / f"{checkpoint.step}"
+        saved[checkpoint.step].mkdir(parents=True)
+        checkpoint.save(saved[checkpoint.step])
+    return saved
+
+
+def _tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def test_checkpoints_come_at_the_steps_asked_for(model, make_run, purse_files, tmp_path):
+    """Two steps asked for, two adapters, and they differ."""
+    saved = _adapt(model, make_run(), purse_files, tmp_path)
+    early, late = _tensors(saved[2]), _tensors(saved[4])
+
+    assert sorted(saved) == [2, 4]
+    assert any(not torch.equal(early[n], late[n]) for n in early)
+
+
+def test_base_weights_stay_bit_equal(model, make_run, purse_files, tmp_path):
+    """LoRA trains its adapter alone and leaves no trace in the model."""
+    before = {n: p.detach().clone() for n, p in model.parameters().items()}
+    _adapt(model, make_run(), purse_files, tmp_path)
+
+    assert model.is_restorable()
+    assert all(torch.equal(p, before[n]) for n, p in model.parameters().items())
+
+
+def test_adapter_loads_with_diffusers_alone_and_draws_the_same(model, make_run, purse_files, tmp_path, tiny_folder):
+    """A fresh pipeline with load_lora_weights gives the images that ours gives."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = _adapt(model, make_run(), purse_files, tmp_path, rank=4, alpha=8.0)[4]
+
+    def draw(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            "a purse", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)
+        ).images
+
+    plain = draw(model.pipeline)
+    Lora(None).load(model, folder)
+    ours = draw(model.pipeline)
+    Lora(None).unload(model)
+    fresh = StableDiffusionPipeline.from_pretrained(tiny_folder / "model", safety_checker=None)
+    fresh.load_lora_weights(folder)
+
+    assert abs(draw(fresh) - ours).max() < 1e-5
+    assert abs(ours - plain).max() > 1e-4
+    assert abs(draw(model.pipeline) - plain).max() == 0.0
+
+
+def test_losses_equal_a_plain_loop_with_diffusers_and_peft(model, make_run, purse_files, tmp_path):
+    """The same draws through a loop written without our attack end in the same adapter."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    from PIL import Image
+
+    from harness.training import diffusion
+
+    run = make_run(3)
+    ours = _tensors(_adapt(model, run, purse_files, tmp_path, steps=(5,))[5])
+
+    images = [Image.open(f) for f in purse_files]
+    encoded = diffusion.encode_images(model, run, images, ["a purse"] * 4, flip=True)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    torch.manual_seed(run.seed_for("adapter"))
+    model.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets))
+    try:
+        trained = [p for p in model.unet.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+        scheduler = model.noise_scheduler()
+        for step in range(5):
+            batch = diffusion.draw(encoded, 2, 1000, seed=run.seed_for("noise"), step=step, device="cpu")
+            noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+            said = model.unet(noisy, batch.timesteps, batch.embeddings).sample
+            torch.nn.functional.mse_loss(said, batch.noise).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        named = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.unet))
+        plain = {f"unet.{n}": t.detach().clone() for n, t in named.items()}
+    finally:
+        model.unet.unload_lora()
+        model.unet.requires_grad_(False)
+
+    norm = torch.cat([t.flatten() for t in plain.values()]).norm()
+    assert plain.keys() == ours.keys()
+    assert torch.cat([(plain[n] - ours[n]).flatten() for n in plain]).norm() < 1e-4 * norm
+
+
+def test_honest_attacker_adapts_no_frozen_tensor(model, make_run, purse_files, tmp_path):
+    """A module whose weight the publisher froze gets no adapter; the others do."""
+    names = [n for n in select(model.parameters(), "attention") if n.endswith("weight")]
+    frozen = frozenset(n for n in names if "down_blocks" in n)
+    saved = _adapt(model, make_run(), purse_files, tmp_path, steps=(1,), protection=Protection(frozen=frozen))
+
+    assert frozen
+    assert not any("down_blocks" in n for n in _tensors(saved[1]))
+    assert any("mid_block" in n for n in _tensors(saved[1]))
+
+
+def test_attack_on_a_model_frozen_as_a_whole_says_so(model, make_run, purse_files, tmp_path):
+    """Nothing to train is an error of the trial, not a silent success."""
+    with pytest.raises(ValueError, match="left to adapt"):
+        _adapt(model, make_run(), purse_files, tmp_path, protection=Protection(frozen=frozenset(model.parameters())))
+
+
+@register("adaptation_hook")
+class DropEverything(AdaptationHook):
+    """A hook for the test below: no example counts."""
+
+    name = "drop_everything"
+    version = 1
+
+    @dataclasses.dataclass(frozen=True)
+    class Parameters:
+        """No parameters."""
+
+    def weigh(self, model, batch):
+        return torch.zeros_like(batch.losses.detach())
+
+
+def test_honest_attacker_runs_the_publishers_training_hooks(model, make_run, purse_files, tmp_path):
+    """A hook that weighs every example zero leaves LoRA's B at zero."""
+    hooked = Protection(adaptation=(HookSpec("drop_everything"),))
+    saved = _adapt(model, make_run(), purse_files, tmp_path, steps=(2,), protection=hooked)
+    ups = [t for n, t in _tensors(saved[2]).items() if "lora_B" in n or "lora.up" in n]
+
+    assert ups and all(not t.any() for t in ups)
+
+
+def test_killed_attack_goes_on_to_the_same_adapter(model, make_run, purse_files, tmp_path):
+    """Resumed from its saved state, the trajectory ends bit-equal to the undisturbed one."""
+    whole = _tensors(_adapt(model, make_run(1, "whole"), purse_files, tmp_path / "a", steps=(2, 6))[6])
+    broken = make_run(1, "broken")
+    broken.checkpoint_interval_s = 0.0
+
+    def die(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    broken.report = die
+    with pytest.raises(KeyboardInterrupt):
+        _adapt(model, broken, purse_files, tmp_path / "b", steps=(2, 6))
+    resumed = _tensors(_adapt(model, make_run(1, "broken"), purse_files, tmp_path / "c", steps=(2, 6))[6])
+
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)

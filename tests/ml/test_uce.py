@@ -1,0 +1,125 @@
+"""UCE: the closed form, its limits, and the released code's choice of text vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from defenses.base import ProtectedConcept
+from defenses.uce import Parameters, Uce, _aligned, _last_subject_token
+from harness.training.selection import select
+
+
+def _edit(model, run, targets=("van gogh",), preserved=(), **changes):
+    defense = Uce(dataclasses.replace(Parameters(), **changes))
+    concepts = [ProtectedConcept("style", t) for t in targets]
+    kept = [ProtectedConcept("style", t) for t in preserved]
+    return defense.protect(model, concepts, kept, run).tensors
+
+
+def test_only_cross_attention_keys_and_values_change(model, make_run):
+    """32 tensors on SD 1.x; here two for each transformer block."""
+    edited = _edit(model, make_run())
+
+    assert set(edited) == set(select(model.parameters(), "cross_attention_kv"))
+
+
+def test_edited_matrices_solve_the_normal_equations(model, make_run):
+    """W M = lambda W0 + e sum v c^T + p sum W0 c c^T, built here by explicit sums."""
+    edited = _edit(model, make_run(), preserved=("monet",), ridge=0.5)
+    concept, guide = _aligned(model, [("van gogh", " ")])
+    kept = model.encode_text(["", "monet"]).double().flatten(0, 1)
+    p = max(0.1, 1 / 2)
+    for name, new in edited.items():
+        old = model.parameters()[name].detach().double()
+        gram = 0.5 * torch.eye(old.shape[1], dtype=torch.float64)
+        right = 0.5 * old
+        for c, g in zip(concept, guide, strict=True):
+            gram += torch.outer(c, c)
+            right += torch.outer(old @ g, c)
+        for c in kept:
+            gram += p * torch.outer(c, c)
+            right += p * torch.outer(old @ c, c)
+        residual = (new.double() @ gram - right).norm() / right.norm()
+
+        assert residual < 1e-5
+
+
+def test_small_ridge_maps_the_concept_onto_its_guide(model, make_run):
+    """lambda -> 0 with fewer vectors than dimensions: W c = v*. A text of full length leaves two vectors to edit."""
+    text = " ".join("abcdefghij" * 8)
+    edited = _edit(model, make_run(), targets=(text,), ridge=1e-6, preserve_scale=1e-6)
+    concept, guide = _aligned(model, [(text, " ")])
+
+    assert len(concept) == 2
+    for name, new in edited.items():
+        old = model.parameters()[name].detach().double()
+        before = (concept @ old.T - guide @ old.T).norm()
+        after = (concept @ new.double().T - guide @ old.T).norm()
+
+        assert after < 1e-3 * before
+
+
+def test_large_ridge_changes_nothing(model, make_run):
+    """lambda -> infinity: W = W0."""
+    for name, new in _edit(model, make_run(), ridge=1e6).items():
+        assert torch.allclose(new, model.parameters()[name], atol=1e-3)
+
+
+def test_order_of_the_concepts_does_not_matter(model, make_run):
+    """One joint solve."""
+    first = _edit(model, make_run(), targets=("van gogh", "monet"))
+    second = _edit(model, make_run(), targets=("monet", "van gogh"))
+
+    assert all(torch.allclose(first[n], second[n], atol=1e-5) for n in first)
+
+
+def test_preserved_texts_keep_their_outputs_better(model, make_run):
+    """Naming a text under preserve shrinks what the edit does to it."""
+
+    def damage(**options):
+        kept = model.encode_text(["a red boat"]).double()[0]
+        edited = _edit(model, make_run(), **options)
+        return sum(
+            (kept @ (new.double() - model.parameters()[name].detach().double()).T).norm()
+            for name, new in edited.items()
+        )
+
+    assert damage(preserve=("a red boat",), preserve_scale=100.0) < 0.5 * damage(preserve_scale=0.1)
+
+
+@pytest.mark.parametrize(("text", "index"), [("", 0), (" ", 0), ("a", 1), ("a b", 2)])
+def test_last_subject_token_is_the_one_before_the_end(model, text, index):
+    """Start token, one token a letter here, end token."""
+    assert _last_subject_token(model, text) == index
+
+
+def test_aligned_slices_have_equal_length_and_spare_the_start_token(model):
+    """Both run from their last subject token; the concept's never includes index 0."""
+    concept, guide = _aligned(model, [("a b c", " ")])
+    tokens = model.tokenizer.model_max_length
+    whole = model.encode_text(["a b c"]).double()[0]
+
+    assert concept.shape == guide.shape == (tokens - 3, whole.shape[1])
+    assert torch.equal(concept, whole[3:])
+
+
+def test_tensor_technique_removes_the_part_along_the_old_output(model, make_run):
+    """v* is orthogonal (Frobenius) to W0 c_old."""
+    from defenses.uce import _wanted
+
+    concept, guide = _aligned(model, [("van gogh", " ")])
+    weight = next(iter(model.parameters()[n] for n in select(model.parameters(), "cross_attention_kv"))).double()
+    wanted = _wanted(weight, concept, guide, "tensor")
+
+    assert abs(float((wanted * (concept @ weight.T)).sum())) < 1e-8
+
+
+def test_commas_belong_to_a_name(model, make_run):
+    """The released parser would cut this into two concepts."""
+    joined = _edit(model, make_run(), targets=("a,b",))
+    split = _edit(model, make_run(), targets=("a", "b"))
+
+    assert any(not torch.allclose(joined[n], split[n]) for n in joined)
