@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from harness.errors import ExitCode, UserMistake
+from harness.errors import ExitCode, UserMistake, one_line
 from harness.store import CACHE_MODES
 from harness.version import __version__
 
@@ -21,8 +21,16 @@ exit codes: 0 all done, 1 some trials failed, 2 mistake in what was given, 130 i
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells mistakes in one line, as we do, in place of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {one_line(message, 300)}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(int(ExitCode.USER_MISTAKE))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m harness",
         description="ImmunityBench: measure how well a released text-to-image model resists malicious adaptation.",
         epilog=EPILOG,
@@ -65,13 +73,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit code. Mistakes of the user go to stderr, one line each."""
+    """Run the program; return its exit code. Mistakes of the user go to stderr, one line each.
+
+    Raises SystemExit for --help and for arguments that cannot be read, as argparse does.
+    """
     given = _parser().parse_args(arguments)
     try:
         return int(_VERBS[given.verb](given))
     except UserMistake as mistake:
         for message in mistake.messages:
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {one_line(message, 1000)}", file=sys.stderr)
         return int(ExitCode.USER_MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -88,16 +99,27 @@ class _Opened:
         from harness import plan, registry, suite
         from harness.store import Store
 
+        runs = _runs_folder(given.runs)
         registry.load_plugins(given.plugins)
         self.loaded = suite.load(suite.find(given.suite), given.overrides)
         self.plan = plan.make(self.loaded)
-        self.source = plan.source_of(self.loaded)
-        runs = Path(given.runs)
-        if runs.exists() and not runs.is_dir():
-            raise UserMistake(f"--runs {given.runs}: is a file; name a folder")
+        self.source = self.loaded.model
         self.store = Store(runs / "store")
         self.folder = runs / self.loaded.suite.name
         self.plugins = tuple(str(Path(p).resolve()) for p in given.plugins)
+
+    def make_folder(self) -> None:
+        """Make the run's folder and see that it can be written. Raises UserMistake when it cannot."""
+        import tempfile
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.store.root.mkdir(exist_ok=True)
+            for folder in (self.folder, self.store.root):
+                with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
+                    pass
+        except OSError as error:
+            raise UserMistake(f"--runs {self.folder.parent}: cannot be written: {one_line(error.strerror)}") from None
 
     def committed(self) -> set[str]:
         from harness.executors.base import committed_stages
@@ -110,6 +132,19 @@ class _Opened:
 
         gates = Gates(**self.loaded.suite.gates.model_dump())
         return tables.write(self.plan, self.store, self.folder, self.source.name, gates)
+
+
+def _runs_folder(given: str) -> Path:
+    """Return the folder of results. Raises UserMistake when there can be none."""
+    try:
+        path = Path(given)
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except (OSError, ValueError) as error:
+        raise UserMistake(f"--runs {one_line(given)}: {one_line(getattr(error, 'strerror', None) or error)}") from None
+    if not nearest.is_dir():
+        what = "is a file" if nearest == path else f"'{one_line(nearest)}' is a file"
+        raise UserMistake(f"--runs {one_line(given)}: {what}; name a folder")
+    return path
 
 
 def _console(width_when_piped: int = 160):
@@ -150,6 +185,7 @@ def _table(given: argparse.Namespace) -> ExitCode:
     from harness import tables
 
     opened = _Opened(given)
+    opened.make_folder()
     lines = opened.write_tables()
     tables.show(lines, _console())
     print(f"written: {opened.folder}/rows.csv, leaderboard.csv, leaderboard.md")

@@ -21,6 +21,7 @@ from pathlib import Path
 from harness.errors import UserMistake, one_line
 from harness.identity import digest_of_file, digest_of_json
 from harness.suite import ConceptSpec, LoadedSuite
+from harness.yaml_source import path_from
 
 SPLITS = ("defense", "attack", "reference")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -66,12 +67,16 @@ class Concept:
 def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
     """Return every concept that the suite names. Raises UserMistake with all that cannot be resolved."""
     suite = loaded.suite
+    described = loaded.source.data.get("concepts")
+    described = described if isinstance(described, dict) else {}
     concepts: dict[str, Concept] = {}
     mistakes: list[str] = []
     for name in suite.concept_names():
         try:
             if name in suite.concepts:
                 concepts[name] = _from_spec(name, suite.concepts[name], loaded)
+            elif name in described or suite.model is None:
+                continue  # its mistake, or that of the model, is told already
             elif suite.model.id == TESTBED:
                 concepts[name] = _from_catalog(name, loaded)
             else:
@@ -81,8 +86,8 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
                 )
         except UserMistake as mistake:
             mistakes += mistake.messages
-    for name in suite.concepts:
-        if name not in concepts:
+    for name in suite.concepts if not loaded.broken & {"tasks", "utility"} else ():
+        if name not in suite.concept_names():
             mistakes.append(f"{loaded.source.where(('concepts', name))}: concept '{name}' is described but not used")
     if mistakes:
         raise UserMistake(list(dict.fromkeys(mistakes)))
@@ -121,8 +126,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         for split in SPLITS:
             prompts[split] = tuple(asked[i % len(asked)] for i in range(spec.generate.per_split))
     else:
-        path = Path(spec.folder).expanduser()
-        path = path if path.is_absolute() else loaded.folder / path
+        path = path_from(spec.folder, loaded.folder) or Path(spec.folder)
         images, digest = _read_folder(path, spec, where, name)
         folder = str(path)
     captions = {}

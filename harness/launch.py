@@ -40,8 +40,8 @@ def run(opened, given, console) -> ExitCode:
         )
         return ExitCode.DONE
     preflight(opened.source)
+    opened.make_folder()
     opened.store.sweep()
-    opened.folder.mkdir(parents=True, exist_ok=True)
     _write_resolved(opened)
     resources = opened.loaded.suite.resources
     workplace = Workplace(

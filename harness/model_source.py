@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness import digests
 from harness.errors import UserMistake, one_line
+from harness.yaml_source import path_from
 
 TESTBED = "testbed"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -41,20 +42,19 @@ def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
         if spec.revision or spec.variant:
             raise UserMistake(f"{where}: model: 'testbed' takes neither revision nor variant; remove them")
         return ModelSource({"source": "testbed", "revision": digests.of_testbed("generator")}, str(paths.GENERATOR))
-    path = Path(spec.id).expanduser()
-    path = path if path.is_absolute() else relative_to / path
-    looks_like_path = spec.id.startswith((".", "/", "~")) or path.is_dir()
+    path = path_from(spec.id, relative_to)
+    looks_like_path = spec.id.startswith((".", "/", "~")) or (path is not None and path.is_dir())
     if looks_like_path:
         _check_folder(path, spec.id, spec.variant, where)
         return ModelSource(
             {"source": "folder", "revision": digests.of_folder(path), **extra}, str(path), None, spec.variant
         )
-    if not _HUB_ID.match(spec.id):
+    if not _HUB_ID.fullmatch(spec.id):
         raise UserMistake(
             f"{where}: model: '{one_line(spec.id)}' is neither 'testbed', a folder, nor a hub id such as "
             "CompVis/stable-diffusion-v1-4"
         )
-    if spec.revision is None or not _COMMIT.match(spec.revision):
+    if spec.revision is None or not _COMMIT.fullmatch(spec.revision):
         raise UserMistake(
             f"{where}: model: '{spec.id}' needs 'revision', the 40 hexadecimal digits of a commit (got "
             f"{one_line(repr(spec.revision), 50)}): a branch can move under a published table"
@@ -88,17 +88,17 @@ def preflight(source: ModelSource) -> None:
             ) from None
 
 
-def _check_folder(path: Path, given: str, variant: str | None, where: str) -> None:
+def _check_folder(path: Path | None, given: str, variant: str | None, where: str) -> None:
     """Refuse a folder that is no diffusers model, or whose weights are not safetensors."""
     given = one_line(given)
-    if not path.is_dir():
+    if path is None or not path.is_dir():
         raise UserMistake(f"{where}: model: folder '{given}' does not exist")
     index = path / "model_index.json"
     if not index.is_file():
         raise UserMistake(f"{where}: model: folder '{given}' has no model_index.json; give a diffusers folder")
     try:
         class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         raise UserMistake(f"{where}: model: '{given}/model_index.json' is not valid JSON") from None
     if class_name != "StableDiffusionPipeline":
         raise UserMistake(

@@ -7,23 +7,28 @@ a value in the suite beats the preset, which beats the default.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from harness.errors import did_you_mean, one_line
 from harness.identity import is_finite_json
 
 
-def resolve(cls: type, given: Mapping[str, Any], preset: str | None = None) -> tuple[Any, list[tuple[str, str]]]:
+def resolve(
+    cls: type, given: Mapping[str, Any], preset: str | None = None, beside: Iterable[str] = ()
+) -> tuple[Any, list[tuple[str, str]]]:
     """Return (parameters, mistakes) of the method class `cls`: mistakes are (field name or "", message).
 
-    `parameters` is an instance of `cls.Parameters`, or None when there are mistakes.
+    `parameters` is an instance of `cls.Parameters`, or None when there are mistakes. Types are taken as they are
+    written: neither "4" nor true is a number. `beside` are further keys that stand where parameters do, to suggest.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
 
     fields = {f.name: f for f in dataclasses.fields(cls.Parameters)}
     mistakes = [
-        (name, f"'{one_line(name, 60)}' is not a parameter of {cls.name}{did_you_mean(name, fields)}")
+        (name, f"'{one_line(name, 60)}' is not a parameter of {cls.name}{did_you_mean(name, [*fields, *beside])}")
         for name in given
         if name not in fields
     ]
@@ -33,31 +38,87 @@ def resolve(cls: type, given: Mapping[str, Any], preset: str | None = None) -> t
         if preset in presets:
             values.update(presets[preset])
         else:
-            mistakes.append(
-                ("preset", f"{cls.name} has no preset '{one_line(preset, 60)}'{did_you_mean(preset, presets)}")
-            )
+            hint = did_you_mean(preset, presets) or "; it has none"
+            mistakes.append(("preset", f"{cls.name} has no preset '{one_line(preset, 60)}'{hint}"))
     values.update({name: value for name, value in given.items() if name in fields})
-    mistakes += [(n, f"'{n}' must be finite") for n, v in values.items() if not is_finite_json(v)]
-    if mistakes:
-        return None, mistakes
+    for name, value in values.items():
+        if not is_finite_json(value):
+            mistakes.append((name, f"must be finite (got {one_line(value, 60)})"))
+    finite = {name: value for name, value in values.items() if is_finite_json(value)}
     try:
-        return TypeAdapter(cls.Parameters).validate_python(values), []
+        # through JSON: its strict mode takes a list for a tuple and 1 for 1.0, but no text and no boolean for a number
+        parameters = TypeAdapter(cls.Parameters).validate_json(json.dumps(finite), strict=True)
     except ValidationError as error:
-        for detail in error.errors():
+        for detail in error.errors(include_url=False):
             name = str(detail["loc"][0]) if detail["loc"] else ""
-            mistakes.append((name, f"{f'{name!r}: ' if name else ''}{explain(detail)}"))
-        return None, mistakes
+            mistakes.append((name, explain(detail)))
+    except (PydanticUserError, PydanticUndefinedAnnotation, TypeError) as error:
+        mistakes.append(("", f"the Parameters of {cls.name} cannot be checked: {one_line(error)}"))
+    else:
+        if not mistakes:
+            return parameters, []
+    return None, mistakes
 
 
-def explain(detail: Mapping[str, Any]) -> str:
-    """Return one of pydantic's errors in our words, with the value that was got."""
-    message = detail["msg"]
-    message = message.removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    got = detail.get("input")
-    if detail["type"] in ("missing", "value_error") or isinstance(got, Mapping):
-        return one_line(message, 300)
-    return one_line(f"{message} (got {one_line(repr(got), 60)})", 300)
+_WORDS: dict[str, str] = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping (key: value)",
+    "finite_number": "must be finite",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a mapping (key: value)",
+    "none_required": "must be null",
+    "string_too_long": "must be at most {max_length} characters",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+}
+"""pydantic's errors in words that need no knowledge of Python."""
+
+
+def explain(detail: Mapping[str, Any], pattern_words: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return one of pydantic's errors in our words, with the value that was got.
+
+    `pattern_words` says in words what a text must look like, by regular expression.
+    """
+    kind, context, got = detail["type"], detail.get("ctx", {}), detail.get("input")
+    if kind == "value_error":
+        return one_line(context.get("error", detail["msg"]), 300)
+    if kind == "missing":
+        return "is missing"
+    if kind in ("too_short", "too_long"):
+        bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return f"must hold {bound} (got {context.get('actual_length')})"
+    if kind == "string_pattern_mismatch":
+        message = pattern_words.get(context["pattern"], f"must match {context['pattern']}")
+    elif kind in _WORDS:
+        message = _WORDS[kind].format(**context)
+    else:
+        message = detail["msg"][0].lower() + detail["msg"][1:]
+    hint = "; put it in quotes" if kind == "string_type" and isinstance(got, (bool, int, float)) else ""
+    return one_line(f"{message} (got {_show(got)}){hint}", 300)
+
+
+def _show(value: Any) -> str:
+    """Return a value as it would be written in YAML, cut short."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list" if value else "an empty list"
+    if isinstance(value, str):
+        return f"'{one_line(value, 60)}'"
+    return (
+        {None: "nothing", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else (one_line(value, 60))
+    )
 
 
 def as_json(parameters: Any) -> dict[str, Any]:

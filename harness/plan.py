@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness import parameters, registry, seeds
-from harness.concepts import SPLITS, Concept, resolve_all
-from harness.errors import UserMistake
+from harness.concepts import SPLITS, Concept
 from harness.identity import Stage, key
-from harness.model_source import ModelSource, resolve_model
+from harness.model_source import ModelSource
 from harness.suite import AttackSpec, LoadedSuite, MethodSpec, TaskSpec
 
 BACKWARD = 2.0
@@ -68,7 +67,7 @@ class Plan:
 
 
 def make(loaded: LoadedSuite) -> Plan:
-    """Return the plan of a suite. Raises UserMistake for concepts, models or combinations that cannot be."""
+    """Return the plan of a checked suite."""
     return _Planner(loaded).plan()
 
 
@@ -78,12 +77,11 @@ class _Planner:
     def __init__(self, loaded: LoadedSuite):
         self.loaded = loaded
         self.suite = loaded.suite
-        self.concepts: dict[str, Concept] = resolve_all(loaded)
-        self.model: ModelSource = resolve_model(self.suite.model, loaded.source.where(("model",)), loaded.folder)
+        self.concepts: dict[str, Concept] = loaded.concepts
+        self.model: ModelSource = loaded.model
         self.result = Plan(self.suite.name)
         self._units: dict[tuple[str, ...], Unit] = {}
         self._images: dict[str, str] = {}
-        self._done_trials: set[tuple] = set()
         self.metrics = []  # (label, component, parameters, data)
         for index, spec in enumerate(self.suite.metrics):
             cls, values = registry.get("metric", spec.method), loaded.parameters["metrics", str(index)]
@@ -237,9 +235,8 @@ class _Planner:
         suite = self.suite
         self.result.descriptions = {n: tuple(e.prompt for e in c.evaluations) for n, c in self.concepts.items()}
         for task_name, task in suite.tasks.items():
-            for target in task.targets:
-                targets = (target,) if isinstance(target, str) else tuple(target)
-                self._protected_set(task_name, task, targets)
+            for together in task.targets:
+                self._protected_set(task_name, task, tuple(together))
         self.result.units = list(self._units.values())
         _order(self.result)
         return self.result
@@ -249,14 +246,6 @@ class _Planner:
         suite, loaded = self.suite, self.loaded
         preserve = tuple(task.preserve)
         erased = None
-        for index, spec in enumerate(suite.defenses):
-            most = registry.get("defense", spec.method).max_targets
-            if most is not None and len(targets) > most:
-                where = loaded.source.where(("defenses", index))
-                raise UserMistake(
-                    f"{where}: defenses[{index}]: {spec.method} protects {most} concept at a time, but task "
-                    f"'{task_name}' protects {'+'.join(targets)} together; list them one by one"
-                )
         if task.erase is not None:
             values = loaded.parameters["tasks", task_name, "erase"]
             erased = self._protective("erase", task.erase, values, targets, preserve, suite.images.seed, None)
@@ -388,8 +377,3 @@ def _order(plan: Plan) -> None:
 
     order = sorted(range(len(units)), key=lambda i: (depth_of(i), i))
     plan.units = [units[i] for i in order]
-
-
-def source_of(loaded: LoadedSuite) -> ModelSource:
-    """Return where the suite's base model comes from."""
-    return resolve_model(loaded.suite.model, loaded.source.where(("model",)), loaded.folder)

@@ -26,18 +26,33 @@ from typing import Any, TypeVar
 from harness.errors import UserMistake, did_you_mean, one_line
 
 KINDS = {
-    "defense": "defenses",
-    "attack": "attacks",
-    "metric": "metrics",
-    "adaptation_hook": None,
-    "sampling_hook": None,
+    "defense": "defenses.base:Defense",
+    "attack": "attacks.base:Attack",
+    "metric": "metrics.base:Metric",
+    "adaptation_hook": "harness.protection:AdaptationHook",
+    "sampling_hook": "harness.protection:SamplingHook",
 }
-"""What can be registered, and the package whose modules hold the bundled ones."""
+"""What can be registered, and the base class that says what it has to offer."""
+PACKAGES = ("defenses", "attacks", "metrics")
+"""The packages whose modules hold the bundled methods; `immunitybench.<package>` are the entry point groups."""
+REQUIRED = {
+    "defense": ("protect",),
+    "attack": ("adapt", "load", "unload"),
+    "metric": ("about", "score"),
+    "adaptation_hook": ("weigh",),
+    "sampling_hook": ("embed",),
+}
+"""Functions that a method writes itself, in place of the base class's."""
 
-_NAME = re.compile(r"^[a-z][a-z0-9_]{0,39}$")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _methods: dict[tuple[str, str], type] = {}
 _plugin_digests: dict[str, str] = {}  # module name -> digest of its file
 _is_loaded = False
+
+
+class BadMethod(ValueError):
+    """A class that cannot be registered; the message says why in terms of the class."""
+
 
 MethodClass = TypeVar("MethodClass", bound=type)
 
@@ -45,24 +60,34 @@ MethodClass = TypeVar("MethodClass", bound=type)
 def register(kind: str) -> Callable[[MethodClass], MethodClass]:
     """Return a class decorator that registers a method of `kind` under its `name`.
 
-    Raises TypeError when the class lacks name, version or a Parameters dataclass; ValueError when the name is bad or
-    another class has it.
+    Raises BadMethod when the class lacks what the kind needs, its name is bad, or another class has the name.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
+        raise BadMethod(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
 
     def decorate(cls: MethodClass) -> MethodClass:
-        where = f"{cls.__module__}.{cls.__qualname__}"
-        for attribute in ("name", "version", "Parameters"):
+        module_name, _, base_name = KINDS[kind].partition(":")
+        base = getattr(importlib.import_module(module_name), base_name)
+        where = f"class {cls.__qualname__}"
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise BadMethod(f"{where}: a {kind} is a subclass of {base.__name__} of {module_name}")
+        for attribute in ("name", "version"):
             if not hasattr(cls, attribute):
-                raise TypeError(f"{where}: a {kind} needs the class attribute '{attribute}'")
-        if not isinstance(cls.name, str) or not _NAME.match(cls.name):
-            raise ValueError(f"{where}: name {cls.name!r} must be lower case letters, digits and '_'")
-        if not is_dataclass(cls.Parameters):
-            raise TypeError(f"{where}: Parameters must be a frozen dataclass")
+                raise BadMethod(f"{where}: a {kind} needs the class attribute '{attribute}'")
+        for function in REQUIRED[kind]:
+            if getattr(cls, function) is getattr(base, function):
+                raise BadMethod(f"{where}: a {kind} needs the function '{function}'")
+        if not isinstance(cls.name, str) or not _NAME.fullmatch(cls.name):
+            raise BadMethod(f"{where}: name {cls.name!r} must be lower-case letters, digits and '_', at most 40")
+        if isinstance(cls.version, bool) or not isinstance(cls.version, int):
+            raise BadMethod(f"{where}: version {cls.version!r} must be a whole number")
+        parameters = getattr(cls, "Parameters", None)
+        if not (isinstance(parameters, type) and is_dataclass(parameters) and parameters.__dataclass_params__.frozen):
+            raise BadMethod(f"{where}: Parameters must be a frozen dataclass")
         taken = _methods.get((kind, cls.name))
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{where}: the {kind} name '{cls.name}' is taken by {taken.__module__}")
+            origin = "another plug-in" if taken.__module__ in _plugin_digests else taken.__module__
+            raise BadMethod(f"{where}: the {kind} name '{cls.name}' is taken by {origin}; choose another name")
         _methods[kind, cls.name] = cls
         return cls
 
@@ -96,7 +121,7 @@ def load() -> None:
     if _is_loaded:
         return
     _is_loaded = True
-    for package_name in filter(None, KINDS.values()):
+    for package_name in PACKAGES:
         package = importlib.import_module(package_name)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package_name}.{module.name}")
@@ -113,39 +138,55 @@ def load() -> None:
 def load_plugins(paths: Sequence[str | Path]) -> None:
     """Import each `--plugin` file; its methods register themselves.
 
-    Raises UserMistake for a file that is missing, is not Python, fails on import or registers nothing.
+    Raises UserMistake for all files that are missing, not Python, fail on import or register nothing.
     """
     load()
+    mistakes: list[str] = []
     for given in paths:
-        path = Path(given)
-        if not path.is_file():
-            raise UserMistake(f"--plugin {given}: no such file; give the path of a Python file")
-        if path.suffix != ".py":
-            raise UserMistake(f"--plugin {given}: not a Python file (.py)")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        module_name = f"immunitybench_plugin_{path.stem}_{digest[:12]}"
-        if module_name in sys.modules:
-            continue
-        before = set(_methods)
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        _plugin_digests[module_name] = digest
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name], _plugin_digests[module_name]
-            for added in set(_methods) - before:
-                del _methods[added]
-            line = getattr(error, "lineno", None) or _line_in(error, path)
-            raise UserMistake(
-                f"--plugin {given}{f':{line}' if line else ''}: {type(error).__name__}: {one_line(error)}"
-            ) from error
-        if set(_methods) == before:
-            raise UserMistake(
-                f"--plugin {given}: registers no method; decorate a class with @register('defense'), "
-                "'attack' or 'metric'"
-            )
+            _load_plugin(Path(given))
+        except UserMistake as mistake:
+            mistakes += [f"--plugin {one_line(given)}{message}" for message in mistake.messages]
+    if mistakes:
+        raise UserMistake(mistakes)
+
+
+def _load_plugin(path: Path) -> None:
+    """Import one plug-in, once. Raises UserMistake whose message goes on after the name of the file."""
+    try:
+        path = path.resolve()  # as tracebacks name it
+        if path.is_dir():
+            raise UserMistake(": is a folder; give the path of a Python file")
+        source = path.read_bytes()
+    except FileNotFoundError:
+        raise UserMistake(": no such file; give the path of a Python file") from None
+    except (OSError, ValueError) as error:
+        raise UserMistake(f": cannot be read: {one_line(getattr(error, 'strerror', None) or error)}") from None
+    if path.suffix != ".py":
+        raise UserMistake(": not a Python file (.py)")
+    digest = hashlib.sha256(source).hexdigest()
+    module_name = f"immunitybench_plugin_{path.stem}_{digest[:12]}"
+    if module_name in sys.modules:
+        return
+    before = dict(_methods)
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    _plugin_digests[module_name] = digest
+    try:
+        spec.loader.exec_module(module)
+        if before == _methods:
+            raise UserMistake(": registers no method; decorate a class with @register('defense'), 'attack' or 'metric'")
+    except (Exception, SystemExit) as error:
+        _methods.clear()
+        _methods.update(before)
+        del sys.modules[module_name], _plugin_digests[module_name]
+        if isinstance(error, UserMistake):
+            raise
+        is_of_file = isinstance(error, SyntaxError) and error.filename == str(path)
+        line = error.lineno if is_of_file else _line_in(error, path)
+        what = "" if isinstance(error, BadMethod) else f"{type(error).__name__}: "
+        raise UserMistake(f"{f':{line}' if line else ''}: {what}{one_line(error)}") from error
 
 
 def _line_in(error: BaseException, path: Path) -> int | None:

@@ -52,13 +52,16 @@ class Store:
 
     def has(self, kind: str, key: str) -> bool:
         """Tell whether the stage is committed."""
-        return (self.path(kind, key) / RECORD).is_file()
+        return os.path.isfile(f"{self.root}/{kind}/{key}/{RECORD}")  # asked for thousands of stages at each start
 
     def committed(self, kind: str) -> set[str]:
-        """Return the keys of all committed stages of a kind, by one look at the folder."""
-        with contextlib.suppress(FileNotFoundError):
-            return {e.name for e in os.scandir(self.root / kind) if not e.name.startswith(".")}
-        return set()
+        """Return the keys of all committed stages of a kind."""
+        try:
+            with os.scandir(self.root / kind) as entries:
+                names = [entry.name for entry in entries if not entry.name.startswith(".")]
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        return {name for name in names if self.has(kind, name)}
 
     def record(self, kind: str, key: str) -> dict[str, Any]:
         """Return the commit record. Raises FileNotFoundError when the stage is not committed."""
@@ -115,7 +118,8 @@ class Store:
         for folder in self.root.glob("*/.*"):
             parts = folder.name.split(".")  # "", key, host, pid, random
             is_old = folder.name.startswith(".old.")
-            is_orphan = len(parts) == 5 and parts[2] == _host() and not _is_alive(int(parts[3]))
+            is_ours = len(parts) == 5 and parts[2] == _host() and parts[3].isascii() and parts[3].isdigit()
+            is_orphan = is_ours and not _is_alive(int(parts[3]))
             if folder.is_dir() and (is_old or is_orphan):
                 shutil.rmtree(folder, ignore_errors=True)
                 removed += 1

@@ -24,39 +24,75 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from harness import parameters, registry, yaml_source
 from harness.errors import UserMistake, did_you_mean, one_line
 
-LABEL = r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$"
-Label = Annotated[str, Field(pattern=LABEL)]
-Concept = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}(:[A-Za-z0-9][A-Za-z0-9_.+-]{0,63})?$")]
+_LABEL = r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$"
+_CONCEPT = r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}(:[A-Za-z0-9][A-Za-z0-9_.+-]{0,63})?$"
+_VARIANT = r"^[a-z0-9]{1,20}$"
+_PRINTABLE = r"^[^\p{Cc}\p{Zl}\p{Zp}]*$"
+_PATTERN_WORDS = {
+    _LABEL: "must be letters, digits, '_', '+' or '-', at most 64, the first a letter or digit",
+    _CONCEPT: "must be the name of a concept, such as dog or object:dog (letters, digits, '_', '.', '+', '-')",
+    _VARIANT: "must be lower-case letters and digits, such as fp16",
+    _PRINTABLE: "must be one line of printable text",
+}
+Label = Annotated[str, Field(pattern=_LABEL)]
+ConceptName = Annotated[str, Field(pattern=_CONCEPT)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Prompt = Annotated[str, Field(min_length=1, max_length=1000)]
+Prompt = Annotated[str, Field(min_length=1, max_length=1000, pattern=_PRINTABLE)]
+Location = Annotated[str, Field(min_length=1, max_length=4000, pattern=_PRINTABLE)]
+
+MAX_TRIALS = 200_000
+"""Larger grids are refused: they are slips of the pen, and planning them takes minutes."""
+RESERVED_SUITE_NAMES = ("store",)
+"""Folders of their own beside those of the suites."""
+RESERVED_DEFENSE_NAMES = ("original",)
+"""What the tables call the model before a task erases a concept from it."""
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+ProtectedSet = Annotated[list[ConceptName], BeforeValidator(_as_list), Field(min_length=1, max_length=1000)]
+"""Concepts that are protected together; one by itself may be written without brackets."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # strict: neither "4" nor true is a number
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSpec(_Strict):
     """The base model: `testbed`, a diffusers folder, or a hub id with the commit that it is pinned to."""
 
-    id: Annotated[str, Field(min_length=1, max_length=300)]
-    revision: str | None = None
-    variant: Annotated[str, Field(pattern=r"^[a-z0-9]+$")] | None = None  # such as fp16: names the weight files
+    id: Location
+    revision: Annotated[str, Field(max_length=300)] | None = None
+    variant: Annotated[str, Field(pattern=_VARIANT)] | None = None  # such as fp16: names the weight files
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class MethodSpec(_Strict):
     """A method by its registered name, a label for the tables, a preset, and its own parameters."""
 
-    method: str
+    method: Annotated[str, Field(max_length=10_000)]
     name: Label
     preset: Annotated[str, Field(max_length=40)] | None = None
     parameters: dict[str, Any] = {}
@@ -70,8 +106,8 @@ class MethodSpec(_Strict):
         if not isinstance(value, Mapping):
             raise ValueError("expected the name of a method, or a mapping with the key 'method'")
         own = {k: v for k, v in value.items() if k in cls.model_fields and k != "parameters"}
-        rest = {str(k): v for k, v in value.items() if k not in own}
-        if not isinstance(own.get("method"), str):
+        rest = {k: v for k, v in value.items() if k not in own}
+        if "method" not in own:
             raise ValueError("the key 'method' is missing; give the name of a method")
         own.setdefault("name", own["method"])
         return {**own, "parameters": rest}
@@ -97,9 +133,9 @@ class TaskSpec(_Strict):
     """What is protected, what must stay learnable, and whether the concept is erased first."""
 
     erase: MethodSpec | None = None
-    targets: Annotated[list[Concept | Annotated[list[Concept], Field(min_length=1)]], Field(min_length=1)]
-    innocents: list[Concept] = []
-    preserve: list[Concept] = []
+    targets: Annotated[list[ProtectedSet], Field(min_length=1, max_length=10_000)]
+    innocents: list[ConceptName] = []
+    preserve: list[ConceptName] = []
 
 
 class GenerateSpec(_Strict):
@@ -114,7 +150,7 @@ class ConceptSpec(_Strict):
 
     kind: Literal["object", "style"]
     label: Prompt  # the words that name it
-    folder: str | None = None  # images of the concept; sorted by name, then split
+    folder: Location | None = None  # images of the concept; sorted by name, then split
     per_split: Annotated[int, Field(ge=1, le=10_000)] | None = None  # images a split; None: a third of the folder
     generate: GenerateSpec | None = None  # instead of a folder
     defense_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
@@ -166,15 +202,15 @@ class Suite(_Strict):
     """A whole suite, checked. What is not given has its default here."""
 
     name: Label
-    description: str = ""
+    description: Annotated[str, Field(max_length=10_000)] = ""
     model: ModelSpec
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=1000)] = [0]
     tasks: Annotated[dict[Label, TaskSpec], Field(min_length=1)]
-    concepts: dict[Concept, ConceptSpec] = {}
+    concepts: dict[ConceptName, ConceptSpec] = {}
     defenses: Annotated[list[MethodSpec], Field(min_length=1, max_length=1000)]
     attacks: Annotated[list[AttackSpec], Field(min_length=1, max_length=1000)]
     metrics: Annotated[list[MethodSpec], Field(min_length=1, max_length=100)]
-    utility: list[Concept] = []
+    utility: list[ConceptName] = []
     sampling: SamplingSpec = SamplingSpec()
     images: ImagesSpec = ImagesSpec()
     gates: GatesSpec = GatesSpec()
@@ -198,32 +234,35 @@ class Suite(_Strict):
         """Return every concept that the suite names, in order of first use."""
         names: dict[str, None] = {}
         for task in self.tasks.values():
-            for target in task.targets:
-                names.update(dict.fromkeys([target] if isinstance(target, str) else target))
+            names.update(dict.fromkeys(concept for together in task.targets for concept in together))
             names.update(dict.fromkeys([*task.innocents, *task.preserve]))
         names.update(dict.fromkeys(self.utility))
         return list(names)
 
 
 class LoadedSuite:
-    """A checked suite with the resolved parameters of its methods, ready to be planned."""
+    """A checked suite with all that it names resolved, ready to be planned."""
 
     def __init__(self, suite: Suite, source: yaml_source.YamlSource, folder: Path):
         self.suite = suite
         self.source = source
         self.folder = folder  # relative paths in the suite start here
         self.parameters: dict[tuple[str, ...], Any] = {}  # ("defenses", "0") -> parameters instance
-        self.plugins: list[str] = []
+        self.broken: frozenset[str] = frozenset()  # sections that could not be read in full; empty once loaded
+        self.concepts: dict[str, Any] = {}  # name -> harness.concepts.Concept
+        self.model: Any = None  # harness.model_source.ModelSource
 
 
 def find(name: str) -> Path:
     """Return the path of a suite: a file, or the name of a bundled one. Raises UserMistake when there is none."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    path = yaml_source.path_from(name, Path())
+    if path is not None and (path.suffix in (".yaml", ".yml") or path.is_file()):
         return path
     bundled = {p.name.removesuffix(".yaml"): p for p in bundled_suites()}
     if name in bundled:
         return bundled[name]
+    if path is not None and path.exists():
+        return path
     raise UserMistake(f"{one_line(name)}: no such file and no bundled suite{did_you_mean(name, bundled)}")
 
 
@@ -235,47 +274,115 @@ def bundled_suites() -> list[Path]:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
     """Read and check a suite. Raises UserMistake with every mistake that can be found before compute."""
+    from harness import concepts
+    from harness.model_source import resolve_model
+
     source = yaml_source.read(path)
+    if source.data is None:
+        raise UserMistake(f"{source.name}: is empty; a suite has the keys name, model, tasks, ...")
     if not isinstance(source.data, dict):
-        raise UserMistake(f"{source.name}:1: a suite is a mapping with the keys name, model, tasks, ...")
+        raise UserMistake(f"{source.where(())}: a suite is a mapping with the keys name, model, tasks, ...")
+    messages: list[str] = []
     for assignment in overrides:
-        source.override(assignment)
-    mistakes: list[tuple[tuple, str]] = []
-    suite = None
+        try:
+            source.override(assignment)
+        except UserMistake as mistake:
+            messages += mistake.messages
+    suite, mistakes = _validate(source)
+    loaded = LoadedSuite(suite, source, path.resolve().parent)
+    loaded.broken = frozenset(str(place[0]) if place else "" for place, _ in mistakes)
+    mistakes += _resolve_methods(loaded)
+    for check in (_reserved_names, _duplicates, _crossed_concepts, _undefended, _protected_together, _grid_size):
+        mistakes += check(loaded)
+    messages += _lines(source, mistakes)
     try:
-        suite = Suite.model_validate(source.data)
-    except ValidationError as error:
-        mistakes += [_mistake(source, detail) for detail in error.errors(include_url=False)]
-    mistakes += _method_mistakes(source.data) if suite is None else []
-    loaded = None
-    if suite is not None:
-        loaded = LoadedSuite(suite, source, path.resolve().parent)
-        mistakes += _resolve_methods(loaded)
-        mistakes += _duplicates(suite)
-        mistakes += _crossed_concepts(suite)
-    if mistakes:
-        raise UserMistake(_lines(source, mistakes))
+        loaded.concepts = concepts.resolve_all(loaded)
+    except UserMistake as mistake:
+        messages += mistake.messages
+    if suite.model is not None:
+        try:
+            loaded.model = resolve_model(suite.model, source.where(("model",)), loaded.folder)
+        except UserMistake as mistake:
+            messages += mistake.messages
+    if messages:
+        raise UserMistake(_in_file_order(messages))
     return loaded
 
 
 # -- checks ------------------------------------------------------------------------------------------------
 
+Mistake = tuple[tuple, str]
+"""(path in the suite, message)"""
 
-def _mistake(source: yaml_source.YamlSource, detail: Mapping[str, Any]) -> tuple[tuple, str]:
+
+def _validate(source: yaml_source.YamlSource) -> tuple[Suite, list[Mistake]]:
+    """Return the suite and its mistakes of form; with mistakes, the suite holds only what is right.
+
+    In such a part-suite a missing `model` is None, and an entry of a list of methods that is wrong is None, so that
+    the others keep their index.
+    """
+    try:
+        return Suite.model_validate(source.data), []
+    except ValidationError as error:
+        mistakes = [_mistake(source, detail) for detail in error.errors(include_url=False)]
+    parts: dict[str, Any] = {"model": None}
+    for name, field in Suite.model_fields.items():
+        given = source.data.get(name)
+        if name in _METHOD_SECTIONS:
+            entries = given if isinstance(given, list) else []
+            spec = AttackSpec if name == "attacks" else MethodSpec
+            parts[name] = [_valid(spec, entry) for entry in entries[:1000]]
+        elif name in ("tasks", "concepts"):
+            spec = TaskSpec if name == "tasks" else ConceptSpec
+            entries = given if isinstance(given, dict) else {}
+            checked = {key: _valid(spec, entry) for key, entry in entries.items()}
+            parts[name] = {key: entry for key, entry in checked.items() if entry is not None}
+        elif name in source.data:
+            checked = _valid(field.annotation, _by_short_form(name, given))
+            if checked is not None:
+                parts[name] = checked
+        if name not in parts:
+            parts[name] = field.get_default(call_default_factory=True) if not field.is_required() else None
+    return Suite.model_construct(**parts), mistakes
+
+
+_METHOD_SECTIONS = {"defenses": "defense", "attacks": "attack", "metrics": "metric"}
+
+
+def _by_short_form(name: str, value: Any) -> Any:
+    """Return `value` as the field validators of `Suite` would hand it on."""
+    try:
+        if name == "model":
+            return Suite._model_by_name(value)
+        if name == "seeds":
+            return Suite._seeds_by_count(value)
+    except ValueError:
+        pass
+    return value
+
+
+def _valid(annotation: Any, value: Any) -> Any:
+    """Return `value` as `annotation` says, or None when it is not of that form."""
+    try:
+        return TypeAdapter(annotation).validate_python(value, strict=None)
+    except ValidationError:
+        return None
+
+
+def _mistake(source: yaml_source.YamlSource, detail: Mapping[str, Any]) -> Mistake:
     """Return (path, message) of one of pydantic's errors, in our words."""
-    # pydantic adds the names of union members to the path; keep only what is in the file
+    # pydantic names more places than there are in the file, such as that of a concept written without brackets
     path: tuple = ()
     node: Any = source.data
     for step in detail["loc"]:
-        if isinstance(node, dict) and step in node or isinstance(node, list) and isinstance(step, int):
-            path, node = (*path, step), node[step] if not isinstance(node, list) or step < len(node) else None
-        elif detail["type"] in ("missing", "extra_forbidden") and step == detail["loc"][-1]:
-            path = (*path, step)
+        is_there = step in node if isinstance(node, dict) else isinstance(node, list) and isinstance(step, int)
+        if is_there:
+            path, node = (*path, step), node[step]
+        elif detail["type"] == "missing" and step == detail["loc"][-1]:
+            return path, f"the key '{step}' is missing"
     if detail["type"] == "extra_forbidden":
         return path, f"unknown key{did_you_mean(path[-1], _keys_beside(path))}"
-    if detail["type"] == "missing":
-        return path[:-1], f"the key '{path[-1]}' is missing"
-    return path, parameters.explain(detail)
+    return path, parameters.explain(detail, _PATTERN_WORDS)
 
 
 _SPEC_BY_KEY: dict[str, type[_Strict]] = {
@@ -300,102 +407,160 @@ def _keys_beside(path: tuple) -> Sequence[str]:
     return list(spec.model_fields) if spec else []
 
 
-def _method_mistakes(data: Mapping[str, Any]) -> list[tuple[tuple, str]]:
-    """Check the names of methods also when the rest of the suite is wrong, so that all is told at once."""
-    mistakes = []
-    for section, kind in (("defenses", "defense"), ("attacks", "attack"), ("metrics", "metric")):
-        entries = data.get(section)
-        for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            name = entry.get("method") if isinstance(entry, dict) else entry
-            if isinstance(name, str) and name not in registry.names(kind):
-                mistakes.append(((section, index), _unknown(kind, name)))
-    return mistakes
-
-
 def _unknown(kind: str, name: str) -> str:
     return f"unknown {kind} '{one_line(name, 60)}'{did_you_mean(name, registry.names(kind))}"
 
 
-def _resolve_methods(loaded: LoadedSuite) -> list[tuple[tuple, str]]:
+def _resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
     """Resolve the parameters of every method into `loaded.parameters`; return the mistakes."""
     suite = loaded.suite
-    entries = (
-        [(("defenses", i), "defense", spec) for i, spec in enumerate(suite.defenses)]
-        + [(("attacks", i), "attack", spec) for i, spec in enumerate(suite.attacks)]
-        + [(("metrics", i), "metric", spec) for i, spec in enumerate(suite.metrics)]
-        + [(("tasks", name, "erase"), "defense", task.erase) for name, task in suite.tasks.items() if task.erase]
-    )
-    mistakes: list[tuple[tuple, str]] = []
+    entries = [
+        ((section, index), kind, spec)
+        for section, kind in _METHOD_SECTIONS.items()
+        for index, spec in enumerate(getattr(suite, section))
+    ]
+    entries += [(("tasks", name, "erase"), "defense", task.erase) for name, task in suite.tasks.items()]
+    mistakes: list[Mistake] = []
     for path, kind, spec in entries:
+        if spec is None:
+            continue
         if spec.method not in registry.names(kind):
             mistakes.append((path, _unknown(kind, spec.method)))
             continue
         cls = registry.get(kind, spec.method)
         if path[-1] == "erase" and not getattr(cls, "can_erase", False):
-            mistakes.append((path, f"'{spec.method}' is a defense that cannot erase; use one such as uce"))
+            able = [n for n in registry.names(kind) if getattr(registry.get(kind, n), "can_erase", False)]
+            mistakes.append((path, f"'{spec.method}' is a defense that cannot erase; known: {', '.join(able)}"))
             continue
-        values, found = parameters.resolve(cls, spec.parameters, spec.preset)
+        own = [key for key in type(spec).model_fields if key != "parameters"]
+        values, found = parameters.resolve(cls, spec.parameters, spec.preset, own)
         mistakes += [((*path, field) if field else path, message) for field, message in found]
+        if kind == "metric" and not found:
+            try:
+                cls(values).data()
+            except (UserMistake, OSError) as error:
+                mistakes.append((path, f"the files of '{spec.method}' cannot be read: {one_line(error)}"))
         loaded.parameters[tuple(map(str, path))] = values
     return mistakes
 
 
-def _duplicates(suite: Suite) -> list[tuple[tuple, str]]:
-    """Find labels that stand twice: two rows of a table would carry the same name."""
-    mistakes: list[tuple[tuple, str]] = []
-    for section in ("defenses", "attacks", "metrics"):
-        seen: dict[str, int] = {}
-        for index, spec in enumerate(getattr(suite, section)):
-            if spec.name in seen:
-                mistakes.append(
-                    (
-                        (section, index),
-                        f"the name '{spec.name}' is taken by {section}[{seen[spec.name]}]; "
-                        "add 'name: ...' to tell them apart",
-                    )
-                )
-            seen.setdefault(spec.name, index)
-    if len(set(suite.seeds)) != len(suite.seeds):
-        mistakes.append((("seeds",), "a seed stands twice"))
-    for name, task in suite.tasks.items():
-        flat = [c for t in task.targets for c in ([t] if isinstance(t, str) else t)]
-        for key, listed in (("targets", flat), ("innocents", task.innocents), ("preserve", task.preserve)):
-            for repeated in sorted({c for c in listed if listed.count(c) > 1}):
-                mistakes.append((("tasks", name, key), f"'{repeated}' stands twice"))
+def _reserved_names(loaded: LoadedSuite) -> list[Mistake]:
+    """Find names that would be taken for something of ours."""
+    mistakes: list[Mistake] = []
+    if loaded.suite.name in RESERVED_SUITE_NAMES:
+        mistakes.append((("name",), f"'{loaded.suite.name}' is the name of our own folder; choose another"))
+    for index, spec in enumerate(loaded.suite.defenses):
+        if spec is not None and spec.name in RESERVED_DEFENSE_NAMES:
+            mistakes.append((("defenses", index), f"'{spec.name}' is what tables call the model before erasure"))
     return mistakes
 
 
-def _crossed_concepts(suite: Suite) -> list[tuple[tuple, str]]:
-    """Find concepts with two roles that exclude each other: a measured innocent must be new to the defense."""
-    mistakes = []
+def _duplicates(loaded: LoadedSuite) -> list[Mistake]:
+    """Find labels that stand twice: two rows of a table would carry the same name."""
+    suite = loaded.suite
+    mistakes: list[Mistake] = []
+    for section in _METHOD_SECTIONS:
+        seen: dict[str, int] = {}
+        for index, spec in enumerate(getattr(suite, section)):
+            if spec is None:
+                continue
+            if spec.name in seen:
+                hint = f"the name '{spec.name}' is taken by {section}[{seen[spec.name]}]"
+                mistakes.append(((section, index), f"{hint}; add 'name: ...' to tell them apart"))
+            seen.setdefault(spec.name, index)
+    if suite.seeds and len(set(suite.seeds)) != len(suite.seeds):
+        mistakes.append((("seeds",), "a seed stands twice"))
     for name, task in suite.tasks.items():
-        targets = {c for t in task.targets for c in ([t] if isinstance(t, str) else t)}
+        flat = [concept for together in task.targets for concept in together]
+        for key, listed in (("targets", flat), ("innocents", task.innocents), ("preserve", task.preserve)):
+            mistakes += [(("tasks", name, key), f"'{c}' stands twice") for c, n in Counter(listed).items() if n > 1]
+    mistakes += [(("utility",), f"'{c}' stands twice") for c, n in Counter(suite.utility or ()).items() if n > 1]
+    return mistakes
+
+
+def _crossed_concepts(loaded: LoadedSuite) -> list[Mistake]:
+    """Find concepts with two roles that exclude each other: a measured innocent must be new to the defense."""
+    mistakes: list[Mistake] = []
+    for name, task in loaded.suite.tasks.items():
+        targets = {concept for together in task.targets for concept in together}
         for key, others in (("innocents", task.innocents), ("preserve", task.preserve)):
             for both in sorted(targets & set(others)):
                 mistakes.append((("tasks", name, key), f"'{both}' is a target of this task too"))
         for both in sorted(set(task.innocents) & set(task.preserve)):
-            mistakes.append(
-                (
-                    ("tasks", name, "preserve"),
-                    f"'{both}' is measured as an innocent; what the defense sees must be another concept",
-                )
-            )
-        for both in sorted(targets & set(suite.utility)):
+            why = "is measured as an innocent; what the defense sees must be another concept"
+            mistakes.append((("tasks", name, "preserve"), f"'{both}' {why}"))
+        for both in sorted(targets & set(loaded.suite.utility or ())):
             mistakes.append((("utility",), f"'{both}' is a target of task '{name}'; utility is measured on others"))
     return mistakes
 
 
-def _lines(source: yaml_source.YamlSource, mistakes: Sequence[tuple[tuple, str]]) -> list[str]:
-    """Return the messages with file, line and key, in file order, without repeats."""
+def _undefended(loaded: LoadedSuite) -> list[Mistake]:
+    """Find out whether there is exactly one defense of the method none."""
+    defenses = loaded.suite.defenses
+    if any(spec is None or spec.method not in registry.names("defense") for spec in defenses):
+        return []  # what is wrong there may have been meant as none
+    none = [index for index, spec in enumerate(defenses) if spec.method == "none"]
+    if len(none) > 1:
+        first = f"defenses[{none[0]}] is of method none too"
+        return [(("defenses", index), f"{first}; keep one: every gap is measured against it") for index in none[1:]]
+    if defenses and not none:
+        return [(("defenses",), "no defense of method none; add 'none': every gap is measured against it")]
+    return []
 
-    def sort_key(item: tuple[tuple, str]) -> tuple:
-        for length in range(len(item[0]), -1, -1):
-            if item[0][:length] in source.lines:
-                return (source.lines[item[0][:length]],)
-        return (0,)
 
-    lines: dict[str, None] = {}
-    for path, message in sorted(mistakes, key=sort_key):
-        key = re.sub(r"\.\[", "[", ".".join(f"[{p}]" if isinstance(p, int) else one_line(p, 60) for p in path))
-        lines[f"{source.where(path)}: {f'{key}: ' if key else ''}{message}"] = None
-    return list(lines)
+def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
+    """Find defenses that cannot protect as many concepts together as a task asks for."""
+    suite = loaded.suite
+    known = registry.names("defense")
+    mistakes: list[Mistake] = []
+    for task_name, task in suite.tasks.items():
+        entries = [(("defenses", index), spec) for index, spec in enumerate(suite.defenses)]
+        for path, spec in [*entries, (("tasks", task_name, "erase"), task.erase)]:
+            if spec is None or spec.method not in known:
+                continue
+            most = registry.get("defense", spec.method).max_targets
+            large = next((together for together in task.targets if most is not None and len(together) > most), None)
+            if large:
+                together = one_line("+".join(large), 100)
+                what = f"{spec.method} protects at most {most} concept(s) at a time"
+                mistakes.append((path, f"{what}, but task '{task_name}' protects {together}; list them one by one"))
+    return mistakes
+
+
+def _grid_size(loaded: LoadedSuite) -> list[Mistake]:
+    """Find grids that are too large to be meant."""
+    suite = loaded.suite
+    measured = sum(
+        (len(together) + len(task.innocents)) * (1 + len(suite.attacks)) + len(suite.utility or ())
+        for task in suite.tasks.values()
+        for together in task.targets
+    )
+    trials = measured * len(suite.defenses) * len(suite.seeds or ())
+    if trials > MAX_TRIALS:
+        return [((), f"the grid has {trials:,} trials, more than {MAX_TRIALS:,}; split the suite")]
+    return []
+
+
+def _lines(source: yaml_source.YamlSource, mistakes: Sequence[Mistake]) -> list[str]:
+    """Return the messages with file, line and key."""
+    lines = []
+    for path, message in mistakes:
+        key = yaml_source.path_text(path)
+        lines.append(f"{source.where(path)}: {f'{key}: ' if key else ''}{message}")
+    return lines
+
+
+def _in_file_order(messages: Sequence[str]) -> list[str]:
+    """Return the messages by line, without repeats, and not more than people read."""
+
+    def line(message: str) -> int:
+        found = re.search(r":(\d+): ", message)
+        return int(found[1]) if found else 0
+
+    unique = sorted(dict.fromkeys(messages), key=line)
+    if len(unique) > MAX_MESSAGES:
+        unique[MAX_MESSAGES:] = [f"and {len(unique) - MAX_MESSAGES} more mistakes"]
+    return unique
+
+
+MAX_MESSAGES = 100
