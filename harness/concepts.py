@@ -75,8 +75,8 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
         try:
             if name in suite.concepts:
                 concepts[name] = _from_spec(name, suite.concepts[name], loaded)
-            elif name in described or suite.model is None:
-                continue  # its mistake, or that of the model, is told already
+            elif name in described or loaded.broken & {"concepts", "model"}:
+                continue  # where it should be described there are mistakes, told already
             elif suite.model.id == TESTBED:
                 concepts[name] = _from_catalog(name, loaded)
             else:
@@ -126,7 +126,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         for split in SPLITS:
             prompts[split] = tuple(asked[i % len(asked)] for i in range(spec.generate.per_split))
     else:
-        path = path_from(spec.folder, loaded.folder) or Path(spec.folder)
+        path = path_from(spec.folder, loaded.folder)
         images, digest = _read_folder(path, spec, where, name)
         folder = str(path)
     captions = {}
@@ -150,9 +150,9 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     )
 
 
-def _read_folder(path: Path, spec: ConceptSpec, where: str, name: str) -> tuple[dict[str, tuple[str, ...]], str]:
+def _read_folder(path: Path | None, spec: ConceptSpec, where: str, name: str) -> tuple[dict[str, tuple[str, ...]], str]:
     """Return (file names by split, digest of their content). Duplicated content is refused: splits must be disjoint."""
-    if not path.is_dir():
+    if path is None or not path.is_dir():
         raise UserMistake(f"{where}: concept '{name}': folder '{one_line(spec.folder)}' does not exist")
     files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     per_split = spec.per_split or len(files) // len(SPLITS)

@@ -34,7 +34,10 @@ def of_folder(path: Path) -> str:
     """Return a digest of every file of a model folder that is read, by relative name and content.
 
     Digests of single files are remembered between runs by size and time of change: hashing gigabytes is slow.
+    Raises FileNotFoundError when there is no such folder.
     """
+    if not path.is_dir():
+        raise FileNotFoundError(f"folder '{path}' does not exist")
     memory = _Memory()
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     digests = {p.relative_to(path).as_posix(): memory.digest(p) for p in files}

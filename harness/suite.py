@@ -333,9 +333,9 @@ def _validate(source: yaml_source.YamlSource) -> tuple[Suite, list[Mistake]]:
             spec = AttackSpec if name == "attacks" else MethodSpec
             parts[name] = [_valid(spec, entry) for entry in entries[:1000]]
         elif name in ("tasks", "concepts"):
-            spec = TaskSpec if name == "tasks" else ConceptSpec
+            key_form, spec = (Label, TaskSpec) if name == "tasks" else (ConceptName, ConceptSpec)
             entries = given if isinstance(given, dict) else {}
-            checked = {key: _valid(spec, entry) for key, entry in entries.items()}
+            checked = {k: _valid(spec, entry) for k, entry in entries.items() if _valid(key_form, k) is not None}
             parts[name] = {key: entry for key, entry in checked.items() if entry is not None}
         elif name in source.data:
             checked = _valid(field.annotation, _by_short_form(name, given))

@@ -1,0 +1,172 @@
+"""Fixtures that need no torch: a project folder with a suite, images, and a folder that looks like a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness import cli, digests, plan, suite
+
+SUITE = """\
+name: small
+model: model
+seeds: 2
+concepts:
+  purse: {kind: object, label: purse, folder: purse, evaluation_prompts: [a purse on the beach, a purse]}
+  lamp: {kind: object, label: lamp, folder: lamp}
+  vangogh: {kind: style, label: van gogh, generate: {per_split: 3}}
+  dog: {kind: object, label: dog, generate: {per_split: 2}}
+tasks:
+  relearning: {erase: uce, targets: [vangogh], innocents: [lamp]}
+  personalization: {targets: [purse], innocents: [lamp]}
+defenses: [none, uce, {method: imma, rounds: 3}]
+attacks:
+  - method: lora
+    steps: [2, 4]
+    batch_size: 2
+metrics: [clip_image, clip_text]
+utility: [dog]
+sampling: {steps: 3, images_per_prompt: 2}
+"""
+"""A right suite; line numbers matter to tests of messages: name is on line 1, metrics on line 17."""
+
+
+def write_model(folder: Path, *, weights: bytes = b"weights", class_name: str = "StableDiffusionPipeline") -> Path:
+    """Write a folder that passes for a diffusers model as long as nobody loads it; return it."""
+    for component in ("unet", "vae", "text_encoder"):
+        (folder / component).mkdir(parents=True)
+        (folder / component / "model.safetensors").write_bytes(weights)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": class_name}), encoding="utf-8")
+    return folder
+
+
+def write_images(folder: Path, count: int = 6) -> Path:
+    """Write `count` files of different content that are named like images; return their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        (folder / f"{index}.png").write_bytes(f"{folder.name} {index}".encode())
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of the command line gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines of stderr."""
+        return self.err.splitlines()
+
+
+@dataclass
+class Project:
+    """A folder with a suite, its images and its model."""
+
+    folder: Path
+    capsys: pytest.CaptureFixture
+
+    @property
+    def suite(self) -> Path:
+        """The suite file."""
+        return self.folder / "suite.yaml"
+
+    @property
+    def runs(self) -> Path:
+        """The folder for results; it does not exist at first."""
+        return self.folder / "runs"
+
+    def write(self, text: str | bytes) -> Path:
+        """Replace the suite; return its path."""
+        self.suite.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return self.suite
+
+    def edited(self, *changes: tuple[str, str]) -> str:
+        """Return the right suite with each (old, new) replaced; every old text must be there."""
+        text = SUITE
+        for old, new in changes:
+            assert old in text, f"the suite does not hold {old!r}"
+            text = text.replace(old, new)
+        return text
+
+    def plan(self, text: str = SUITE, overrides: Sequence[str] = ()) -> plan.Plan:
+        """Return the plan of a suite."""
+        digests.of_folder.cache_clear()  # tests change folders that a process takes for constant
+        return plan.make(suite.load(self.write(text), overrides))
+
+    def cli(self, verb: str, *arguments: str) -> Outcome:
+        """Call the program in this process."""
+        digests.of_folder.cache_clear()
+        self.capsys.readouterr()
+        try:
+            code = cli.main([verb, *arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = self.capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    def validate(self, *arguments: str) -> Outcome:
+        """Call `validate` on the suite."""
+        return self.cli("validate", str(self.suite), "--runs", str(self.runs), *arguments)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Project:
+    """A project whose suite is right."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "project"
+    write_model(folder / "model")
+    for name in ("purse", "lamp"):
+        write_images(folder / name)
+    made = Project(folder, capsys)
+    made.write(SUITE)
+    return made
+
+
+@pytest.fixture
+def write_plugin(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a plug-in and returns its path."""
+
+    def write(body: str, name: str = "plugin.py") -> Path:
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(body), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def unregister():
+    """Forget after the test what it registered."""
+    from harness import registry
+
+    registry.load()
+    before, digests_before = dict(registry._methods), dict(registry._plugin_digests)
+    modules = set(sys.modules)
+    yield
+    registry._methods.clear()
+    registry._methods.update(before)
+    registry._plugin_digests.clear()
+    registry._plugin_digests.update(digests_before)
+    for name in [n for n in sys.modules if n.startswith("immunitybench_plugin_") and n not in modules]:
+        del sys.modules[name]
+
+
+def run_python(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
+    """Run a fresh Python on `arguments`, with this checkout on its path."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), **variables}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd or root, timeout=120
+    )

@@ -1,0 +1,352 @@
+"""Mistakes in suites: one line each, with file and line, before any compute and without a traceback."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.conftest import SUITE, run_python, write_images, write_model
+
+DEFENSES = "defenses: [none, uce, {method: imma, rounds: 3}]"
+BOMB = "\n".join(
+    ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+)
+
+# name: ((old text, new text), line, words of the message)
+EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
+    "wrong type": (("seeds: 2", "seeds: many"), 3, "seeds: must be a list (got 'many')"),
+    "number in quotes": (("batch_size: 2", 'batch_size: "2"'), 16, "attacks[0].batch_size: must be a whole number"),
+    "boolean for a number": (("batch_size: 2", "batch_size: true"), 16, "must be a whole number (got true)"),
+    "boolean for a parameter": (("rounds: 3", "rounds: yes"), 12, "defenses[2].rounds: must be a whole number"),
+    "fraction for a count": (("rounds: 3", "rounds: 2.5"), 12, "defenses[2].rounds: must be a whole number"),
+    "number for text": (("label: purse", "label: 12"), 5, "concepts.purse.label: must be text (got 12); put it in"),
+    "list for a mapping": (("sampling: {steps: 3, images_per_prompt: 2}", "sampling: [3]"), 19, "must be a mapping"),
+    "text for a list": (("steps: [2, 4]", "steps: 2"), 15, "attacks[0].steps: must be a list (got 2)"),
+    "nothing": (("seeds: 2", "seeds:"), 3, "seeds: must be a list (got nothing)"),
+    "unknown key": (("seeds: 2", "sedes: 2"), 3, "sedes: unknown key; did you mean 'seeds'?"),
+    "unknown key of a task": (("innocents: [lamp]}\ndef", "inocents: [lamp]}\ndef"), 11, "did you mean 'innocents'?"),
+    "unknown key of sampling": (("images_per_prompt", "images_per_promt"), 19, "did you mean 'images_per_prompt'?"),
+    "unknown key of a concept": (("folder: lamp", "foldr: lamp"), 6, "concepts.lamp.foldr: unknown key; did you"),
+    "unknown key of generate": (("{per_split: 3}", "{persplit: 3}"), 7, "generate.persplit: unknown key; did you"),
+    "unknown parameter": (("rounds: 3", "round: 3"), 12, "'round' is not a parameter of imma; did you mean 'rounds'?"),
+    "unknown key of an attack": (("batch_size", "batch_sise"), 16, "did you mean 'batch_size'?"),
+    "unknown defense": (("method: imma", "method: ima"), 12, "unknown defense 'ima'; did you mean 'imma'?"),
+    "unknown attack": (("method: lora", "method: Lora"), 14, "unknown attack 'Lora'; did you mean 'lora'?"),
+    "unknown metric": (("clip_text]", "klip_text]"), 17, "unknown metric 'klip_text'; did you mean 'clip_text'?"),
+    "unknown preset": (("rounds: 3", "preset: papr"), 12, "defenses[2].preset: imma has no preset 'papr'"),
+    "method without a name": (("method: imma, ", ""), 12, "defenses[2]: the key 'method' is missing"),
+    "number for a method": (("[none, uce,", "[none, 7,"), 12, "expected the name of a method"),
+    "missing steps": (("    steps: [2, 4]\n", ""), 14, "attacks[0]: the key 'steps' is missing"),
+    "empty grid": ((DEFENSES, "defenses: []"), 12, "defenses: must hold at least 1 (got 0)"),
+    "no tasks": (
+        (SUITE[SUITE.index("  relearning") : SUITE.index("defenses:")], "  {}\n"),
+        9,
+        "tasks: must hold at least 1 (got 0)",
+    ),
+    "no targets": (("targets: [purse]", "targets: []"), 11, "tasks.personalization.targets: must hold at least 1"),
+    "empty protected set": (("targets: [purse]", "targets: [purse, []]"), 11, "targets[1]: must hold at least 1"),
+    "duplicate names": (("[none, uce, {", "[none, uce, uce, {"), 12, "the name 'uce' is taken by defenses[1]"),
+    "duplicate seeds": (("seeds: 2", "seeds: [1, 1]"), 3, "seeds: a seed stands twice"),
+    "duplicate targets": (("targets: [purse]", "targets: [purse, purse]"), 11, "'purse' stands twice"),
+    "duplicate keys": (("seeds: 2", "name: again"), 3, "'name' stands twice (first on line 1); keep one"),
+    "no seeds": (("seeds: 2", "seeds: 0"), 3, "a number of seeds must be from 1 to 1000"),
+    "huge number of seeds": (("seeds: 2", "seeds: 1000000000000"), 3, "must be from 1 to 1000"),
+    "number beyond 64 bits": (("seeds: 2", f"seeds: [{10**30}]"), 3, "seeds[0]: a number beyond 64 bits"),
+    "number of 5000 digits": (("rounds: 3", f"rounds: 0x{'f' * 5000}"), 12, "a number beyond 64 bits"),
+    "huge steps": (("[2, 4]", "[2, 4000000000]"), 15, "attacks[0].steps[1]: must be at most 1000000"),
+    "negative steps": (("[2, 4]", "[-2, 4]"), 15, "attacks[0].steps[0]: must be at least 1 (got -2)"),
+    "steps that do not increase": (("[2, 4]", "[4, 2]"), 15, "must increase without repeats"),
+    "not a number": (("rounds: 3", "rounds: .nan"), 12, "defenses[2].rounds: must be finite"),
+    "infinity": (("rounds: 3", "upper_learning_rate: .inf"), 12, "upper_learning_rate: must be finite"),
+    "overflow": (("rounds: 3", "upper_learning_rate: 1e999"), 12, "must be finite"),
+    "rate out of range": (("rounds: 3", "upper_learning_rate: -1"), 12, "must be greater than 0"),
+    "word out of a choice": (("rounds: 3", "profile: best"), 12, "profile: must be 'paper' or 'released' (got 'best')"),
+    "path traversal in the name": (("name: small", "name: ../../x"), 1, "name: must be letters, digits"),
+    "absolute path as the name": (("name: small", "name: /tmp/x"), 1, "name: must be letters, digits"),
+    "path traversal in a label": (("{method: imma,", "{method: imma, name: ../x,"), 12, "defenses[2].name: must be"),
+    "path traversal in a concept": (("  dog:", "  ../dog:"), 8, "concepts.../dog: must be the name of a concept"),
+    "name of our own folder": (("name: small", "name: store"), 1, "'store' is the name of our own folder"),
+    "name of our own row": (("{method: imma,", "{method: imma, name: original,"), 12, "what tables call the model"),
+    "control characters in the name": (("name: small", r'name: "a\e[31m"'), 1, r"(got 'a\x1b[31m')"),
+    "newline in the name": (("name: small", r'name: "a\nb"'), 1, "name: must be letters, digits"),
+    "zero byte in a folder": (("folder: lamp", r'folder: "a\0b"'), 6, "must be one line of printable text"),
+    "home of nobody": (("folder: lamp", "folder: ~nobody-here/x"), 6, "folder '~nobody-here/x' does not exist"),
+    "very long name": (("name: small", f"name: {'x' * 100_000}"), 1, "name: must be letters, digits"),
+    "very long prompt": (("a purse on the beach", "x" * 100_000), 5, "must be at most 1000 characters"),
+    "very long folder": (("folder: lamp", f"folder: {'x' * 3000}"), 6, "does not exist"),
+    "key that is a number": (("  dog:", "  7:"), 8, "the key '7' is read as !!int, not as text; put it in quotes"),
+    "key that is a boolean": (("seeds: 2", "on: 2"), 3, "the key 'on' is read as !!bool, not as text"),
+    "key that is a list": (("seeds: 2", "? [a, b]\n: 2"), 3, "a key must be plain text"),
+    "Python object": (("seeds: 2", "seeds: !!python/object/apply:os.system [true]"), 3, "is not for suites; remove it"),
+    "binary value": (("seeds: 2", "seeds: !!binary aGVsbG8="), 3, "the tag '!!binary' is not for suites"),
+    "alias that holds itself": (("seeds: 2", "seeds: &a [1, *a]"), 3, "an alias holds itself"),
+    "unknown alias": (("seeds: 2", "seeds: *missing"), 3, "undefined alias"),
+    "tab": (("    steps:", "\tsteps:"), 15, "a tab cannot indent; use spaces"),
+    "wrong indentation": (("    batch_size", "      batch_size"), 16, "wrong indentation"),
+    "open bracket": (("[2, 4]", "[2, 4"), 16, "not valid YAML"),
+    "open quote": (("label: lamp", 'label: "lamp'), 20, "a quote is not closed"),
+    "second document": (("seeds: 2", "---\nseeds: 2"), 3, "a second document begins"),
+    "concept in two roles": (
+        ("{targets: [purse], innocents: [lamp]}", "{targets: [purse], innocents: [purse]}"),
+        11,
+        "'purse' is a target of this task too",
+    ),
+    "innocent that the defense sees": (
+        ("{targets: [purse], innocents: [lamp]}", "{targets: [purse], innocents: [lamp], preserve: [lamp]}"),
+        11,
+        "'lamp' is measured as an innocent",
+    ),
+    "target as utility": (("utility: [dog]", "utility: [dog, purse]"), 18, "'purse' is a target of task"),
+    "two concepts for a defense of one": (
+        ("{targets: [purse], innocents: [lamp]}", "{targets: [[purse, lamp]]}"),
+        12,
+        "imma protects at most 1 concept(s) at a time, but task 'personalization' protects purse+lamp",
+    ),
+    "no undefended row": (("[none, uce, {", "[uce, {"), 12, "no defense of method none; add 'none'"),
+    "two undefended rows": (
+        ("[none, uce, {", "[none, {method: none, name: bare}, {"),
+        12,
+        "defenses[0] is of method none too; keep one",
+    ),
+    "eraser that cannot erase": (("erase: uce", "erase: imma"), 10, "cannot erase; known: uce"),
+    "model that is nothing": (("model: model", "model: two words"), 2, "neither 'testbed', a folder, nor a hub id"),
+    "hub model without revision": (("model: model", "model: some/model"), 2, "needs 'revision', the 40 hexadecimal"),
+    "hub model of a branch": (("model: model", "model: {id: some/model, revision: main}"), 2, "(got 'main')"),
+    "model folder that is missing": (("model: model", "model: ./nowhere"), 2, "folder './nowhere' does not exist"),
+    "folder that is no model": (("model: model", "model: purse"), 2, "has no model_index.json"),
+    "variant that is not there": (("model: model", "model: {id: model, variant: fp16}"), 2, "of variant 'fp16'"),
+    "unknown precision": (("model: model", "model: {id: model, precision: fp8}"), 2, "must be 'fp32' or 'bf16'"),
+    "missing image folder": (("folder: lamp", "folder: lmap"), 6, "folder 'lmap' does not exist"),
+    "too few images": (("folder: lamp", "folder: lamp, per_split: 9"), 6, "holds 6 images, but 3 splits need 9 each"),
+    "two sources of images": (("folder: lamp", "folder: lamp, generate: {}"), 6, "give either 'folder'"),
+    "unknown concept": (("utility: [dog]", "utility: [dog, cat]"), 18, "concept 'cat' is not described"),
+    "unused concept": (("utility: [dog]", "utility: []"), 8, "concept 'dog' is described but not used"),
+    "missing files of a metric": (
+        ("[clip_image,", "[{method: clip_image, backbone: 'local-dir:/nowhere'},"),
+        17,
+        "the files of 'clip_image' cannot be read",
+    ),
+}  # fmt: skip
+
+# name: (content of the suite file, place after its name, words of the message)
+WHOLE_FILES: dict[str, tuple[bytes, str, str]] = {
+    "empty file": (b"", "", "is empty; a suite has the keys"),
+    "comments only": (b"# nothing\n", "", "is empty; a suite has the keys"),
+    "list instead of a mapping": (b"- name: x\n", ":1", "a suite is a mapping"),
+    "text instead of a mapping": (b"hello\n", ":1", "a suite is a mapping"),
+    "not UTF-8": (b"name: x\nmodel: caf\xe9\n", ":2", "not UTF-8 text (byte 0xe9)"),
+    "UTF-16": ("name: x\n".encode("utf-16"), ":1", "not UTF-8 text"),
+    "binary": (bytes(range(256)) * 8, ":", "not UTF-8 text"),
+    "zero bytes": (b"\0" * 100, ":1", "a control character; remove it"),
+    "a control character": (b"name: x\nmodel: a\x1bb\n", ":2", "a control character; remove it"),
+    "larger than 1 MiB": (b"#" * 1_100_000, "", "larger than 1 MiB"),
+    "nested alias bomb": (BOMB.encode(), ":", "values; are aliases nested?"),
+    "nested too deeply": (b"[" * 5000, "", "nested too deeply"),
+    "metrics left out": (
+        SUITE.replace("metrics: [clip_image, clip_text]\n", "").encode(), ":1", "the key 'metrics' is missing",
+    ),
+    "grid beyond reason": (
+        SUITE.replace("seeds: 2", "seeds: 1000")
+        .replace("[none, uce, {", "[none, " + ", ".join(f"{{method: uce, name: u{i}}}" for i in range(99)) + ", {")
+        .encode(),
+        ":1",
+        "trials, more than 200,000; split the suite",
+    ),
+}  # fmt: skip
+
+
+def assert_told(outcome, project, place: str, words: str) -> None:
+    """Assert that a mistake was told as all are: exit code, stream, form, place and words."""
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.errors and all(line.startswith(f"error: {project.suite}") for line in outcome.errors), outcome.err
+    assert any(f"{project.suite}{place}" in line and words in line for line in outcome.errors), outcome.err
+    assert all(line.isprintable() and len(line) < 1100 for line in outcome.errors)
+    assert not project.runs.exists()
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_mistake_is_told_in_one_line_with_its_place(project, name):
+    """One mistake in an otherwise right suite: one line, at the right place, in words."""
+    change, line, words = EDITS[name]
+    project.write(project.edited(change))
+
+    outcome = project.validate()
+
+    assert_told(outcome, project, f":{line}: ", words)
+    assert len(outcome.errors) == 1, outcome.err
+
+
+@pytest.mark.parametrize("name", WHOLE_FILES)
+def test_file_that_is_no_suite_is_told_in_one_line(project, name):
+    """A file that is wrong as a whole: one line with as much of the place as there is."""
+    content, place, words = WHOLE_FILES[name]
+    project.write(content)
+
+    outcome = project.validate()
+
+    assert_told(outcome, project, place, words)
+    assert len(outcome.errors) == 1, outcome.err
+
+
+def test_right_suite_is_valid(project):
+    """The suite that all these tests break is right."""
+    outcome = project.validate()
+
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "validate", "status", "table"])
+def test_every_verb_checks_the_suite_first(project, verb):
+    """A mistake is told the same way by every verb that reads a suite, before anything is written."""
+    project.write(project.edited(("seeds: 2", "sedes: 2")))
+
+    outcome = project.cli(verb, str(project.suite), "--runs", str(project.runs))
+
+    assert_told(outcome, project, ":3: ", "did you mean 'seeds'?")
+
+
+def test_independent_mistakes_are_told_at_once(project):
+    """Mistakes of form, of parameters, of concepts and of the model stand in one answer, in the order of the file."""
+    project.write(
+        project.edited(
+            ("model: model", "model: ./nowhere"),
+            ("seeds: 2", "seeds: many"),
+            ("folder: lamp", "folder: lmap"),
+            ("{per_split: 3}", "{per_split: 0}"),
+            ("erase: uce", "erase: imma"),
+            ("innocents: [lamp]}\ndef", "inocents: [lamp]}\ndef"),
+            ("[none, uce, {", "[none, ucee, uce, uce, {"),
+            ("rounds: 3", "round: 3"),
+            ("batch_size: 2", "batch_size: no"),
+            ("clip_text]", "klip_text]"),
+        )
+    )
+
+    outcome = project.validate()
+
+    lines = [int(re.search(r"suite.yaml:(\d+): ", line)[1]) for line in outcome.errors]
+    assert lines == [2, 3, 6, 7, 10, 11, 12, 12, 12, 16, 17], outcome.err
+
+
+def test_same_image_twice_is_refused(project):
+    """Splits must be disjoint in content, not only in names."""
+    (project.folder / "lamp" / "5.png").write_bytes((project.folder / "lamp" / "0.png").read_bytes())
+
+    assert_told(project.validate(), project, ":6: ", "are the same image; remove one")
+
+
+def test_pickled_weights_are_refused(project):
+    """A model folder whose weights are pickles is not loaded, and said so before anything is read of it."""
+    (project.folder / "model" / "unet" / "model.safetensors").rename(project.folder / "model" / "unet" / "model.bin")
+
+    assert_told(project.validate(), project, ":2: ", "pickled weights are not loaded")
+
+
+def test_other_pipelines_are_refused(project):
+    """Only Stable Diffusion pipelines are supported; another class is named."""
+    write_model(project.folder / "xl", class_name="StableDiffusionXLPipeline")
+    project.write(project.edited(("model: model", "model: xl")))
+
+    assert_told(project.validate(), project, ":2: ", "holds a StableDiffusionXLPipeline")
+
+
+@pytest.mark.parametrize("content", [b"not json", b"[]", b"\xff\xfe"])
+def test_damaged_model_index_is_told(project, content):
+    """A model_index.json that is no JSON object is told, not raised."""
+    (project.folder / "model" / "model_index.json").write_bytes(content)
+
+    assert_told(project.validate(), project, ":2: ", "model_index.json' is not valid JSON")
+
+
+def test_too_few_images_for_three_splits(project):
+    """Two images cannot make three disjoint splits."""
+    write_images(project.folder / "few", 2)
+    project.write(project.edited(("folder: lamp", "folder: few")))
+
+    assert_told(project.validate(), project, ":6: ", "holds 2 images, but 3 splits need 1 each")
+
+
+def test_thousand_mistakes_are_cut_short(project):
+    """Nobody reads more than a hundred lines."""
+    keys = "".join(f"unknown{i}: 1\n" for i in range(1000))
+    project.write(SUITE + keys)
+
+    outcome = project.validate()
+
+    assert len(outcome.errors) == 101
+    assert outcome.errors[-1] == "error: and 900 more mistakes"
+
+
+def test_missing_file_is_told(project):
+    """A suite that is not there."""
+    project.suite.unlink()
+
+    assert_told(project.validate(), project, "", "no such file")
+
+
+def test_folder_as_suite_is_told(project):
+    """A folder that is named like a suite."""
+    project.suite.unlink()
+    project.suite.mkdir()
+
+    assert_told(project.validate(), project, "", "is a folder, not a YAML file")
+
+
+def test_mistakes_are_found_without_torch(project):
+    """The check runs in a fresh process without importing what computes."""
+    project.write(project.edited(("rounds: 3", "rounds: -3"), ("model: model", "model: ./nowhere")))
+    code = (
+        "import sys; from harness.cli import main; "
+        f"code = main(['run', {str(project.suite)!r}, '--runs', {str(project.runs)!r}]); "
+        "print(code, sorted({'torch', 'ray', 'diffusers', 'transformers', 'pandas'} & set(sys.modules)))"
+    )
+
+    finished = run_python("-c", code)
+
+    assert finished.stdout == "2 []\n"
+    assert len(finished.stderr.splitlines()) == 2
+
+
+# -- --set ---------------------------------------------------------------------------------------------------
+
+OVERRIDES = {
+    "no value": ("seeds", "--set seeds: expected key=value, such as seeds=3"),
+    "no key": ("=3", "--set =3: expected key=value"),
+    "bad YAML": ("seeds=[1", "--set seeds=[1: not valid YAML"),
+    "wrong type": ("seeds=many", "--set seeds=many: seeds: must be a list (got 'many')"),
+    "wrong item": ("attacks.0.steps=[2, x]", "--set attacks.0.steps=[2, x]: attacks[0].steps[1]: must be a whole"),
+    "unknown key": ("sedes=3", "--set sedes=3: sedes: unknown key; did you mean 'seeds'?"),
+    "unknown parameter": ("defenses.2.round=3", "'round' is not a parameter of imma; did you mean 'rounds'?"),
+    "index out of range": ("attacks.7.steps=[1]", "'attacks.7' is not in"),
+    "index that is no number": ("attacks.²=1", "'attacks.²' is not in"),
+    "negative index": ("attacks.-1.steps=[1]", "'attacks.-1' is not in"),
+    "below a number": ("seeds.x.y=1", "'seeds.x' is not in"),
+    "empty part": ("sampling..steps=1", "'sampling.' is not in"),
+    "control character": ("seeds=\x1b[31m", r"not valid YAML: a control character"),
+    "alias that holds itself": ("seeds=&a [*a]", "an alias holds itself"),
+    "infinity": ("sampling.guidance=.inf", "must be finite"),
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_mistake_in_an_override_names_the_override(project, name):
+    """A mistake that came with --set is told as that, not as a line of the file."""
+    assignment, words = OVERRIDES[name]
+
+    outcome = project.validate("--set", assignment)
+
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert len(outcome.errors) == 1 and outcome.errors[0].startswith("error: --set "), outcome.err
+    assert words in outcome.errors[0]
+    assert not project.runs.exists()
+
+
+def test_override_may_mend_the_file(project):
+    """What --set replaces is not checked."""
+    project.write(project.edited(("seeds: 2", "seeds: many")))
+
+    assert project.validate("--set", "seeds=1").code == 0
