@@ -1,0 +1,183 @@
+"""Methods are found through one door, and what is wrong with them is told before they are used."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness import registry
+from harness.errors import UserMistake
+
+DEFENSE = """
+from dataclasses import dataclass
+from defenses.base import Defense
+from harness.registry import register
+
+@register("defense")
+class Mine(Defense):
+    '''A defense of the test.'''
+    name = "mine"
+    version = 1
+
+    @dataclass(frozen=True)
+    class Parameters:
+        strength: float = 1.0
+
+    def protect(self, model, targets, preserved, run):
+        raise NotImplementedError
+"""
+
+pytestmark = pytest.mark.usefixtures("unregister")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("defense", "none"), ("defense", "imma"), ("attack", "lora")])
+def test_bundled_methods_are_found(kind, name):
+    """Bundled methods need no list: their module is enough."""
+    assert name in registry.names(kind)
+    assert registry.get(kind, name).name == name
+
+
+def test_unknown_name_gets_a_suggestion():
+    """A near miss names the method that was meant."""
+    with pytest.raises(UserMistake, match="unknown defense 'imm'; did you mean 'imma'"):
+        registry.get("defense", "imm")
+
+
+def test_component_of_a_bundled_method_is_name_and_version():
+    """The version is raised by hand when results change."""
+    assert registry.component(registry.get("defense", "none")) == "none@1"
+
+
+def test_plugin_registers_its_methods(write_plugin):
+    """A plug-in's class stands beside the bundled ones."""
+    registry.load_plugins([write_plugin(DEFENSE)])
+
+    assert "mine" in registry.names("defense")
+    assert registry.describe(registry.get("defense", "mine"))["origin"] == "plug-in"
+
+
+def test_plugin_is_imported_once(write_plugin):
+    """Naming a file twice, or in two calls, is no mistake."""
+    path = write_plugin(DEFENSE)
+
+    registry.load_plugins([path, path])
+    registry.load_plugins([str(path)])
+
+    assert "mine" in registry.names("defense")
+
+
+def test_component_of_a_plugin_holds_the_digest_of_its_file(write_plugin, unregister):
+    """Editing a plug-in makes its results others', also when nobody raises the version."""
+    registry.load_plugins([write_plugin(DEFENSE, "one.py")])
+    first = registry.component(registry.get("defense", "mine"))
+    registry._methods.pop(("defense", "mine"))
+
+    registry.load_plugins([write_plugin(DEFENSE + "\n# edited\n", "one.py")])
+    second = registry.component(registry.get("defense", "mine"))
+
+    assert first.startswith("mine@1+") and second.startswith("mine@1+")
+    assert first != second
+
+
+def test_component_of_a_plugin_does_not_hold_its_path(write_plugin):
+    """The same file elsewhere gives the same results."""
+    registry.load_plugins([write_plugin(DEFENSE, "one.py")])
+    first = registry.component(registry.get("defense", "mine"))
+    registry._methods.pop(("defense", "mine"))
+
+    registry.load_plugins([write_plugin(DEFENSE, "two.py")])
+
+    assert registry.component(registry.get("defense", "mine")) == first
+
+
+BAD_PLUGINS = {
+    "does not parse": ("def f(:\n", ":1: SyntaxError: invalid syntax"),
+    "raises on import": ("x = 1\n\nx / 0\n", ":3: ZeroDivisionError: division by zero"),
+    "raises inside a function": ("def f():\n    raise OSError('gone')\nf()\n", ":2: OSError: gone"),
+    "imports what is missing": ("import not_a_module_at_all\n", ":1: ModuleNotFoundError"),
+    "ends the program": ("import sys\nsys.exit(0)\n", ":2: SystemExit: 0"),
+    "reads bad JSON": ("import json\n\n\njson.loads('[')\n", ":4: JSONDecodeError"),
+    "registers nothing": ("x = 1\n", ": registers no method; decorate a class"),
+    "takes a bundled name": (DEFENSE.replace('"mine"', '"imma"'), "the defense name 'imma' is taken by defenses.imma"),
+    "bad name": (DEFENSE.replace('"mine"', '"../Mine"'), "name '../Mine' must be lower-case letters"),
+    "name with a newline": (DEFENSE.replace('"mine"', r'"mine\n"'), "must be lower-case letters"),
+    "no name": (DEFENSE.replace('    name = "mine"\n', ""), "class Mine: a defense needs the class attribute 'name'"),
+    "no version": (DEFENSE.replace("    version = 1\n", ""), "needs the class attribute 'version'"),
+    "version in words": (DEFENSE.replace("version = 1", "version = '1'"), "version '1' must be a whole number"),
+    "no base class": (DEFENSE.replace("(Defense)", ""), "a defense is a subclass of Defense of defenses.base"),
+    "no protect": (DEFENSE.replace("def protect", "def protekt"), "a defense needs the function 'protect'"),
+    "parameters that change": (DEFENSE.replace("(frozen=True)", ""), "Parameters must be a frozen dataclass"),
+    "parameters without a form": (DEFENSE.replace("    @dataclass(frozen=True)\n", ""), "must be a frozen dataclass"),
+    "unknown kind": (DEFENSE.replace('register("defense")', 'register("defence")'), "unknown kind 'defence'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PLUGINS)
+def test_bad_plugin_is_told_with_its_line(project, write_plugin, name):
+    """What is wrong with a plug-in is told in one line of the program, with file and line."""
+    body, words = BAD_PLUGINS[name]
+    path = write_plugin(body)
+
+    outcome = project.validate("--plugin", str(path))
+
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert len(outcome.errors) == 1 and outcome.errors[0].startswith(f"error: --plugin {path}:"), outcome.err
+    assert words in outcome.errors[0]
+    assert not project.runs.exists()
+
+
+def test_bad_plugin_leaves_nothing_registered(write_plugin):
+    """What a plug-in registered before it failed is forgotten."""
+    with pytest.raises(UserMistake):
+        registry.load_plugins([write_plugin(DEFENSE + "\nraise ValueError('late')\n")])
+
+    assert "mine" not in registry.names("defense")
+
+
+def test_line_is_found_for_a_relative_path(write_plugin, monkeypatch):
+    """Tracebacks name absolute paths; users give relative ones."""
+    monkeypatch.chdir(write_plugin("1 / 0\n").parent)
+
+    with pytest.raises(UserMistake, match=r"--plugin plugin.py:1: ZeroDivisionError"):
+        registry.load_plugins(["plugin.py"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.py", None, "no such file"),
+        ("plugin.txt", b"x = 1\n", "not a Python file (.py)"),
+        ("latin.py", b"name = 'caf\xe9'\n", "SyntaxError"),
+        ("binary.py", b"\x00\x01", "SyntaxError"),
+        ("folder.py", "folder", "is a folder"),
+    ],
+)
+def test_file_that_is_no_plugin_is_told(tmp_path, name, content, words):
+    """Missing, foreign and unreadable files."""
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(UserMistake) as caught:
+        registry.load_plugins([path])
+
+    (message,) = caught.value.messages
+    assert words in message or (words == "SyntaxError" and "null bytes" in message)
+
+
+def test_all_bad_plugins_are_told_at_once(tmp_path):
+    """Two missing files are two messages."""
+    with pytest.raises(UserMistake) as caught:
+        registry.load_plugins([tmp_path / "a.py", tmp_path / "b.py"])
+
+    assert len(caught.value.messages) == 2
+
+
+def test_two_plugins_cannot_share_a_name(write_plugin):
+    """The second plug-in with a name is refused."""
+    registry.load_plugins([write_plugin(DEFENSE, "one.py")])
+
+    with pytest.raises(UserMistake, match="the defense name 'mine' is taken by another plug-in"):
+        registry.load_plugins([write_plugin(DEFENSE + "\n", "two.py")])
