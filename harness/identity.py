@@ -55,12 +55,15 @@ def describe(stage: Stage) -> dict[str, Any]:
     }
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
+
+
 def canonical_json(value: Any) -> str:
     """Return `value` as JSON that is the same for equal values: sorted keys, no spaces, no NaN, tuples as lists.
 
     Raises ValueError for NaN and infinities, TypeError for anything JSON cannot hold.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _encode(value)
 
 
 def digest_of_json(value: Any) -> str:

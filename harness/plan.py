@@ -82,10 +82,13 @@ class _Planner:
         self.result = Plan(self.suite.name)
         self._units: dict[tuple[str, ...], Unit] = {}
         self._images: dict[str, str] = {}
+        self._described: dict[tuple[str, ...], dict[str, Any]] = {
+            path: parameters.as_json(values) for path, values in loaded.parameters.items()
+        }
         self.metrics = []  # (label, component, parameters, data)
         for index, spec in enumerate(self.suite.metrics):
             cls, values = registry.get("metric", spec.method), loaded.parameters["metrics", str(index)]
-            described = {"parameters": parameters.as_json(values)}
+            described = {"parameters": self._described["metrics", str(index)]}
             self.metrics.append((spec.name, registry.component(cls), described, cls(values).data()))
         self.sampling = self.suite.sampling.model_dump()
 
@@ -318,13 +321,12 @@ class _Planner:
         concept = self.concepts[name]
         cls = registry.get("attack", attack.method)
         steps = tuple(attack.steps)
-        values = self.loaded.parameters["attacks", str(attack_index)]
         text = f"{attack.name} on {name} ({label})"
         adapt = self._add(
             kind="adapt",
             component=registry.component(cls),
             parameters={
-                "parameters": parameters.as_json(values),
+                "parameters": self._described["attacks", str(attack_index)],
                 "budget": {
                     "steps": list(steps),
                     "batch_size": attack.batch_size,
@@ -363,10 +365,11 @@ def _order(plan: Plan) -> None:
         own = tuple(k for k in unit.stages if k not in owner)
         if not own:
             continue
-        needs = {i for k in own for i in plan.stages[k].inputs.values() if i not in own}
-        for k in own:
-            owner[k] = len(units)
-        units.append(Unit(unit.name, own, frozenset(needs)))
+        if own != unit.stages:
+            needs = {i for k in own for i in plan.stages[k].inputs.values() if i not in own}
+            unit = Unit(unit.name, own, frozenset(needs))
+        owner.update(dict.fromkeys(own, len(units)))
+        units.append(unit)
     depth: dict[int, int] = {}
 
     def depth_of(index: int) -> int:
