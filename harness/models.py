@@ -56,7 +56,6 @@ class DiffusionModel:
                 source.location,
                 revision=source.revision,
                 variant=source.variant,
-                torch_dtype=torch.float32,
                 use_safetensors=True,
                 safety_checker=None,
                 feature_extractor=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -14,6 +15,24 @@ from harness.model_source import resolve_model
 from harness.run import Run
 from harness.suite import ModelSpec
 from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def forget_plugins(monkeypatch):
+    """Forget plug-ins after each test, as a new process would; calling it forgets those loaded so far."""
+    from harness import registry
+
+    registry.load()
+    known, digests = dict(registry._methods), dict(registry._plugin_digests)
+
+    def forget() -> None:
+        monkeypatch.setattr(registry, "_methods", dict(known))
+        monkeypatch.setattr(registry, "_plugin_digests", dict(digests))
+        for name in [n for n in sys.modules if n.startswith("immunitybench_plugin_")]:
+            del sys.modules[name]
+
+    forget()
+    return forget
 
 
 @pytest.fixture(scope="session")

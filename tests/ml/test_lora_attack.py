@@ -1,4 +1,4 @@
-"""The LoRA attack: only the adapter trains, the artifact is diffusers' own, an honest attacker honours the publisher."""
+"""The LoRA attack: only the adapter trains, diffusers loads it, an honest attacker honours the publisher."""
 
 from __future__ import annotations
 

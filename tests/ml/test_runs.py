@@ -1,0 +1,305 @@
+"""Whole runs on the tiny model: both tasks, resume, failures, plug-ins, executors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+from harness.errors import ExitCode
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _run(*arguments, executor="serial"):
+    return main(["run", *map(str, arguments), "--executor", executor])
+
+
+def _rows(runs: Path) -> str:
+    return (runs / "tiny" / "rows.csv").read_text(encoding="utf-8")
+
+
+def _leaderboard(runs: Path) -> list[dict[str, str]]:
+    with open(runs / "tiny" / "leaderboard.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """An undisturbed serial run: (suite file, runs folder)."""
+    from tests.ml.conftest import SUITE
+
+    folder = tmp_path_factory.mktemp("finished")
+    suite = folder / "tiny.yaml"
+    suite.write_text(SUITE.format(folder=tiny_folder), encoding="utf-8")
+    assert _run(suite, "--runs", folder / "runs") == ExitCode.DONE
+    return suite, folder / "runs"
+
+
+def test_run_ends_with_rows_of_every_role_and_step(finished):
+    """Before, after each step, real images, utility; for every defense and seed."""
+    rows = list(csv.DictReader(_rows(finished[1]).splitlines()))
+    seen = {(r["task"], r["defense"], r["role"], r["seed"], r["step"]) for r in rows}
+    for task in ("relearning", "personalization"):
+        for defense in ("none", "imma"):
+            for seed in "01":
+                for role in ("target", "innocent"):
+                    assert {(task, defense, role, seed, step) for step in "024"} <= seen
+                assert (task, defense, "utility", seed, "0") in seen
+        assert (task, "", "real", "0", "0") in seen
+    assert ("relearning", "original", "target", "0", "0") in seen
+
+
+def test_leaderboard_has_a_line_for_each_defense_step_and_task(finished):
+    """2 tasks x 2 steps x 2 defenses for the one metric; the undefended line has a gap of zero."""
+    lines = _leaderboard(finished[1])
+
+    assert len(lines) == 8
+    assert all(float(line["sgr"]) == 0.0 for line in lines if line["defense"] == "none")
+    assert all(line["n_seeds"] == "2" for line in lines)
+
+
+def test_every_committed_stage_has_its_provenance(finished):
+    """Key, identity, ledger, versions; the recorded identity gives the recorded key."""
+    from harness.identity import digest_of_json
+
+    records = [json.loads(p.read_text()) for p in (finished[1] / "store").glob("*/*/record.json")]
+
+    assert {r["identity"]["kind"] for r in records} == {"images", "erase", "immunize", "adapt", "sample", "score"}
+    for record in records:
+        assert digest_of_json(record["identity"])[:32] == record["key"]
+        assert record["provenance"]["packages"]["torch"]
+        assert record["ledger"]["peak_memory_bytes"] > 0
+
+
+def test_second_run_has_nothing_to_do(finished, capsys):
+    """And says so."""
+    suite, runs = finished
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
+
+    assert _run(suite, "--runs", runs) == ExitCode.DONE
+    assert "nothing to do" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == before
+
+
+def test_cache_never_does_everything_anew_and_gives_the_same_rows(finished, tmp_path):
+    """A fresh run over committed stages replaces each by an equal one."""
+    import shutil
+
+    suite, runs = finished
+    copy = tmp_path / "runs"
+    shutil.copytree(runs, copy)
+    record = next(iter((copy / "store" / "adapt").glob("*/record.json")))
+    finished_at = json.loads(record.read_text())["finished"]
+    before = _rows(copy)
+
+    assert _run(suite, "--runs", copy, "--cache", "never") == ExitCode.DONE
+    assert json.loads(record.read_text())["finished"] > finished_at
+    assert _rows(copy) == before
+
+
+def test_a_stage_that_was_removed_is_done_again_alone(finished, tmp_path):
+    """Deleting one score costs one score."""
+    import shutil
+
+    suite, runs = finished
+    copy = tmp_path / "runs"
+    shutil.copytree(runs, copy)
+    victim = next(iter((copy / "store" / "score").iterdir()))
+    shutil.rmtree(victim)
+    others = {p: p.stat().st_mtime_ns for p in (copy / "store").glob("*/*/record.json")}
+
+    assert _run(suite, "--runs", copy) == ExitCode.DONE
+    assert (victim / "record.json").exists()
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+    assert _rows(copy) == _rows(runs)
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from defenses.base import Defense
+from harness.protection import Protection, ThreatModel
+from harness.registry import register
+
+@dataclass(frozen=True)
+class Parameters:
+    scale: float = 0.9
+
+@register("defense")
+class Shrink(Defense):
+    "Scale the UNet's last convolution."
+    name = "shrink"
+    version = 1
+    threat_model = ThreatModel(changes=("unet.conv_out",))
+    uses = frozenset()
+    Parameters = Parameters
+
+    def protect(self, model, targets, preserved, run):
+        name = "unet.conv_out.weight"
+        {body}
+        return Protection(tensors={{name: model.parameters()[name].detach() * self.parameters.scale}})
+"""
+
+
+def _plugin(folder: Path, body: str = "pass") -> Path:
+    path = folder / "shrink.py"
+    path.write_text(PLUGIN.format(body=body), encoding="utf-8")
+    return path
+
+
+def test_defense_from_outside_stands_in_the_table_beside_the_bundled_ones(finished, tmp_path):
+    """One file, --plugin, one line of the suite; the bundled stages are reused."""
+    suite, runs = finished
+    overridden = "defenses=[none, {method: shrink, scale: 0.5}]"
+    code = _run(suite, "--runs", runs, "--plugin", _plugin(tmp_path), "--set", overridden, "--set", "seeds=1",
+                "--set", "name=outside")  # fmt: skip
+    with open(runs / "outside" / "leaderboard.csv", encoding="utf-8") as file:
+        defenses = {line["defense"] for line in csv.DictReader(file)}
+
+    assert code == ExitCode.DONE
+    assert defenses == {"none", "shrink"}
+
+
+def test_plugin_that_raises_fails_its_own_trials_and_no_others(suite_file, tmp_path, capsys, forget_plugins):
+    """Exit code 1, the rest in the table, the failure recorded with its traceback, and tried again next time."""
+    runs = tmp_path / "runs"
+    arguments = (suite_file, "--runs", runs, "--set", "defenses=[none, shrink]", "--set", "seeds=1")
+    broken = _plugin(tmp_path, "raise RuntimeError('cannot shrink')")
+
+    assert _run(*arguments, "--plugin", broken) == ExitCode.TRIALS_FAILED
+    assert {line["defense"] for line in _leaderboard(runs)} == {"none"}
+    failures = [json.loads(p.read_text()) for p in (runs / "tiny" / "failures").glob("*.json")]
+    assert failures and all("cannot shrink" in f["error"] and "Traceback" in f["traceback"] for f in failures)
+    forget_plugins()
+    assert main(["status", *map(str, arguments), "--plugin", str(broken)]) == ExitCode.TRIALS_FAILED
+    assert "cannot shrink" in capsys.readouterr().out
+
+    forget_plugins()
+    assert _run(*arguments, "--plugin", broken, "--cache", "always") == ExitCode.TRIALS_FAILED
+    mended = _plugin(tmp_path)
+    forget_plugins()
+    assert _run(*arguments, "--plugin", mended) == ExitCode.DONE
+    assert {line["defense"] for line in _leaderboard(runs)} == {"none", "shrink"}
+
+
+def test_protection_of_wrong_shape_or_with_nan_fails_the_stage(suite_file, tmp_path, forget_plugins):
+    """What a defense returns is checked before it is released."""
+    for body, words in (
+        ("import torch; return Protection(tensors={name: torch.zeros(1)})", "shape"),
+        ("import torch; return Protection(tensors={name: model.parameters()[name].detach() * float('nan')})", "finite"),
+        ("return Protection(frozen=frozenset({'unet.nothing'}))", "unet.nothing"),
+    ):
+        forget_plugins()
+        runs = tmp_path / words
+        code = _run(suite_file, "--runs", runs, "--plugin", _plugin(tmp_path, body),
+                    "--set", "defenses=[none, shrink]", "--set", "seeds=1",
+                    "--set", "attacks.0.steps=[1]")  # fmt: skip
+        failures = [json.loads(p.read_text())["error"] for p in (runs / "tiny" / "failures").glob("immunize*.json")]
+
+        assert code == ExitCode.TRIALS_FAILED
+        assert failures and all(words in f for f in failures)
+
+
+def test_failing_metric_leaves_the_other_metrics_rows(suite_file, tmp_path):
+    """A score that fails does not take the images or other scores of its unit with it."""
+    plugin = tmp_path / "bad_metric.py"
+    plugin.write_text(
+        "from metrics.base import Metric\nfrom harness.registry import register\n"
+        "@register('metric')\nclass Bad(Metric):\n"
+        "    name = 'bad'\n    version = 1\n    direction = 'higher'\n    unit = ''\n    range = (0.0, 1.0)\n"
+        "    def about(self):\n        return {'backbone': '', 'preprocessing': '', 'library': ''}\n"
+        "    def score(self, images, references, descriptions, device):\n        return [float('nan')] * len(images)\n",
+        encoding="utf-8",
+    )
+    runs = tmp_path / "runs"
+    text = suite_file.read_text()
+    suite_file.write_text(text.replace("metrics: [", "metrics: [bad, "), encoding="utf-8")
+    code = _run(suite_file, "--runs", runs, "--plugin", plugin, "--set", "seeds=1", "--set", "defenses=[none]")
+    metrics = {r["metric"] for r in csv.DictReader(_rows(runs).splitlines())}
+
+    assert code == ExitCode.TRIALS_FAILED
+    assert metrics == {"clip_image"}
+
+
+def _start(suite: Path, runs: Path, executor: str) -> subprocess.Popen:
+    """Start a run in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "harness", "run", str(suite), "--runs", str(runs), "--executor", executor],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+    )
+
+
+@pytest.mark.slow
+def test_run_killed_at_random_moments_ends_with_the_rows_of_an_undisturbed_one(finished, tmp_path):
+    """SIGKILL to the whole process group, three times while stages are being done, then a last run to the end."""
+    suite, runs = finished
+    disturbed = tmp_path / "runs"
+    moments = random.Random(5)
+    for _ in range(3):
+        process = _start(suite, disturbed, "serial")
+        begun = len(list(disturbed.glob("store/*/*/record.json")))
+        while process.poll() is None and len(list(disturbed.glob("store/*/*/record.json"))) <= begun:
+            time.sleep(0.05)  # until it is at work
+        time.sleep(moments.uniform(0.0, 1.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    assert _run(suite, "--runs", disturbed) == ExitCode.DONE
+    assert _rows(disturbed) == _rows(runs)
+    assert not list(disturbed.glob("store/*/.[0-9a-f]*")), "temporary folders were left behind"
+
+
+@pytest.mark.slow
+def test_interrupt_ends_cleanly_and_says_how_to_go_on(finished, tmp_path):
+    """Ctrl-C: exit code 130, finished stages kept, one line on what to do."""
+    suite, _ = finished
+    runs = tmp_path / "runs"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", "run", str(suite), "--runs", str(runs), "--executor", "serial"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not list(runs.glob("store/*/*/record.json")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert "same command" in output and "Traceback" not in output
+    assert list(runs.glob("store/*/*/record.json"))
+
+
+@pytest.mark.slow
+def test_ray_gives_the_rows_of_the_serial_executor_with_two_workers_side_by_side(finished, tmp_path):
+    """Byte-equal rows, since both executors use the same number of threads; start times of stages overlap."""
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one CPU core: two workers cannot run side by side")
+    suite, runs = finished
+    process = subprocess.run(
+        [sys.executable, "-m", "harness", "run", str(suite), "--runs", str(tmp_path / "runs"), "--executor", "ray"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    records = [json.loads(p.read_text()) for p in (tmp_path / "runs" / "store").glob("*/*/record.json")]
+    spans = sorted((r["started"], r["finished"]) for r in records)
+
+    assert process.returncode == ExitCode.DONE, process.stdout + process.stderr
+    assert _rows(tmp_path / "runs") == _rows(runs)
+    assert any(later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False))
