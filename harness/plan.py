@@ -126,7 +126,8 @@ class _Planner:
                 component="images@1",
                 parameters={
                     "prompts": {s: list(concept.prompts[s]) for s in SPLITS},
-                    "sampling": self.sampling,
+                    # one image a prompt, however many are evaluated
+                    "sampling": {k: v for k, v in self.sampling.items() if k != "images_per_prompt"},
                 },
                 inputs={},
                 data={},

@@ -1,0 +1,202 @@
+"""The plan of a suite: what is shared, in which order, and under which seeds."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.conftest import SUITE
+
+DEFENSES, SEEDS, ATTACKS, METRICS = 3, 2, 1, 2
+
+
+@pytest.fixture
+def plan(project):
+    """The plan of the small suite."""
+    return project.plan()
+
+
+def stages(plan, kind: str, *, holding: str = "") -> list:
+    """Return the stages of a kind whose label holds a text."""
+    return [s for s in plan.stages.values() if s.kind == kind and holding in s.label]
+
+
+def test_plan_is_equal_when_made_twice(project):
+    """The same suite gives the same plan, in the same order."""
+    first, second = project.plan(), project.plan()
+
+    assert first == second
+    assert list(first.stages) == list(second.stages)
+
+
+def test_each_concept_is_laid_out_once(plan):
+    """Four concepts, in two tasks and several roles: four stages of images."""
+    assert sorted(s.label for s in stages(plan, "images")) == [
+        f"images of {c}" for c in ("dog", "lamp", "purse", "vangogh")
+    ]
+
+
+def test_seeded_defense_is_done_once_a_protected_set_and_seed(plan):
+    """IMMA: two protected sets, two seeds."""
+    assert len(stages(plan, "immunize", holding="imma")) == 2 * SEEDS
+
+
+def test_defense_without_seed_is_shared_over_seeds(plan):
+    """UCE is a closed form: one stage a protected set."""
+    assert len(stages(plan, "immunize", holding="uce")) == 2
+
+
+def test_none_is_shared_over_seeds_and_targets(plan):
+    """The undefended model of a task is one stage, whoever is protected."""
+    assert len(stages(plan, "immunize", holding="none")) == 2  # one after erasure, one without
+
+
+def test_none_is_shared_over_protected_sets(project):
+    """Two targets without erasure: `none` does not know of them."""
+    plan = project.plan(
+        project.edited(
+            ("targets: [purse]", "targets: [purse, lamp2]"),
+            ("  lamp:", "  lamp2: {kind: object, label: a, generate: {}}\n  lamp:"),
+        )
+    )
+
+    assert len(stages(plan, "immunize", holding="none")) == 2
+
+
+def test_attack_on_an_innocent_is_shared_where_the_weights_are(project):
+    """Undefended, the innocent is attacked once a seed, not once a target."""
+    plan = project.plan(
+        project.edited(
+            ("targets: [purse]", "targets: [purse, lamp2]"),
+            ("  lamp:", "  lamp2: {kind: object, label: a, generate: {}}\n  lamp:"),
+        )
+    )
+
+    personalized = [s for s in stages(plan, "adapt", holding="lora on lamp (none") if "erase" not in s.inputs]
+
+    assert len(personalized) == SEEDS
+
+
+def test_every_defense_meets_the_same_attack_seed(plan):
+    """Comparisons are paired: a concept and a seed of the suite give one seed of the attack."""
+    seeds: dict[tuple, set] = {}
+    for trial in plan.trials:
+        if trial.attack:
+            (adapt,) = [plan.stages[k] for r, k in plan.stages[trial.sample].inputs.items() if r == "adapt"]
+            seeds.setdefault((trial.concept, trial.seed), set()).add(adapt.seed)
+
+    assert all(len(found) == 1 for found in seeds.values())
+    assert len({next(iter(found)) for found in seeds.values()}) == len(seeds)  # and different ones differ
+
+
+def test_every_defense_meets_the_same_sampling_seed(plan):
+    """Before and after the attack, with every defense, images start from the same noise."""
+    seeds: dict[tuple, set] = {}
+    for trial in plan.trials:
+        if trial.role != "real":
+            seeds.setdefault((trial.concept, trial.seed), set()).add(plan.stages[trial.sample].seed)
+
+    assert all(len(found) == 1 for found in seeds.values())
+
+
+def test_units_cover_every_stage_once(plan):
+    """No stage is forgotten, none is handed out twice."""
+    assert Counter(k for unit in plan.units for k in unit.stages) == Counter(list(plan.stages))
+
+
+def test_needs_are_done_before_they_are_needed(plan):
+    """Within a unit in its order, across units in the plan's."""
+    done: set[str] = set()
+    for unit in plan.units:
+        assert unit.needs <= done
+        for key in unit.stages:
+            assert set(plan.stages[key].inputs.values()) <= done
+            done.add(key)
+
+
+def test_needs_are_exactly_the_inputs_from_other_units(plan):
+    """Nothing is waited for in vain."""
+    for unit in plan.units:
+        inputs = {k for key in unit.stages for k in plan.stages[key].inputs.values()}
+
+        assert unit.needs == inputs - set(unit.stages)
+
+
+def test_trials_name_stages_of_the_plan(plan):
+    """What a table reads is what the plan makes."""
+    for trial in plan.trials:
+        kind = "images" if trial.role == "real" else "sample"
+        assert plan.stages[trial.sample].kind == kind
+        assert set(trial.scores) == {"clip_image", "clip_text"}
+        assert all(plan.stages[k].kind == "score" for k in trial.scores.values())
+
+
+def test_grid_is_complete(plan):
+    """Every task, defense, concept in its role, attack and seed has one trial."""
+    attacked = Counter((t.task, t.role, t.concept) for t in plan.trials if t.attack)
+
+    assert attacked == {
+        ("relearning", "target", "vangogh"): DEFENSES * SEEDS,
+        ("relearning", "innocent", "lamp"): DEFENSES * SEEDS,
+        ("personalization", "target", "purse"): DEFENSES * SEEDS,
+        ("personalization", "innocent", "lamp"): DEFENSES * SEEDS,
+    }
+
+
+def test_erased_task_has_rows_of_the_model_before_erasure(plan):
+    """How much was erased is measured against the original."""
+    original = [(t.task, t.concept, t.seed) for t in plan.trials if t.defense == "original"]
+
+    assert original == [("relearning", "vangogh", 0), ("relearning", "vangogh", 1)]
+
+
+def test_erasure_is_an_input_of_all_that_follows(plan):
+    """In the task that erases, every released model is made from the erased one."""
+    (erase,) = [k for k, s in plan.stages.items() if s.kind == "erase"]
+    for trial in plan.trials:
+        if trial.task == "relearning" and trial.attack:
+            sample = plan.stages[trial.sample]
+            assert sample.inputs["erase"] == erase
+            assert plan.stages[sample.inputs["adapt"]].inputs["erase"] == erase
+            assert plan.stages[sample.inputs["immunize"]].inputs["erase"] == erase
+
+
+def test_attacker_never_sees_the_publishers_captions(project):
+    """The defense's words do not reach the attack's stage, nor the other way round."""
+    plan = project.plan(
+        project.edited(
+            (
+                "{kind: object, label: purse,",
+                "{kind: object, label: purse, defense_captions: [ours], attack_captions: [theirs],",
+            )
+        )
+    )
+
+    assert not any("ours" in str(s.parameters) for s in stages(plan, "adapt"))
+    assert not any("theirs" in str(s.parameters) for s in stages(plan, "immunize"))
+
+
+def test_work_counts_a_backward_pass_as_two(plan):
+    """Four steps of two images: a forward pass and a backward pass each."""
+    (stage, *_) = stages(plan, "adapt")
+
+    assert stage.work == 4 * 2 * 3
+
+
+def test_concepts_protected_together_are_one_stage(project):
+    """A nested list is one protected set."""
+    text = project.edited(
+        ("{targets: [purse], innocents: [lamp]}", "{targets: [[purse, lamp]]}"), (", {method: imma, rounds: 3}", "")
+    )
+
+    plan = project.plan(text)
+
+    assert len(stages(plan, "immunize", holding="uce for purse, lamp")) == 1
+
+
+def test_single_seed_is_the_first_of_many(project):
+    """seeds: 1 is a part of seeds: 2, so a quick look is not lost."""
+    few = project.plan(SUITE, ["seeds=1"])
+
+    assert set(few.stages) <= set(project.plan().stages)
