@@ -135,7 +135,8 @@ class Imma(Defense):
                     torch.nn.utils.clip_grad_norm_(groups[level], clip)
                 optimizers[level].step()
                 optimizers[level].zero_grad(set_to_none=True)
-                run.ledger.numbers[f"{level}_loss"] = float(losses.detach().mean())
+                run.ledger.numbers[f"{level}_loss"] = value = float(losses.detach().mean())
+                run.track(f"{level}_loss", value, step)
                 run.report(step + 1, 2 * p.rounds)
                 if run.is_checkpoint_due():
                     state.save(run, step + 1)

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="only-missing: do what is not committed, and what failed before (default); always: take whatever is "
         "recorded, failures too; never: do everything anew; only-cached: do nothing, show what is there",
     )  # fmt: skip
+    run.add_argument("--track", action="store_true", help="write training curves for TensorBoard (extra: tracking)")
     run.add_argument("--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one")
     verb("plan", "show the stages of a suite, what they share, cost, and what is done already")
     verb("validate", "check a suite and say all that is wrong with it")

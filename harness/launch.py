@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from harness import tracking
 from harness.errors import ExitCode
 from harness.executors.base import EventLog, Walk
 from harness.model_source import preflight
@@ -40,6 +41,8 @@ def run(opened, given, console) -> ExitCode:
         )
         return ExitCode.DONE
     preflight(opened.source)
+    if given.track:
+        tracking.require()
     opened.make_folder()
     opened.store.sweep()
     _write_resolved(opened)
@@ -53,6 +56,7 @@ def run(opened, given, console) -> ExitCode:
         gpus=resources.gpus,
         redo=frozenset(opened.plan.stages) & committed if given.cache == "never" else frozenset(),
         executor=given.executor,
+        is_tracked=given.track,
     )
     events = EventLog(opened.folder / "events.jsonl")
     console.print(

@@ -59,6 +59,7 @@ class Run:
     folder: Path  # survives a kill; what `save_state` wrote lies here
     ledger: Ledger = field(default_factory=Ledger)
     report: Callable[[int, int], None] = lambda done, total: None
+    track: Callable[[str, float, int], None] = lambda name, value, step: None
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     _last_checkpoint: float = field(default_factory=time.monotonic)
 

@@ -26,6 +26,7 @@ from harness.identity import Stage, describe
 from harness.model_source import ModelSource
 from harness.run import Run
 from harness.store import Store, write_json
+from harness.tracking import tracker
 
 log = logging.getLogger("immunitybench")
 
@@ -42,6 +43,7 @@ class Workplace:
     gpus: float = 0.0
     redo: frozenset[str] = field(default_factory=frozenset)  # keys to do anew although committed (--cache never)
     executor: str = "serial"
+    is_tracked: bool = False  # write training curves for TensorBoard
 
 
 def execute(
@@ -124,8 +126,9 @@ def _execute_locked(
     log.info("%s %s: %s", stage.kind, key, stage.label)
     started = time.time()
     clock = time.perf_counter()
-    run = Run(stage.seed, device, stage.precision, work_folder, report=report)
-    with store.writing(stage.kind, key, replace=redo) as (folder, record):
+    curves = workplace.run_folder / "tensorboard" / f"{stage.kind}-{key}" if workplace.is_tracked else None
+    with tracker(curves) as track, store.writing(stage.kind, key, replace=redo) as (folder, record):
+        run = Run(stage.seed, device, stage.precision, work_folder, report=report, track=track)
         _DO[stage.kind](_Stage(stage, workplace, store, run, folder))
         run.ledger.peak_memory_bytes = _peak_memory_bytes(device)
         seconds = time.perf_counter() - clock

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.report.figures import recovery_curves
 from harness.rows import COLUMNS as ROW_COLUMNS
 from harness.rows import collect, write_csv
 from harness.store import Store, write_text
@@ -43,6 +44,8 @@ def write(plan, store: Store, folder: Path, model_name: str, gates: Gates) -> li
     write_csv(folder / "rows.csv", rows, ROW_COLUMNS)
     write_csv(folder / "leaderboard.csv", lines, COLUMNS)
     write_text(folder / "leaderboard.md", markdown(lines))
+    for role in ("target", "innocent"):
+        recovery_curves(rows, folder / f"recovery_{role}.png", role)
     return lines
 
 

@@ -303,3 +303,25 @@ def test_ray_gives_the_rows_of_the_serial_executor_with_two_workers_side_by_side
     assert process.returncode == ExitCode.DONE, process.stdout + process.stderr
     assert _rows(tmp_path / "runs") == _rows(runs)
     assert any(later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False))
+
+
+def test_track_writes_training_curves_of_attacks(suite_file, tmp_path):
+    """One TensorBoard folder for each training stage."""
+    pytest.importorskip("tensorboardX", reason="the extra 'tracking' is not installed")
+    runs = tmp_path / "runs"
+    code = _run(suite_file, "--runs", runs, "--track", "--set", "seeds=1", "--set", "defenses=[none]")
+
+    assert code == ExitCode.DONE
+    assert list((runs / "tiny" / "tensorboard").glob("adapt-*/events*"))
+
+
+def test_track_without_its_extra_is_a_user_mistake_before_any_compute(suite_file, tmp_path, monkeypatch, capsys):
+    """The message names the extra."""
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "tensorboardX" else find(n, *a))
+
+    assert _run(suite_file, "--runs", tmp_path / "runs", "--track") == ExitCode.USER_MISTAKE
+    assert "immunitybench[tracking]" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").glob("store/*/*"))
