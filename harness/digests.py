@@ -52,9 +52,10 @@ class _Memory:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.file = cache / "immunitybench" / "digests.json"
         try:
-            self.known: dict[str, str] = json.loads(self.file.read_text(encoding="utf-8"))
+            known = json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self.known = {}
+            known = {}
+        self.known: dict[str, str] = known if isinstance(known, dict) else {}
         self.is_changed = False
 
     def digest(self, path: Path) -> str:

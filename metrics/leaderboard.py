@@ -171,7 +171,7 @@ def _line(table: _Table, group: tuple, defense: str, gates: Gates) -> dict[str, 
         "utility": utility,
         "valid": not reasons,
         "innocent_valid": bool(sides["innocent"]) and not innocent_reasons,
-        "reason": "; ".join(reasons + innocent_reasons),
+        "reason": "; ".join(dict.fromkeys(reasons + innocent_reasons)),
         "direction": table.about[metric]["direction"],
         "unit": table.about[metric]["unit"],
         "backbone": table.about[metric]["backbone"],
@@ -208,7 +208,7 @@ def _gap(pairs: Pairs) -> dict[str, Any]:
         "high": high,
         "none": _mean(none for none, _ in pairs.values()),
         "defended": _mean(defended for _, defended in pairs.values()),
-        "concepts": len({key[:2] for key in pairs}),
+        "concepts": len({concept for _, concept, _ in pairs}),
         "seeds": len(by_seed),
     }
 
@@ -273,11 +273,11 @@ def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     count = len(values)
     if count < 2:
         return None, None
-    from scipy.stats import t
+    from scipy.special import stdtrit  # the quantile alone: scipy.stats takes a second to import
 
     mean = math.fsum(values) / count
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
-    half = float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    half = float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
     return mean - half, mean + half
 
 

@@ -1,0 +1,153 @@
+"""The walk over the plan: what is ready, what waits, and what a failure blocks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from harness.executors.base import EventLog, Walk
+from harness.identity import Stage
+from harness.plan import Plan, Unit
+
+
+def make_plan(needs: dict[str, set[str]]) -> Plan:
+    """Return a plan of one stage a unit; `needs` says by name which units a unit waits for."""
+    stage = Stage("sample", "x@1", {}, {}, {}, {}, None, "fp32")
+    units = [Unit(name, (name,), frozenset(others)) for name, others in needs.items()]
+    return Plan("suite", stages=dict.fromkeys(needs, stage), units=units)
+
+
+DIAMOND = {"top": set(), "left": {"top"}, "right": {"top"}, "bottom": {"left", "right"}, "alone": set()}
+
+
+def walk_over(needs=DIAMOND, done=()) -> Walk:
+    """Return a walk of which the stages in `done` are committed."""
+    return Walk(make_plan(needs), set(done).__contains__)
+
+
+def drain(walk: Walk) -> list[str]:
+    """Take all that is ready without finishing any; return the names."""
+    taken = []
+    while (index := walk.take()) is not None:
+        taken.append(walk.unit(index).name)
+    return taken
+
+
+def index_of(walk: Walk, name: str) -> int:
+    """Return the index of a unit."""
+    return next(i for i, unit in enumerate(walk.plan.units) if unit.name == name)
+
+
+def test_only_units_without_needs_are_ready_at_first():
+    """Everything else waits."""
+    assert drain(walk_over()) == ["top", "alone"]
+
+
+def test_unit_is_ready_when_the_last_of_its_needs_is_done():
+    """Not at the first."""
+    walk = walk_over()
+    drain(walk)
+    walk.finish(index_of(walk, "top"))
+    assert drain(walk) == ["left", "right"]
+
+    walk.finish(index_of(walk, "left"))
+    assert drain(walk) == []
+    walk.finish(index_of(walk, "right"))
+
+    assert drain(walk) == ["bottom"]
+
+
+def test_committed_units_are_not_done_again():
+    """And do not hold up those that need them."""
+    walk = walk_over(done={"top", "left"})
+
+    assert drain(walk) == ["right", "alone"]
+    assert walk.total == 3
+
+
+def test_committed_unit_counts_though_its_needs_are_gone():
+    """A result is a result, even if what it was made from was deleted."""
+    walk = walk_over(done={"bottom"})
+
+    assert "bottom" not in drain(walk)
+
+
+def test_walk_with_nothing_to_do_is_finished():
+    """All committed."""
+    walk = walk_over(done=DIAMOND)
+
+    assert walk.is_finished and walk.total == 0
+
+
+def test_failure_blocks_all_that_follows_and_nothing_else():
+    """Also at a distance; other branches go on."""
+    walk = walk_over()
+    drain(walk)
+
+    blocked = walk.fail(index_of(walk, "top"), "boom")
+
+    assert {walk.unit(i).name for i in blocked} == {"left", "right", "bottom"}
+    assert not walk.is_finished
+    walk.finish(index_of(walk, "alone"))
+    assert walk.is_finished
+
+
+def test_blocked_unit_does_not_become_ready():
+    """One need failed, the other is done."""
+    walk = walk_over()
+    drain(walk)
+    walk.finish(index_of(walk, "top"))
+    drain(walk)
+    walk.fail(index_of(walk, "left"), "boom")
+
+    walk.finish(index_of(walk, "right"))
+
+    assert drain(walk) == []
+
+
+def test_unit_is_blocked_once():
+    """By the first failure; it is not told twice."""
+    walk = walk_over()
+    drain(walk)
+    walk.finish(index_of(walk, "top"))
+    drain(walk)
+
+    assert len(walk.fail(index_of(walk, "left"), "first")) == 1
+    assert walk.fail(index_of(walk, "right"), "second") == []
+
+
+def test_summary_tells_names_and_messages():
+    """For people and exit codes."""
+    walk = walk_over()
+    drain(walk)
+    walk.finish(index_of(walk, "alone"))
+    walk.fail(index_of(walk, "top"), "boom")
+
+    summary = walk.summary()
+
+    assert (summary.done, summary.cached, summary.failed) == (1, 0, {"top": "boom"})
+    assert summary.blocked == {"left": "top", "right": "top", "bottom": "top"}
+
+
+def test_real_plan_can_be_walked_to_its_end(project):
+    """Every unit becomes ready once what it needs is done."""
+    walk = Walk(project.plan(), lambda key: False)
+    order = []
+    while (index := walk.take()) is not None:
+        order.append(index)
+        walk.finish(index)
+
+    assert walk.is_finished
+    assert sorted(order) == list(range(len(walk.plan.units)))
+
+
+@pytest.mark.parametrize(("event", "count"), [("unit_done", 1), ("stage_progress", 0)])
+def test_event_log_keeps_events_but_not_ticks(tmp_path, event, count):
+    """One JSON object a line; progress within a stage would flood it."""
+    log = EventLog(tmp_path / "new" / "events.jsonl")
+
+    log(event, {"unit": "x"})
+
+    lines = log.path.read_text().splitlines() if log.path.exists() else []
+    assert [json.loads(line)["unit"] for line in lines] == ["x"] * count
