@@ -1,0 +1,276 @@
+"""The command line: verbs, exit codes, and what is not imported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import pytest
+
+from harness import cli
+from harness.identity import describe
+from harness.store import Store
+from metrics.leaderboard import COLUMNS
+from tests.conftest import run_python
+
+HEAVY = ("torch", "ray", "diffusers", "transformers", "pandas", "pydantic", "yaml", "numpy", "scipy", "rich")
+
+
+def commit_all(project, *, but: int = 0) -> int:
+    """Commit every stage of the project's plan by hand, except the last `but`; return how many there are."""
+    plan = project.plan()
+    store = Store(project.runs / "store")
+    stages = list(plan.stages.items())
+    for key, stage in stages[: len(stages) - but]:
+        with store.writing(stage.kind, key) as (folder, record):
+            record.update(identity=describe(stage), key=key, label=stage.label, work=stage.work, seconds=1.5)
+            if stage.kind == "score":
+                about = {"direction": "higher", "unit": "cosine", "range": "-1..1", "backbone": "b",
+                         "preprocessing": "p", "library": "l"}  # fmt: skip
+                values = [{"step": step, "prompt": 0, "value": 0.5 + step / 100} for step in (0, 2, 4)]
+                (folder / "scores.json").write_text(json.dumps({"about": about, "values": values}))
+    return len(stages)
+
+
+def arguments(project) -> tuple[str, ...]:
+    """Return the arguments that name suite and results."""
+    return str(project.suite), "--runs", str(project.runs)
+
+
+# -- imports -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_imports_nothing_heavy(argument):
+    """Help is at hand at once, also where half of the packages are missing."""
+    finished = run_python("-X", "importtime", "-m", "harness", argument)
+
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in finished.stderr.splitlines()}
+    assert finished.returncode == 0
+    assert "argparse" in imported
+    assert not imported & set(HEAVY)
+
+
+def test_nothing_to_do_imports_no_torch(project):
+    """A finished suite is told as such without loading what computes."""
+    count = commit_all(project)
+    code = (
+        "import sys; from harness.cli import main; "
+        f"code = main(['run', *{arguments(project)!r}]); "
+        "print(code, sorted({'torch', 'ray', 'diffusers', 'transformers', 'pandas'} & set(sys.modules)))"
+    )
+
+    finished = run_python("-c", code)
+
+    assert f"nothing to do: all {count} stages of 'small' are committed" in finished.stdout
+    assert finished.stdout.splitlines()[-1] == "0 []"
+    assert finished.stderr == ""
+
+
+# -- verbs ---------------------------------------------------------------------------------------------------
+
+
+def test_validate_counts_trials_and_stages(project):
+    """One line for a suite that is right."""
+    outcome = project.validate()
+
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[0].startswith(f"{project.suite}: valid; ")
+
+
+@pytest.mark.parametrize("verb", ["validate", "plan", "status"])
+def test_looking_writes_nothing(project, verb):
+    """Only `run` and `table` make folders."""
+    outcome = project.cli(verb, *arguments(project))
+
+    assert outcome.code == 0
+    assert not project.runs.exists()
+
+
+def test_plan_tells_what_is_done_and_what_sharing_saves(project):
+    """By kind of stage."""
+    commit_all(project, but=1)
+
+    outcome = project.cli("plan", *arguments(project))
+
+    assert outcome.code == 0
+    assert "sharing saves" in outcome.out
+    rows = [line for line in outcome.out.splitlines() if "score" in line]
+    assert any(cell.strip() == "1" for cell in rows[0].split("│"))
+
+
+@pytest.mark.parametrize(("but", "words"), [(0, "finished"), (1, "not finished; `run` goes on")])
+def test_status_tells_whether_a_suite_is_finished(project, but, words):
+    """From the store alone."""
+    commit_all(project, but=but)
+
+    outcome = project.cli("status", *arguments(project))
+
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1] == words
+
+
+def test_status_of_a_failed_stage_is_told_with_its_exit_code(project):
+    """A failure that was not made good."""
+    plan = project.plan()
+    commit_all(project, but=1)
+    key, stage = list(plan.stages.items())[-1]
+    failures = project.runs / "small" / "failures"
+    failures.mkdir(parents=True)
+    failure = {"label": stage.label, "error": "RuntimeError: boom"}
+    (failures / f"{stage.kind}-{key}.json").write_text(json.dumps(failure))
+
+    outcome = project.cli("status", *arguments(project))
+
+    assert outcome.code == 1
+    assert f"failed: {stage.label}: RuntimeError: boom" in outcome.out.replace("\n", " ")
+
+
+def test_table_writes_what_is_committed(project):
+    """rows.csv, leaderboard.csv and leaderboard.md."""
+    commit_all(project)
+
+    outcome = project.cli("table", *arguments(project))
+
+    folder = project.runs / "small"
+    assert outcome.code == 0
+    with open(folder / "leaderboard.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == COLUMNS
+    assert {line["defense"] for line in lines} == {"none", "uce", "imma"}
+    assert (folder / "leaderboard.md").read_text().startswith("### ")
+    assert len((folder / "rows.csv").read_text().splitlines()) > len(lines)
+
+
+def test_table_of_nothing_is_empty(project):
+    """A suite of which nothing ran."""
+    outcome = project.cli("table", *arguments(project))
+
+    assert outcome.code == 0
+    assert "No rows yet." in outcome.out
+
+
+def test_cached_results_are_shown_without_doing_anything(project):
+    """--cache only-cached."""
+    commit_all(project, but=1)
+
+    outcome = project.cli("run", *arguments(project), "--cache", "only-cached")
+
+    assert outcome.code == 0
+    assert "leaderboard.csv" in outcome.out
+
+
+def test_results_do_not_depend_on_the_name_of_the_runs_folder(project):
+    """A store may be moved."""
+    commit_all(project)
+    project.runs.rename(project.folder / "moved")
+
+    outcome = project.cli("run", str(project.suite), "--runs", str(project.folder / "moved"))
+
+    assert "nothing to do" in outcome.out
+
+
+def test_list_names_methods_and_suites(project):
+    """What exists, with the first line of its docstring."""
+    outcome = project.cli("list")
+
+    assert outcome.code == 0
+    for name in ("none", "uce", "imma", "lora", "clip_image"):
+        assert f"  {name} " in outcome.out
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["walk"], "invalid choice: 'walk'"),
+        ([], "arguments are required: verb"),
+        (["run"], "arguments are required: suite"),
+        (["run", "x", "--executor", "slurm"], "invalid choice: 'slurm'"),
+        (["run", "x", "--cash", "never"], "unrecognized arguments: --cash"),
+        (["run", "x", "--set"], "expected one argument"),
+        (["run", "no\nsuch\x1b[31m"], "no such file and no bundled suite"),
+        (["run", "no_such_suite"], "no_such_suite: no such file and no bundled suite"),
+        (["run", "x" * 5000], "no such file and no bundled suite"),
+        (["run", ""], ""),
+        (["run", "~nobody-here/x.yaml"], "no such file"),
+    ],
+)
+def test_mistake_in_the_arguments_is_one_line(capsys, given, words):
+    """Exit code 2 and one line that begins with error:, as for every other mistake."""
+    try:
+        code = cli.main(given)
+    except SystemExit as stop:
+        code = stop.code
+
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ") and words in line and line.isprintable()
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "table"])
+@pytest.mark.parametrize("below", ["", "/below", "/below/deep"])
+def test_runs_that_is_a_file_is_told(project, verb, below):
+    """A file, or a folder that would lie in one."""
+    file = project.folder / "file"
+    file.write_text("x")
+
+    outcome = project.cli(verb, str(project.suite), "--runs", f"{file}{below}")
+
+    assert outcome.code == 2
+    assert outcome.out == ""
+    (line,) = outcome.errors
+    assert line.startswith(f"error: --runs {file}{below}: ") and "is a file; name a folder" in line
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc, where nobody can make a folder")
+@pytest.mark.parametrize("verb", ["run", "table"])
+def test_runs_that_cannot_be_written_is_told(project, verb):
+    """Before any compute."""
+    outcome = project.cli(verb, str(project.suite), "--runs", "/proc/immunitybench")
+
+    assert outcome.code == 2
+    (line,) = outcome.errors
+    assert line.startswith("error: --runs /proc/immunitybench: cannot be written: ")
+
+
+def test_run_folder_that_is_a_file_is_told(project):
+    """Somebody's file where the suite's results go."""
+    project.runs.mkdir()
+    (project.runs / "small").write_text("x")
+
+    outcome = project.cli("table", *arguments(project))
+
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: --runs {project.runs}: cannot be written: ")
+
+
+def test_interrupt_has_its_exit_code(project, monkeypatch):
+    """Ctrl-C while a suite is being read."""
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.suite.load", interrupt)
+
+    outcome = project.validate()
+
+    assert (outcome.code, outcome.err) == (130, "interrupted\n")
+
+
+def test_suite_beats_a_folder_of_the_same_name(project, monkeypatch, tmp_path):
+    """The name of a bundled suite means the suite, whatever lies in the working folder."""
+    from harness import suite
+
+    bundled = tmp_path / "bundled" / "quick.yaml"
+    bundled.parent.mkdir()
+    bundled.write_text("name: x\n")
+    monkeypatch.setattr(suite, "bundled_suites", lambda: [bundled])
+    (tmp_path / "quick").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    assert suite.find("quick") == bundled
