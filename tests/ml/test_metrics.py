@@ -1,0 +1,80 @@
+"""Metrics: cosines over all pairs, through encoders loaded from folders in hub layout."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from metrics.clip_image import ClipImage
+from metrics.clip_image import Parameters as ImageParameters
+from metrics.clip_text import ClipText
+from metrics.clip_text import Parameters as TextParameters
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def images(tiny_folder):
+    return [Image.open(f).convert("RGB") for f in sorted((tiny_folder / "purse").glob("*.png"))]
+
+
+@pytest.fixture
+def backbone(tiny_folder):
+    return f"local-dir:{tiny_folder / 'clip'}"
+
+
+def _features(backbone, images):
+    """Encode one image at a time with open_clip alone."""
+    model, transform = open_clip.create_model_from_pretrained(backbone)
+    model.eval()
+    with torch.no_grad():
+        vectors = [model.encode_image(transform(image)[None])[0] for image in images]
+    return [v / v.norm() for v in vectors]
+
+
+def test_image_similarity_is_the_mean_cosine_over_all_pairs(images, backbone):
+    """Written out pair by pair, for two prompts with different numbers of images."""
+    metric = ClipImage(ImageParameters(backbone, None))
+    groups, references = [images[:2], images[2:5]], images[5:8]
+    values = metric.score(groups, references, ["x", "y"], CPU)
+    known = _features(backbone, references)
+    for value, group in zip(values, groups, strict=True):
+        pairs = [float(a @ b) for a in _features(backbone, group) for b in known]
+
+        assert value == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
+
+
+def test_image_similarity_of_an_image_with_itself_is_one(images, backbone):
+    """The upper end of the range."""
+    metric = ClipImage(ImageParameters(backbone, None))
+
+    assert metric.score([images[:1]], images[:1], ["x"], CPU)[0] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_text_alignment_is_a_hundred_times_the_cosine(images, backbone):
+    """Against open_clip's own towers."""
+    metric = ClipText(TextParameters(backbone, None))
+    value = metric.score([images[:1]], [], ["a purse"], CPU)[0]
+    model, _ = open_clip.create_model_from_pretrained(backbone)
+    with torch.no_grad():
+        text = model.eval().encode_text(open_clip.get_tokenizer(backbone)(["a purse"]))[0]
+    cosine = float(_features(backbone, images[:1])[0] @ (text / text.norm()))
+
+    assert value == pytest.approx(100 * cosine, abs=1e-3)
+
+
+def test_digest_of_a_local_backbone_is_part_of_what_a_score_depends_on(backbone, tiny_folder, tmp_path):
+    """Another encoder in the same place gives another key; a hub name is pinned by itself."""
+    import shutil
+
+    shutil.copytree(tiny_folder / "clip", tmp_path / "clip")
+    copy = ClipImage(ImageParameters(f"local-dir:{tmp_path / 'clip'}", None)).data()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "open_clip_model.safetensors").write_bytes(b"other")
+    other = ClipImage(ImageParameters(f"local-dir:{tmp_path / 'other'}", None)).data()
+
+    assert copy == ClipImage(ImageParameters(backbone, None)).data()
+    assert other != copy
+    assert ClipImage(ImageParameters()).data() == {}
