@@ -41,7 +41,11 @@ def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
 
         if spec.revision or spec.variant:
             raise UserMistake(f"{where}: model: 'testbed' takes neither revision nor variant; remove them")
-        return ModelSource({"source": "testbed", "revision": digests.of_testbed("generator")}, str(paths.GENERATOR))
+        try:
+            revision = digests.of_testbed("generator")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserMistake(f"{where}: model: the embedded testbed is damaged: {one_line(error)}") from None
+        return ModelSource({"source": "testbed", "revision": revision}, str(paths.GENERATOR))
     path = path_from(spec.id, relative_to)
     looks_like_path = spec.id.startswith((".", "/", "~")) or (path is not None and path.is_dir())
     if looks_like_path:

@@ -288,9 +288,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
             source.override(assignment)
         except UserMistake as mistake:
             messages += mistake.messages
-    suite, mistakes = _validate(source)
+    suite, mistakes, broken = _validate(source)
     loaded = LoadedSuite(suite, source, path.resolve().parent)
-    loaded.broken = frozenset(str(place[0]) if place else "" for place, _ in mistakes)
+    loaded.broken = broken
     mistakes += _resolve_methods(loaded)
     for check in (_reserved_names, _duplicates, _crossed_concepts, _undefended, _protected_together, _grid_size):
         mistakes += check(loaded)
@@ -315,16 +315,18 @@ Mistake = tuple[tuple, str]
 """(path in the suite, message)"""
 
 
-def _validate(source: yaml_source.YamlSource) -> tuple[Suite, list[Mistake]]:
-    """Return the suite and its mistakes of form; with mistakes, the suite holds only what is right.
+def _validate(source: yaml_source.YamlSource) -> tuple[Suite, list[Mistake], frozenset[str]]:
+    """Return the suite, its mistakes of form and the sections they are in; with mistakes, it holds what is right.
 
     In such a part-suite a missing `model` is None, and an entry of a list of methods that is wrong is None, so that
     the others keep their index.
     """
     try:
-        return Suite.model_validate(source.data), []
+        return Suite.model_validate(source.data), [], frozenset()
     except ValidationError as error:
-        mistakes = [_mistake(source, detail) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+    mistakes = [_mistake(source, detail) for detail in details]
+    broken = frozenset(str(detail["loc"][0]) for detail in details)
     parts: dict[str, Any] = {"model": None}
     for name, field in Suite.model_fields.items():
         given = source.data.get(name)
@@ -343,7 +345,7 @@ def _validate(source: yaml_source.YamlSource) -> tuple[Suite, list[Mistake]]:
                 parts[name] = checked
         if name not in parts:
             parts[name] = field.get_default(call_default_factory=True) if not field.is_required() else None
-    return Suite.model_construct(**parts), mistakes
+    return Suite.model_construct(**parts), mistakes, broken
 
 
 _METHOD_SECTIONS = {"defenses": "defense", "attacks": "attack", "metrics": "metric"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import yaml
 
 from tests.conftest import SUITE, run_python, write_images, write_model
 
@@ -278,6 +279,18 @@ def test_thousand_mistakes_are_cut_short(project):
 
     assert len(outcome.errors) == 101
     assert outcome.errors[-1] == "error: and 900 more mistakes"
+
+
+@pytest.mark.parametrize("key", ["name", "model", "tasks", "defenses", "attacks", "metrics"])
+def test_every_required_key_is_missed(project, key):
+    """Each by its name, alone: what would follow from it is not told."""
+    data = yaml.safe_load(SUITE)
+    del data[key]
+    project.write(yaml.safe_dump(data, sort_keys=False))
+
+    outcome = project.validate()
+
+    assert outcome.errors == [f"error: {project.suite}:1: the key '{key}' is missing"]
 
 
 def test_missing_file_is_told(project):
