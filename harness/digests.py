@@ -7,6 +7,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
+from harness.errors import UserMistake
 from harness.identity import digest_of_file, digest_of_json
 from harness.store import write_json
 
@@ -22,7 +23,10 @@ def of_testbed(part: str) -> str:
     """
     from harness.testbed.paths import DIGESTS
 
-    listed = json.loads(DIGESTS.read_text(encoding="utf-8"))
+    try:
+        listed = json.loads(DIGESTS.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserMistake("the embedded testbed is damaged: digests.json cannot be read; install it again") from None
     found = {name: digest for name, digest in listed.items() if name == part or name.startswith(f"{part}/")}
     if not found:
         raise KeyError(f"the testbed has no part '{part}'")

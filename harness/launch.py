@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import tracking
-from harness.errors import ExitCode
+from harness.errors import ExitCode, UserMistake
 from harness.executors.base import EventLog, Walk
 from harness.model_source import preflight
 from harness.stages import Workplace, failure_path
@@ -43,6 +43,8 @@ def run(opened, given, console) -> ExitCode:
     preflight(opened.source)
     if given.track:
         tracking.require()
+    if given.ray_address is None:
+        _check_devices(opened)
     opened.make_folder()
     opened.store.sweep()
     _write_resolved(opened)
@@ -94,6 +96,22 @@ def run(opened, given, console) -> ExitCode:
     if summary.failed:
         return _tell_failures(opened, summary, console, given)
     return ExitCode.DONE
+
+
+def _check_devices(opened) -> None:
+    """Raise UserMistake when the suite asks for a GPU that this machine does not have, before any compute."""
+    wanted = opened.loaded.suite.resources.gpus
+    if wanted <= 0:
+        return
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted > found:
+        where = opened.loaded.source.where(("resources", "gpus"))
+        raise UserMistake(
+            f"{where}: resources.gpus: a stage wants {wanted:g} GPU, this machine has {found}; "
+            "use --set resources.gpus=0 for the CPU"
+        )
 
 
 def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:
@@ -177,6 +195,7 @@ def show_plan(opened, console) -> None:
 
 def _asked(plan) -> Counter:
     """Return how many stages of each kind the grid would do if nothing were shared."""
+    kinds = {key: stage.kind for key, stage in plan.stages.items()}
     closure: dict[str, frozenset[str]] = {}
 
     def upstream(key: str) -> frozenset[str]:
@@ -187,8 +206,10 @@ def _asked(plan) -> Counter:
 
     asked: Counter = Counter()
     for trial in plan.trials:
-        needed = upstream(trial.sample).union(*(upstream(k) for k in trial.scores.values()))
-        asked.update(plan.stages[k].kind for k in needed)
+        needed = {trial.sample, *trial.scores.values()}
+        for key in tuple(needed):
+            needed.update(*(upstream(other) for other in plan.stages[key].inputs.values()))
+        asked.update([kinds[key] for key in needed])
     return asked
 
 

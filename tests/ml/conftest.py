@@ -84,7 +84,7 @@ def purse_files(tiny_folder) -> tuple[Path, ...]:
 
 SUITE = """\
 name: tiny
-model: {folder}/model
+model: {{id: {folder}/model}}
 seeds: 2
 concepts:
   purse: {{kind: object, label: purse, folder: {folder}/purse, evaluation_prompts: [a purse on the beach, a purse]}}
