@@ -71,9 +71,19 @@ def digest_of_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
 
 
-def key(stage: Stage) -> str:
-    """Return the identity of `stage`: 32 hexadecimal digits."""
-    return digest_of_json(describe(stage))[:32]
+def key(stage: Stage, parameters_json: str | None = None) -> str:
+    """Return the identity of `stage`: 32 hexadecimal digits.
+
+    `parameters_json` is the canonical JSON of the stage's parameters, where the caller has it already: thousands of
+    stages of a plan share few parameters. The key is the same without it.
+    """
+    description = describe(stage)
+    if parameters_json is None:
+        return digest_of_json(description)[:32]
+    del description["parameters"]
+    after = {name: description.pop(name) for name in ("precision", "seed")}  # what stands behind it in sorted order
+    text = f'{canonical_json(description)[:-1]},"parameters":{parameters_json},{canonical_json(after)[1:]}'
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
 def digest_of_file(path: Path) -> str:

@@ -8,13 +8,13 @@ executor hands to a worker; the stages of a unit are committed one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness import parameters, registry, seeds
 from harness.concepts import SPLITS, Concept
-from harness.identity import Stage, key
+from harness.identity import Stage, canonical_json, key
 from harness.model_source import ModelSource
 from harness.suite import AttackSpec, LoadedSuite, MethodSpec, TaskSpec
 
@@ -82,6 +82,7 @@ class _Planner:
         self.result = Plan(self.suite.name)
         self._units: dict[tuple[str, ...], Unit] = {}
         self._images: dict[str, str] = {}
+        self._shared: dict[tuple, tuple[dict[str, Any], str]] = {}  # parameters of many stages, with their JSON
         self._described: dict[tuple[str, ...], dict[str, Any]] = {
             path: parameters.as_json(values) for path, values in loaded.parameters.items()
         }
@@ -94,10 +95,17 @@ class _Planner:
 
     # -- stages ------------------------------------------------------------------------------------------
 
-    def _add(self, **fields: Any) -> str:
+    def _share(self, *name: Any, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str]:
+        """Return parameters that many stages have in common, and their JSON: made once."""
+        if name not in self._shared:
+            made = make()
+            self._shared[name] = made, canonical_json(made)
+        return self._shared[name]
+
+    def _add(self, *, parameters_json: str | None = None, **fields: Any) -> str:
         stage = Stage(model=fields.pop("model", self.model.identity), precision=self.suite.model.precision,
                       workers=self.suite.resources.workers, **fields)  # fmt: skip
-        k = key(stage)
+        k = key(stage, parameters_json)
         self.result.stages.setdefault(k, stage)
         self.result.requested += 1
         return k
@@ -199,14 +207,19 @@ class _Planner:
         self, concept: Concept, seed: int, steps: tuple[int, ...], inputs: Mapping[str, str], label: str
     ) -> str:
         images = len(concept.evaluations) * self.suite.sampling.images_per_prompt * len(steps)
-        return self._add(
-            kind="sample",
-            component="sample@1",
-            parameters={
+        described, described_json = self._share(
+            "sample", concept.name, steps,
+            make=lambda: {
                 "prompts": [e.prompt for e in concept.evaluations],
                 "steps": list(steps),
                 "sampling": self.sampling,
             },
+        )  # fmt: skip
+        return self._add(
+            kind="sample",
+            component="sample@1",
+            parameters=described,
+            parameters_json=described_json,
             inputs=inputs,
             data={},
             seed=seeds.derive("sampling", seed, concept.name),
@@ -215,23 +228,29 @@ class _Planner:
         )
 
     def _scores(self, concept: Concept, generated: Mapping[str, str], label: str) -> dict[str, str]:
-        descriptions = [e.description for e in concept.evaluations]
         references = self.images(concept.name)
-        if "images" in generated:  # real images: each with the words that describe it
-            descriptions = list(concept.descriptions)
-        return {
-            name: self._add(
+        is_real = "images" in generated
+        scores = {}
+        for name, component, values, data in self.metrics:
+
+            def describe(values=values) -> dict[str, Any]:
+                # real images: each with the words that describe it
+                words = concept.descriptions if is_real else [e.description for e in concept.evaluations]
+                return {**values, "descriptions": list(words)}
+
+            described, described_json = self._share("score", name, concept.name, is_real, make=describe)
+            scores[name] = self._add(
                 kind="score",
                 component=component,
-                parameters={**values, "descriptions": descriptions},
+                parameters=described,
+                parameters_json=described_json,
                 model={},
                 inputs={**generated, "references": references},
                 data=data,
                 seed=None,
                 label=f"{name} of {label}",
             )
-            for name, component, values, data in self.metrics
-        }
+        return scores
 
     # -- trials ------------------------------------------------------------------------------------------
 
@@ -323,10 +342,9 @@ class _Planner:
         cls = registry.get("attack", attack.method)
         steps = tuple(attack.steps)
         text = f"{attack.name} on {name} ({label})"
-        adapt = self._add(
-            kind="adapt",
-            component=registry.component(cls),
-            parameters={
+        described, described_json = self._share(
+            "adapt", attack_index, name,
+            make=lambda: {
                 "parameters": self._described["attacks", str(attack_index)],
                 "budget": {
                     "steps": list(steps),
@@ -340,6 +358,12 @@ class _Planner:
                     "captions": list(concept.captions["attack"]),
                 },
             },
+        )  # fmt: skip
+        adapt = self._add(
+            kind="adapt",
+            component=registry.component(cls),
+            parameters=described,
+            parameters_json=described_json,
             inputs={**weights, "images": self.images(name)},
             data={},
             seed=seeds.derive("attack", seed, name),

@@ -85,6 +85,18 @@ def test_key_is_pinned():
     assert identity.key(STAGE) == "482f05d799f73905dca65beddba447df"
 
 
+def test_key_is_the_same_from_parameters_written_before():
+    """The shortcut of the planner is not another identity."""
+    assert identity.key(STAGE, identity.canonical_json(STAGE.parameters)) == identity.key(STAGE)
+
+
+def test_keys_of_a_plan_are_those_of_its_stages(project):
+    """Whatever the planner shares."""
+    plan = project.plan()
+
+    assert {key: identity.key(stage) for key, stage in plan.stages.items()} == {key: key for key in plan.stages}
+
+
 def test_key_does_not_depend_on_the_order_of_fields():
     """Mappings are sorted."""
     turned = dataclasses.replace(STAGE, inputs=dict(reversed(STAGE.inputs.items())))
