@@ -14,8 +14,8 @@ from harness.version import __version__
 
 EPILOG = """\
 examples:
-  python -m harness run suites/quickstart.yaml
-  python -m harness plan mima_full
+  python -m harness run quickstart
+  python -m harness plan quickstart
   python -m harness run my_suite.yaml --plugin my_defense.py --set seeds=3
 exit codes: 0 all done, 1 some trials failed, 2 mistake in what was given, 130 interrupted
 """
@@ -170,7 +170,7 @@ def _plan(given: argparse.Namespace) -> ExitCode:
 def _validate(given: argparse.Namespace) -> ExitCode:
     opened = _Opened(given)
     print(
-        f"{given.suite}: valid; {len(opened.plan.trials)} trials, {len(opened.plan.stages)} stages in "
+        f"{one_line(given.suite)}: valid; {len(opened.plan.trials)} trials, {len(opened.plan.stages)} stages in "
         f"{len(opened.plan.units)} units"
     )
     return ExitCode.DONE

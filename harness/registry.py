@@ -77,6 +77,9 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
         for function in REQUIRED[kind]:
             if getattr(cls, function) is getattr(base, function):
                 raise BadMethod(f"{where}: a {kind} needs the function '{function}'")
+        unknown = sorted(set(getattr(cls, "uses", ())) - set(getattr(base, "uses", ())))
+        if unknown:
+            raise BadMethod(f"{where}: `uses` holds {unknown[0]!r}; known: {', '.join(sorted(base.uses))}")
         if not isinstance(cls.name, str) or not _NAME.fullmatch(cls.name):
             raise BadMethod(f"{where}: name {cls.name!r} must be lower-case letters, digits and '_', at most 40")
         if isinstance(cls.version, bool) or not isinstance(cls.version, int):

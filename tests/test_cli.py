@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from unittest import mock
 
 import pytest
 
@@ -23,7 +24,7 @@ def commit_all(project, *, but: int = 0) -> int:
     store = Store(project.runs / "store")
     stages = list(plan.stages.items())
     for key, stage in stages[: len(stages) - but]:
-        with store.writing(stage.kind, key) as (folder, record):
+        with mock.patch("os.fsync"), store.writing(stage.kind, key) as (folder, record):
             record.update(identity=describe(stage), key=key, label=stage.label, work=stage.work, seconds=1.5)
             if stage.kind == "score":
                 about = {"direction": "higher", "unit": "cosine", "range": "-1..1", "backbone": "b",

@@ -107,6 +107,10 @@ BAD_PLUGINS = {
     "no protect": (DEFENSE.replace("def protect", "def protekt"), "a defense needs the function 'protect'"),
     "parameters that change": (DEFENSE.replace("(frozen=True)", ""), "Parameters must be a frozen dataclass"),
     "parameters without a form": (DEFENSE.replace("    @dataclass(frozen=True)\n", ""), "must be a frozen dataclass"),
+    "unknown use": (
+        DEFENSE.replace("    version = 1\n", "    version = 1\n    uses = frozenset({'target'})\n"),
+        "class Mine: `uses` holds 'target'; known: images, preserved, seed, targets",
+    ),
     "unknown kind": (DEFENSE.replace('register("defense")', 'register("defence")'), "unknown kind 'defence'"),
 }
 

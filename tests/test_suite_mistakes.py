@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
 
 import pytest
 import yaml
 
+from harness import plan, suite
+from harness.errors import UserMistake
 from tests.conftest import SUITE, run_python, write_images, write_model
 
 DEFENSES = "defenses: [none, uce, {method: imma, rounds: 3}]"
@@ -321,6 +325,47 @@ def test_mistakes_are_found_without_torch(project):
 
     assert finished.stdout == "2 []\n"
     assert len(finished.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_damage_gives_no_traceback(project, seed):
+    """A hundred suites with characters added, replaced and cut out: valid, or told as mistakes of the file."""
+    random_ = random.Random(seed)
+    alphabet = ":[]{},-#&*!|>'\"%@`\t\n \0\xff0a?<~"
+    for _ in range(25):
+        text = list(SUITE)
+        for _ in range(random_.choice([1, 1, 2, 5])):
+            place = random_.randrange(len(text))
+            text[place : place + random_.randrange(4)] = random_.choice(alphabet)
+        project.write("".join(text))
+
+        outcome = project.validate()
+
+        assert outcome.code in (0, 2)
+        assert all(line.startswith(f"error: {project.suite}") and line.isprintable() for line in outcome.errors)
+
+
+@pytest.mark.parametrize("value", [None, True, 1, 1.5, "x", [], [1], {}, {"x": 1}, {"method": 1}, [[]]], ids=repr)
+def test_any_value_in_any_place_gives_no_traceback(project, value):
+    """Every key and item of the suite replaced by a value of another type."""
+
+    def places(node, path=()):
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for key, item in items:
+            yield (*path, key)
+            yield from places(item, (*path, key))
+
+    for path in places(yaml.safe_load(SUITE)):
+        data = node = yaml.safe_load(SUITE)
+        for step in path[:-1]:
+            node = node[step]
+        node[path[-1]] = value
+        project.write(json.dumps(data, indent=1))  # JSON is YAML, and quick to write
+
+        try:
+            plan.make(suite.load(project.suite))
+        except UserMistake as mistake:
+            assert all(m.startswith(str(project.suite)) and m.isprintable() for m in mistake.messages)
 
 
 # -- --set ---------------------------------------------------------------------------------------------------
