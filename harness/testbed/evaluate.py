@@ -186,7 +186,7 @@ def sheet(root: Path, path: Path, slugs: tuple[str, ...] = SHEET_OBJECTS, guidan
         for column in range(len(styles)):
             canvas.paste(Image.fromarray(pixels[row * len(styles) + column]),
                          (left + cell * column, head + cell * row))
-    canvas.save(path, optimize=True)
+    canvas.quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:

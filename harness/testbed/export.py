@@ -3,14 +3,16 @@
 ``python -m harness.testbed.export --work DIR [--parts generator clip vit]``
 """
 import argparse
+import json
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
 
-from harness.testbed import digests
+from harness.testbed import digests, vocabulary
 from harness.testbed.paths import CLIP, GENERATOR, ROOT, VIT
 
 
@@ -22,7 +24,11 @@ def export_generator(source: Path, target: Path = GENERATOR) -> None:
         pipeline.to(torch.float16)
     shutil.rmtree(target, ignore_errors=True)
     pipeline.save_pretrained(target)
-    shutil.copytree(source / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
+    vocabulary.save(pipeline.tokenizer, target / "tokenizer")
+    for path in target.rglob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -38,6 +44,7 @@ def main() -> None:
         if name in options.parts:
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(options.work / "evaluators" / name, target)
+    vocabulary.save(CLIPTokenizer.from_pretrained(GENERATOR / "tokenizer"), CLIP)
     if (options.work / "sample_sheet.png").exists():
         shutil.copy(options.work / "sample_sheet.png", ROOT / "sample_sheet.png")
     digests.write()

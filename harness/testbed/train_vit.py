@@ -1,8 +1,8 @@
 """Train the self-supervised evaluator: a small vision transformer that never sees a label or a caption.
 
 Two views of each picture, half of their patches dropped, are brought together by a contrastive loss over
-the batch; besides, each view predicts the whole picture's 16×16 thumbnail and edges, which keeps what
-tells the artists apart. Writes ``work/evaluators/vit``, loaded by timm as ``local-dir:``.
+the batch; besides, each view predicts the whole picture's 16×16 thumbnail and edges, and its palette,
+which keeps what tells the artists apart. Writes ``work/evaluators/vit``, loaded by timm as ``local-dir:``.
 """
 import json
 from pathlib import Path
@@ -20,6 +20,7 @@ MODEL_ARGUMENTS = {"img_size": 64, "patch_size": 8, "embed_dim": WIDTH, "depth":
 TEMPERATURE = 0.15
 PATCH_DROP = 0.5
 CURATED_SHARE = 0.2
+STRONG_SHARE = 0.3
 THUMBNAIL = 16
 
 
@@ -38,10 +39,12 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 
 
 def view(images: torch.Tensor) -> torch.Tensor:
-    """One random view: geometry, colour, channel order, blur, noise."""
-    images = augment.geometry(images, scale=(0.65, 1.25), shift=0.15)
-    images = augment.hue(augment.colour(images, 0.3, grey=0.15), share=0.15)
-    return augment.noise(augment.blur(images, 0.4), 0.1)
+    """One random view: geometry, blur, noise, and for some images strong changes of colour."""
+    images = augment.geometry(images, scale=(0.8, 1.15), shift=0.1)
+    strong = (torch.rand(len(images), 1, 1, 1) < STRONG_SHARE).to(images.device)
+    recoloured = augment.hue(augment.colour(images, 0.3, grey=0.3), share=0.3)
+    images = torch.where(strong, recoloured, augment.colour(images, 0.04))
+    return augment.noise(augment.blur(images, 0.2), 0.05)
 
 
 def thumbnails(images: torch.Tensor) -> torch.Tensor:
@@ -51,8 +54,17 @@ def thumbnails(images: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(torch.cat([images, 2 * edges], dim=1), 64 // THUMBNAIL).flatten(1)
 
 
+def palettes(images: torch.Tensor) -> torch.Tensor:
+    """Targets (N, 512): square roots of the shares of 8×8×8 colours among the pixels."""
+    levels = ((images + 1) * 4).long().clamp(0, 7)
+    colours = (levels[:, 0] * 64 + levels[:, 1] * 8 + levels[:, 2]).flatten(1)
+    counts = torch.zeros(len(images), 512, device=images.device)
+    counts.scatter_add_(1, colours, torch.ones_like(colours, dtype=counts.dtype))
+    return (counts / colours.shape[1]).sqrt()
+
+
 class Heads(torch.nn.Module):
-    """Projection (N, 128) for the contrast and prediction (N, 1024) of thumbnails; training only."""
+    """Projection (N, 128) for the contrast, predicted thumbnails (N, 1024) and palettes (N, 512)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,11 +72,12 @@ class Heads(torch.nn.Module):
                                               torch.nn.GELU(), torch.nn.Linear(512, 128))
         self.picture = torch.nn.Sequential(torch.nn.Linear(WIDTH, 512), torch.nn.GELU(),
                                            torch.nn.Linear(512, 4 * THUMBNAIL ** 2))
+        self.palette = torch.nn.Linear(WIDTH, 512)
 
 
 def main() -> None:
     """Command line entry."""
-    options = training.parser(__doc__.splitlines()[0], steps=2500, batch=192, rate=1.5e-3).parse_args()
+    options = training.parser(__doc__.splitlines()[0], steps=1400, batch=128, rate=1.5e-3).parse_args()
     device = training.setup(options.threads)
     pictures = evaluation_data.load(options.work, device)
     curated = pictures.train[[pictures.slugs[number] in evaluation_data.CURATED
@@ -94,18 +107,20 @@ def main() -> None:
         with training.precision(device):
             features = forward(views)
             projected = F.normalize(heads.projection(features).float(), dim=-1)
-            predicted = heads.picture(features).float()
+            predicted, shares = heads.picture(features).float(), heads.palette(features).float()
         similarity = projected @ projected.T / TEMPERATURE
         similarity.fill_diagonal_(-torch.inf)
         partner = torch.arange(len(projected), device=device).roll(len(rows))
         contrast = F.cross_entropy(similarity, partner)
         picture = (predicted - thumbnails(images).repeat(2, 1)).square().mean()
-        (contrast + 2 * picture).backward()
+        palette = 100 * (shares - palettes(images).repeat(2, 1)).square().mean()
+        (contrast + 2 * picture + 2 * palette).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average.update(model, step)
-        report.add(step, contrast=contrast.detach(), picture=picture.detach())
+        report.add(step, contrast=contrast.detach(), picture=picture.detach(),
+                   palette=palette.detach())
         if checkpoint.save(step + 1, force=step + 1 == options.steps):
             save(average.module, options.work / "evaluators" / "vit")
 

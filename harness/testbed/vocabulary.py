@@ -37,7 +37,12 @@ def train(labels: list[str], size: int = 1700) -> CLIPTokenizer:
 
 def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Save to a folder that ``CLIPTokenizer`` and ``AutoTokenizer`` load."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "bos_token": START,
+              "eos_token": END, "unk_token": END, "pad_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     parsed = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     merges = "\n".join(pair if isinstance(pair, str) else " ".join(pair) for pair in parsed["merges"])
     (folder / "vocab.json").write_text(json.dumps(parsed["vocab"], ensure_ascii=False), encoding="utf-8")
