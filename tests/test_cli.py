@@ -34,6 +34,12 @@ def commit_all(project, *, but: int = 0) -> int:
     return len(stages)
 
 
+def write_leaderboard(project) -> None:
+    """Leave what an earlier run would have left, so that a finished suite has nothing to do at all."""
+    (project.runs / "small").mkdir(exist_ok=True)
+    (project.runs / "small" / "leaderboard.csv").touch()
+
+
 def arguments(project) -> tuple[str, ...]:
     """Return the arguments that name suite and results."""
     return str(project.suite), "--runs", str(project.runs)
@@ -56,6 +62,7 @@ def test_help_imports_nothing_heavy(argument):
 def test_nothing_to_do_imports_no_torch(project):
     """A finished suite is told as such without loading what computes."""
     count = commit_all(project)
+    write_leaderboard(project)
     code = (
         "import sys; from harness.cli import main; "
         f"code = main(['run', *{arguments(project)!r}]); "
@@ -162,9 +169,32 @@ def test_cached_results_are_shown_without_doing_anything(project):
     assert "leaderboard.csv" in outcome.out
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["--executor", "serial"],
+        ["--executor", "ray"],
+        ["--set", "resources.workers=4"],
+        ["--set", "resources.cpus=2"],
+        ["--set", "defenses.2.name=other"],
+        ["--set", "description=other words"],
+    ],
+    ids=" ".join,
+)
+def test_finished_suite_stays_finished_with(project, changed):
+    """Who does the work, on how many cores and under which label is not part of any key."""
+    commit_all(project)
+    write_leaderboard(project)
+
+    outcome = project.cli("run", *arguments(project), *changed)
+
+    assert (outcome.code, outcome.out[:13]) == (0, "nothing to do")
+
+
 def test_results_do_not_depend_on_the_name_of_the_runs_folder(project):
     """A store may be moved."""
     commit_all(project)
+    write_leaderboard(project)
     project.runs.rename(project.folder / "moved")
 
     outcome = project.cli("run", str(project.suite), "--runs", str(project.folder / "moved"))

@@ -7,9 +7,10 @@ import math
 
 import pytest
 
-from harness import identity
+from harness import identity, registry
 from harness.identity import Stage
 from tests.conftest import SUITE, write_model
+from tests.test_registry import DEFENSE
 
 STAGE = Stage(
     kind="adapt",
@@ -261,8 +262,6 @@ def test_content_of_an_image_changes_its_concept(project):
 
 def test_version_of_a_method_changes_its_stages(project, monkeypatch):
     """Results of the old code are not reused."""
-    from harness import registry
-
     before = project.plan()
     monkeypatch.setattr(registry.get("defense", "imma"), "version", 99)
 
@@ -271,6 +270,19 @@ def test_version_of_a_method_changes_its_stages(project, monkeypatch):
     assert labels(before, "immunize", gone_in=after) == {
         f"immunize imma for {concept}, seed {seed}" for concept in ("vangogh", "purse") for seed in (0, 1)
     }
+
+
+def test_edit_of_a_plugin_changes_its_stages(project, write_plugin, unregister):
+    """The digest of its file stands for its code."""
+    text = project.edited(("[none, uce, {", "[none, uce, mine, {"))
+    plans = []
+    for edit in ("", "\n# edited\n"):
+        registry._methods.pop(("defense", "mine"), None)
+        registry.load_plugins([write_plugin(DEFENSE + edit)])
+        plans.append(project.plan(text))
+
+    assert changed_kinds(*plans) == {"immunize", "adapt", "sample", "score"}
+    assert all("mine" in label for label in labels(plans[0], "immunize", gone_in=plans[1]))
 
 
 def test_files_of_a_metric_change_its_scores(project):

@@ -327,9 +327,9 @@ def test_mistakes_are_found_without_torch(project):
     assert len(finished.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_damage_gives_no_traceback(project, seed):
-    """A hundred suites with characters added, replaced and cut out: valid, or told as mistakes of the file."""
+    """Fifty suites with characters added, replaced and cut out: valid, or told as mistakes of the file."""
     random_ = random.Random(seed)
     alphabet = ":[]{},-#&*!|>'\"%@`\t\n \0\xff0a?<~"
     for _ in range(25):
@@ -345,7 +345,7 @@ def test_random_damage_gives_no_traceback(project, seed):
         assert all(line.startswith(f"error: {project.suite}") and line.isprintable() for line in outcome.errors)
 
 
-@pytest.mark.parametrize("value", [None, True, 1, 1.5, "x", [], [1], {}, {"x": 1}, {"method": 1}, [[]]], ids=repr)
+@pytest.mark.parametrize("value", [None, True, 1, "x", [[]], {"x": 1}], ids=repr)
 def test_any_value_in_any_place_gives_no_traceback(project, value):
     """Every key and item of the suite replaced by a value of another type."""
 
