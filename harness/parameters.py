@@ -9,11 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import did_you_mean, one_line
 from harness.identity import is_finite_json
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def resolve(
@@ -24,7 +28,7 @@ def resolve(
     `parameters` is an instance of `cls.Parameters`, or None when there are mistakes. Types are taken as they are
     written: neither "4" nor true is a number. `beside` are further keys that stand where parameters do, to suggest.
     """
-    from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
+    from pydantic import PydanticUndefinedAnnotation, PydanticUserError, ValidationError
 
     fields = {f.name: f for f in dataclasses.fields(cls.Parameters)}
     mistakes = [
@@ -47,7 +51,7 @@ def resolve(
     finite = {name: value for name, value in values.items() if is_finite_json(value)}
     try:
         # through JSON: its strict mode takes a list for a tuple and 1 for 1.0, but no text and no boolean for a number
-        parameters = TypeAdapter(cls.Parameters).validate_json(json.dumps(finite), strict=True)
+        parameters = _adapter(cls.Parameters).validate_json(json.dumps(finite), strict=True)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             name = str(detail["loc"][0]) if detail["loc"] else ""
@@ -58,6 +62,13 @@ def resolve(
         if not mistakes:
             return parameters, []
     return None, mistakes
+
+
+@lru_cache(maxsize=256)
+def _adapter(form: type) -> TypeAdapter:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(form)
 
 
 _WORDS: dict[str, str] = {
@@ -114,11 +125,9 @@ def _show(value: Any) -> str:
         return "a list" if value else "an empty list"
     if isinstance(value, str):
         return f"'{one_line(value, 60)}'"
-    return (
-        {None: "nothing", True: "true", False: "false"}[value]
-        if value is None or isinstance(value, bool)
-        else (one_line(value, 60))
-    )
+    if value is None:
+        return "nothing"
+    return str(value).lower() if isinstance(value, bool) else one_line(value, 60)
 
 
 def as_json(parameters: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import importlib.resources
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -363,10 +364,13 @@ def _by_short_form(name: str, value: Any) -> Any:
     return value
 
 
+_adapter = lru_cache(maxsize=64)(TypeAdapter)
+
+
 def _valid(annotation: Any, value: Any) -> Any:
     """Return `value` as `annotation` says, or None when it is not of that form."""
     try:
-        return TypeAdapter(annotation).validate_python(value, strict=None)
+        return _adapter(annotation).validate_python(value)
     except ValidationError:
         return None
 
