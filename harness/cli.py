@@ -151,7 +151,8 @@ def _runs_folder(given: str) -> Path:
 def _console(width_when_piped: int = 160):
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else width_when_piped)
+    # labels such as object:pizza are no markup and no emoji codes
+    return Console(width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
 
 
 def _run(given: argparse.Namespace) -> ExitCode:

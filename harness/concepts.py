@@ -28,7 +28,9 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TESTBED = "testbed"
 
 EVALUATION_PROMPTS = 7
-"""Prompts of a testbed concept: one for each learned style, or seven objects of a style."""
+"""At most so many prompts of a testbed concept: an object in each learned colour style, or objects of a style."""
+MONOCHROME = frozenset({"mono", "silhouette"})
+"""Styles without colour: left out where an object is the concept, since they would be compared with coloured ones."""
 DEFENSE_IDENTIFIER = "zq"
 """What the defender calls a new concept. Not what the attacker calls it: the attacker's token is unknown."""
 ATTACK_IDENTIFIER = "sk"
@@ -187,12 +189,17 @@ def _from_catalog(name: str, loaded: LoadedSuite) -> Concept:
     return _known(entry, catalog, loaded.suite.images.per_split) if entry.learned else _new(entry, catalog)
 
 
+def _colour_styles(catalog) -> list[str]:
+    """Return the learned styles in which an object is drawn and asked for."""
+    return [s.id for s in catalog.styles.values() if s.learned and s.id not in MONOCHROME]
+
+
 def _known(entry, catalog, per_split: int) -> Concept:
     """A learned concept: the base model draws it, under its own words (IMMA: training prompt = evaluation prompt)."""
     from harness.testbed.captions import caption
 
     if entry.kind == "object":
-        everywhere = [caption(entry.label, s.id) for s in catalog.styles.values() if s.learned]
+        everywhere = [caption(entry.label, style) for style in _colour_styles(catalog)]
         phrase = entry.label
     else:
         objects = [o for o in catalog.objects.values() if o.learned]
@@ -219,6 +226,8 @@ def _new(entry, catalog) -> Concept:
     from harness.testbed.captions import caption
 
     images = {split: entry.images(split) for split in SPLITS}
+    if entry.kind == "object":
+        images = {s: tuple(i for i in images[s] if i.split("/")[0] not in MONOCHROME) for s in SPLITS}
 
     def captions(split: str, identifier: str | None) -> tuple[str, ...]:
         """Captions under an identifier, or in plain words for None."""
@@ -228,7 +237,7 @@ def _new(entry, catalog) -> Concept:
         return tuple(caption(o.label, identifier or s.id) for o, s in shown)
 
     if entry.kind == "object":
-        styles = [s.id for s in catalog.styles.values() if s.learned]
+        styles = _colour_styles(catalog)
         pairs = [(caption(f"{ATTACK_IDENTIFIER} object", s), caption(entry.label, s)) for s in styles]
     else:
         labels = [catalog.describe(image)[0].label for image in images["reference"]]
