@@ -59,16 +59,25 @@ class Plan:
     units: list[Unit] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     descriptions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # concept -> evaluation prompts
-    requested: int = 0  # stages before sharing: what the grid would cost trial by trial
-
-    def unit_of(self) -> dict[str, Unit]:
-        """Return the unit that does each stage."""
-        return {k: unit for unit in self.units for k in unit.stages}
 
 
 def make(loaded: LoadedSuite) -> Plan:
     """Return the plan of a checked suite."""
     return _Planner(loaded).plan()
+
+
+@dataclass(frozen=True)
+class _Released:
+    """A released model under one seed, as the trials that attack it name it."""
+
+    task: str
+    defense: str
+    method: str
+    profile: str
+    protected: tuple[str, ...]
+    seed: int
+    weights: Mapping[str, str]  # the stages whose changes lie over the base model
+    label: str
 
 
 class _Planner:
@@ -107,7 +116,6 @@ class _Planner:
                       workers=self.suite.resources.workers, **fields)  # fmt: skip
         k = key(stage, parameters_json)
         self.result.stages.setdefault(k, stage)
-        self.result.requested += 1
         return k
 
     def _unit(self, name: str, stages: Iterable[str]) -> None:
@@ -272,91 +280,64 @@ class _Planner:
         if task.erase is not None:
             values = loaded.parameters["tasks", task_name, "erase"]
             erased = self._protective("erase", task.erase, values, targets, preserve, suite.images.seed, None)
-        roles = [(c, "target") for c in targets] + [(c, "innocent") for c in task.innocents]
+        real = _Released(task_name, "", "", "", targets, 0, {}, "")
         for name in targets + tuple(task.innocents):
-            self._real(task_name, targets, name)
+            self._real(real, name)
         for seed in suite.seeds:
             if erased:
+                original = _Released(task_name, "original", "none", "", targets, seed, {}, f"original, seed {seed}")
                 for name in targets:
-                    self._before(task_name, "original", "none", "", targets, name, "target", seed, {}, "original")
+                    self._before(original, name, "target")
             for index, spec in enumerate(suite.defenses):
                 values = loaded.parameters["defenses", str(index)]
-                profile = str(getattr(values, "profile", ""))
                 immunized = self._protective("immunize", spec, values, targets, preserve, seed, erased)
-                weights = {"immunize": immunized, **({"erase": erased} if erased else {})}
-                row = (task_name, spec.name, spec.method, profile, targets)
-                label = f"{spec.name}, {'+'.join(targets)}, seed {seed}"
-                for name, role in roles:
-                    self._before(*row, name, role, seed, weights, label)
-                    for attack_index, attack in enumerate(suite.attacks):
-                        self._attacked(*row, name, role, seed, weights, attack_index, attack, label)
+                released = _Released(
+                    task=task_name,
+                    defense=spec.name,
+                    method=spec.method,
+                    profile=str(getattr(values, "profile", "")),
+                    protected=targets,
+                    seed=seed,
+                    weights={"immunize": immunized, **({"erase": erased} if erased else {})},
+                    label=f"{spec.name}, {'+'.join(targets)}, seed {seed}",
+                )
+                for name, role in [(c, "target") for c in targets] + [(c, "innocent") for c in task.innocents]:
+                    self._before(released, name, role)
+                    for attack_index in range(len(suite.attacks)):
+                        self._attacked(released, name, role, attack_index)
                 for name in suite.utility:
-                    self._before(*row, name, "utility", seed, weights, label)
+                    self._before(released, name, "utility")
 
-    def _real(self, task_name: str, targets: tuple[str, ...], name: str) -> None:
+    def _real(self, nothing: _Released, name: str) -> None:
         """Add the scores of real images: the ceiling that an attack can reach."""
-        concept = self.concepts[name]
         images = self.images(name)
-        scores = self._scores(concept, {"images": images}, f"real images of {name}")
+        scores = self._scores(self.concepts[name], {"images": images}, f"real images of {name}")
         self._unit(f"score real images of {name}", scores.values())
-        self._trial(task_name, "", "", "", targets, "", "", name, "real", 0, (0,), images, scores)
+        self._trial(nothing, name, "real", (0,), images, scores)
 
-    def _before(
-        self,
-        task_name: str,
-        defense: str,
-        method: str,
-        profile: str,
-        targets: tuple[str, ...],
-        name: str,
-        role: str,
-        seed: int,
-        weights: Mapping[str, str],
-        label: str,
-    ) -> None:
+    def _before(self, released: _Released, name: str, role: str) -> None:
         """Add what the released model draws before any attack (step 0)."""
         concept = self.concepts[name]
-        text = f"{name} before the attack ({label})"
-        sample = self._sample(concept, seed, (0,), weights, f"sample {text}")
+        text = f"{name} before the attack ({released.label})"
+        sample = self._sample(concept, released.seed, (0,), released.weights, f"sample {text}")
         scores = self._scores(concept, {"sample": sample}, text)
         self._unit(f"sample {text}", [sample, *scores.values()])
-        self._trial(task_name, defense, method, profile, targets, "", "", name, role, seed, (0,), sample, scores)
+        self._trial(released, name, role, (0,), sample, scores)
 
-    def _attacked(
-        self,
-        task_name: str,
-        defense: str,
-        method: str,
-        profile: str,
-        targets: tuple[str, ...],
-        name: str,
-        role: str,
-        seed: int,
-        weights: Mapping[str, str],
-        attack_index: int,
-        attack: AttackSpec,
-        label: str,
-    ) -> None:
+    def _attacked(self, released: _Released, name: str, role: str, attack_index: int) -> None:
         """Add one attack on one concept: the trajectory, its images and their scores."""
+        attack = self.suite.attacks[attack_index]
         concept = self.concepts[name]
         cls = registry.get("attack", attack.method)
         steps = tuple(attack.steps)
-        text = f"{attack.name} on {name} ({label})"
+        text = f"{attack.name} on {name} ({released.label})"
         described, described_json = self._share(
             "adapt", attack_index, name,
             make=lambda: {
                 "parameters": self._described["attacks", str(attack_index)],
-                "budget": {
-                    "steps": list(steps),
-                    "batch_size": attack.batch_size,
-                    "images": attack.images,
-                },
+                "budget": {"steps": list(steps), "batch_size": attack.batch_size, "images": attack.images},
                 "attacker": attack.attacker,
-                "concept": {
-                    "kind": concept.kind,
-                    "phrase": concept.phrase,
-                    "captions": list(concept.captions["attack"]),
-                },
+                "concept": {"kind": concept.kind, "captions": list(concept.captions["attack"])},
             },
         )  # fmt: skip
         adapt = self._add(
@@ -364,22 +345,44 @@ class _Planner:
             component=registry.component(cls),
             parameters=described,
             parameters_json=described_json,
-            inputs={**weights, "images": self.images(name)},
+            inputs={**released.weights, "images": self.images(name)},
             data={},
-            seed=seeds.derive("attack", seed, name),
+            seed=seeds.derive("attack", released.seed, name),  # names no defense: all meet the same noise
             label=f"adapt {text}",
             work=float(steps[-1] * attack.batch_size * (1 + BACKWARD)),
         )
-        sample = self._sample(concept, seed, steps, {**weights, "adapt": adapt}, f"sample {text}")
+        sample = self._sample(concept, released.seed, steps, {**released.weights, "adapt": adapt}, f"sample {text}")
         scores = self._scores(concept, {"sample": sample}, text)
         self._unit(text, [adapt, sample, *scores.values()])
-        self._trial(
-            task_name, defense, method, profile, targets, attack.name, attack.attacker, name, role, seed, steps,
-            sample, scores,
-        )  # fmt: skip
+        self._trial(released, name, role, steps, sample, scores, attack)
 
-    def _trial(self, *fields: Any) -> None:
-        self.result.trials.append(Trial(*fields))
+    def _trial(
+        self,
+        released: _Released,
+        concept: str,
+        role: str,
+        steps: tuple[int, ...],
+        sample: str,
+        scores: Mapping[str, str],
+        attack: AttackSpec | None = None,
+    ) -> None:
+        self.result.trials.append(
+            Trial(
+                task=released.task,
+                defense=released.defense,
+                method=released.method,
+                profile=released.profile,
+                protected=released.protected,
+                attack=attack.name if attack else "",
+                attacker=attack.attacker if attack else "",
+                concept=concept,
+                role=role,
+                seed=released.seed,
+                steps=steps,
+                sample=sample,
+                scores=scores,
+            )
+        )
 
 
 def _order(plan: Plan) -> None:
