@@ -1,6 +1,6 @@
 """How long it takes to plan a suite of 10,000 trials, in a fresh process and with all imports.
 
-    python tests/benchmarks/plan_speed.py
+python tests/benchmarks/plan_speed.py
 """
 
 from __future__ import annotations

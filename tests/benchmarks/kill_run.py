@@ -1,0 +1,81 @@
+"""Kill a whole run at random moments and compare its rows with those of an undisturbed one.
+
+    python -m tests.benchmarks.kill_run --suite smoke --executor ray --kills 10
+
+The driver and every process that it started get SIGKILL. Each next run goes on from what is committed or was saved by
+a stage; the last one is left alone. Prints the moments and what was committed at each, and whether the rows are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+
+def start(suite: str, executor: str, runs: Path) -> subprocess.Popen:
+    """Start a run in a session of its own."""
+    command = [sys.executable, "-m", "harness", "run", suite, "--executor", executor, "--runs", str(runs)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def kill(process: subprocess.Popen) -> int:
+    """Kill the run and all its descendants at once; return how many processes died."""
+    victims = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for victim in victims:
+        try:
+            os.kill(victim.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+    return len(victims)
+
+
+def committed(runs: Path) -> int:
+    """Return how many stages the store holds."""
+    return len(list(runs.glob("store/*/*/record.json")))
+
+
+def main() -> int:
+    """Command line entry; returns 1 when the rows differ."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", default="smoke")
+    parser.add_argument("--executor", default="serial", choices=("serial", "ray"))
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    moments = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed, disturbed = Path(folder, "undisturbed"), Path(folder, "disturbed")
+        begun = time.monotonic()
+        assert start(options.suite, options.executor, undisturbed).wait() == 0, "the undisturbed run failed"
+        length_s = time.monotonic() - begun
+        print(f"undisturbed: {committed(undisturbed)} stages in {length_s:.0f} s")
+        for number in range(options.kills):
+            process = start(options.suite, options.executor, disturbed)
+            moment_s = moments.uniform(0.05, 0.9) * length_s
+            try:
+                process.wait(timeout=moment_s)
+                print(f"kill {number + 1}: the run had ended before {moment_s:.1f} s")
+                continue
+            except subprocess.TimeoutExpired:
+                died = kill(process)
+            print(
+                f"kill {number + 1}: after {moment_s:.1f} s, {died} processes, {committed(disturbed)} stages committed"
+            )
+        code = start(options.suite, options.executor, disturbed).wait()
+        rows = [next(f.glob("*/rows.csv")).read_bytes() for f in (undisturbed, disturbed)]
+        print(f"last run: exit code {code}; rows.csv {'equal' if rows[0] == rows[1] else 'DIFFER'}")
+        return int(code != 0 or rows[0] != rows[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

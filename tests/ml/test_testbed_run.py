@@ -1,0 +1,62 @@
+"""The embedded testbed through the whole harness: what `make quickstart` does, at a budget of seconds."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+
+SMOKE = Path(__file__).resolve().parents[2] / "suites" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("smoke") / "runs"
+    assert main(["run", str(SMOKE), "--executor", "serial", "--runs", str(folder)]) == 0
+    return folder
+
+
+def test_smoke_suite_fills_every_table(runs):
+    """Both tasks, both encoders and the text alignment, at both steps; values are finite."""
+    with open(runs / "smoke" / "rows.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with open(runs / "smoke" / "leaderboard.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    seen = {(line["task"], line["metric"], line["step"], line["defense"]) for line in lines}
+
+    assert all(math.isfinite(float(row["value"])) for row in rows)
+    assert len(seen) == len(lines) == 2 * 3 * 2 * 2
+    assert (runs / "smoke" / "leaderboard.md").stat().st_size > 0
+    assert (runs / "smoke" / "recovery_target.png").stat().st_size > 0
+
+
+def test_rows_name_the_encoders_and_the_prompts(runs):
+    """A reader of the CSV knows which CLIP it was and what was asked for."""
+    with open(runs / "smoke" / "rows.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    assert {row["backbone"] for row in rows} == {"testbed"}
+    assert all(row["prompt"] for row in rows if row["role"] != "real")
+    assert all(row["library"] and row["unit"] and row["range"] for row in rows)
+
+
+def test_bundled_suites_are_valid(capsys):
+    """Every file that ships is a right suite."""
+    for path in SMOKE.parent.glob("*.yaml"):
+        assert main(["validate", str(path)]) == 0
+
+
+def test_new_concepts_have_other_words_for_defender_and_attacker():
+    """As in IMMA: the publisher does not know what the attacker will call the concept."""
+    from harness import suite
+
+    concept = suite.load(SMOKE).concepts["object:pizza"]
+    words = {split: {w for caption in concept.captions[split] for w in caption.split()} for split in concept.captions}
+
+    assert "pizza" not in words["defense"] | words["attack"]
+    assert words["defense"] - words["attack"] and words["attack"] - words["defense"]
+    assert all("pizza" in e.description and "pizza" not in e.prompt for e in concept.evaluations)
