@@ -67,6 +67,11 @@ class Attack:
     def __init__(self, parameters: Any):
         self.parameters = parameters
 
+    @classmethod
+    def files(cls, parameters: Any) -> Mapping[str, Path]:
+        """Return the parameters that name files or folders here, by name: their content is identity, not their path."""
+        return {}
+
     def adapt(
         self,
         model: DiffusionModel,

@@ -5,7 +5,7 @@ by peft and saved as `pipeline.load_lora_weights(folder)` expects it.
 
 Differences from the diffusers example (`train_text_to_image_lora.py`): latents and text embeddings are encoded once
 (the posterior is still sampled anew at each step, on either flip), draws depend on (seed, step) alone, and images go
-through shuffled epochs over batches of exactly the stated size.
+through shuffled epochs over batches of exactly the stated size; images are cropped at the centre, resized by LANCZOS.
 Differences from IMMA's attack script: that one casts base weights to fp16 and pickles the whole UNet; here base
 weights are fp32 (bf16 autocast when the suite says so) and only the adapter is saved.
 An honest attacker leaves tensors alone that the publisher froze: their modules get no adapter.
@@ -24,7 +24,7 @@ from harness.registry import register
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: diffusers' example and IMMA's attack script (rank 4, 1e-4)."""
+    """Defaults: IMMA's attack script (rank 4, 1e-4, mirrored at random)."""
 
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-4
     rank: Annotated[int, Field(ge=1, le=1024)] = 4
@@ -45,7 +45,10 @@ class Lora(Attack):
     version = 1
     Parameters = Parameters
     presets = {
-        "diffusers": {},  # examples/text_to_image/train_text_to_image_lora.py
+        # examples/text_to_image/train_text_to_image_lora.py: --random_flip is off unless given
+        "diffusers": {"flip": False},
+        # IMMA's attack script (batch 1 in the suite's budget): mirrored at random
+        "imma": {},
         # rates for the embedded testbed (its feasibility run): rank 16 on attention and feed-forward
         "testbed": {
             "learning_rate": 4e-3,
@@ -60,7 +63,7 @@ class Lora(Attack):
 
         from harness.protection import Batch, make_hooks
         from harness.training import diffusion, lora
-        from harness.training.state import TrainingState
+        from harness.training.state import TrainingState, require_finite
 
         p = self.parameters
         is_honest = budget.attacker == "honest"
@@ -86,15 +89,16 @@ class Lora(Attack):
                     seen = Batch(step, noisy, batch.timesteps, batch.embeddings, prediction, losses)
                     for hook in hooks:
                         losses = losses * hook.weigh(model, seen)
-                    losses.mean().backward()
+                    loss = losses.mean()
+                    loss.backward()
                     run.ledger.backward_passes += budget.batch_size
                     torch.nn.utils.clip_grad_norm_(trained, p.clip_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                run.track("loss", float(seen.losses.detach().mean()), step)
+                run.track("loss", loss, step)
                 run.report(step + 1, budget.steps[-1])
                 if step + 1 in budget.steps:
-                    run.ledger.numbers["loss"] = float(losses.detach().mean())
+                    run.ledger.numbers["loss"] = require_finite(loss, f"the attack's loss at step {step + 1}")
                     yield Checkpoint(step + 1, lambda folder: lora.save(model, folder))
                 if run.is_checkpoint_due():
                     state.save(run, step + 1)

@@ -62,6 +62,11 @@ class Defense:
         self.parameters = parameters
 
     @classmethod
+    def files(cls, parameters: Any) -> Mapping[str, Path]:
+        """Return the parameters that name files or folders here, by name: their content is identity, not their path."""
+        return {}
+
+    @classmethod
     def unet_passes(cls, parameters: Any, targets: int) -> float:
         """Return roughly how many UNet passes over one sample `protect` makes (a backward counts 2): for estimates."""
         return 0.0

@@ -15,12 +15,14 @@ Profiles
 
 Differences from the paper: the optimizer of either level is not known from the text; both use AdamW as the code does.
 Differences from the released code: gradients are computed only where a level needs them (the code accumulates them in
-the whole UNet and never clears them); latents and text embeddings are encoded once; `--reinitialize_lora`, which has
-no effect there, does not exist; both batches come from the publisher's split, disjoint from the attacker's.
+the whole UNet and never clears them); latents and text embeddings are encoded once; images are resized by LANCZOS and
+cropped at the centre (there: bilinear, random crop unless told otherwise); `--reinitialize_lora`, which has no effect
+there, does not exist; a last, smaller batch of an epoch is filled from the next epoch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -70,12 +72,13 @@ class Imma(Defense):
     max_targets = 1
     Parameters = Parameters
     presets = {
-        # rates for the embedded testbed, found on it (its README row says how)
+        # rates for the embedded testbed, from its feasibility run; the adapter is not the attack's (rank 16, 4e-3):
+        # a publisher does not know it. Clipped on both levels in either profile.
         "testbed": {
             "rounds": 100,
             "batch_size": 8,
-            "rank": 16,
-            "lower_learning_rate": 4e-3,
+            "rank": 8,
+            "lower_learning_rate": 2e-3,
             "upper_learning_rate": 3e-4,
             "target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
             "clip_norm": 1.0,
@@ -93,7 +96,7 @@ class Imma(Defense):
 
         from harness.training import diffusion, lora
         from harness.training.selection import select
-        from harness.training.state import TrainingState
+        from harness.training.state import TrainingState, require_finite
 
         p = self.parameters
         (target,) = targets
@@ -118,6 +121,7 @@ class Imma(Defense):
             }
             state = TrainingState({**lower, **upper}, optimizers)
             start, _ = state.load(run)
+            last: dict[str, torch.Tensor] = {}
             for step, level in enumerate(_levels(p.profile, p.rounds, len(encoded), p.batch_size)):
                 if step < start:
                     continue
@@ -135,11 +139,13 @@ class Imma(Defense):
                     torch.nn.utils.clip_grad_norm_(groups[level], clip)
                 optimizers[level].step()
                 optimizers[level].zero_grad(set_to_none=True)
-                run.ledger.numbers[f"{level}_loss"] = value = float(losses.detach().mean())
-                run.track(f"{level}_loss", value, step)
+                last[level] = losses.detach().mean()
+                run.track(f"{level}_loss", last[level], step)
                 run.report(step + 1, 2 * p.rounds)
                 if run.is_checkpoint_due():
                     state.save(run, step + 1)
+        for level, value in last.items():
+            run.ledger.numbers[f"{level}_loss"] = require_finite(value, f"IMMA's {level} loss")
         return Protection(tensors={name: parameter.detach().clone() for name, parameter in upper.items()})
 
 
@@ -149,7 +155,7 @@ def _levels(profile: str, rounds: int, images: int, batch_size: int) -> Iterator
     The released loop alternates on the index within the epoch. An epoch of one batch would never reach the upper
     level there; we then alternate over epochs, which is the same as counting on.
     """
-    batches = max(1, images // batch_size)
+    batches = math.ceil(images / batch_size)
     done = index = 0
     while done < rounds:
         position = index % batches if profile == "released" and batches > 1 else index

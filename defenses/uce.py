@@ -82,7 +82,8 @@ class Uce(Defense):
 
         p = self.parameters
         with run.ledger.phase("encode"):
-            concept, guide = _aligned(model, self._pairs(targets))
+            slices = [_aligned(model, pair) for pair in self._pairs(targets)]
+            concept = torch.cat([old for old, _ in slices])
             texts = ["", *p.preserve, *(c.phrase for c in preserved)]
             kept = model.encode_text(texts).double().flatten(0, 1)
         preserve_scale = p.preserve_scale or max(0.1, 1 / len(texts))
@@ -94,7 +95,7 @@ class Uce(Defense):
             parameters = model.parameters()
             for name in select(parameters, "cross_attention_kv"):
                 weight = parameters[name].detach().double()
-                wanted = _wanted(weight, concept, guide, p.technique)
+                wanted = torch.cat([_wanted(weight, old, new, p.technique) for old, new in slices])
                 residual = p.erase_scale * (wanted - concept @ weight.T).T @ concept
                 edited[name] = (weight + torch.linalg.solve(gram, residual.T).T).float()
         return Protection(tensors=edited)
@@ -109,21 +110,16 @@ class Uce(Defense):
         ]
 
 
-def _aligned(model: DiffusionModel, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Return the text vectors to edit and those of the guides, each [vectors, width], aligned row by row.
+def _aligned(model: DiffusionModel, pair: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """Return the text vectors of a concept and those of its guide, each [vectors, width], aligned row by row.
 
     Both slices start at the last subject token (the one before the end token) and are cut to equal length.
     """
-    import torch
-
-    olds, news = [], []
-    for text, guide in pairs:
-        starts = [_last_subject_token(model, t) for t in (text, guide or " ")]
-        old, new = model.encode_text([text, guide or " "]).double()
-        length = old.shape[0] - max(starts)
-        olds.append(old[starts[0] : starts[0] + length])
-        news.append(new[starts[1] : starts[1] + length])
-    return torch.cat(olds), torch.cat(news)
+    text, guide = pair[0], pair[1] or " "
+    starts = [_last_subject_token(model, t) for t in (text, guide)]
+    old, new = model.encode_text([text, guide]).double()
+    length = old.shape[0] - max(starts)
+    return old[starts[0] : starts[0] + length], new[starts[1] : starts[1] + length]
 
 
 def _last_subject_token(model: DiffusionModel, text: str) -> int:

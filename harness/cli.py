@@ -127,12 +127,20 @@ class _Opened:
 
         return committed_stages(self.plan, self.store)
 
-    def write_tables(self) -> list[dict[str, Any]]:
-        from harness import tables
+    def gates(self):
         from metrics.leaderboard import Gates
 
-        gates = Gates(**self.loaded.suite.gates.model_dump())
-        return tables.write(self.plan, self.store, self.folder, self.source.name, gates)
+        return Gates(**self.loaded.suite.gates.model_dump())
+
+    def write_tables(self) -> list[dict[str, Any]]:
+        from harness import tables
+
+        return tables.write(self.plan, self.store, self.folder, self.source.name, self.gates())
+
+    def has_tables(self) -> bool:
+        from harness import tables
+
+        return tables.are_written(self.plan, self.folder, self.source.name, self.gates())
 
 
 def _runs_folder(given: str) -> Path:
@@ -152,7 +160,7 @@ def _console(width_when_piped: int = 160):
     from rich.console import Console
 
     # labels such as object:pizza are no markup and no emoji codes
-    return Console(width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
 
 
 def _run(given: argparse.Namespace) -> ExitCode:

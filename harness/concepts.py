@@ -136,7 +136,8 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         count = len(images[split]) or len(prompts[split])
         asked = given or list(prompts[split]) or [default]
         captions[split] = tuple(asked[i % len(asked)] for i in range(count))
-    evaluations = tuple(Evaluation(p, p) for p in spec.evaluation_prompts or [default])
+    asked = spec.evaluation_prompts or [default]
+    evaluations = tuple(Evaluation(p, d) for p, d in zip(asked, spec.descriptions or asked, strict=True))
     return Concept(
         name=name,
         kind=spec.kind,
@@ -238,7 +239,9 @@ def _new(entry, catalog) -> Concept:
 
     if entry.kind == "object":
         styles = _colour_styles(catalog)
-        pairs = [(caption(f"{ATTACK_IDENTIFIER} object", s), caption(entry.label, s)) for s in styles]
+        # other words than the attacker's captions, so that no evaluation prompt was trained on
+        asked = [f"a drawing of {ATTACK_IDENTIFIER} object in {s} style" for s in styles]
+        pairs = list(zip(asked, (caption(entry.label, s) for s in styles), strict=True))
     else:
         labels = [catalog.describe(image)[0].label for image in images["reference"]]
         pairs = [(caption(o, ATTACK_IDENTIFIER), caption(o, entry.label)) for o in labels]

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 KEY_VERSION = 1
-"""Raised when the meaning of a stage's description changes, so that old records are not taken for new ones."""
+"""Raised when the meaning of a stage's description changes, or what shared code (training, sampling, stages) makes of
+it, so that old records are not taken for new ones. Methods have versions of their own."""
 
 
 @dataclass(frozen=True)

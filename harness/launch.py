@@ -32,8 +32,9 @@ def run(opened, given, console) -> ExitCode:
         if walk.failed:
             _finish(opened, console)
             return _tell_failures(opened, walk.summary(), console, given)
-        if not (opened.folder / "leaderboard.csv").exists():
+        if not opened.has_tables():
             opened.write_tables()
+            _write_resolved(opened)
         console.print(
             f"nothing to do: all {len(opened.plan.stages)} stages of '{opened.plan.suite}' are committed; "
             f"the leaderboard is in {opened.folder}/leaderboard.csv",

@@ -23,7 +23,8 @@ class DiffusionModel:
     """A pipeline and the memory of its released state.
 
     `overlay` and `change` keep the original of every tensor before it is changed; `restore` puts the originals back
-    bit for bit. A change that was not declared is noticed by `is_restorable`, and the model is then loaded anew.
+    bit for bit. A change that was not declared is noticed by `is_restorable` (a checksum of every tensor, between
+    stages), and the model is then loaded anew.
     """
 
     def __init__(self, pipeline, device: torch.device):
@@ -34,10 +35,13 @@ class DiffusionModel:
             module.to(device=device, dtype=torch.float32)
             module.requires_grad_(False)
             module.eval()
+        if self.image_size >= 256:
+            pipeline.vae.enable_slicing()  # decode one image at a time: sixteen at once do not fit a 24 GB card
         self._originals: dict[str, Tensor] = {}
-        self._seen: dict[str, tuple[int, int]] = {}
+        self._seen = {name: _checksum(tensor) for name, tensor in self._tensors().items()}
         self._tokenizer_length = len(pipeline.tokenizer)
-        self._remember()
+        self._processors = dict(pipeline.unet.attn_processors)
+        self._scheduler = pipeline.scheduler
 
     @classmethod
     def load(cls, source: ModelSource, device: torch.device) -> DiffusionModel:
@@ -148,36 +152,54 @@ class DiffusionModel:
                 parameters[name].copy_(tensor)
 
     def restore(self) -> None:
-        """Put back every declared change, bit for bit."""
+        """Put back every declared change, bit for bit, and what methods set on modules: modes, processors, scheduler."""
         parameters = self.parameters()
         with torch.no_grad():
             for name, original in self._originals.items():
                 parameters[name].copy_(original)
-                parameters[name].requires_grad_(False)
-                parameters[name].grad = None
-        declared = set(self._originals)
         self._originals.clear()
-        self._remember(declared)
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for component in COMPONENTS:
+            module = getattr(self.pipeline, component).eval()
+            if getattr(module, "is_gradient_checkpointing", False):
+                module.disable_gradient_checkpointing()
+        if self.unet.attn_processors != self._processors:
+            self.unet.set_attn_processor(dict(self._processors))
+        self.pipeline.scheduler = self._scheduler
 
     def is_restorable(self) -> bool:
-        """Tell whether every parameter is the one we know, unchanged or with its original kept."""
-        parameters = self.parameters()
-        if parameters.keys() != self._seen.keys() or len(self.tokenizer) != self._tokenizer_length:
+        """Tell whether `restore` gives the released model: nothing was added, and what is not declared is unchanged."""
+        if len(self.tokenizer) != self._tokenizer_length or any(_has_hooks(m) for m in self._modules()):
             return False
-        return all(
-            name in self._originals or self._seen[name] == _fingerprint(parameter)
-            for name, parameter in parameters.items()
+        now = {name: p for name, p in self._tensors().items() if name not in self._originals}
+        return now.keys() | self._originals.keys() == self._seen.keys() and all(
+            self._seen[name] == _checksum(tensor) for name, tensor in now.items()
         )
 
-    def _remember(self, names: Iterable[str] | None = None) -> None:
-        parameters = self.parameters()
-        for name in parameters if names is None else names:
-            self._seen[name] = _fingerprint(parameters[name])
+    def _modules(self) -> Iterable[nn.Module]:
+        return (m for component in COMPONENTS for m in getattr(self.pipeline, component).modules())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers by "component.name"."""
+        buffers = {
+            f"{component}.{name}": buffer
+            for component in COMPONENTS
+            for name, buffer in getattr(self.pipeline, component).named_buffers()
+        }
+        return {**self.parameters(), **buffers}
 
 
-def _fingerprint(parameter: Tensor) -> tuple[int, int]:
-    """Return what changes when a tensor is written in place (its version) or swapped (its memory)."""
-    return parameter._version, parameter.data_ptr()
+def _checksum(tensor: Tensor) -> int:
+    """Return a number that changes when bits of the tensor do: the wrapped sum of its bytes read as integers."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    return int(flat.view(whole).sum(dtype=torch.int64))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 _cached: dict[str, DiffusionModel] = {}
@@ -190,7 +212,12 @@ def warm(source: ModelSource, device: torch.device) -> DiffusionModel:
     if model is not None and model.is_restorable():
         model.restore()
         return model
-    _cached.clear()  # one model in memory; a changed beyond repair one is dropped here
+    forget()  # one model in memory; one that is changed beyond repair is dropped here
     model = DiffusionModel.load(source, device)
     _cached[cache_key] = model
     return model
+
+
+def forget() -> None:
+    """Drop the warm model; the next stage loads it anew."""
+    _cached.clear()

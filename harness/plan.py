@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness import parameters, registry, seeds
+from harness import digests, parameters, registry, seeds
 from harness.concepts import SPLITS, Concept
-from harness.identity import Stage, canonical_json, key
+from harness.identity import Stage, canonical_json, digest_of_file, key
 from harness.model_source import ModelSource
 from harness.suite import AttackSpec, LoadedSuite, MethodSpec, TaskSpec
 
@@ -34,7 +34,7 @@ class Trial:
     attack: str
     attacker: str
     concept: str
-    role: str  # target | innocent | utility | real (the attack split itself, scored as if it were generated)
+    role: str  # target | innocent | utility | real (the attack split itself, scored as if drawn) | floor (another's)
     seed: int
     steps: tuple[int, ...]  # 0: before the attack
     sample: str  # key of the sample stage; of the images stage for role "real"
@@ -91,18 +91,29 @@ class _Planner:
         self.result = Plan(self.suite.name)
         self._units: dict[tuple[str, ...], Unit] = {}
         self._images: dict[str, str] = {}
+        self._identities: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # by the parameters' object
         self._shared: dict[tuple, tuple[dict[str, Any], str]] = {}  # parameters of many stages, with their JSON
-        self._described: dict[tuple[str, ...], dict[str, Any]] = {
-            path: parameters.as_json(values) for path, values in loaded.parameters.items()
-        }
-        self.metrics = []  # (label, component, parameters, data)
+        self.metrics = []  # (label, component, parameters for the identity, and those for this machine)
         for index, spec in enumerate(self.suite.metrics):
             cls, values = registry.get("metric", spec.method), loaded.parameters["metrics", str(index)]
-            described = {"parameters": self._described["metrics", str(index)]}
-            self.metrics.append((spec.name, registry.component(cls), described, cls(values).data()))
+            self.metrics.append((spec.name, registry.component(cls), *self._identified(cls, values)))
         self.sampling = self.suite.sampling.model_dump()
 
     # -- stages ------------------------------------------------------------------------------------------
+
+    def _identified(self, cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (parameters for the identity, local parameters): what lies in files is known by its content."""
+        if id(values) not in self._identities:
+            self._identities[id(values)] = self._identify(cls, values)
+        return self._identities[id(values)]
+
+    @staticmethod
+    def _identify(cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        identity = parameters.as_json(values)
+        local = {name: identity[name] for name in cls.files(values)}
+        for name, path in cls.files(values).items():
+            identity[name] = f"sha256:{digests.of_folder(path) if path.is_dir() else digest_of_file(path)}"
+        return identity, local
 
     def _share(self, *name: Any, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str]:
         """Return parameters that many stages have in common, and their JSON: made once."""
@@ -198,12 +209,14 @@ class _Planner:
                 described[role].append(entry)
         label = f"{kind} {spec.name}" + (f" for {', '.join(targets)}" if "targets" in cls.uses else "")
         label += f", seed {seed}" if "seed" in cls.uses else ""
+        identity, local = self._identified(cls, values)
         k = self._add(
             kind=kind,
             component=registry.component(cls),
-            parameters={"parameters": parameters.as_json(values), **described},
+            parameters={"parameters": identity, **described},
             inputs=inputs,
             data={},
+            local={"parameters": local} if local else {},
             seed=seeds.derive("defense", seed) if "seed" in cls.uses else None,
             label=label,
             work=float(cls.unet_passes(values, len(targets))),
@@ -235,18 +248,19 @@ class _Planner:
             work=images * self.suite.sampling.steps * 2.0,
         )
 
-    def _scores(self, concept: Concept, generated: Mapping[str, str], label: str) -> dict[str, str]:
+    def _scores(
+        self, concept: Concept, generated: Mapping[str, str], label: str, descriptions: tuple[str, ...] | None = None
+    ) -> dict[str, str]:
+        """Score images against the references of a concept; `descriptions` are those of its prompts unless given."""
         references = self.images(concept.name)
-        is_real = "images" in generated
+        descriptions = descriptions or tuple(e.description for e in concept.evaluations)
         scores = {}
-        for name, component, values, data in self.metrics:
+        for name, component, values, local in self.metrics:
 
             def describe(values=values) -> dict[str, Any]:
-                # real images: each with the words that describe it
-                words = concept.descriptions if is_real else [e.description for e in concept.evaluations]
-                return {**values, "descriptions": list(words)}
+                return {"parameters": values, "descriptions": list(descriptions)}
 
-            described, described_json = self._share("score", name, concept.name, is_real, make=describe)
+            described, described_json = self._share("score", name, concept.name, descriptions, make=describe)
             scores[name] = self._add(
                 kind="score",
                 component=component,
@@ -254,9 +268,10 @@ class _Planner:
                 parameters_json=described_json,
                 model={},
                 inputs={**generated, "references": references},
-                data=data,
+                data={},
                 seed=None,
                 label=f"{name} of {label}",
+                local={"parameters": local} if local else {},
             )
         return scores
 
@@ -281,13 +296,16 @@ class _Planner:
             values = loaded.parameters["tasks", task_name, "erase"]
             erased = self._protective("erase", task.erase, values, targets, preserve, suite.images.seed, None)
         real = _Released(task_name, "", "", "", targets, 0, {}, "")
-        for name in targets + tuple(task.innocents):
+        roles = [(c, "target") for c in targets] + [(c, "innocent") for c in task.innocents]
+        for name, _ in roles:
             self._real(real, name)
+        for name in suite.utility:
+            self._floor(real, name, targets[0])
         for seed in suite.seeds:
             if erased:
                 original = _Released(task_name, "original", "none", "", targets, seed, {}, f"original, seed {seed}")
-                for name in targets:
-                    self._before(original, name, "target")
+                for name, role in [*roles, *((c, "utility") for c in suite.utility)]:
+                    self._before(original, name, role)
             for index, spec in enumerate(suite.defenses):
                 values = loaded.parameters["defenses", str(index)]
                 immunized = self._protective("immunize", spec, values, targets, preserve, seed, erased)
@@ -301,7 +319,7 @@ class _Planner:
                     weights={"immunize": immunized, **({"erase": erased} if erased else {})},
                     label=f"{spec.name}, {'+'.join(targets)}, seed {seed}",
                 )
-                for name, role in [(c, "target") for c in targets] + [(c, "innocent") for c in task.innocents]:
+                for name, role in roles:
                     self._before(released, name, role)
                     for attack_index in range(len(suite.attacks)):
                         self._attacked(released, name, role, attack_index)
@@ -311,9 +329,20 @@ class _Planner:
     def _real(self, nothing: _Released, name: str) -> None:
         """Add the scores of real images: the ceiling that an attack can reach."""
         images = self.images(name)
-        scores = self._scores(self.concepts[name], {"images": images}, f"real images of {name}")
+        concept = self.concepts[name]
+        scores = self._scores(concept, {"images": images}, f"real images of {name}", concept.descriptions)
         self._unit(f"score real images of {name}", scores.values())
         self._trial(nothing, name, "real", (0,), images, scores)
+
+    def _floor(self, nothing: _Released, name: str, other: str) -> None:
+        """Add the scores that images of another concept get: what a model that draws something else would have."""
+        concept, images = self.concepts[name], self.images(other)
+        words = tuple(e.description for e in concept.evaluations)
+        descriptions = tuple(words[i % len(words)] for i in range(self.concepts[other].count("attack")))
+        text = f"images of {other} as if of {name}"
+        scores = self._scores(concept, {"images": images}, text, descriptions)
+        self._unit(f"score {text}", scores.values())
+        self._trial(nothing, name, "floor", (0,), images, scores)
 
     def _before(self, released: _Released, name: str, role: str) -> None:
         """Add what the released model draws before any attack (step 0)."""
@@ -331,10 +360,11 @@ class _Planner:
         cls = registry.get("attack", attack.method)
         steps = tuple(attack.steps)
         text = f"{attack.name} on {name} ({released.label})"
+        identity, local = self._identified(cls, self.loaded.parameters["attacks", str(attack_index)])
         described, described_json = self._share(
             "adapt", attack_index, name,
             make=lambda: {
-                "parameters": self._described["attacks", str(attack_index)],
+                "parameters": identity,
                 "budget": {"steps": list(steps), "batch_size": attack.batch_size, "images": attack.images},
                 "attacker": attack.attacker,
                 "concept": {"kind": concept.kind, "captions": list(concept.captions["attack"])},
@@ -347,6 +377,7 @@ class _Planner:
             parameters_json=described_json,
             inputs={**released.weights, "images": self.images(name)},
             data={},
+            local={"parameters": local} if local else {},
             seed=seeds.derive("attack", released.seed, name),  # names no defense: all meet the same noise
             label=f"adapt {text}",
             work=float(steps[-1] * attack.batch_size * (1 + BACKWARD)),

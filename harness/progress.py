@@ -56,6 +56,8 @@ class Progress:
         finished = len(self.walk.done) + len(self.walk.failed) + len(self.walk.blocked)
         if event == "unit_started" and self.bar:
             self.bar.update(self.task, description=data["unit"][:60], eta=self._eta())
+        elif event == "stage_progress" and self.bar:
+            self.bar.update(self.task, eta=f"step {data['done']} of {data['total']}; {self._eta()}")
         elif event == "unit_done":
             self.done_work += self.work_by_name.get(data["unit"], 0.0)
             self.first_done = self.first_done or (time.monotonic(), self.done_work)

@@ -50,7 +50,7 @@ def collect(plan: Plan, store: Store, model_name: str) -> list[dict[str, Any]]:
                 **scores["about"],
             }
             for entry in scores["values"]:
-                is_real = trial.role == "real"
+                is_real = trial.role in ("real", "floor")
                 rows.append(
                     {
                         **shared,

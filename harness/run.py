@@ -96,6 +96,10 @@ class Run:
         os.replace(temporary, self.folder / "state.safetensors")
         self._last_checkpoint = time.monotonic()
 
+    def drop_state(self) -> None:
+        """Forget what was kept: the stage starts over."""
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+
     def load_state(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         """Return (step, tensors, numbers) of the last `save_state`, or None when there is none."""
         from safetensors import SafetensorError, safe_open

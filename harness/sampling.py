@@ -24,7 +24,9 @@ def scheduler_for(model: DiffusionModel, name: str):
         "dpmsolver": diffusers.DPMSolverMultistepScheduler,
         "pndm": diffusers.PNDMScheduler,
     }
-    return classes[name].from_config(model.pipeline.scheduler.config)
+    # a config made for another class lacks clip_sample, whose default would clip latents at 1
+    options = {"clip_sample": False} if name == "ddim" else {}
+    return classes[name].from_config(model.pipeline.scheduler.config, **options)
 
 
 def sample(

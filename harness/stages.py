@@ -9,13 +9,14 @@ import contextlib
 import json
 import logging
 import math
+import os
 import resource
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from harness.errors import StageFailure, one_line
 from harness.identity import Stage, describe
 from harness.model_source import ModelSource
 from harness.run import Run
-from harness.store import Store, write_json
+from harness.store import Store, sync_files, write_json
 from harness.tracking import tracker
 
 log = logging.getLogger("immunitybench")
@@ -68,6 +69,7 @@ def execute(
             _execute_locked(key, stage, workplace, store, work_folder, report, redo)
         except Exception as error:
             log.exception("stage failed: %s", stage.label)
+            _forget_model()
             failure.parent.mkdir(parents=True, exist_ok=True)
             write_json(
                 failure,
@@ -83,6 +85,13 @@ def execute(
             raise StageFailure(f"{stage.label}: {type(error).__name__}: {one_line(error)}") from error
     failure.unlink(missing_ok=True)
     return True
+
+
+def _forget_model() -> None:
+    """Drop the warm model: a method that raised may have left anything behind."""
+    models = sys.modules.get("harness.models")
+    if models is not None:
+        models.forget()
 
 
 def execute_unit(
@@ -119,10 +128,15 @@ def _execute_locked(
     import torch
 
     torch.set_num_threads(workplace.cpus)  # of this thread: results depend on how sums are split
-    device = torch.device("cuda" if workplace.gpus > 0 and torch.cuda.is_available() else "cpu")
+    if workplace.gpus > 0 and not torch.cuda.is_available():
+        raise RuntimeError("the suite gives each stage a GPU, but this worker sees none")
+    device = torch.device("cuda" if workplace.gpus > 0 else "cpu")
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        _reset_peak_memory()
     log.info("%s %s: %s", stage.kind, key, stage.label)
     started = time.time()
     clock = time.perf_counter()
@@ -151,12 +165,22 @@ def _execute_locked(
     log.info("done in %.1f s", seconds)
 
 
+def _reset_peak_memory() -> None:
+    """Start a new peak of this process's memory where the system can (Linux); elsewhere it stays the process's."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def _peak_memory_bytes(device) -> int:
-    """Return the peak of the device's memory, or of this process on a CPU (since the process began)."""
+    """Return the stage's peak of the device's memory, or on a CPU of this process's."""
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
@@ -205,7 +229,8 @@ class _Stage:
     def method(self, kind: str) -> Any:
         """Return the method of the stage with its parameters."""
         cls = registry.get(kind, self.stage.component.partition("@")[0])
-        values, mistakes = parameters.resolve(cls, self.stage.parameters["parameters"])
+        given = {**self.stage.parameters["parameters"], **self.stage.local.get("parameters", {})}
+        values, mistakes = parameters.resolve(cls, given)
         if mistakes:
             raise ValueError("; ".join(message for _, message in mistakes))
         return cls(values)
@@ -286,8 +311,11 @@ def _protect(s: _Stage) -> None:
         for role in ("targets", "preserved")
     }
     model, _ = s.released()
-    protection = defense.protect(model, concepts["targets"], concepts["preserved"], s.run)
-    known = {name: p.shape for name, p in s.base().parameters().items()}
+    known = {name: p.shape for name, p in model.parameters().items()}
+    returned = defense.protect(model, concepts["targets"], concepts["preserved"], s.run)
+    # copied at once: a defense may return the model's own tensors, which are put back before the next stage
+    tensors = {name: t.detach().to("cpu", copy=True) for name, t in returned.tensors.items()}
+    protection = replace(returned, tensors=tensors)
     for name, tensor in protection.tensors.items():
         if known.get(name) != tensor.shape:
             raise ValueError(
@@ -321,6 +349,9 @@ def _adapt(s: _Stage) -> None:
     saved = s.run.folder / "checkpoints"  # survives a kill, like the state that training goes on from
     saved.mkdir(exist_ok=True)
     steps = tuple(budget["steps"])
+    kept = s.run.load_state()
+    if kept is not None and any(step <= kept[0] and not (saved / step_folder(step)).is_dir() for step in steps):
+        s.run.drop_state()  # a checkpoint that was passed is gone: only a fresh start can give it again
     for checkpoint in attack.adapt(
         model, concept, protection, Budget(steps, budget["batch_size"], described["attacker"]), s.run
     ):
@@ -330,11 +361,12 @@ def _adapt(s: _Stage) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         temporary.mkdir()
         checkpoint.save(temporary)
+        sync_files(temporary)  # before the state that is beyond this step is kept
         temporary.rename(final)
     missing = [step for step in steps if not (saved / step_folder(step)).is_dir()]
     if missing:
         raise RuntimeError(f"{attack.name} yielded no checkpoint at steps {missing}")
-    shutil.copytree(saved, s.folder / "checkpoints")
+    shutil.copytree(saved, s.folder / "checkpoints", copy_function=os.link)
 
 
 def _sample(s: _Stage) -> None:
@@ -377,7 +409,7 @@ def _sample(s: _Stage) -> None:
             if checkpoints is not None:
                 attack.unload(model)
         temporary.rename(final)
-    shutil.copytree(saved, s.folder / "images")
+    shutil.copytree(saved, s.folder / "images", copy_function=os.link)
 
 
 def _score(s: _Stage) -> None:
@@ -391,7 +423,10 @@ def _score(s: _Stage) -> None:
     with s.run.ledger.phase("score"):
         for step, groups in _groups(s, len(descriptions)):
             opened = [[Image.open(f).convert("RGB") for f in group] for group in groups]
-            for prompt, value in enumerate(metric.score(opened, references, descriptions, s.run.device)):
+            scored = metric.score(opened, references, descriptions, s.run.device)
+            if len(scored) != len(opened):
+                raise ValueError(f"{metric.name} gave {len(scored)} values for {len(opened)} prompts")
+            for prompt, value in enumerate(scored):
                 if not math.isfinite(value):
                     raise ValueError(f"{metric.name} is {value} for '{descriptions[prompt]}' at step {step}")
                 values.append({"step": step, "prompt": prompt, "value": value})

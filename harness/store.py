@@ -119,7 +119,7 @@ class Store:
             parts = folder.name.split(".")  # "", key, host, pid, random
             is_old = folder.name.startswith(".old.")
             is_ours = len(parts) == 5 and parts[2] == _host() and parts[3].isascii() and parts[3].isdigit()
-            is_orphan = is_ours and not _is_alive(int(parts[3]))
+            is_orphan = is_ours and not is_alive(int(parts[3]))
             if folder.is_dir() and (is_old or is_orphan):
                 shutil.rmtree(folder, ignore_errors=True)
                 removed += 1
@@ -131,7 +131,8 @@ def _host() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of this machine lives."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -139,6 +140,12 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def sync_files(folder: Path) -> None:
+    """Ask the disk to keep the files of a folder, at any depth, and their names."""
+    for path in [folder, *folder.rglob("*")]:
+        _sync_folder(path)
 
 
 def _sync_folder(folder: Path) -> None:

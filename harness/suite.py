@@ -157,6 +157,16 @@ class ConceptSpec(_Strict):
     defense_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     attack_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     evaluation_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
+    descriptions: list[Prompt] | None = None
+    """What each evaluation prompt shows, in plain words: for text alignment. None: the prompt itself."""
+
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> ConceptSpec:
+        if self.attack_captions and not self.evaluation_prompts:
+            raise ValueError("give 'evaluation_prompts' too: they must say what the attack's captions call the concept")
+        if self.descriptions is not None and len(self.descriptions) != len(self.evaluation_prompts or ()):
+            raise ValueError("give one entry of 'descriptions' for each of 'evaluation_prompts'")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> ConceptSpec:
@@ -189,6 +199,8 @@ class GatesSpec(_Strict):
     """The undefended attack must regain this share of the way from before the attack to real images."""
     min_utility: Annotated[float, Field(ge=0, le=1)] = 0.9
     """The released model must keep this share of the undefended model's score on the utility concepts."""
+    min_headroom: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Real images must score so much more than the model before the attack, as a share of their score."""
 
 
 class ResourcesSpec(_Strict):
@@ -197,6 +209,13 @@ class ResourcesSpec(_Strict):
     cpus: Annotated[int, Field(ge=1, le=1024)] = 1  # threads of a stage; the same for both executors
     gpus: Annotated[float, Field(ge=0, le=64)] = 0
     workers: Annotated[int, Field(ge=1, le=1024)] = 1  # processes that share one stage
+
+    @field_validator("workers")
+    @classmethod
+    def _one_process(cls, workers: int) -> int:
+        if workers > 1:
+            raise ValueError("stages that several processes share are not available yet; use 1")
+        return workers
 
 
 class Suite(_Strict):
@@ -211,7 +230,7 @@ class Suite(_Strict):
     defenses: Annotated[list[MethodSpec], Field(min_length=1, max_length=1000)]
     attacks: Annotated[list[AttackSpec], Field(min_length=1, max_length=1000)]
     metrics: Annotated[list[MethodSpec], Field(min_length=1, max_length=100)]
-    utility: list[ConceptName] = []
+    utility: Annotated[list[ConceptName], Field(min_length=1)]  # a gate that is not measured keeps nobody out
     sampling: SamplingSpec = SamplingSpec()
     images: ImagesSpec = ImagesSpec()
     gates: GatesSpec = GatesSpec()
@@ -441,11 +460,12 @@ def _resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
         own = [key for key in type(spec).model_fields if key != "parameters"]
         values, found = parameters.resolve(cls, spec.parameters, spec.preset, own)
         mistakes += [((*path, field) if field else path, message) for field, message in found]
-        if kind == "metric" and not found:
-            try:
-                cls(values).data()
-            except (UserMistake, OSError) as error:
-                mistakes.append((path, f"the files of '{spec.method}' cannot be read: {one_line(error)}"))
+        if not found:
+            mistakes += [
+                ((*path, name), f"'{one_line(file)}' does not exist; give the path of a file or folder")
+                for name, file in cls.files(values).items()
+                if not file.exists()
+            ]
         loaded.parameters[tuple(map(str, path))] = values
     return mistakes
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harness.identity import digest_of_json
+from harness.plan import Plan
 from harness.report.figures import recovery_curves
 from harness.rows import COLUMNS as ROW_COLUMNS
 from harness.rows import collect, write_csv
-from harness.store import Store, write_text
+from harness.store import Store, write_json, write_text
 from metrics.leaderboard import COLUMNS, Gates, leaderboard
 
+STATE = "tables.json"
+"""What the tables in a folder were made from."""
 SHOWN = (
     ("defense", "defense"),
     ("attack", "attack"),
@@ -36,7 +42,7 @@ LEGEND = (
 )
 
 
-def write(plan, store: Store, folder: Path, model_name: str, gates: Gates) -> list[dict[str, Any]]:
+def write(plan: Plan, store: Store, folder: Path, model_name: str, gates: Gates) -> list[dict[str, Any]]:
     """Write the tables of a run from what is committed; return the leaderboard's lines."""
     rows = collect(plan, store, model_name)
     lines = leaderboard(rows, gates)
@@ -46,7 +52,24 @@ def write(plan, store: Store, folder: Path, model_name: str, gates: Gates) -> li
     write_text(folder / "leaderboard.md", markdown(lines))
     for role in ("target", "innocent"):
         recovery_curves(rows, folder / f"recovery_{role}.png", role)
+    is_whole = {r["score_key"] for r in rows} >= {k for trial in plan.trials for k in trial.scores.values()}
+    write_json(folder / STATE, {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole})
     return lines
+
+
+def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool:
+    """Tell whether the folder's tables are those of this plan and these gates, with every row."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    whole = {"of": _fingerprint(plan, model_name, gates), "is_whole": True}
+    return state == whole and all((folder / name).is_file() for name in ("rows.csv", "leaderboard.csv"))
+
+
+def _fingerprint(plan: Plan, model_name: str, gates: Gates) -> str:
+    """Return a digest of everything that the tables are made from, but the values: those the score keys stand for."""
+    return digest_of_json([plan.suite, model_name, asdict(gates), [asdict(trial) for trial in plan.trials]])
 
 
 def sections(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:

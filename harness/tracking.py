@@ -6,11 +6,12 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from harness.errors import UserMistake
 
-Track = Callable[[str, float, int], None]
-"""Called with the name of a number, its value, and the step."""
+Track = Callable[[str, Any, int], None]
+"""Called with the name of a number, its value (a number or a tensor of one, read only when tracked), and the step."""
 
 
 def require() -> None:
@@ -28,4 +29,4 @@ def tracker(folder: Path | None) -> Iterator[Track]:
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
-        yield lambda name, value, step: writer.add_scalar(name, value, step)
+        yield lambda name, value, step: writer.add_scalar(name, float(value), step)

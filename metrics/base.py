@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ class Metric:
     def __init__(self, parameters: Any):
         self.parameters = parameters
 
-    def data(self) -> dict[str, str]:
-        """Return the digests of local files that the result depends on, such as a backbone's: part of the identity."""
+    @classmethod
+    def files(cls, parameters: Any) -> Mapping[str, Path]:
+        """Return the parameters that name files or folders here, by name: their content is identity, not their path."""
         return {}
 
     def about(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import clip, data_digest, library, mean_similarity_by_prompt
+from metrics.encoders import clip, library, local_files, mean_similarity_by_prompt
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class ClipImage(Metric):
     Parameters = Parameters
     presets = {"testbed": {"backbone": "testbed", "pretrained": None}}
 
-    def data(self):
-        return data_digest(self.parameters.backbone, "clip")
+    @classmethod
+    def files(cls, parameters):
+        return local_files(parameters.backbone, "clip", parameters.pretrained)
 
     def about(self):
         p = self.parameters

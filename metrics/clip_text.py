@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import clip, data_digest, encode_images, library
+from metrics.encoders import clip, encode_images, library, local_files
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class ClipText(Metric):
     Parameters = Parameters
     presets = {"testbed": {"backbone": "testbed", "pretrained": None}}
 
-    def data(self):
-        return data_digest(self.parameters.backbone, "clip")
+    @classmethod
+    def files(cls, parameters):
+        return local_files(parameters.backbone, "clip", parameters.pretrained)
 
     def about(self):
         p = self.parameters

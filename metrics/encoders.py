@@ -29,15 +29,15 @@ def _location(backbone: str, kind: str) -> str:
     return f"local-dir:{paths.CLIP if kind == 'clip' else paths.VIT}"
 
 
-def data_digest(backbone: str, kind: str) -> dict[str, str]:
-    """Return the digest of a backbone that lies in files here; {} for one that its name pins."""
-    from harness import digests
-
-    if backbone == TESTBED:
-        return {"backbone": digests.of_testbed("evaluators/clip" if kind == "clip" else "evaluators/vit")}
-    if backbone.startswith("local-dir:"):
-        return {"backbone": digests.of_folder(Path(backbone.removeprefix("local-dir:")))}
-    return {}
+def local_files(backbone: str, kind: str, pretrained: str | None = None) -> dict[str, Path]:
+    """Return where the parameters `backbone` and `pretrained` lie when they are files here, not names of a library."""
+    found = {}
+    location = _location(backbone, kind)
+    if location.startswith("local-dir:"):
+        found["backbone"] = Path(location.removeprefix("local-dir:"))
+    if pretrained is not None and ("/" in pretrained or pretrained.endswith(".safetensors")):
+        found["pretrained"] = Path(pretrained)
+    return found
 
 
 @lru_cache(maxsize=2)

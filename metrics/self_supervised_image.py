@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import data_digest, library, mean_similarity_by_prompt, vision
+from metrics.encoders import library, local_files, mean_similarity_by_prompt, vision
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class SelfSupervisedImage(Metric):
     Parameters = Parameters
     presets = {"testbed": {"backbone": "testbed"}}
 
-    def data(self):
-        return data_digest(self.parameters.backbone, "vit")
+    @classmethod
+    def files(cls, parameters):
+        return local_files(parameters.backbone, "vit")
 
     def about(self):
         return {

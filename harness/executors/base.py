@@ -109,6 +109,12 @@ class Walk:
                 stack += self.dependents.get(dependent, ())
         return newly
 
+    def abandon(self, message: str) -> None:
+        """Mark everything that is not done as failed: the executor cannot go on."""
+        for index in set(self.missing) - self.done - self.failed.keys() - self.blocked.keys():
+            self.failed[index] = message
+        self.running.clear()
+
     def summary(self, *, is_interrupted: bool = False) -> Summary:
         """Return how things stand."""
         return Summary(

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from harness.errors import StageFailure, UserMistake, one_line
 from harness.executors.base import Listener, Summary, Walk
 from harness.identity import Stage
 from harness.stages import Workplace, execute_unit
-from harness.store import write_json
+from harness.store import is_alive, write_json
 
 _LONE_RETRIES = 1
 """How often a unit is tried again after its worker died (not after its method raised)."""
@@ -35,18 +34,18 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         from ray import tune
     except ImportError:
         raise UserMistake("Ray is not installed; install ray[tune] or add --executor serial") from None
-    scratch = workplace.run_folder / "ray"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    units = scratch / "units.json"
-    write_json(units, _as_json(walk))
+    for left in workplace.run_folder.glob("ray-*"):
+        if not is_alive(int(left.name.removeprefix("ray-"))):
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = workplace.run_folder / f"ray-{os.getpid()}"
+    scratch.mkdir(parents=True, exist_ok=True)
     with _environment(), contextlib.ExitStack() as stack:
         _start(ray, address, workplace)
         stack.callback(ray.shutdown)
-        searcher = _make_searcher(walk, listen)
+        searcher = _make_searcher(walk, listen, scratch)
         bundle = {"CPU": workplace.cpus, **({"GPU": workplace.gpus} if workplace.gpus else {})}
         trainable = tune.with_resources(
-            tune.with_parameters(_do_unit, units=str(units), workplace=workplace),
+            tune.with_parameters(_do_unit, scratch=str(scratch), workplace=workplace),
             tune.PlacementGroupFactory([bundle]),
         )
         tuner = tune.Tuner(
@@ -68,7 +67,9 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         except KeyboardInterrupt:
             is_interrupted = True
     shutil.rmtree(scratch, ignore_errors=True)
-    return walk.summary(is_interrupted=is_interrupted or not walk.is_finished)
+    if not is_interrupted and not walk.is_finished:
+        walk.abandon("Ray Tune ended before it was done; is the cluster large enough for resources.cpus and gpus?")
+    return walk.summary(is_interrupted=is_interrupted)
 
 
 def _start(ray, address: str | None, workplace: Workplace) -> None:
@@ -87,7 +88,7 @@ def _start(ray, address: str | None, workplace: Workplace) -> None:
             raise UserMistake(
                 f"resources.cpus is {workplace.cpus}, but this machine has {cores}; use --set resources.cpus={cores}"
             )
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
+        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
     else:
         options["address"] = address
     try:
@@ -122,20 +123,11 @@ def _environment():
                 os.environ.pop(name, None)
 
 
-def _as_json(walk: Walk) -> list[list[tuple[str, dict[str, Any]]]]:
-    """Return the stages of every unit as JSON values: what a worker reads once."""
-    return [
-        [(k, {**asdict(walk.plan.stages[k])}) for k in unit.stages] if i in walk.missing else []
-        for i, unit in enumerate(walk.plan.units)
-    ]
+def _unit_file(scratch: Path, index: int) -> Path:
+    return scratch / f"unit-{index}.json"
 
 
-@lru_cache(maxsize=1)
-def _read_units(path: str) -> list[dict[str, Stage]]:
-    return [{k: Stage(**fields) for k, fields in unit} for unit in json.loads(Path(path).read_text("utf-8"))]
-
-
-def _do_unit(config: Mapping[str, Any], units: str, workplace: Workplace) -> None:
+def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> None:
     """Do one unit in a worker. What a method raises is a result, told to the searcher; a dead worker is retried."""
     from ray import tune
 
@@ -143,14 +135,15 @@ def _do_unit(config: Mapping[str, Any], units: str, workplace: Workplace) -> Non
 
     registry.load_plugins(workplace.plugins)
     try:
-        execute_unit(_read_units(units)[config["unit"]], workplace)
+        unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
+        execute_unit({key: Stage(**fields) for key, fields in unit.items()}, workplace)
     except StageFailure as failure:
         tune.report({"done": 0, "failure": str(failure)})
     else:
         tune.report({"done": 1, "failure": ""})
 
 
-def _make_searcher(walk: Walk, listen: Listener):
+def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
     """Return the Searcher over the walk; a function, since its base class needs Ray."""
     from ray.tune.search import Searcher
 
@@ -171,6 +164,8 @@ def _make_searcher(walk: Walk, listen: Listener):
             if index is None:
                 return None
             self.units[trial_id] = index
+            stages = {k: asdict(walk.plan.stages[k]) for k in walk.unit(index).stages}
+            write_json(_unit_file(scratch, index), stages)
             listen("unit_started", {"unit": walk.unit(index).name})
             return {"unit": index}
 

@@ -39,7 +39,9 @@ def recovery_curves(rows: Sequence[Mapping[str, Any]], path: Path, role: str = "
     for axis in axes[-1]:
         axis.set_xlabel("attack step", fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(2 * len(metrics), len(labels)), fontsize=8, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(2 * len(metrics), len(labels)), fontsize=8, frameon=False
+    )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True

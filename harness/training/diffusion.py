@@ -46,7 +46,7 @@ def encode_images(
     """Encode PIL images and their captions. Raises ValueError when there are none or their numbers differ."""
     if not images or len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
-    with run.ledger.phase("encode"), torch.no_grad(), run.autocast():
+    with run.ledger.phase("encode"), torch.no_grad():  # fp32 also under bf16: once a stage, and sampling does so
         given = pixels(images, model.image_size)
         means, deviations = [], []
         for batch in [given, given.flip(-1)] if flip else [given]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,14 @@ import torch
 from torch import Tensor
 
 from harness.run import Run
+
+
+def require_finite(value: Tensor, name: str) -> float:
+    """Return `value` as a number. Raises FloatingPointError when training diverged."""
+    number = float(value.detach())
+    if not math.isfinite(number):
+        raise FloatingPointError(f"{name} is {number}: the training diverged")
+    return number
 
 
 class TrainingState:

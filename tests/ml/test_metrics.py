@@ -65,16 +65,10 @@ def test_text_alignment_is_a_hundred_times_the_cosine(images, backbone):
     assert value == pytest.approx(100 * cosine, abs=1e-3)
 
 
-def test_digest_of_a_local_backbone_is_part_of_what_a_score_depends_on(backbone, tiny_folder, tmp_path):
-    """Another encoder in the same place gives another key; a hub name is pinned by itself."""
-    import shutil
+def test_backbone_in_a_folder_is_a_file_of_the_metric_and_a_name_is_not(backbone, tiny_folder, tmp_path):
+    """What lies here enters the identity by its content; what a library knows by name, by its name."""
+    weights = str(tmp_path / "weights.safetensors")
 
-    shutil.copytree(tiny_folder / "clip", tmp_path / "clip")
-    copy = ClipImage(ImageParameters(f"local-dir:{tmp_path / 'clip'}", None)).data()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "open_clip_model.safetensors").write_bytes(b"other")
-    other = ClipImage(ImageParameters(f"local-dir:{tmp_path / 'other'}", None)).data()
-
-    assert copy == ClipImage(ImageParameters(backbone, None)).data()
-    assert other != copy
-    assert ClipImage(ImageParameters()).data() == {}
+    assert ClipImage.files(ImageParameters(backbone, None)) == {"backbone": tiny_folder / "clip"}
+    assert ClipImage.files(ImageParameters("ViT-B-32", weights)) == {"pretrained": tmp_path / "weights.safetensors"}
+    assert ClipImage.files(ImageParameters()) == {}

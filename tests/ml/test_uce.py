@@ -29,7 +29,7 @@ def test_only_cross_attention_keys_and_values_change(model, make_run):
 def test_edited_matrices_solve_the_normal_equations(model, make_run):
     """W M = lambda W0 + e sum v c^T + p sum W0 c c^T, built here by explicit sums."""
     edited = _edit(model, make_run(), preserved=("monet",), ridge=0.5)
-    concept, guide = _aligned(model, [("van gogh", " ")])
+    concept, guide = _aligned(model, ("van gogh", " "))
     kept = model.encode_text(["", "monet"]).double().flatten(0, 1)
     p = max(0.1, 1 / 2)
     for name, new in edited.items():
@@ -51,7 +51,7 @@ def test_small_ridge_maps_the_concept_onto_its_guide(model, make_run):
     """lambda -> 0 with fewer vectors than dimensions: W c = v*. A text of full length leaves two vectors to edit."""
     text = " ".join("abcdefghij" * 8)
     edited = _edit(model, make_run(), targets=(text,), ridge=1e-6, preserve_scale=1e-6)
-    concept, guide = _aligned(model, [(text, " ")])
+    concept, guide = _aligned(model, (text, " "))
 
     assert len(concept) == 2
     for name, new in edited.items():
@@ -98,7 +98,7 @@ def test_last_subject_token_is_the_one_before_the_end(model, text, index):
 
 def test_aligned_slices_have_equal_length_and_spare_the_start_token(model):
     """Both run from their last subject token; the concept's never includes index 0."""
-    concept, guide = _aligned(model, [("a b c", " ")])
+    concept, guide = _aligned(model, ("a b c", " "))
     tokens = model.tokenizer.model_max_length
     whole = model.encode_text(["a b c"]).double()[0]
 
@@ -110,7 +110,7 @@ def test_tensor_technique_removes_the_part_along_the_old_output(model, make_run)
     """v* is orthogonal (Frobenius) to W0 c_old."""
     from defenses.uce import _wanted
 
-    concept, guide = _aligned(model, [("van gogh", " ")])
+    concept, guide = _aligned(model, ("van gogh", " "))
     weight = next(iter(model.parameters()[n] for n in select(model.parameters(), "cross_attention_kv"))).double()
     wanted = _wanted(weight, concept, guide, "tensor")
 
@@ -123,3 +123,21 @@ def test_commas_belong_to_a_name(model, make_run):
     split = _edit(model, make_run(), targets=("a", "b"))
 
     assert any(not torch.allclose(joined[n], split[n]) for n in joined)
+
+
+def test_tensor_technique_treats_each_concept_by_itself(model, make_run):
+    """Two targets: the part that is removed is along each concept's own old output, not along both together."""
+    edited = _edit(model, make_run(), targets=("van gogh", "monet"), technique="tensor", ridge=0.5)
+    slices = [_aligned(model, (text, " ")) for text in ("van gogh", "monet")]
+    kept = model.encode_text([""]).double()[0]
+    for name, new in edited.items():
+        old = model.parameters()[name].detach().double()
+        gram = 0.5 * torch.eye(old.shape[1], dtype=torch.float64) + kept.T @ kept
+        right = 0.5 * old + old @ kept.T @ kept
+        for concept, guide in slices:
+            current, target = concept @ old.T, guide @ old.T
+            unit = current / current.norm()
+            gram += concept.T @ concept
+            right += (target - (unit * target).sum() * unit).T @ concept
+
+        assert (new.double() @ gram - right).norm() < 1e-5 * right.norm()
