@@ -95,7 +95,7 @@ class Lora(Attack):
                     torch.nn.utils.clip_grad_norm_(trained, p.clip_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                run.track("loss", loss, step)
+                run.track("loss", loss.detach(), step)
                 run.report(step + 1, budget.steps[-1])
                 if step + 1 in budget.steps:
                     run.ledger.numbers["loss"] = require_finite(loss, f"the attack's loss at step {step + 1}")

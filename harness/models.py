@@ -152,7 +152,7 @@ class DiffusionModel:
                 parameters[name].copy_(tensor)
 
     def restore(self) -> None:
-        """Put back every declared change, bit for bit, and what methods set on modules: modes, processors, scheduler."""
+        """Put back every declared change, bit for bit, and what methods set on modules: mode, processors, scheduler."""
         parameters = self.parameters()
         with torch.no_grad():
             for name, original in self._originals.items():
@@ -162,9 +162,9 @@ class DiffusionModel:
             parameter.requires_grad_(False)
             parameter.grad = None
         for component in COMPONENTS:
-            module = getattr(self.pipeline, component).eval()
-            if getattr(module, "is_gradient_checkpointing", False):
-                module.disable_gradient_checkpointing()
+            getattr(self.pipeline, component).eval()
+        if self.unet.is_gradient_checkpointing:
+            self.unet.disable_gradient_checkpointing()
         if self.unet.attn_processors != self._processors:
             self.unet.set_attn_processor(dict(self._processors))
         self.pipeline.scheduler = self._scheduler

@@ -46,6 +46,34 @@ def test_undeclared_change_makes_the_worker_load_the_model_anew(tiny_source):
     assert _equal(before, _state(again))
 
 
+def test_undeclared_write_behind_autograds_back_is_noticed(tiny_source):
+    """`.data` raises no version counter; the checksum sees it."""
+    model = warm(tiny_source, torch.device("cpu"))
+    model.parameters()["unet.conv_in.weight"].data.mul_(1.01)
+
+    assert warm(tiny_source, torch.device("cpu")) is not model
+
+
+def test_what_methods_set_on_modules_is_put_back(tiny_source):
+    """Gradients, modes, attention processors, checkpointing and the scheduler do not reach the next stage."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model = warm(tiny_source, torch.device("cpu"))
+    scheduler, processors = model.pipeline.scheduler, model.unet.attn_processors
+    model.unet.requires_grad_(True)
+    model.unet.train()
+    model.unet.enable_gradient_checkpointing()
+    model.unet.set_attn_processor(AttnProcessor())
+    model.unet.conv_in.weight.grad = torch.ones_like(model.unet.conv_in.weight)
+    model.pipeline.scheduler = model.noise_scheduler()
+    again = warm(tiny_source, torch.device("cpu"))
+
+    assert again is model
+    assert not any(p.requires_grad or p.grad is not None for p in model.unet.parameters())
+    assert not model.unet.training and not model.unet.is_gradient_checkpointing
+    assert model.pipeline.scheduler is scheduler and model.unet.attn_processors == processors
+
+
 def test_unchanged_model_stays_warm(tiny_source):
     """The second stage finds the loaded model."""
     first = warm(tiny_source, torch.device("cpu"))

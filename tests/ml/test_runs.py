@@ -191,6 +191,29 @@ def test_plugin_that_raises_fails_its_own_trials_and_no_others(suite_file, tmp_p
     assert {line["defense"] for line in _leaderboard(runs)} == {"none", "shrink"}
 
 
+def test_defense_that_trains_in_place_releases_what_it_trained(suite_file, tmp_path):
+    """The returned tensors may be the model's own, which are put back for the next stage."""
+    from safetensors.torch import load_file
+
+    body = "p = model.change([name])[name]; p.data.mul_(0.5); return Protection(tensors={name: p.detach()})"
+    runs = tmp_path / "runs"
+    code = _run(suite_file, "--runs", runs, "--plugin", _plugin(tmp_path, body), "--set", "seeds=1",
+                "--set", "defenses=[none, shrink]", "--set", "attacks.0.steps=[1]")  # fmt: skip
+    released = [load_file(f) for f in (runs / "store" / "immunize").glob("*/tensors.safetensors")]
+    base = load_file(suite_file_model(suite_file) / "unet" / "diffusion_pytorch_model.safetensors")
+
+    assert code == ExitCode.DONE
+    assert len(released) == 2  # the erased and the original model
+    assert all((r["unet.conv_out.weight"] == 0.5 * base["conv_out.weight"]).all() for r in released)
+
+
+def suite_file_model(suite_file: Path) -> Path:
+    """Return the folder of the model that a suite of these tests names."""
+    import yaml
+
+    return Path(yaml.safe_load(suite_file.read_text(encoding="utf-8"))["model"]["id"])
+
+
 def test_protection_of_wrong_shape_or_with_nan_fails_the_stage(suite_file, tmp_path, forget_plugins):
     """What a defense returns is checked before it is released."""
     for body, words in (
