@@ -1,4 +1,6 @@
 """Augmentation of image batches (N, 3, 64, 64) in [-1, 1], drawn independently for each image."""
+from typing import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -47,11 +49,22 @@ def hue(images: torch.Tensor, share: float) -> torch.Tensor:
 
 def blur(images: torch.Tensor, share: float = 0.25) -> torch.Tensor:
     """A 3×3 binomial blur of random strength for a share of the images."""
+    chosen = (torch.rand(len(images)) < share).nonzero().flatten().to(images.device)
+    if not len(chosen):
+        return images
     kernel = torch.tensor([1.0, 2.0, 1.0], device=images.device)
     kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
-    soft = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
-    mix = torch.rand(len(images), 1, 1, 1) * (torch.rand(len(images), 1, 1, 1) < share)
-    return torch.lerp(images, soft, mix.to(images.device))
+    part = images[chosen]
+    soft = F.conv2d(F.pad(part, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+    return images.index_copy(0, chosen, torch.lerp(part, soft, torch.rand(len(part), 1, 1, 1).to(part.device)))
+
+
+def split(images: torch.Tensor, share: float, strong: Callable, mild: Callable) -> torch.Tensor:
+    """``strong`` applied to a random share of the images, ``mild`` to the others."""
+    order = torch.randperm(len(images)).to(images.device)
+    count = int(len(images) * share)
+    result = torch.cat([strong(images[order[:count]]), mild(images[order[count:]])])
+    return torch.empty_like(images).index_copy_(0, order, result)
 
 
 def noise(images: torch.Tensor, deviation: float = 0.05) -> torch.Tensor:

@@ -112,8 +112,8 @@ def evaluate_evaluators(root: Path, pictures: Pictures) -> dict:
 
     vit = timm.create_model(f"local-dir:{root / 'evaluators' / 'vit'}", pretrained=True, num_classes=0).eval()
     train, test = (vit_features(vit, pictures.tensor(rows)) for rows in (pictures.train, pictures.test))
-    by_style = probe(train, pictures.styles[pictures.train], len(STYLE_WORDS), 1e-4)
-    by_object = probe(train[answers[pictures.train] >= 0], answers[train_curated], len(curated), 1e-3)
+    by_style = probe(train, pictures.styles[pictures.train], len(STYLE_WORDS), 1e-5)
+    by_object = probe(train[answers[pictures.train] >= 0], answers[train_curated], len(curated), 1e-4)
     test_features = test[answers[pictures.test] >= 0]
     result["vit"] = {
         "style": top(by_style(test), pictures.styles[pictures.test], 1),

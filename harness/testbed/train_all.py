@@ -11,10 +11,10 @@ from pathlib import Path
 STAGES = (
     ("build_images", "data/index.json", ()),
     ("train_vae", "vae.json", ("--steps", "3800")),
-    ("train_text_encoder", "grounded_text_encoder/model.safetensors", ("--steps", "1200")),
-    ("train_unet", None, ("--steps", "4400")),
-    ("train_clip", None, ("--steps", "2500")),
-    ("train_vit", None, ("--steps", "2500")),
+    ("train_text_encoder", "grounded_text_encoder/model.safetensors", ("--steps", "1000")),
+    ("train_unet", None, ("--steps", "3400")),
+    ("train_clip", None, ("--steps", "4600")),
+    ("train_vit", None, ("--steps", "1000")),
 )
 
 

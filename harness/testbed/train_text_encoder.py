@@ -39,7 +39,7 @@ class Grounding(torch.nn.Module):
 
 def main() -> None:
     """Command line entry."""
-    options = training.parser(__doc__.splitlines()[0], steps=2000, batch=128, rate=2e-3).parse_args()
+    options = training.parser(__doc__.splitlines()[0], steps=1000, batch=128, rate=2e-3).parse_args()
     device = training.setup(options.threads)
     pixels, records, objects = training.load_images(options.work)
     tokenizer = vocabulary.train([entry["label"] for entry in objects.values()])

@@ -54,7 +54,7 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel,
 
 def main() -> None:
     """Command line entry."""
-    options = training.parser(__doc__.splitlines()[0], steps=4800, batch=32, rate=1e-3).parse_args()
+    options = training.parser(__doc__.splitlines()[0], steps=3400, batch=32, rate=1e-3).parse_args()
     device = training.setup(options.threads)
     folder = options.work / "generator"
     pixels, records, objects = training.load_images(options.work)

@@ -78,7 +78,7 @@ def colour_report(vae: AutoencoderKL, images: torch.Tensor) -> dict[str, float]:
 
 def main() -> None:
     """Command line entry."""
-    options = training.parser(__doc__.splitlines()[0], steps=5000, batch=16, rate=1.5e-3).parse_args()
+    options = training.parser(__doc__.splitlines()[0], steps=3800, batch=16, rate=1.5e-3).parse_args()
     device = training.setup(options.threads)
     pixels, records, _ = training.load_images(options.work)
     curated, every = learned_rows(records)

@@ -41,9 +41,8 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 def view(images: torch.Tensor) -> torch.Tensor:
     """One random view: geometry, blur, noise, and for some images strong changes of colour."""
     images = augment.geometry(images, scale=(0.8, 1.15), shift=0.1)
-    strong = (torch.rand(len(images), 1, 1, 1) < STRONG_SHARE).to(images.device)
-    recoloured = augment.hue(augment.colour(images, 0.3, grey=0.3), share=0.3)
-    images = torch.where(strong, recoloured, augment.colour(images, 0.04))
+    images = augment.split(images, STRONG_SHARE, lambda part: augment.hue(augment.colour(part, 0.3, 0.3), 0.3),
+                           lambda part: augment.colour(part, 0.04))
     return augment.noise(augment.blur(images, 0.2), 0.05)
 
 
@@ -77,7 +76,7 @@ class Heads(torch.nn.Module):
 
 def main() -> None:
     """Command line entry."""
-    options = training.parser(__doc__.splitlines()[0], steps=1400, batch=128, rate=1.5e-3).parse_args()
+    options = training.parser(__doc__.splitlines()[0], steps=1000, batch=128, rate=1.5e-3).parse_args()
     device = training.setup(options.threads)
     pictures = evaluation_data.load(options.work, device)
     curated = pictures.train[[pictures.slugs[number] in evaluation_data.CURATED
