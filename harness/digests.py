@@ -11,7 +11,7 @@ from harness.errors import UserMistake
 from harness.identity import digest_of_file, digest_of_json
 from harness.store import write_json
 
-SUFFIXES = {".json", ".safetensors", ".txt"}
+SUFFIXES = frozenset({".json", ".safetensors", ".txt"})
 """What is read of a model folder."""
 
 
@@ -34,8 +34,8 @@ def of_testbed(part: str) -> str:
 
 
 @lru_cache(maxsize=32)
-def of_folder(path: Path) -> str:
-    """Return a digest of every file of a model folder that is read, by relative name and content.
+def of_folder(path: Path, suffixes: frozenset[str] | None = SUFFIXES) -> str:
+    """Return a digest of the files of a folder with `suffixes` (None: of all), by relative name and content.
 
     Digests of single files are remembered between runs by size and time of change: hashing gigabytes is slow.
     Raises FileNotFoundError when there is no such folder.
@@ -43,7 +43,7 @@ def of_folder(path: Path) -> str:
     if not path.is_dir():
         raise FileNotFoundError(f"folder '{path}' does not exist")
     memory = _Memory()
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    files = sorted(p for p in path.rglob("*") if (suffixes is None or p.suffix in suffixes) and p.is_file())
     digests = {p.relative_to(path).as_posix(): memory.digest(p) for p in files}
     memory.save()
     return digest_of_json(digests)[:40]

@@ -22,6 +22,7 @@ def run(opened, given, console) -> ExitCode:
     committed = opened.committed()
     recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
     if given.cache == "only-cached":
+        opened.make_folder()
         _finish(opened, console)
         return ExitCode.DONE
     done = set() if given.cache == "never" else committed
@@ -33,6 +34,7 @@ def run(opened, given, console) -> ExitCode:
             _finish(opened, console)
             return _tell_failures(opened, walk.summary(), console, given)
         if not opened.has_tables():
+            opened.make_folder()
             opened.write_tables()
             _write_resolved(opened)
         console.print(

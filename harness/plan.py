@@ -112,7 +112,8 @@ class _Planner:
         identity = parameters.as_json(values)
         local = {name: identity[name] for name in cls.files(values)}
         for name, path in cls.files(values).items():
-            identity[name] = f"sha256:{digests.of_folder(path) if path.is_dir() else digest_of_file(path)}"
+            content = digests.of_folder(path, None) if path.is_dir() else digest_of_file(path)
+            identity[name] = f"sha256:{content}"
         return identity, local
 
     def _share(self, *name: Any, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str]:

@@ -43,6 +43,9 @@ REQUIRED = {
     "sampling_hook": ("embed",),
 }
 """Functions that a method writes itself, in place of the base class's."""
+ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range")}
+"""Class attributes that a method sets; of other kinds name and version."""
+DIRECTIONS = ("higher", "lower")
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _methods: dict[tuple[str, str], type] = {}
@@ -71,7 +74,7 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
         where = f"class {cls.__qualname__}"
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise BadMethod(f"{where}: a {kind} is a subclass of {base.__name__} of {module_name}")
-        for attribute in ("name", "version"):
+        for attribute in ATTRIBUTES.get(kind, ("name", "version")):
             if not hasattr(cls, attribute):
                 raise BadMethod(f"{where}: a {kind} needs the class attribute '{attribute}'")
         for function in REQUIRED[kind]:
@@ -84,6 +87,8 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
             raise BadMethod(f"{where}: name {cls.name!r} must be lower-case letters, digits and '_', at most 40")
         if isinstance(cls.version, bool) or not isinstance(cls.version, int):
             raise BadMethod(f"{where}: version {cls.version!r} must be a whole number")
+        if kind == "metric":
+            _check_metric(cls, where)
         parameters = getattr(cls, "Parameters", None)
         if not (isinstance(parameters, type) and is_dataclass(parameters) and parameters.__dataclass_params__.frozen):
             raise BadMethod(f"{where}: Parameters must be a frozen dataclass")
@@ -95,6 +100,18 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
         return cls
 
     return decorate
+
+
+def _check_metric(cls: type, where: str) -> None:
+    """Raise BadMethod when a table could not be read by what the metric says of its values."""
+    if cls.direction not in DIRECTIONS:
+        raise BadMethod(f"{where}: direction {cls.direction!r} must be 'higher' or 'lower'")
+    if not isinstance(cls.unit, str):
+        raise BadMethod(f"{where}: unit {cls.unit!r} must be text")
+    bounds = cls.range
+    is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+    if not is_pair or not all(type(b) in (int, float) for b in bounds) or not bounds[0] < bounds[1]:
+        raise BadMethod(f"{where}: range {bounds!r} must be two numbers, the least and the greatest value")
 
 
 def names(kind: str) -> list[str]:

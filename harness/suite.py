@@ -23,6 +23,7 @@ The shape of a suite::
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -198,7 +199,7 @@ class GatesSpec(_Strict):
     min_recovery: Annotated[float, Field(ge=0, le=1)] = 0.25
     """The undefended attack must regain this share of the way from before the attack to real images."""
     min_utility: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """The released model must keep this share of the undefended model's score on the utility concepts."""
+    """The released model must keep this share of the undefended model's utility, by every metric."""
     min_headroom: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Real images must score so much more than the model before the attack, as a share of their score."""
 
@@ -256,7 +257,7 @@ class Suite(_Strict):
         for task in self.tasks.values():
             names.update(dict.fromkeys(concept for together in task.targets for concept in together))
             names.update(dict.fromkeys([*task.innocents, *task.preserve]))
-        names.update(dict.fromkeys(self.utility))
+        names.update(dict.fromkeys(self.utility or ()))  # None in a part-suite
         return list(names)
 
 
@@ -338,8 +339,8 @@ Mistake = tuple[tuple, str]
 def _validate(source: yaml_source.YamlSource) -> tuple[Suite, list[Mistake], frozenset[str]]:
     """Return the suite, its mistakes of form and the sections they are in; with mistakes, it holds what is right.
 
-    In such a part-suite a missing `model` is None, and an entry of a list of methods that is wrong is None, so that
-    the others keep their index.
+    In such a part-suite a required key that is missing or wrong is None, and so is an entry of a list of methods that
+    is wrong, so that the others keep their index.
     """
     try:
         return Suite.model_validate(source.data), [], frozenset()
@@ -464,7 +465,7 @@ def _resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
             mistakes += [
                 ((*path, name), f"'{one_line(file)}' does not exist; give the path of a file or folder")
                 for name, file in cls.files(values).items()
-                if not file.exists()
+                if not os.path.exists(file)  # False, not an error, for what no path can be
             ]
         loaded.parameters[tuple(map(str, path))] = values
     return mistakes

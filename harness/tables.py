@@ -37,8 +37,8 @@ LEGEND = (
     "SGR: (undefended - defended) / undefended similarity on the targets, mean over targets and seeds; greater is "
     "stronger protection. innocent SGR: the same on innocent concepts; near 0 is good. gap: their difference. "
     "recovery: the defended attack's gain over the undefended one's. utility: the released model's score before any "
-    "attack over the undefended model's. 95 %: Student t over seeds; covers chance in defense, attack and sampling for "
-    "these concepts and prompts."
+    "attack over the undefended model's, both above what images of another concept score. 95 %: Student t over seeds; "
+    "covers chance in defense, attack and sampling for these concepts and prompts."
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from unittest import mock
 
@@ -29,15 +30,21 @@ def commit_all(project, *, but: int = 0) -> int:
             if stage.kind == "score":
                 about = {"direction": "higher", "unit": "cosine", "range": "-1..1", "backbone": "b",
                          "preprocessing": "p", "library": "l"}  # fmt: skip
-                values = [{"step": step, "prompt": 0, "value": 0.5 + step / 100} for step in (0, 2, 4)]
+                start = 0.9 if "real images of" in stage.label else 0.1 if " as if of " in stage.label else 0.5
+                values = [{"step": step, "prompt": 0, "value": start + step / 100} for step in (0, 2, 4)]
                 (folder / "scores.json").write_text(json.dumps({"about": about, "values": values}))
     return len(stages)
 
 
-def write_leaderboard(project) -> None:
+def write_tables(project) -> None:
     """Leave what an earlier run would have left, so that a finished suite has nothing to do at all."""
-    (project.runs / "small").mkdir(exist_ok=True)
-    (project.runs / "small" / "leaderboard.csv").touch()
+    assert project.cli("table", *arguments(project)).code == 0
+
+
+def read_lines(project, name: str = "leaderboard.csv") -> list[dict[str, str]]:
+    """Return the lines of a table."""
+    with open(project.runs / "small" / name, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def arguments(project) -> tuple[str, ...]:
@@ -62,7 +69,7 @@ def test_help_imports_nothing_heavy(argument):
 def test_nothing_to_do_imports_no_torch(project):
     """A finished suite is told as such without loading what computes."""
     count = commit_all(project)
-    write_leaderboard(project)
+    write_tables(project)
     code = (
         "import sys; from harness.cli import main; "
         f"code = main(['run', *{arguments(project)!r}]); "
@@ -143,8 +150,7 @@ def test_table_writes_what_is_committed(project):
 
     folder = project.runs / "small"
     assert outcome.code == 0
-    with open(folder / "leaderboard.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_lines(project)
     assert tuple(lines[0]) == COLUMNS
     assert {line["defense"] for line in lines} == {"none", "uce", "imma"}
     assert (folder / "leaderboard.md").read_text().startswith("### ")
@@ -174,7 +180,7 @@ def test_cached_results_are_shown_without_doing_anything(project):
     [
         ["--executor", "serial"],
         ["--executor", "ray"],
-        ["--set", "resources.workers=4"],
+        ["--set", "resources.gpus=1"],
         ["--set", "resources.cpus=2"],
         ["--set", "defenses.2.name=other"],
         ["--set", "description=other words"],
@@ -184,17 +190,113 @@ def test_cached_results_are_shown_without_doing_anything(project):
 def test_finished_suite_stays_finished_with(project, changed):
     """Who does the work, on how many cores and under which label is not part of any key."""
     commit_all(project)
-    write_leaderboard(project)
+    write_tables(project)
 
     outcome = project.cli("run", *arguments(project), *changed)
 
     assert (outcome.code, outcome.out[:13]) == (0, "nothing to do")
 
 
+TABLES = ("rows.csv", "leaderboard.csv", "leaderboard.md", "tables.json")
+
+
+@pytest.fixture
+def finished(project):
+    """A finished suite with its tables; the function tells which of them were written by a `run` with arguments."""
+    commit_all(project)
+    write_tables(project)
+    folder = project.runs / "small"
+
+    def run(*changed: str) -> set[str]:
+        for name in TABLES:
+            if (folder / name).exists():
+                os.utime(folder / name, (0, 0))
+        outcome = project.cli("run", *arguments(project), *changed)
+        assert (outcome.code, outcome.err, outcome.out[:13]) == (0, "", "nothing to do")
+        return {name for name in TABLES if (folder / name).stat().st_mtime > 0}
+
+    return run
+
+
+def test_nothing_to_do_keeps_tables_of_this_grid(finished):
+    """What stands there is what would be written."""
+    assert finished() == set()
+    assert finished("--set", "description=other words") == set()
+
+
+def test_changed_gates_rewrite_the_tables(project, finished):
+    """No stage is done again, but other cells count; and back."""
+    before = read_lines(project)
+    # from 0.50 before the attack to 0.54 at step 4, of 0.90: a tenth of the way, less than a quarter
+    assert not any(line["valid"] == "true" for line in before)
+
+    assert finished("--set", "gates.min_recovery=0.07") == set(TABLES)
+    valid = {(line["task"], line["step"]) for line in read_lines(project) if line["valid"] == "true"}
+    assert valid == {("personalization", "4")}  # the other task erased nothing
+    assert finished() == set(TABLES)
+    assert read_lines(project) == before
+
+
+def test_fewer_seeds_rewrite_the_tables(project, finished):
+    """Seeds that are no longer asked for leave the rows and the means; and back."""
+    assert {line["n_seeds"] for line in read_lines(project)} == {"2"}
+
+    assert finished("--set", "seeds=1") == set(TABLES)
+    assert {line["n_seeds"] for line in read_lines(project)} == {"1"}
+    assert {row["seed"] for row in read_lines(project, "rows.csv")} == {"0"}
+    assert finished() == set(TABLES)
+    assert {line["n_seeds"] for line in read_lines(project)} == {"2"}
+
+
+def test_other_label_rewrites_the_tables(project, finished):
+    """Labels are in no key, but in every line."""
+    assert finished("--set", "defenses.2.name=other") == set(TABLES)
+    assert {line["defense"] for line in read_lines(project)} == {"none", "uce", "other"}
+
+
+def test_tables_of_a_part_are_rewritten_once_the_rest_is_there(project):
+    """`table` in the middle of a run, then the last stage is done elsewhere."""
+    commit_all(project, but=1)
+    write_tables(project)
+    few = len(read_lines(project, "rows.csv"))
+    commit_all(project)
+
+    assert "nothing to do" in project.cli("run", *arguments(project)).out
+    assert len(read_lines(project, "rows.csv")) > few
+
+
+@pytest.mark.parametrize("name", ["tables.json", "rows.csv", "leaderboard.csv"])
+def test_missing_tables_are_written_again(project, finished, name):
+    """Somebody cleared up."""
+    (project.runs / "small" / name).unlink()
+
+    assert finished() == set(TABLES)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"null"])
+def test_damaged_state_of_the_tables_is_written_again(project, finished, content):
+    """Whatever stands there."""
+    (project.runs / "small" / "tables.json").write_bytes(content)
+
+    assert finished() == set(TABLES)
+
+
+@pytest.mark.parametrize("options", [(), ("--cache", "only-cached")])
+def test_finished_suite_whose_tables_cannot_be_written_is_told(project, options):
+    """Somebody's file where the tables go: one line, as before any compute."""
+    commit_all(project)
+    (project.runs / "small").write_text("x")
+
+    outcome = project.cli("run", *arguments(project), *options)
+
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: --runs {project.runs}: cannot be written: ")
+
+
 def test_results_do_not_depend_on_the_name_of_the_runs_folder(project):
     """A store may be moved."""
     commit_all(project)
-    write_leaderboard(project)
+    write_tables(project)
     project.runs.rename(project.folder / "moved")
 
     outcome = project.cli("run", str(project.suite), "--runs", str(project.folder / "moved"))

@@ -73,7 +73,7 @@ def test_default_captions_name_the_concept(concept, name, caption):
 
 def test_captions_are_repeated_to_one_an_image(concept):
     """Three captions, five images."""
-    captions = "attack_captions: [a, b, c]"
+    captions = "attack_captions: [a, b, c], evaluation_prompts: [a]"
 
     dog = concept(
         "dog", ("label: dog, generate: {per_split: 2}", f"label: dog, {captions}, generate: {{per_split: 5}}")
@@ -83,11 +83,23 @@ def test_captions_are_repeated_to_one_an_image(concept):
 
 
 def test_evaluation_prompts_are_the_suites(concept):
-    """Description and prompt are the same words for a folder of images."""
+    """Description and prompt are the same words unless 'descriptions' says otherwise."""
     purse = concept("purse")
 
     assert [e.prompt for e in purse.evaluations] == ["a purse on the beach", "a purse"]
     assert [e.description for e in purse.evaluations] == ["a purse on the beach", "a purse"]
+
+
+def test_descriptions_say_in_plain_words_what_prompts_ask_for(concept):
+    """The prompt may hold the attacker's word; the evaluator reads the description."""
+    old = "evaluation_prompts: [a purse on the beach, a purse]"
+    new = "evaluation_prompts: [a sk on the beach, a sk], descriptions: [a purse on the beach, a purse]"
+
+    purse = concept("purse", (old, new))
+
+    assert [(e.prompt, e.description) for e in purse.evaluations] == [
+        ("a sk on the beach", "a purse on the beach"), ("a sk", "a purse"),
+    ]  # fmt: skip
 
 
 def test_generated_concept_has_prompts_in_place_of_images(concept):

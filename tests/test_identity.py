@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 
 import pytest
 
@@ -161,7 +162,10 @@ EDITS = {
     "attack batch size": (("batch_size: 2", "batch_size: 3"), {"adapt", "sample", "score"}),
     "attack images": (("batch_size: 2", "batch_size: 2\n    images: 1"), {"adapt", "sample", "score"}),
     "attack captions": (
-        ("{kind: object, label: lamp,", "{kind: object, label: lamp, attack_captions: [sks],"),
+        (
+            "{kind: object, label: lamp,",
+            "{kind: object, label: lamp, attack_captions: [sks], evaluation_prompts: [a photo of lamp],",
+        ),
         {"adapt", "sample", "score"},  # and the scores of real images, which captions describe
     ),
     "defense parameter": (("rounds: 3", "rounds: 4"), {"immunize", "adapt", "sample", "score"}),
@@ -184,7 +188,11 @@ EDITS = {
         ("utility: [dog]", "utility: [dog]\nimages: {seed: 1}"),
         {"images", "immunize", "adapt", "sample", "score"},
     ),
-    "workers": (("utility: [dog]", "utility: [dog]\nresources: {workers: 4}"), set()),
+    "description of an evaluation prompt": (
+        ("a purse]}", "a purse], descriptions: [a purse by the sea, a purse]}"),
+        {"score"},
+    ),
+    "gpus": (("utility: [dog]", "utility: [dog]\nresources: {gpus: 1}"), set()),
     "threads": (("utility: [dog]", "utility: [dog]\nresources: {cpus: 2}"), set()),
     "name of the suite": (("name: small", "name: other"), set()),
     "description": (("name: small", "name: small\ndescription: other words"), set()),
@@ -192,7 +200,7 @@ EDITS = {
     "label of an attack": (("batch_size: 2", "batch_size: 2\n    name: other"), set()),
     "label of a metric": (("[clip_image,", "[{method: clip_image, name: other},"), set()),
     "name of a task": (("  relearning:", "  other:"), set()),
-    "gates": (("utility: [dog]", "utility: [dog]\ngates: {min_recovery: 0.5}"), set()),
+    "gates": (("utility: [dog]", "utility: [dog]\ngates: {min_recovery: 0.5, min_headroom: 0.2}"), set()),
     "value equal to the default": (("rounds: 3", "rounds: 3, upper_learning_rate: 0.00001"), set()),
     "whole number for a number": (("rounds: 3", "rounds: 3, weight_decay: 0.010"), set()),
     "order of defenses": (("[none, uce, {method: imma, rounds: 3}]", "[{method: imma, rounds: 3}, uce, none]"), set()),
@@ -296,6 +304,129 @@ def test_files_of_a_metric_change_its_scores(project):
 
     assert changed_kinds(before, after) == {"score"}
     assert all(label.startswith("clip_image") for label in labels(before, "score", gone_in=after))
+
+
+def with_backbone(project, folder) -> str:
+    """Return the suite with the first metric's backbone in a folder."""
+    return project.edited(("[clip_image,", f"[{{method: clip_image, backbone: 'local-dir:{folder}'}},"))
+
+
+def test_files_of_a_metric_are_known_by_content_not_by_path(project):
+    """A copy elsewhere is the same work; the path travels beside the identity, for the machine that loads it."""
+    first, copy = project.folder / "clip", project.folder.parent / "copy"
+    write_model(first)
+    shutil.copytree(first, copy)
+
+    before, after = project.plan(with_backbone(project, first)), project.plan(with_backbone(project, copy))
+
+    assert set(before.stages) == set(after.stages)
+    for plan, folder in ((before, first), (after, copy)):
+        scores = [s for s in plan.stages.values() if s.kind == "score" and s.component.startswith("clip_image@")]
+        assert scores
+        for stage in scores:
+            assert stage.parameters["parameters"]["backbone"].startswith("sha256:")
+            assert stage.local["parameters"] == {"backbone": f"local-dir:{folder}"}
+        assert str(folder) not in identity.canonical_json([identity.describe(s) for s in plan.stages.values()])
+
+
+def test_every_file_of_a_metric_counts(project):
+    """Libraries read other files than safetensors too, such as a pickle where there is nothing else."""
+    folder = project.folder / "clip"
+    write_model(folder)
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"one")
+    before = project.plan(with_backbone(project, folder))
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"two")
+
+    assert changed_kinds(before, project.plan(with_backbone(project, folder))) == {"score"}
+
+
+def test_single_file_of_a_metric_is_known_by_its_content(project):
+    """Weights in a file, at another path, with other content."""
+
+    def plan(file: str):
+        weights = f"[{{method: clip_image, pretrained: {project.folder / file}}},"
+        return set(project.plan(project.edited(("[clip_image,", weights))).stages)
+
+    (project.folder / "a.safetensors").write_bytes(b"one")
+    (project.folder / "b.safetensors").write_bytes(b"one")
+    (project.folder / "c.safetensors").write_bytes(b"two")
+
+    assert plan("a.safetensors") == plan("b.safetensors") != plan("c.safetensors")
+
+
+FILES = """
+    @classmethod
+    def files(cls, parameters):
+        return {"table": Path(parameters.table)} if parameters.table else {}
+"""
+METHOD_WITH_FILE = {
+    "defense": DEFENSE,
+    "attack": """
+from dataclasses import dataclass
+from attacks.base import Attack
+from harness.registry import register
+
+@register("attack")
+class Mine(Attack):
+    name = "mine"
+    version = 1
+
+    @dataclass(frozen=True)
+    class Parameters:
+        strength: float = 1.0
+
+    def adapt(self, model, concept, protection, budget, run):
+        raise NotImplementedError
+
+    def load(self, model, folder):
+        raise NotImplementedError
+
+    def unload(self, model):
+        raise NotImplementedError
+""",
+}
+PLACE_OF_METHOD = {
+    "defense": ("[none, uce, {", "[none, uce, {method: mine, table: TABLE}, {", "immunize", 12, "defenses[2]"),
+    "attack": ("metrics:", "  - {method: mine, table: TABLE, steps: [1]}\nmetrics:", "adapt", 17, "attacks[1]"),
+}
+
+
+@pytest.fixture(params=list(METHOD_WITH_FILE))
+def reading(request, project, write_plugin, unregister):
+    """(function from a path to the suite with a plug-in that reads it, kind of its stage, line, key)."""
+    body = METHOD_WITH_FILE[request.param].replace("from dataclasses", "from pathlib import Path\nfrom dataclasses")
+    body = body.replace("strength: float = 1.0\n", "table: str = ''\n" + FILES)
+    registry.load_plugins([write_plugin(body)])
+    old, new, *rest = PLACE_OF_METHOD[request.param]
+    return lambda path: project.edited((old, new.replace("TABLE", str(path)))), *rest
+
+
+def test_file_of_a_defense_or_attack_is_known_by_its_content(project, tmp_path, reading):
+    """Equal content at two paths gives equal keys; other content, others."""
+    text, kind, _, _ = reading
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / name).write_bytes(content)
+
+    plans = {name: project.plan(text(tmp_path / name)) for name in "abc"}
+
+    assert set(plans["a"].stages) == set(plans["b"].stages)
+    assert changed_kinds(plans["a"], plans["c"]) == {kind, "adapt", "sample", "score"}
+    (local,) = {s.local["parameters"]["table"] for s in plans["b"].stages.values() if s.component.startswith("mine@")}
+    assert local == str(tmp_path / "b")
+
+
+def test_missing_file_of_a_defense_or_attack_is_a_mistake(project, tmp_path, reading):
+    """With the line of the method and the name of the parameter."""
+    text, _, line, place = reading
+    project.write(text(tmp_path / "gone"))
+
+    outcome = project.validate()
+
+    assert outcome.code == 2
+    assert outcome.errors == [
+        f"error: {project.suite}:{line}: {place}.table: '{tmp_path / 'gone'}' does not exist; "
+        "give the path of a file or folder"
+    ]
 
 
 @pytest.mark.parametrize("moved", ["model", "purse", "suite"])

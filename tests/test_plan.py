@@ -94,7 +94,7 @@ def test_every_defense_meets_the_same_sampling_seed(plan):
     """Before and after the attack, with every defense, images start from the same noise."""
     seeds: dict[tuple, set] = {}
     for trial in plan.trials:
-        if trial.role != "real":
+        if trial.role not in ("real", "floor"):
             seeds.setdefault((trial.concept, trial.seed), set()).add(plan.stages[trial.sample].seed)
 
     assert all(len(found) == 1 for found in seeds.values())
@@ -126,7 +126,7 @@ def test_needs_are_exactly_the_inputs_from_other_units(plan):
 def test_trials_name_stages_of_the_plan(plan):
     """What a table reads is what the plan makes."""
     for trial in plan.trials:
-        kind = "images" if trial.role == "real" else "sample"
+        kind = "images" if trial.role in ("real", "floor") else "sample"
         assert plan.stages[trial.sample].kind == kind
         assert set(trial.scores) == {"clip_image", "clip_text"}
         assert all(plan.stages[k].kind == "score" for k in trial.scores.values())
@@ -145,10 +145,51 @@ def test_grid_is_complete(plan):
 
 
 def test_erased_task_has_rows_of_the_model_before_erasure(plan):
-    """How much was erased is measured against the original."""
-    original = [(t.task, t.concept, t.seed) for t in plan.trials if t.defense == "original"]
+    """What erasure took is measured against the original: of targets, of innocents and of utility."""
+    original = [(t.task, t.concept, t.role, t.seed) for t in plan.trials if t.defense == "original"]
 
-    assert original == [("relearning", "vangogh", 0), ("relearning", "vangogh", 1)]
+    assert original == [
+        ("relearning", concept, role, seed)
+        for seed in (0, 1)
+        for concept, role in (("vangogh", "target"), ("lamp", "innocent"), ("dog", "utility"))
+    ]
+
+
+def test_original_model_is_sampled_without_any_change(plan):
+    """Neither erased nor immunized nor attacked: one sample a concept and seed."""
+    samples = {t.sample for t in plan.trials if t.defense == "original"}
+
+    assert len(samples) == 3 * SEEDS
+    assert all(plan.stages[k].inputs == {} for k in samples)
+
+
+def test_floor_of_utility_is_images_of_the_target_as_if_of_the_utility_concept(plan):
+    """One trial a protected set and utility concept, whatever the defense and seed."""
+    floors = [t for t in plan.trials if t.role == "floor"]
+    images = {s.label: k for k, s in plan.stages.items() if s.kind == "images"}
+
+    assert [(t.task, t.protected, t.concept, t.defense, t.attack, t.steps) for t in floors] == [
+        ("relearning", ("vangogh",), "dog", "", "", (0,)),
+        ("personalization", ("purse",), "dog", "", "", (0,)),
+    ]
+    for trial in floors:
+        (target,) = trial.protected
+        for key in trial.scores.values():
+            assert plan.stages[key].inputs == {
+                "images": images[f"images of {target}"], "references": images["images of dog"],
+            }  # fmt: skip
+
+
+def test_floor_has_a_description_for_each_image(project):
+    """Three images of the target's attack split, two descriptions of the utility concept: they come round."""
+    old = "dog: {kind: object, label: dog, generate: {per_split: 2}}"
+    new = f"{old[:-1]}, evaluation_prompts: [zq run, zq sit], descriptions: [a dog runs, a dog sits]}}"
+
+    plan = project.plan(project.edited((old, new)))
+
+    (trial,) = (t for t in plan.trials if t.role == "floor" and t.task == "relearning")
+    for key in trial.scores.values():
+        assert plan.stages[key].parameters["descriptions"] == ["a dog runs", "a dog sits", "a dog runs"]
 
 
 def test_erasure_is_an_input_of_all_that_follows(plan):

@@ -114,6 +114,49 @@ BAD_PLUGINS = {
     "unknown kind": (DEFENSE.replace('register("defense")', 'register("defence")'), "unknown kind 'defence'"),
 }
 
+METRIC = """
+from metrics.base import Metric
+from harness.registry import register
+
+@register("metric")
+class Mine(Metric):
+    name = "mine"
+    version = 1
+    direction = "lower"
+    unit = "nats"
+    range = (0, float("inf"))
+
+    def about(self):
+        return {}
+
+    def score(self, images, references, descriptions, device):
+        return [0.0] * len(images)
+"""
+BAD_METRICS = {
+    "no direction": ('    direction = "lower"\n', "", "a metric needs the class attribute 'direction'"),
+    "unknown direction": ('"lower"', '"down"', "class Mine: direction 'down' must be 'higher' or 'lower'"),
+    "direction in capitals": ('"lower"', '"Higher"', "direction 'Higher' must be 'higher' or 'lower'"),
+    "direction that is a list": ('"lower"', '["lower"]', "direction ['lower'] must be 'higher' or 'lower'"),
+    "no unit": ('    unit = "nats"\n', "", "a metric needs the class attribute 'unit'"),
+    "unit that is no text": ('"nats"', "None", "class Mine: unit None must be text"),
+    "no range": ('    range = (0, float("inf"))\n', "", "a metric needs the class attribute 'range'"),
+    "range in words": ('(0, float("inf"))', '"0..1"', "range '0..1' must be two numbers"),
+    "range of one": ('(0, float("inf"))', "(1,)", "range (1,) must be two numbers"),
+    "range the wrong way round": ('(0, float("inf"))', "(1, 0)", "range (1, 0) must be two numbers"),
+    "range of no numbers": ('(0, float("inf"))', "(None, True)", "range (None, True) must be two numbers"),
+    "range that is not a number": ('(0, float("inf"))', '(0, float("nan"))', "range (0, nan) must be two numbers"),
+}
+for _name, (_old, _new, _words) in BAD_METRICS.items():
+    assert _old in METRIC
+    BAD_PLUGINS[f"metric: {_name}"] = (METRIC.replace(_old, _new), _words)
+
+
+def test_metric_of_which_less_is_more_is_registered(write_plugin):
+    """Its values are rows; only the leaderboard passes them over."""
+    registry.load_plugins([write_plugin(METRIC)])
+
+    assert registry.get("metric", "mine").direction == "lower"
+
 
 @pytest.mark.parametrize("name", BAD_PLUGINS)
 def test_bad_plugin_is_told_with_its_line(project, write_plugin, name):

@@ -127,11 +127,37 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "too few images": (("folder: lamp", "folder: lamp, per_split: 9"), 6, "holds 6 images, but 3 splits need 9 each"),
     "two sources of images": (("folder: lamp", "folder: lamp, generate: {}"), 6, "give either 'folder'"),
     "unknown concept": (("utility: [dog]", "utility: [dog, cat]"), 18, "concept 'cat' is not described"),
-    "unused concept": (("utility: [dog]", "utility: []"), 8, "concept 'dog' is described but not used"),
+    "unused concept": (("utility: [dog]", "utility: [lamp]"), 8, "concept 'dog' is described but not used"),
+    "no utility": (("utility: [dog]", "utility: []"), 18, "utility: must hold at least 1 (got 0)"),
+    "attack captions without evaluation prompts": (
+        ("folder: lamp", "folder: lamp, attack_captions: [a sk lamp]"),
+        6,
+        "concepts.lamp: give 'evaluation_prompts' too",
+    ),
+    "fewer descriptions than prompts": (
+        ("a purse]}", "a purse], descriptions: [one]}"), 5, "concepts.purse: give one entry of 'descriptions' for each",
+    ),
+    "descriptions without evaluation prompts": (
+        ("folder: lamp", "folder: lamp, descriptions: [one]"), 6, "concepts.lamp: give one entry of 'descriptions'",
+    ),
+    "workers that share a stage": (
+        ("utility: [dog]", "utility: [dog]\nresources: {workers: 2}"),
+        19,
+        "resources.workers: stages that several processes share are not available yet; use 1",
+    ),
+    "headroom in percent": (("utility: [dog]", "utility: [dog]\ngates: {min_headroom: 10}"), 19, "must be at most 1"),
     "missing files of a metric": (
         ("[clip_image,", "[{method: clip_image, backbone: 'local-dir:/nowhere'},"),
         17,
-        "the files of 'clip_image' cannot be read",
+        "metrics[0].backbone: '/nowhere' does not exist; give the path of a file or folder",
+    ),
+    "missing weights of a metric": (
+        ("[clip_image,", "[{method: clip_image, pretrained: ./nowhere.safetensors},"),
+        17,
+        "metrics[0].pretrained: 'nowhere.safetensors' does not exist",
+    ),
+    "files of a metric where no path can be": (
+        ("[clip_image,", f"[{{method: clip_image, backbone: 'local-dir:/{'x' * 3000}'}},"), 17, "does not exist",
     ),
 }  # fmt: skip
 
@@ -285,7 +311,7 @@ def test_thousand_mistakes_are_cut_short(project):
     assert outcome.errors[-1] == "error: and 900 more mistakes"
 
 
-@pytest.mark.parametrize("key", ["name", "model", "tasks", "defenses", "attacks", "metrics"])
+@pytest.mark.parametrize("key", ["name", "model", "tasks", "defenses", "attacks", "metrics", "utility"])
 def test_every_required_key_is_missed(project, key):
     """Each by its name, alone: what would follow from it is not told."""
     data = yaml.safe_load(SUITE)
