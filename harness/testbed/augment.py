@@ -1,5 +1,5 @@
 """Augmentation of image batches (N, 3, 64, 64) in [-1, 1], drawn independently for each image."""
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,8 @@ def blur(images: torch.Tensor, share: float = 0.25) -> torch.Tensor:
     kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
     part = images[chosen]
     soft = F.conv2d(F.pad(part, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
-    return images.index_copy(0, chosen, torch.lerp(part, soft, torch.rand(len(part), 1, 1, 1).to(part.device)))
+    strength = torch.rand(len(part), 1, 1, 1).to(part.device)
+    return images.index_copy(0, chosen, torch.lerp(part, soft, strength))
 
 
 def split(images: torch.Tensor, share: float, strong: Callable, mild: Callable) -> torch.Tensor:

@@ -29,7 +29,7 @@ def object_splits(slug: str, position: int, drawn: set[str]) -> dict[str, list[s
     """Picture ids of an object's splits; the trio of each split rotates with the object's position."""
     order = list(itertools.permutations(TRIOS))[position % 6]
     return {split: [f"{style}/{slug}" for style in trio if f"{style}/{slug}" in drawn]
-            for split, trio in zip(SPLITS, order)}
+            for split, trio in zip(SPLITS, order, strict=True)}
 
 
 def style_splits(style: str, drawn: set[str]) -> dict[str, list[str]]:

@@ -113,7 +113,7 @@ def build(out: Path, tarballs: Path) -> tuple[np.ndarray, dict]:
     with ProcessPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(render, texts, chunksize=64)))
     inked = pixels.reshape(len(pixels), -1).min(axis=1) < 250
-    records = [record for record, keep in zip(records, inked) if keep]
+    records = [record for record, keep in zip(records, inked, strict=True) if keep]
     seen = {record["object"] for record in records}
     index = {"records": records, "objects": {slug: objects[slug] for slug in objects if slug in seen}}
     out.mkdir(parents=True, exist_ok=True)

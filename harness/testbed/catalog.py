@@ -6,9 +6,9 @@ adapts on), ``defense`` (what a defender may use) and ``reference`` (what result
 """
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Mapping
 
 from harness.testbed.paths import CATALOG
 

@@ -8,19 +8,22 @@ flat set by an artist of its own that draws few objects beyond the curated ones.
 
 HELD_OUT_STYLES = ("mono", "fx")
 
-LEARNED_OBJECTS = tuple("""
-koala bear turtle frog fish honeybee lady-beetle rooster snake tulip cactus four-leaf-clover maple-leaf
-grapes watermelon tangerine lemon banana red-apple pear cherries strawberry carrot bread french-fries
-doughnut cookie birthday-cake beer-mug wine-glass hot-beverage airplane bus automobile tractor alarm-clock
-crescent-moon star cloud rainbow snowman snowflake fire droplet fuel-pump christmas-tree balloon soccer-ball
-video-game artist-palette glasses dress handbag ring bell saxophone battery light-bulb television closed-book
-pencil hammer bomb door
-""".split())
+LEARNED_OBJECTS = (
+    "koala", "bear", "turtle", "frog", "fish", "honeybee", "lady-beetle", "rooster", "snake", "tulip",
+    "cactus", "four-leaf-clover", "maple-leaf", "grapes", "watermelon", "tangerine", "lemon", "banana",
+    "red-apple", "pear", "cherries", "strawberry", "carrot", "bread", "french-fries", "doughnut", "cookie",
+    "birthday-cake", "beer-mug", "wine-glass", "hot-beverage", "airplane", "bus", "automobile", "tractor",
+    "alarm-clock", "crescent-moon", "star", "cloud", "rainbow", "snowman", "snowflake", "fire", "droplet",
+    "fuel-pump", "christmas-tree", "balloon", "soccer-ball", "video-game", "artist-palette", "glasses",
+    "dress", "handbag", "ring", "bell", "saxophone", "battery", "light-bulb", "television", "closed-book",
+    "pencil", "hammer", "bomb", "door",
+)
 
-HELD_OUT_OBJECTS = tuple("""
-pizza umbrella guitar penguin pineapple mushroom bicycle elephant crown sunflower rocket anchor snail
-lollipop trophy headphone key hamburger microscope camera palm-tree jack-o-lantern octopus sailboat
-""".split())
+HELD_OUT_OBJECTS = (
+    "pizza", "umbrella", "guitar", "penguin", "pineapple", "mushroom", "bicycle", "elephant", "crown",
+    "sunflower", "rocket", "anchor", "snail", "lollipop", "trophy", "headphone", "key", "hamburger",
+    "microscope", "camera", "palm-tree", "jack-o-lantern", "octopus", "sailboat",
+)
 
 
 def shows_held_out(slug: str) -> bool:

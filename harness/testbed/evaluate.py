@@ -8,8 +8,8 @@ import argparse
 import json
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import open_clip

@@ -1,8 +1,8 @@
 """Reading pictures from the one archive that ships: ``<style>/<object>.webp``, lossless, 64×64."""
 import io
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 from PIL import Image
 

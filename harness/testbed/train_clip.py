@@ -127,7 +127,7 @@ def main() -> None:
         objects, styles = pictures.objects[rows].to(device), pictures.styles[rows].to(device)
         present = objects.unique()
         texts = [source.choice(full).format(label=pictures.labels[o], style=STYLE_WORDS[s]).lower()
-                 for o, s in zip(objects.tolist(), styles.tolist())]
+                 for o, s in zip(objects.tolist(), styles.tolist(), strict=True)]
         texts += style_texts + [captions.object_caption(pictures.labels[o]) for o in present.tolist()]
         tokens = vocabulary.encode(tokenizer, texts).to(device)
         for group in optimizer.param_groups:

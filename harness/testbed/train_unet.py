@@ -6,8 +6,13 @@ checkpoint also writes the averages to ``work/generator``, a complete diffusers 
 from pathlib import Path
 
 import torch
-from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from harness.testbed import captions, training, vocabulary
@@ -37,7 +42,8 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tenso
 
 def caption_tokens(tokenizer: CLIPTokenizer, labels: list[str], styles: list[str]) -> torch.Tensor:
     """Token ids (N, variants, 16) of every training caption of N pictures."""
-    texts = [text for label, style in zip(labels, styles) for text in captions.variants(label, style)]
+    texts = [text for label, style in zip(labels, styles, strict=True)
+             for text in captions.variants(label, style)]
     return vocabulary.encode(tokenizer, texts).view(len(labels), len(captions.VARIANTS), -1)
 
 
@@ -105,7 +111,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(text_encoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        for average, network in zip(averages, (unet, text_encoder)):
+        for average, network in zip(averages, (unet, text_encoder), strict=True):
             average.update(network, step)
         report.add(step, loss=loss.detach(), error=errors.mean().detach())
         if checkpoint.save(step + 1, force=step + 1 == options.steps):

@@ -37,6 +37,7 @@ class RoundTrip(torch.nn.Module):
         self.vae = vae
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See the class."""
         mean, logvar = self.vae.quant_conv(self.vae.encoder(images)).chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
         latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()

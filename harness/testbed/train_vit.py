@@ -41,7 +41,8 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 def view(images: torch.Tensor) -> torch.Tensor:
     """One random view: geometry, blur, noise, and for some images strong changes of colour."""
     images = augment.geometry(images, scale=(0.8, 1.15), shift=0.1)
-    images = augment.split(images, STRONG_SHARE, lambda part: augment.hue(augment.colour(part, 0.3, 0.3), 0.3),
+    images = augment.split(images, STRONG_SHARE,
+                           lambda part: augment.hue(augment.colour(part, 0.3, 0.3), 0.3),
                            lambda part: augment.colour(part, 0.04))
     return augment.noise(augment.blur(images, 0.2), 0.05)
 

@@ -74,7 +74,8 @@ def test_vit_puts_drawings_of_one_object_together():
     parts = []
     for style in ("fluent", "flat"):
         pictures = images.read(f"{style}/{slug}" for slug in slugs)
-        features = evaluate.vit_features(model, training.to_tensor(np.stack([np.asarray(p) for p in pictures])))
+        pixels = np.stack([np.asarray(picture) for picture in pictures])
+        features = evaluate.vit_features(model, training.to_tensor(pixels))
         parts.append(torch.nn.functional.normalize(features - features.mean(0), dim=1))
     nearest = (parts[0] @ parts[1].T).argmax(1)
     assert float((nearest == torch.arange(len(slugs))).float().mean()) > 0.5
