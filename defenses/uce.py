@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 
     from harness.models import DiffusionModel
 
+_TESTBED_STYLES = ("twemoji", "noto", "blob", "fluent", "flat", "emojione")
+_TESTBED_OBJECTS = (
+    "bear", "fish", "cactus", "maple leaf", "tangerine", "red apple", "cherries", "carrot", "doughnut", "beer mug",
+    "airplane", "tractor", "crescent moon", "rainbow", "fire", "christmas tree", "soccer ball", "glasses", "handbag",
+    "bell", "battery", "television", "pencil", "bomb",
+)  # fmt: skip
+
 Scale = Annotated[float, Field(gt=0, le=1e6)]
 
 
@@ -55,7 +62,8 @@ class Parameters:
     guide_templates: bool = False
     """Put the guide into the same templates (as the 2025 code does) instead of using it alone."""
     preserve: tuple[str, ...] = ()
-    """Texts to preserve besides "", which always is, and the names of the task's preserved concepts."""
+    """Texts to preserve besides "", which always is, and the names of the task's preserved concepts. Texts that name a
+    target are left out (the released code leaves out equal names)."""
 
 
 @register("defense")
@@ -71,7 +79,17 @@ class Uce(Defense):
     presets = {
         # FreezeAsGuard's uce_tool: concepts are names of persons
         "freezeasguard": {"guide": "celebrity"},
-        "testbed": {},
+        # the testbed's encoder spreads an object's name over all later tokens, so the concept is erased inside whole
+        # captions, and captions of other objects are preserved (found on koala, star and strawberry)
+        "testbed": {
+            "guide": "thing",
+            "guide_templates": True,
+            "templates": ("{}", "a picture of {}", *(f"a picture of {{}} in {s} style" for s in _TESTBED_STYLES)),
+            "preserve": tuple(
+                f"a picture of {o} in {_TESTBED_STYLES[i % len(_TESTBED_STYLES)]} style"
+                for i, o in enumerate(_TESTBED_OBJECTS)
+            ),
+        },
     }
 
     def protect(self, model, targets, preserved, run) -> Protection:
@@ -84,7 +102,8 @@ class Uce(Defense):
         with run.ledger.phase("encode"):
             slices = [_aligned(model, pair) for pair in self._pairs(targets)]
             concept = torch.cat([old for old, _ in slices])
-            texts = ["", *p.preserve, *(c.phrase for c in preserved)]
+            named = [*p.preserve, *(c.phrase for c in preserved)]
+            texts = ["", *(t for t in named if not any(target.phrase in t for target in targets))]
             kept = model.encode_text(texts).double().flatten(0, 1)
         preserve_scale = p.preserve_scale or max(0.1, 1 / len(texts))
         with run.ledger.phase("solve"):

@@ -136,7 +136,7 @@ def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> N
     registry.load_plugins(workplace.plugins)
     try:
         unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
-        execute_unit({key: Stage(**fields) for key, fields in unit.items()}, workplace)
+        execute_unit({key: Stage(**fields) for key, fields in unit}, workplace)
     except StageFailure as failure:
         tune.report({"done": 0, "failure": str(failure)})
     else:
@@ -164,8 +164,8 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
             if index is None:
                 return None
             self.units[trial_id] = index
-            stages = {k: asdict(walk.plan.stages[k]) for k in walk.unit(index).stages}
-            write_json(_unit_file(scratch, index), stages)
+            # a list: their order is the order in which they are done
+            write_json(_unit_file(scratch, index), [(k, asdict(walk.plan.stages[k])) for k in walk.unit(index).stages])
             listen("unit_started", {"unit": walk.unit(index).name})
             return {"unit": index}
 
