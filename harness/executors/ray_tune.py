@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
             shutil.rmtree(left, ignore_errors=True)
     scratch = workplace.run_folder / f"ray-{os.getpid()}"
     scratch.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # Tune warns of result files, which we do not use
     with _environment(), contextlib.ExitStack() as stack:
         _start(ray, address, workplace)
         stack.callback(ray.shutdown)
