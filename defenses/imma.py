@@ -72,14 +72,15 @@ class Imma(Defense):
     max_targets = 1
     Parameters = Parameters
     presets = {
-        # rates for the embedded testbed, from its feasibility run; the adapter is not the attack's (rank 16, 4e-3):
+        # rates for the embedded testbed, found on koala, trophy and crown: at 3e-4 the model loses a sixth of its
+        # utility, at 1e-4 hardly anything is delayed. The adapter is not the attack's (rank 16, 4e-3):
         # a publisher does not know it. Clipped on both levels in either profile.
         "testbed": {
             "rounds": 100,
             "batch_size": 8,
             "rank": 8,
             "lower_learning_rate": 2e-3,
-            "upper_learning_rate": 3e-4,
+            "upper_learning_rate": 1.5e-4,
             "target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
             "clip_norm": 1.0,
         },
