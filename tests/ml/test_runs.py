@@ -297,6 +297,8 @@ def test_interrupt_ends_cleanly_and_says_how_to_go_on(finished, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # a shell in the background hands down an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not list(runs.glob("store/*/*/record.json")):
         time.sleep(0.05)

@@ -40,7 +40,7 @@ def test_rows_name_the_encoders_and_the_prompts(runs):
         rows = list(csv.DictReader(file))
 
     assert {row["backbone"] for row in rows} == {"testbed"}
-    assert all(row["prompt"] for row in rows if row["role"] != "real")
+    assert all(row["prompt"] for row in rows if row["role"] not in ("real", "floor"))
     assert all(row["library"] and row["unit"] and row["range"] for row in rows)
 
 
