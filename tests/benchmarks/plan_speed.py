@@ -25,6 +25,7 @@ def write_suite(folder: Path) -> Path:
     names = [f"target{i}" for i in range(TARGETS)] + [f"innocent{i}" for i in range(INNOCENTS)]
     lines = ["name: large", "model: model", f"seeds: {SEEDS}", "concepts:"]
     lines += [f"  {name}: {{kind: object, label: {name}, generate: {{}}}}" for name in names]
+    lines.append("  sky: {kind: object, label: sky, generate: {}}")
     lines += [
         "tasks:",
         f"  relearning: {{erase: uce, targets: [{', '.join(names[:TARGETS])}], innocents: [{names[-1]}]}}",
@@ -34,6 +35,7 @@ def write_suite(folder: Path) -> Path:
         "attacks:",
         *(f"  - {{method: lora, name: lora{i}, steps: [10, 40, 120], rank: {i + 1}}}" for i in range(ATTACKS)),
         "metrics: [clip_image, clip_text]",
+        "utility: [sky]",
     ]
     path = folder / "suite.yaml"
     path.write_text("\n".join(lines), encoding="utf-8")
