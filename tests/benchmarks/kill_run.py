@@ -61,7 +61,10 @@ def main() -> int:
         print(f"undisturbed: {committed(undisturbed)} stages in {length_s:.0f} s")
         for number in range(options.kills):
             process = start(options.suite, options.executor, disturbed)
-            moment_s = moments.uniform(0.05, 0.9) * length_s
+            known = committed(disturbed)
+            while process.poll() is None and committed(disturbed) == known:
+                time.sleep(0.02)  # until it is past its start and at work
+            moment_s = moments.uniform(0.0, length_s / options.kills)
             try:
                 process.wait(timeout=moment_s)
                 print(f"kill {number + 1}: the run had ended before {moment_s:.1f} s")
@@ -69,7 +72,7 @@ def main() -> int:
             except subprocess.TimeoutExpired:
                 died = kill(process)
             print(
-                f"kill {number + 1}: after {moment_s:.1f} s, {died} processes, {committed(disturbed)} stages committed"
+                f"kill {number + 1}: {moment_s:.1f} s into its work, {died} processes, {committed(disturbed)} stages committed"
             )
         code = start(options.suite, options.executor, disturbed).wait()
         rows = [next(f.glob("*/rows.csv")).read_bytes() for f in (undisturbed, disturbed)]
