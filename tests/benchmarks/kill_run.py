@@ -71,9 +71,8 @@ def main() -> int:
                 continue
             except subprocess.TimeoutExpired:
                 died = kill(process)
-            print(
-                f"kill {number + 1}: {moment_s:.1f} s into its work, {died} processes, {committed(disturbed)} stages committed"
-            )
+            kept = committed(disturbed)
+            print(f"kill {number + 1}: {moment_s:.1f} s into its work, {died} processes, {kept} stages committed")
         code = start(options.suite, options.executor, disturbed).wait()
         rows = [next(f.glob("*/rows.csv")).read_bytes() for f in (undisturbed, disturbed)]
         print(f"last run: exit code {code}; rows.csv {'equal' if rows[0] == rows[1] else 'DIFFER'}")
