@@ -88,9 +88,12 @@ class Attack:
         raise NotImplementedError
 
     def load(self, model: DiffusionModel, folder: Path) -> None:
-        """Load what a checkpoint saved into the model's pipeline, by diffusers' own loader."""
+        """Load what a checkpoint saved into the model's pipeline, by diffusers' own loader.
+
+        Weights that it overwrites are declared by `model.change`.
+        """
         raise NotImplementedError
 
     def unload(self, model: DiffusionModel) -> None:
-        """Undo `load`, so that the pipeline is the released model again."""
+        """Undo what `load` of this object did, so that the pipeline is the released model again."""
         raise NotImplementedError

@@ -104,9 +104,11 @@ class Lora(Attack):
                     state.save(run, step + 1)
 
     def load(self, model, folder) -> None:
-        """Load the adapter through diffusers."""
-        model.pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+        """Load the adapter through diffusers and fuse it: its layers would cost each denoising step anew."""
+        from harness.training import lora
+
+        self._before = lora.fuse(model, folder)
 
     def unload(self, model) -> None:
-        """Remove the adapter."""
-        model.pipeline.unload_lora_weights()
+        """Put back the weights that the adapter was fused into, bit for bit."""
+        model.overlay(self._before)

@@ -22,6 +22,20 @@ def geometry(images: torch.Tensor, scale: tuple[float, float] = (0.75, 1.15), sh
     return F.grid_sample(images - 1, grid, align_corners=False) + 1
 
 
+def shift(images: torch.Tensor, pixels: int = 4, flip: float = 0.3) -> torch.Tensor:
+    """Random shift by whole pixels, on white, and mirroring: lines and colours stay exactly as drawn."""
+    height, width = images.shape[2:]
+    down, right = torch.randint(0, 2 * pixels + 1, (2, len(images), 1), device=images.device)
+    rows = (down + torch.arange(height, device=images.device))[:, None, :, None]
+    columns = right + torch.arange(width, device=images.device)
+    mirrored = (torch.rand(len(images), 1) < flip).to(images.device)
+    columns = torch.where(mirrored, columns.flip(1), columns)[:, None, None, :]
+    padded = F.pad(images, (pixels,) * 4, value=1.0)
+    picture = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channel = torch.arange(images.shape[1], device=images.device)[:, None, None]
+    return padded[picture, channel, rows, columns]
+
+
 def colour(images: torch.Tensor, strength: float = 0.2, grey: float = 0.0) -> torch.Tensor:
     """Random brightness, contrast, saturation and channel gains; ``grey``: share turned to grey."""
     count, device = len(images), images.device

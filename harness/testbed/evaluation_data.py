@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from harness.testbed import training
+from harness.testbed import appearance, training
 from harness.testbed.curated import HELD_OUT_OBJECTS, LEARNED_OBJECTS
 from harness.testbed.sources import STYLES
 
@@ -29,10 +29,14 @@ def in_test(style: str, slug: str) -> bool:
 
 @dataclass
 class Pictures:
-    """Pictures with their numbers: uint8 pixels (N, 64, 64, 3), object and style numbers (N,), rows."""
+    """Pictures with their numbers: uint8 pixels (N, 64, 64, 3), object and style numbers (N,), rows.
+
+    ``appearance`` (N, 896): palette and texture, see `harness.testbed.appearance`.
+    """
 
     pixels: np.ndarray
     trips: np.ndarray
+    appearance: torch.Tensor
     objects: torch.Tensor
     styles: torch.Tensor
     slugs: list[str]
@@ -74,7 +78,7 @@ def load(work: Path, device: torch.device) -> Pictures:
     number = {slug: index for index, slug in enumerate(slugs)}
     test = torch.tensor([in_test(record["style"], record["object"]) for record in records])
     return Pictures(
-        pixels=pixels, trips=np.load(cache),
+        pixels=pixels, trips=np.load(cache), appearance=appearance.describe(work, pixels),
         objects=torch.tensor([number[record["object"]] for record in records]),
         styles=torch.tensor([STYLE_WORDS.index(record["style"]) for record in records]),
         slugs=slugs, labels=[names[slug]["label"] for slug in slugs],

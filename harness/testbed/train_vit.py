@@ -1,8 +1,8 @@
 """Train the self-supervised evaluator: a small vision transformer that never sees a label or a caption.
 
 Two views of each picture, half of their patches dropped, are brought together by a contrastive loss over
-the batch; besides, each view predicts the whole picture's 16×16 thumbnail and edges, and its palette,
-which keeps what tells the artists apart. Writes ``work/evaluators/vit``, loaded by timm as ``local-dir:``.
+the batch; besides, each view predicts the whole picture's 16×16 thumbnail and edges, and its palette and
+texture, which keeps what tells the artists apart. Writes ``work/evaluators/vit``, loaded by timm as ``local-dir:``.
 """
 import copy
 import json
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from harness.testbed import augment, evaluation_data, training
+from harness.testbed import appearance, augment, evaluation_data, training
 
 WIDTH = 160
 MODEL_ARGUMENTS = {"img_size": 64, "patch_size": 8, "embed_dim": WIDTH, "depth": 6, "num_heads": 5,
@@ -21,7 +21,9 @@ MODEL_ARGUMENTS = {"img_size": 64, "patch_size": 8, "embed_dim": WIDTH, "depth":
 TEMPERATURE = 0.15
 PATCH_DROP = 0.5
 CURATED_SHARE = 0.2
+INTACT_SHARE = 0.5
 STRONG_SHARE = 0.3
+APPEARANCE_WEIGHT = 3.0
 THUMBNAIL = 16
 
 
@@ -53,12 +55,16 @@ def standardise(model: torch.nn.Module, batches) -> None:
 
 
 def view(images: torch.Tensor) -> torch.Tensor:
-    """One random view: geometry, blur, noise, and for some images strong changes of colour."""
-    images = augment.geometry(images, scale=(0.8, 1.15), shift=0.1)
-    images = augment.split(images, STRONG_SHARE,
-                           lambda part: augment.hue(augment.colour(part, 0.3, 0.3), 0.3),
-                           lambda part: augment.colour(part, 0.04))
-    return augment.noise(augment.blur(images, 0.2), 0.05)
+    """One random view: half of them only shifted, the others changed in size, some of these strongly in colour."""
+
+    def changed(part: torch.Tensor) -> torch.Tensor:
+        part = augment.geometry(part, scale=(0.8, 1.3), shift=0.1)
+        part = augment.split(part, STRONG_SHARE,
+                             lambda some: augment.hue(augment.colour(some, 0.3, 0.3), 0.3),
+                             lambda some: augment.colour(some, 0.04))
+        return augment.noise(augment.blur(part, 0.2), 0.05)
+
+    return augment.split(images, INTACT_SHARE, augment.shift, changed)
 
 
 def thumbnails(images: torch.Tensor) -> torch.Tensor:
@@ -68,17 +74,8 @@ def thumbnails(images: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(torch.cat([images, 2 * edges], dim=1), 64 // THUMBNAIL).flatten(1)
 
 
-def palettes(images: torch.Tensor) -> torch.Tensor:
-    """Targets (N, 512): square roots of the shares of 8×8×8 colours among the pixels."""
-    levels = ((images + 1) * 4).long().clamp(0, 7)
-    colours = (levels[:, 0] * 64 + levels[:, 1] * 8 + levels[:, 2]).flatten(1)
-    counts = torch.zeros(len(images), 512, device=images.device)
-    counts.scatter_add_(1, colours, torch.ones_like(colours, dtype=counts.dtype))
-    return (counts / colours.shape[1]).sqrt()
-
-
 class Heads(torch.nn.Module):
-    """Projection (N, 128) for the contrast, predicted thumbnails (N, 1024) and palettes (N, 512)."""
+    """Projection (N, 128) for the contrast, predicted thumbnails (N, 1024) and appearance (N, 896)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +83,7 @@ class Heads(torch.nn.Module):
                                               torch.nn.GELU(), torch.nn.Linear(512, 128))
         self.picture = torch.nn.Sequential(torch.nn.Linear(WIDTH, 512), torch.nn.GELU(),
                                            torch.nn.Linear(512, 4 * THUMBNAIL ** 2))
-        self.palette = torch.nn.Linear(WIDTH, 512)
+        self.appearance = torch.nn.Linear(WIDTH, appearance.SIZE)
 
 
 def main() -> None:
@@ -121,20 +118,19 @@ def main() -> None:
         with training.precision(device):
             features = forward(views)
             projected = F.normalize(heads.projection(features).float(), dim=-1)
-            predicted, shares = heads.picture(features).float(), heads.palette(features).float()
+            predicted, described = heads.picture(features).float(), heads.appearance(features).float()
         similarity = projected @ projected.T / TEMPERATURE
         similarity.fill_diagonal_(-torch.inf)
         partner = torch.arange(len(projected), device=device).roll(len(rows))
         contrast = F.cross_entropy(similarity, partner)
         picture = (predicted - thumbnails(images).repeat(2, 1)).square().mean()
-        palette = 100 * (shares - palettes(images).repeat(2, 1)).square().mean()
-        (contrast + 2 * picture + 2 * palette).backward()
+        look = (described - pictures.appearance[rows].to(device).repeat(2, 1)).square().mean()
+        (contrast + 2 * picture + APPEARANCE_WEIGHT * look).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average.update(model, step)
-        report.add(step, contrast=contrast.detach(), picture=picture.detach(),
-                   palette=palette.detach())
+        report.add(step, contrast=contrast.detach(), picture=picture.detach(), look=look.detach())
         if checkpoint.save(step + 1, force=step + 1 == options.steps):
             finished = copy.deepcopy(average.module).eval()
             some = pictures.train[::5].split(128)

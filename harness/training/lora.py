@@ -12,6 +12,7 @@ from harness.models import DiffusionModel
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 ADAPTER = "default"
+FILE = "pytorch_lora_weights.safetensors"
 
 
 @contextlib.contextmanager
@@ -71,3 +72,20 @@ def save(model: DiffusionModel, folder) -> None:
         safe_serialization=True,
         **_collate_lora_metadata({"unet": model.unet}),
     )
+
+
+def fuse(model: DiffusionModel, folder) -> dict[str, torch.Tensor]:
+    """Load the adapter in `folder` by diffusers' loader and add it to the base weights; return those before.
+
+    The weights are declared to `model` as changed. No adapter layer is left.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / FILE, framework="pt") as file:
+        modules = {name.partition(".lora")[0] for name in file.keys()}  # noqa: SIM118: not a dict
+    changed = model.change(f"{module}.weight" for module in sorted(modules))
+    before = {name: parameter.detach().clone() for name, parameter in changed.items()}
+    model.pipeline.load_lora_weights(folder, weight_name=FILE)
+    model.pipeline.fuse_lora(components=["unet"])
+    model.pipeline.unload_lora_weights()
+    return before

@@ -64,9 +64,10 @@ def test_adapter_loads_with_diffusers_alone_and_draws_the_same(model, make_run, 
         ).images
 
     plain = draw(model.pipeline)
-    Lora(None).load(model, folder)
+    attack = Lora(None)
+    attack.load(model, folder)
     ours = draw(model.pipeline)
-    Lora(None).unload(model)
+    attack.unload(model)
     fresh = StableDiffusionPipeline.from_pretrained(tiny_folder / "model", safety_checker=None)
     fresh.load_lora_weights(folder)
 
