@@ -6,11 +6,13 @@ each step asked for, what diffusers loads without our code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
+
+from harness.method import Method
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,24 +55,8 @@ class Checkpoint:
     save: Callable[[Path], None]  # writes into an existing, empty folder
 
 
-class Attack:
+class Attack(Method):
     """Base class of attacks. Subclasses set the class attributes and write `adapt`, `load` and `unload`."""
-
-    name: ClassVar[str]
-    version: ClassVar[int]
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-
-    @dataclass(frozen=True)
-    class Parameters:
-        """No parameters."""
-
-    def __init__(self, parameters: Any):
-        self.parameters = parameters
-
-    @classmethod
-    def files(cls, parameters: Any) -> Mapping[str, Path]:
-        """Return the parameters that name files or folders here, by name: their content is identity, not their path."""
-        return {}
 
     def adapt(
         self,

@@ -6,12 +6,13 @@ imported to check suites, so they import torch inside `protect` (or the function
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from harness.method import Method
 from harness.protection import Protection, ThreatModel
 
 if TYPE_CHECKING:
@@ -38,12 +39,9 @@ class ProtectedConcept:
         return [Image.open(file).convert("RGB") for file in self.files]
 
 
-class Defense:
+class Defense(Method):
     """Base class of defenses. Subclasses set the class attributes and write `protect`."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    """Raised whenever results change, so that stored results of the old code are not reused."""
     threat_model: ClassVar[ThreatModel]
     uses: ClassVar[frozenset[str]] = frozenset({"targets", "preserved", "images", "seed"})
     """What the result depends on. What is left out is not given, and results are shared over it."""
@@ -51,20 +49,6 @@ class Defense:
     """Whether it removes the target from what the model draws, so that a task may name it under `erase`."""
     max_targets: ClassVar[int | None] = None
     """How many concepts it can protect together; None: any number."""
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Named sets of parameter values, each with its source in a comment."""
-
-    @dataclass(frozen=True)
-    class Parameters:
-        """No parameters."""
-
-    def __init__(self, parameters: Any):
-        self.parameters = parameters
-
-    @classmethod
-    def files(cls, parameters: Any) -> Mapping[str, Path]:
-        """Return the parameters that name files or folders here, by name: their content is identity, not their path."""
-        return {}
 
     @classmethod
     def unet_passes(cls, parameters: Any, targets: int) -> float:

@@ -166,6 +166,9 @@ def _read_folder(path: Path | None, spec: ConceptSpec, where: str, name: str) ->
         )
     # every third file to each split: neighbours in a sorted folder are often near-duplicates of one scene
     images = {s: tuple(files[i :: len(SPLITS)][:per_split]) for i, s in enumerate(SPLITS)}
+    for file in (f for s in SPLITS for f in images[s]):
+        if not _is_image(path / file):
+            raise UserMistake(f"{where}: concept '{name}': '{one_line(file)}' is no image; repair or remove it")
     digests = {s: [digest_of_file(path / f) for f in images[s]] for s in SPLITS}
     seen: dict[str, str] = {}
     for split in SPLITS:
@@ -176,6 +179,18 @@ def _read_folder(path: Path | None, spec: ConceptSpec, where: str, name: str) ->
                 )
             seen[digest] = file
     return images, digest_of_json(digests)
+
+
+def _is_image(path: Path) -> bool:
+    """Tell whether the file is an image as far as its header and checksums tell; its pixels are not decoded."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
 
 
 def _from_catalog(name: str, loaded: LoadedSuite) -> Concept:

@@ -6,38 +6,23 @@ loaded once per worker. Like other methods, modules of metrics import torch insi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from harness.method import Method
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 
-class Metric:
+class Metric(Method):
     """Base class of metrics. Subclasses set the class attributes and write `score`."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
     direction: ClassVar[str]
     """"higher": a greater value means more of what the attacker wants; "lower": less."""
     unit: ClassVar[str]
     range: ClassVar[tuple[float, float]]
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-
-    @dataclass(frozen=True)
-    class Parameters:
-        """No parameters."""
-
-    def __init__(self, parameters: Any):
-        self.parameters = parameters
-
-    @classmethod
-    def files(cls, parameters: Any) -> Mapping[str, Path]:
-        """Return the parameters that name files or folders here, by name: their content is identity, not their path."""
-        return {}
 
     def about(self) -> dict[str, str]:
         """Return backbone, preprocessing and library version, for each row."""

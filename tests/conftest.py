@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from harness import cli, digests, plan, suite
 
@@ -49,11 +51,17 @@ def write_model(folder: Path, *, weights: bytes = b"weights", class_name: str = 
 
 
 def write_images(folder: Path, count: int = 6) -> Path:
-    """Write `count` files of different content that are named like images; return their folder."""
+    """Write `count` images of one pixel, each of a colour of its own; return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        (folder / f"{index}.png").write_bytes(f"{folder.name} {index}".encode())
+        write_image(folder / f"{index}.png", f"{folder.name} {index}")
     return folder
+
+
+def write_image(path: Path, content: str) -> None:
+    """Write an image of one pixel whose colour follows from `content`."""
+    colour = tuple(hashlib.sha256(content.encode()).digest()[:3])
+    Image.new("RGB", (1, 1), colour).save(path)
 
 
 @dataclass(frozen=True)

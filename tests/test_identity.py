@@ -10,7 +10,7 @@ import pytest
 
 from harness import identity, registry
 from harness.identity import Stage
-from tests.conftest import SUITE, write_model
+from tests.conftest import SUITE, write_image, write_model
 from tests.test_registry import DEFENSE
 
 STAGE = Stage(
@@ -260,7 +260,7 @@ def test_content_of_a_model_changes_all_that_computes(project):
 def test_content_of_an_image_changes_its_concept(project):
     """The digest of the data is in the identity."""
     before = project.plan()
-    (project.folder / "purse" / "0.png").write_bytes(b"another picture")
+    write_image(project.folder / "purse" / "0.png", "another picture")
 
     after = project.plan()
 

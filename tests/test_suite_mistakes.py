@@ -269,6 +269,58 @@ def test_same_image_twice_is_refused(project):
     assert_told(project.validate(), project, ":6: ", "are the same image; remove one")
 
 
+@pytest.mark.parametrize("keep", [0, 20])
+def test_image_that_is_none_is_refused(project, keep):
+    """A file that is empty or was cut short is told before any compute."""
+    path = project.folder / "lamp" / "2.png"
+    path.write_bytes(path.read_bytes()[:keep])
+
+    assert_told(project.validate(), project, ":6: ", "concept 'lamp': '2.png' is no image; repair or remove it")
+
+
+def test_attack_that_asks_for_more_images_than_there_are(project):
+    """The budget of images is what is used: a split that is too small is told, not used in silence."""
+    project.write(project.edited(("    batch_size: 2", "    batch_size: 2\n    images: 3")))
+
+    told = project.validate()
+    assert_told(told, project, ":17: ", "attacks[0].images: 3 asked for, but the attack split of lamp holds 2")
+    assert "vangogh" not in told.err
+
+
+PLUGIN = """
+from defenses.base import Defense
+from harness.protection import ThreatModel
+from harness.registry import register
+
+@register("defense")
+class Broken(Defense):
+    name = "broken"
+    version = 1
+    threat_model = ThreatModel()
+
+    {function}
+
+    def protect(self, model, targets, preserved, run):
+        raise RuntimeError
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("unet_passes = classmethod(lambda cls, p, n: 1 / 0)", "`unet_passes` of broken failed: ZeroDivisionError"),
+        ("unet_passes = classmethod(lambda cls, p, n: float('nan'))", "must return a finite number"),
+        ("files = classmethod(lambda cls, p: {'x': p.x})", "`files` of broken failed: AttributeError"),
+    ],
+)
+def test_plugin_that_fails_in_planning_is_told(project, unregister, function, words):
+    """What a plug-in does wrong before compute is told as a mistake, with the line that names it."""
+    (project.folder / "broken.py").write_text(PLUGIN.format(function=function), encoding="utf-8")
+    project.write(project.edited((DEFENSES, "defenses: [none, broken]")))
+
+    assert_told(project.validate("--plugin", str(project.folder / "broken.py")), project, ":12: ", words)
+
+
 def test_pickled_weights_are_refused(project):
     """A model folder whose weights are pickles is not loaded, and said so before anything is read of it."""
     (project.folder / "model" / "unet" / "model.safetensors").rename(project.folder / "model" / "unet" / "model.bin")

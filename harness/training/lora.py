@@ -82,7 +82,7 @@ def fuse(model: DiffusionModel, folder) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     with safe_open(folder / FILE, framework="pt") as file:
-        modules = {name.partition(".lora")[0] for name in file.keys()}  # noqa: SIM118: not a dict
+        modules = {name.partition(".lora")[0] for name in list(file.keys())}
     changed = model.change(f"{module}.weight" for module in sorted(modules))
     before = {name: parameter.detach().clone() for name, parameter in changed.items()}
     model.pipeline.load_lora_weights(folder, weight_name=FILE)

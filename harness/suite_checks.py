@@ -1,0 +1,201 @@
+"""Checks of what a suite means: methods and their parameters, names, roles, sizes. Each returns (path, message) pairs.
+
+A suite with mistakes of form is checked as far as it can be read: what is wrong in it is None here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from typing import Any
+
+from harness import parameters, registry
+from harness.errors import did_you_mean, one_line
+from harness.suite import (
+    MAX_TRIALS,
+    METHOD_SECTIONS,
+    RESERVED_DEFENSE_NAMES,
+    RESERVED_SUITE_NAMES,
+    LoadedSuite,
+    Mistake,
+    Suite,
+)
+
+
+def _unknown(kind: str, name: str) -> str:
+    return f"unknown {kind} '{one_line(name, 60)}'{did_you_mean(name, registry.names(kind))}"
+
+
+def resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
+    """Resolve the parameters of every method into `loaded.parameters`; return the mistakes."""
+    suite = loaded.suite
+    entries = [
+        ((section, index), kind, spec)
+        for section, kind in METHOD_SECTIONS.items()
+        for index, spec in enumerate(getattr(suite, section))
+    ]
+    entries += [(("tasks", name, "erase"), "defense", task.erase) for name, task in suite.tasks.items()]
+    mistakes: list[Mistake] = []
+    for path, kind, spec in entries:
+        if spec is None:
+            continue
+        if spec.method not in registry.names(kind):
+            mistakes.append((path, _unknown(kind, spec.method)))
+            continue
+        cls = registry.get(kind, spec.method)
+        if path[-1] == "erase" and not getattr(cls, "can_erase", False):
+            able = [n for n in registry.names(kind) if getattr(registry.get(kind, n), "can_erase", False)]
+            mistakes.append((path, f"'{spec.method}' is a defense that cannot erase; known: {', '.join(able)}"))
+            continue
+        own = [key for key in type(spec).model_fields if key != "parameters"]
+        values, found = parameters.resolve(cls, spec.parameters, spec.preset, own)
+        mistakes += [((*path, field) if field else path, message) for field, message in found]
+        if not found:
+            mistakes += [((*path, *field), message) for field, message in _planned(cls, values, _most_targets(suite))]
+        loaded.parameters[tuple(map(str, path))] = values
+    return mistakes
+
+
+def _most_targets(suite: Suite) -> int:
+    """Return how many concepts are protected together at most."""
+    return max((len(together) for task in suite.tasks.values() for together in task.targets), default=1)
+
+
+def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...], str]]:
+    """Call what planning will ask a method; return (field or nothing, message) of what is wrong with its answers."""
+    try:
+        mistakes = [
+            ((name,), f"'{one_line(file)}' does not exist; give the path of a file or folder")
+            for name, file in cls.files(values).items()
+            if not os.path.exists(file)  # False, not an error, for what no path can be
+        ]
+    except Exception as error:
+        return [((), f"`files` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
+    if hasattr(cls, "unet_passes"):
+        try:
+            if not math.isfinite(cls.unet_passes(values, targets)):
+                mistakes.append(((), f"`unet_passes` of {cls.name} must return a finite number"))
+        except Exception as error:
+            mistakes.append(((), f"`unet_passes` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"))
+    return mistakes
+
+
+def _reserved_names(loaded: LoadedSuite) -> list[Mistake]:
+    """Find names that would be taken for something of ours."""
+    mistakes: list[Mistake] = []
+    if loaded.suite.name in RESERVED_SUITE_NAMES:
+        mistakes.append((("name",), f"'{loaded.suite.name}' is the name of our own folder; choose another"))
+    for index, spec in enumerate(loaded.suite.defenses):
+        if spec is not None and spec.name in RESERVED_DEFENSE_NAMES:
+            mistakes.append((("defenses", index), f"'{spec.name}' is what tables call the model before erasure"))
+    return mistakes
+
+
+def _duplicates(loaded: LoadedSuite) -> list[Mistake]:
+    """Find labels that stand twice: two rows of a table would carry the same name."""
+    suite = loaded.suite
+    mistakes: list[Mistake] = []
+    for section in METHOD_SECTIONS:
+        seen: dict[str, int] = {}
+        for index, spec in enumerate(getattr(suite, section)):
+            if spec is None:
+                continue
+            if spec.name in seen:
+                hint = f"the name '{spec.name}' is taken by {section}[{seen[spec.name]}]"
+                mistakes.append(((section, index), f"{hint}; add 'name: ...' to tell them apart"))
+            seen.setdefault(spec.name, index)
+    if suite.seeds and len(set(suite.seeds)) != len(suite.seeds):
+        mistakes.append((("seeds",), "a seed stands twice"))
+    for name, task in suite.tasks.items():
+        flat = [concept for together in task.targets for concept in together]
+        for key, listed in (("targets", flat), ("innocents", task.innocents), ("preserve", task.preserve)):
+            mistakes += [(("tasks", name, key), f"'{c}' stands twice") for c, n in Counter(listed).items() if n > 1]
+    mistakes += [(("utility",), f"'{c}' stands twice") for c, n in Counter(suite.utility or ()).items() if n > 1]
+    return mistakes
+
+
+def _crossed_concepts(loaded: LoadedSuite) -> list[Mistake]:
+    """Find concepts with two roles that exclude each other: a measured innocent must be new to the defense."""
+    mistakes: list[Mistake] = []
+    for name, task in loaded.suite.tasks.items():
+        targets = {concept for together in task.targets for concept in together}
+        for key, others in (("innocents", task.innocents), ("preserve", task.preserve)):
+            for both in sorted(targets & set(others)):
+                mistakes.append((("tasks", name, key), f"'{both}' is a target of this task too"))
+        for both in sorted(set(task.innocents) & set(task.preserve)):
+            why = "is measured as an innocent; what the defense sees must be another concept"
+            mistakes.append((("tasks", name, "preserve"), f"'{both}' {why}"))
+        for both in sorted(targets & set(loaded.suite.utility or ())):
+            mistakes.append((("utility",), f"'{both}' is a target of task '{name}'; utility is measured on others"))
+    return mistakes
+
+
+def _undefended(loaded: LoadedSuite) -> list[Mistake]:
+    """Find out whether there is exactly one defense of the method none."""
+    defenses = loaded.suite.defenses
+    if any(spec is None or spec.method not in registry.names("defense") for spec in defenses):
+        return []  # what is wrong there may have been meant as none
+    none = [index for index, spec in enumerate(defenses) if spec.method == "none"]
+    if len(none) > 1:
+        first = f"defenses[{none[0]}] is of method none too"
+        return [(("defenses", index), f"{first}; keep one: every gap is measured against it") for index in none[1:]]
+    if defenses and not none:
+        return [(("defenses",), "no defense of method none; add 'none': every gap is measured against it")]
+    return []
+
+
+def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
+    """Find defenses that cannot protect as many concepts together as a task asks for."""
+    suite = loaded.suite
+    known = registry.names("defense")
+    mistakes: list[Mistake] = []
+    for task_name, task in suite.tasks.items():
+        entries = [(("defenses", index), spec) for index, spec in enumerate(suite.defenses)]
+        for path, spec in [*entries, (("tasks", task_name, "erase"), task.erase)]:
+            if spec is None or spec.method not in known:
+                continue
+            most = registry.get("defense", spec.method).max_targets
+            large = next((together for together in task.targets if most is not None and len(together) > most), None)
+            if large:
+                together = one_line("+".join(large), 100)
+                what = f"{spec.method} protects at most {most} concept(s) at a time"
+                mistakes.append((path, f"{what}, but task '{task_name}' protects {together}; list them one by one"))
+    return mistakes
+
+
+def _grid_size(loaded: LoadedSuite) -> list[Mistake]:
+    """Find grids that are too large to be meant."""
+    suite = loaded.suite
+    measured = sum(
+        (len(together) + len(task.innocents)) * (1 + len(suite.attacks)) + len(suite.utility or ())
+        for task in suite.tasks.values()
+        for together in task.targets
+    )
+    trials = measured * len(suite.defenses) * len(suite.seeds or ())
+    if trials > MAX_TRIALS:
+        return [((), f"the grid has {trials:,} trials, more than {MAX_TRIALS:,}; split the suite")]
+    return []
+
+
+def attack_images(loaded: LoadedSuite) -> list[Mistake]:
+    """Find attacks that ask for more images than an attacked concept has."""
+    mistakes: list[Mistake] = []
+    attacked = dict.fromkeys(
+        name
+        for task in loaded.suite.tasks.values()
+        for name in (*(concept for together in task.targets for concept in together), *task.innocents)
+    )
+    for index, attack in enumerate(loaded.suite.attacks):
+        if attack is None or attack.images is None:
+            continue
+        counts = {name: loaded.concepts[name].count("attack") for name in attacked if name in loaded.concepts}
+        for name, count in counts.items():
+            if attack.images > count:
+                what = f"{attack.images} asked for, but the attack split of {name} holds {count}"
+                mistakes.append((("attacks", index, "images"), f"{what}; leave it out to use all"))
+    return mistakes
+
+
+CHECKS = (_reserved_names, _duplicates, _crossed_concepts, _undefended, _protected_together, _grid_size)
+"""Checks that need neither images nor a model."""
