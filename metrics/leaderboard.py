@@ -118,12 +118,12 @@ def _line(table: _Table, group: tuple, defense: str, gates: Gates) -> dict[str, 
     task, attack, attacker, metric, step = group
     none = table.undefended[task]
     first = table.defenses[task][defense]
+    undefended = {
+        role: table.means(task, none, attack, attacker, metric, step, role) for role in ("target", "innocent")
+    }
     sides = {
-        role: _paired(
-            table.means(task, none, attack, attacker, metric, step, role),
-            table.means(task, defense, attack, attacker, metric, step, role),
-        )
-        for role in ("target", "innocent")
+        role: _paired(trials, table.means(task, defense, attack, attacker, metric, step, role))
+        for role, trials in undefended.items()
     }
     if not sides["target"]:
         return None
@@ -131,18 +131,20 @@ def _line(table: _Table, group: tuple, defense: str, gates: Gates) -> dict[str, 
     real = table.means(task, "", "", "", metric, 0, "real")
     target, innocent = _gap(sides["target"]), _gap(sides["innocent"])
     utilities = {name: _utility(table, task, defense, name) for name in table.about}
-    undefended = table.means(task, none, attack, attacker, metric, step, "target")
     original = table.means(task, "original", "", "", metric, 0, "target")
-    reasons = []
-    if len(sides["target"]) < len(undefended):
-        reasons.append(f"incomplete: {len(sides['target'])} of {len(undefended)} trials on targets")
+    reasons, innocent_reasons = (
+        [f"incomplete: {len(sides[role])} of {len(undefended[role])} trials on {role}s"]
+        if len(sides[role]) < len(undefended[role])
+        else []
+        for role in ("target", "innocent")
+    )
     reasons += _failures(sides["target"], before["target"], real, gates, "target")
     reasons += _unerased(original, before["target"], gates)
-    innocent_reasons = _failures(sides["innocent"], before["innocent"], real, gates, "innocent")
-    for name, value in utilities.items():
-        if value is None:
-            reasons.append(f"utility was not measured by {name}")
-        elif value < gates.min_utility:
+    innocent_reasons += _failures(sides["innocent"], before["innocent"], real, gates, "innocent")
+    for name, (value, reason) in utilities.items():
+        if reason:
+            reasons.append(reason)
+        if value is not None and value < gates.min_utility:
             reasons.append(f"utility {value:.2f} by {name} is below {gates.min_utility:g} of the undefended model's")
     if target["sgr"] is None:
         reasons.append("sgr is undefined: the undefended similarity is not positive")
@@ -176,7 +178,7 @@ def _line(table: _Table, group: tuple, defense: str, gates: Gates) -> dict[str, 
         "innocent_sgr_high": innocent["high"],
         "relative_gap": gap,
         "recovery": _recovery(sides["target"], before["target"]),
-        "utility": utilities[metric],
+        "utility": utilities[metric][0],
         "valid": not reasons,
         "innocent_valid": bool(sides["innocent"]) and not innocent_reasons,
         "reason": "; ".join(dict.fromkeys(reasons + innocent_reasons)),
@@ -244,17 +246,22 @@ def _recovery(pairs: Pairs, before: Mapping[tuple[str, str, int], float]) -> flo
     return _mean(shares)
 
 
-def _utility(table: _Table, task: str, defense: str, metric: str) -> float | None:
-    """Return the share of the undefended model's utility that is left; None when it was not measured."""
+def _utility(table: _Table, task: str, defense: str, metric: str) -> tuple[float | None, str]:
+    """Return the share of the undefended model's utility that is left, and why it does not count (or "")."""
     none = table.means(task, table.undefended[task], "", "", metric, 0, "utility")
-    defended = table.means(task, defense, "", "", metric, 0, "utility")
-    floors = table.means(task, "", "", "", metric, 0, "floor")
-    kept = possible = 0.0
-    for key, (before, after) in _paired(none, defended).items():
-        floor = _mean(v for other, v in floors.items() if other[:2] == key[:2]) or 0.0
-        kept += after - floor
-        possible += before - floor
-    return kept / possible if possible > 0 else None
+    pairs = _paired(none, table.means(task, defense, "", "", metric, 0, "utility"))
+    floors: dict[Cell, list[float]] = {}
+    for key, value in table.means(task, "", "", "", metric, 0, "floor").items():
+        floors.setdefault(key[:2], []).append(value)
+    known = [(before, after, _mean(floors[key[:2]])) for key, (before, after) in pairs.items() if key[:2] in floors]
+    if not known:
+        return None, f"utility was not measured by {metric}"
+    possible = math.fsum(before - floor for before, _, floor in known)
+    if possible <= 0:
+        return None, f"utility is undefined by {metric}: the undefended model draws no better than another concept"
+    value = math.fsum(after - floor for _, after, floor in known) / possible
+    missing = len(none) - len(known)
+    return value, f"incomplete: {len(known)} of {len(none)} measurements of utility by {metric}" if missing else ""
 
 
 def _unerased(

@@ -361,6 +361,40 @@ def test_utility_that_was_not_measured_makes_the_cell_invalid(defense):
     assert found["reason"] == "utility was not measured by clip"
 
 
+def test_utility_without_a_floor_was_not_measured():
+    """A floor that is missing is not zero: the share would look better than it is."""
+    found = only([r for r in small() if r["role"] != "floor"])
+
+    assert (found["utility"], found["reason"]) == (None, "utility was not measured by clip")
+
+
+def test_utility_of_a_model_that_draws_nothing_is_undefined():
+    """The undefended model's pictures score as those of another concept: no share can be told."""
+    rows = [{**r, "value": 0.1} if r["role"] == "utility" else r for r in small()]
+
+    found = only(rows)
+
+    assert (found["utility"], found["valid"]) == (None, False)
+    assert found["reason"].startswith("utility is undefined by clip: ")
+
+
+def test_part_of_the_utility_is_told():
+    """Half of the seeds: the value is that of the half, and the cell does not count."""
+    found = only([r for r in small() if not (r["role"] == "utility" and r["defense"] == "mine" and r["seed"] == 1)])
+
+    assert found["utility"] == pytest.approx(0.95)
+    assert (found["valid"], found["reason"]) == (False, "incomplete: 2 of 4 measurements of utility by clip")
+
+
+def test_incomplete_innocents_are_told_but_the_target_counts():
+    """One innocent trial of mine is not done: what is said of the target does not depend on it."""
+    gone = {"defense": "mine", "role": "innocent", "seed": 1, "protected": "dog"}
+    found = only([r for r in small() if any(r[k] != v for k, v in gone.items())])
+
+    assert (found["valid"], found["innocent_valid"]) == (True, False)
+    assert found["reason"] == "incomplete: 3 of 4 trials on innocents"
+
+
 def test_utility_that_one_metric_did_not_measure_is_told():
     """The other metric's line does not count either."""
     rows = [r for r in by_dino(0.48) if not (r["role"] == "utility" and r["metric"] == "dino")]
@@ -531,7 +565,8 @@ def test_unfinished_seed_is_left_out_of_the_comparison():
     found = only(rows)
 
     assert (found["n_seeds"], found["sgr"]) == (1, pytest.approx(0.225))
-    assert found["reason"] == "incomplete: 2 of 4 trials on targets"
+    assert found["reason"].startswith("incomplete: 2 of 4 trials on targets; incomplete: ")
+    assert (found["valid"], found["innocent_valid"]) == (False, False)
 
 
 def test_defense_without_any_pair_has_no_line():
