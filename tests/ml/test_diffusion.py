@@ -67,6 +67,30 @@ def test_loss_is_the_mean_squared_error_of_the_noise(model, make_run, encoded):
     assert losses.mean().item() == pytest.approx(torch.nn.functional.mse_loss(said, batch.noise).item(), rel=1e-6)
 
 
+def test_v_prediction_is_asked_for_the_velocity(model, make_run, encoded):
+    """v = sqrt(abar) noise - sqrt(1 - abar) latent (Salimans and Ho 2022), from the schedule's own products."""
+    from diffusers import DDPMScheduler
+
+    batch = _draw(encoded, 0)
+    scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type="v_prediction")
+    losses, noisy, prediction = diffusion.denoising_losses(model, make_run(), scheduler, batch)
+
+    kept = scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    velocity = kept.sqrt() * batch.noise - (1 - kept).sqrt() * batch.latents
+    expected = (prediction - velocity).square().flatten(1).mean(1)
+    assert torch.allclose(losses, expected, rtol=1e-5)
+    assert torch.allclose(noisy, kept.sqrt() * batch.latents + (1 - kept).sqrt() * batch.noise, atol=1e-6)
+
+
+def test_other_prediction_types_are_refused(model, make_run, encoded):
+    """A model that predicts the image itself would be trained towards noise."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type="sample")
+    with pytest.raises(ValueError, match="prediction type 'sample' is not supported"):
+        diffusion.denoising_losses(model, make_run(), scheduler, _draw(encoded, 0))
+
+
 def test_images_without_captions_are_refused(model, make_run, purse_files):
     """A caption an image, or nothing is trained."""
     with pytest.raises(ValueError, match="4 images but 1 captions"):

@@ -120,3 +120,51 @@ def test_killed_run_goes_on_to_the_same_weights(model, make_run, purse_files, mo
     resumed = _protect(model, make_run(1, "broken"), purse_files).tensors
 
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+
+
+@pytest.mark.parametrize("profile", ["paper", "released"])
+def test_weights_equal_a_loop_written_without_peft(model, make_run, purse_files, profile):
+    """The same draws through W + BA as plain arithmetic on the UNet's weights end in the same released weights."""
+    from PIL import Image
+    from torch.func import functional_call
+
+    from harness.training import lora
+
+    run = make_run(5)
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
+    ours = _protect(model, run, purse_files, profile=profile, rounds=4, lower_learning_rate=1e-2).tensors
+    model.restore()
+
+    images = [Image.open(f) for f in purse_files]
+    encoded = diffusion.encode_images(model, run, images, ["a purse"] * len(images), flip=True)
+    with lora.injected(model, rank=4, alpha=4, target_modules=targets, seed=run.seed_for("adapter")) as adapter:
+        factors = {n.replace(".default", ""): p.detach().clone().requires_grad_() for n, p in adapter.items()}
+    upper = {
+        n.removeprefix("unet."): p.detach().clone().requires_grad_()
+        for n, p in model.parameters().items()
+        if n in ours
+    }
+    lower_optimizer = torch.optim.AdamW(factors.values(), lr=1e-2, weight_decay=1e-2)
+    upper_optimizer = torch.optim.AdamW(upper.values(), lr=1e-3, weight_decay=1e-2)
+    scheduler = model.noise_scheduler()
+    for step, level in enumerate("lulululu"):  # four images in batches of two: an even number of batches an epoch
+        batch = diffusion.draw(encoded, 2, 1000, seed=run.seed_for("noise"), step=step, device="cpu")
+        weights = {}
+        for name, weight in upper.items():
+            module = name.removesuffix(".weight")
+            down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+            weights[name] = weight + factors[up] @ factors[down] if down in factors else weight
+        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        said = functional_call(model.unet, weights, (noisy, batch.timesteps, batch.embeddings)).sample
+        loss = torch.nn.functional.mse_loss(said, batch.noise)
+        trained = list((factors if level == "l" else upper).values())
+        gradients = torch.autograd.grad(loss if level == "l" else -loss, trained)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        if profile == "released":
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        (lower_optimizer if level == "l" else upper_optimizer).step()
+
+    moved = torch.cat([(ours[f"unet.{n}"] - model.parameters()[f"unet.{n}"]).flatten() for n in upper]).norm()
+    apart = torch.cat([(ours[f"unet.{n}"] - upper[n]).flatten() for n in upper]).norm()
+    assert apart < 1e-3 * moved
