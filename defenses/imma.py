@@ -72,15 +72,17 @@ class Imma(Defense):
     max_targets = 1
     Parameters = Parameters
     presets = {
-        # rates for the embedded testbed, found on koala, trophy and crown: at 3e-4 the model loses a sixth of its
-        # utility, at 1e-4 hardly anything is delayed. The adapter is not the attack's (rank 16, 4e-3):
-        # a publisher does not know it. Clipped on both levels in either profile.
+        # For the embedded testbed: of seven settings, the greatest delay that kept 0.9 of the utility by every metric,
+        # measured on koala and cactus (re-learning, 2-3 seeds; utility on snowman and banana). At 3e-4 it kept 0.89;
+        # on all attention at 1.5e-4 it delayed half as much, on keys and values alone it cost more. The adapter is not
+        # the attack's (rank 16, 4e-3): a publisher does not know it. Clipped on both levels in either profile.
         "testbed": {
             "rounds": 100,
             "batch_size": 8,
             "rank": 8,
             "lower_learning_rate": 2e-3,
-            "upper_learning_rate": 1.5e-4,
+            "upper_learning_rate": 2.5e-4,
+            "upper_parameters": "cross_attention",
             "target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
             "clip_norm": 1.0,
         },
