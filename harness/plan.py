@@ -210,6 +210,7 @@ class _Planner:
                 described[role].append(entry)
         label = f"{kind} {spec.name}" + (f" for {', '.join(targets)}" if "targets" in cls.uses else "")
         label += f", seed {seed}" if "seed" in cls.uses else ""
+        label += ", erased before" if erased else ""
         identity, local = self._identified(cls, values)
         k = self._add(
             kind=kind,

@@ -12,7 +12,7 @@ The shape of a suite::
     tasks:
       relearning:                        # the name of the task
         erase: uce                       # done before the defense; leave out for personalization
-        targets: [object:guitar]         # each entry is protected by itself; a nested list is protected together
+        targets: [object:light-bulb]     # each entry is protected by itself; a nested list is protected together
         innocents: [object:umbrella]     # attacked too: what must stay learnable
         preserve: []                     # concepts that the defense may use to keep the model useful
     defenses: [none, uce, {method: imma, profile: paper}]

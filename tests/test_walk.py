@@ -126,8 +126,8 @@ def test_summary_tells_names_and_messages():
 
     summary = walk.summary()
 
-    assert (summary.done, summary.cached, summary.failed) == (1, 0, {"top": "boom"})
-    assert summary.blocked == {"left": "top", "right": "top", "bottom": "top"}
+    assert (summary.done, summary.cached, summary.failed) == (1, 0, (("top", "boom"),))
+    assert sorted(summary.blocked) == [("bottom", "top"), ("left", "top"), ("right", "top")]
 
 
 def test_real_plan_can_be_walked_to_its_end(project):

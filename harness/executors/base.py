@@ -6,7 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ class Summary:
 
     done: int = 0  # units done in this run
     cached: int = 0  # units that had nothing to do
-    failed: dict[str, str] = field(default_factory=dict)  # unit name -> message
-    blocked: dict[str, str] = field(default_factory=dict)  # unit name -> unit that failed before it
+    failed: tuple[tuple[str, str], ...] = ()  # (unit name, message); names of units need not differ
+    blocked: tuple[tuple[str, str], ...] = ()  # (unit name, name of the unit that failed before it)
     is_interrupted: bool = False
 
 
@@ -120,8 +120,8 @@ class Walk:
         return Summary(
             done=len(self.done),
             cached=len(self.cached),
-            failed={self.unit(i).name: m for i, m in self.failed.items()},
-            blocked={self.unit(i).name: self.unit(j).name for i, j in self.blocked.items()},
+            failed=tuple((self.unit(i).name, m) for i, m in self.failed.items()),
+            blocked=tuple((self.unit(i).name, self.unit(j).name) for i, j in self.blocked.items()),
             is_interrupted=is_interrupted,
         )
 

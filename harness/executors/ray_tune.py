@@ -40,10 +40,10 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
             shutil.rmtree(left, ignore_errors=True)
     scratch = workplace.run_folder / f"ray-{os.getpid()}"
     scratch.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("ray").setLevel(logging.ERROR)  # Tune warns of result files, which we do not use
     with _environment(), contextlib.ExitStack() as stack:
         _start(ray, address, workplace)
         stack.callback(ray.shutdown)
+        stack.enter_context(_errors_to(workplace.run_folder / "logs" / "ray.log"))  # after init, which drops handlers
         searcher = _make_searcher(walk, listen, scratch)
         bundle = {"CPU": workplace.cpus, **({"GPU": workplace.gpus} if workplace.gpus else {})}
         trainable = tune.with_resources(
@@ -125,6 +125,23 @@ def _environment():
                 os.environ.pop(name, None)
 
 
+@contextlib.contextmanager
+def _errors_to(path: Path):
+    """Write Ray's errors to a file: it prints the traceback of each worker that dies. Its warnings are dropped."""
+    ray_log = logging.getLogger("ray")
+    before = ray_log.handlers[:], ray_log.level, ray_log.propagate
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, encoding="utf-8", delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ray_log.handlers[:], ray_log.propagate = [file], False
+    ray_log.setLevel(logging.ERROR)  # Tune warns of result files, which we do not use
+    try:
+        yield
+    finally:
+        file.close()
+        ray_log.handlers[:], ray_log.level, ray_log.propagate = before
+
+
 def _unit_file(scratch: Path, index: int) -> Path:
     return scratch / f"unit-{index}.json"
 
@@ -178,7 +195,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
             name = walk.unit(index).name
             message = (result or {}).get("failure", "")
             if error or result is None:
-                message = message or f"{name}: its worker died; see the logs folder"
+                message = message or f"{name}: its worker died; see its log and ray.log in the logs folder"
             if not message:
                 walk.finish(index)
                 listen("unit_done", {"unit": name})

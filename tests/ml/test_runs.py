@@ -286,12 +286,13 @@ def test_run_killed_at_random_moments_ends_with_the_rows_of_an_undisturbed_one(f
 
 
 @pytest.mark.slow
-def test_interrupt_ends_cleanly_and_says_how_to_go_on(finished, tmp_path):
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_interrupt_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, executor):
     """Ctrl-C: exit code 130, finished stages kept, one line on what to do."""
     suite, _ = finished
     runs = tmp_path / "runs"
     process = subprocess.Popen(
-        [sys.executable, "-m", "harness", "run", str(suite), "--runs", str(runs), "--executor", "serial"],
+        [sys.executable, "-m", "harness", "run", str(suite), "--runs", str(runs), "--executor", executor],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -328,6 +329,25 @@ def test_ray_gives_the_rows_of_the_serial_executor_with_two_workers_side_by_side
     assert process.returncode == ExitCode.DONE, process.stdout + process.stderr
     assert _rows(tmp_path / "runs") == _rows(runs)
     assert any(later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.slow
+def test_worker_that_dies_fails_its_unit_and_no_others(suite_file, tmp_path):
+    """A method that ends the process under Ray: tried again, then recorded; the other trials are in the table."""
+    runs = tmp_path / "runs"
+    process = subprocess.run(
+        [sys.executable, "-m", "harness", "run", str(suite_file), "--runs", str(runs), "--executor", "ray",
+         "--plugin", str(_plugin(tmp_path, "import os; os._exit(3)")), "--set", "defenses=[none, shrink]",
+         "--set", "seeds=1", "--set", "tasks={personalization: {targets: [purse], innocents: [cat, vangogh]}}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+
+    assert process.returncode == ExitCode.TRIALS_FAILED, process.stdout + process.stderr
+    assert "its worker died" in process.stdout + process.stderr
+    assert "Traceback" not in process.stdout + process.stderr
+    assert {line["defense"] for line in _leaderboard(runs)} == {"none"}
 
 
 def test_track_writes_training_curves_of_attacks(suite_file, tmp_path):
