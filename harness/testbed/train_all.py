@@ -13,8 +13,8 @@ STAGES = (
     ("train_vae", "vae.json", ("--steps", "3800")),
     ("train_text_encoder", "grounded_text_encoder/model.safetensors", ("--steps", "1000")),
     ("train_unet", None, ("--steps", "3400")),
-    ("train_clip", None, ("--steps", "4600")),
-    ("train_vit", None, ("--steps", "1000")),
+    ("train_clip", None, ("--steps", "8000")),
+    ("train_vit", None, ("--steps", "3200")),
 )
 
 

@@ -2,7 +2,8 @@
 
 Batches hold several styles of each object, so that within a batch both must be told apart. Next to the
 contrastive loss on full captions, pictures are contrasted with captions that name only the style and
-only the object, and a linear head reads palette and texture off the picture's embedding. Writes
+only the object, a linear head reads palette and texture off the picture's embedding, and mosaics of
+parts by one artist are contrasted with captions of the style alone. Writes
 ``work/evaluators/clip``, loaded by open_clip as ``local-dir:``.
 """
 import json
@@ -19,6 +20,7 @@ from harness.testbed import appearance, augment, captions, evaluation_data, trai
 from harness.testbed.evaluation_data import CURATED, STYLE_WORDS, Pictures
 
 STYLES_PER_OBJECT = 4
+MOSAIC_SHARE = 0.35
 CURATED_SHARE = 0.1
 STRONG_SHARE = 0.1
 ENLARGED_SHARE = 0.4
@@ -70,6 +72,28 @@ class Sampler:
         return torch.tensor(chosen[:size])
 
 
+class Mosaics:
+    """Pictures of four parts by one artist: they show a style and no object, so that neither is learned by the other.
+
+    The parts are cut out as drawn, a quarter of the area each, from the training pictures of one style.
+    """
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+        self.rows = [pictures.train[pictures.styles[pictures.train] == style] for style in range(len(STYLE_WORDS))]
+
+    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (count, 3, 64, 64) and their styles (count,), all styles equally often."""
+        styles = torch.randint(len(STYLE_WORDS), (count,))
+        rows = torch.stack([training.batches(self.rows[style], 4) for style in styles.tolist()])
+        parts = self.pictures.tensor(rows.flatten(), trip_share=0.3)
+        side = parts.shape[-1] // 2
+        places = torch.randint(side + 1, (len(parts), 2)).tolist()
+        parts = [part[:, y:y + side, x:x + side] for part, (y, x) in zip(parts, places, strict=True)]
+        quarters = torch.stack(parts).view(count, 2, 2, 3, side, side)
+        return quarters.permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 2 * side, 2 * side), styles
+
+
 def augmented(images: torch.Tensor) -> torch.Tensor:
     """Augmentation: half of the pictures are only shifted, as exact colours and line widths tell the artists apart.
 
@@ -98,7 +122,7 @@ def multi_positive(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     """Command line entry."""
-    options = training.parser(__doc__.splitlines()[0], steps=4600, batch=128, rate=2e-3).parse_args()
+    options = training.parser(__doc__.splitlines()[0], steps=8000, batch=128, rate=2e-3).parse_args()
     device = training.setup(options.threads)
     pictures = evaluation_data.load(options.work, device)
     tokenizer = CLIPTokenizer.from_pretrained(options.work / "generator" / "tokenizer")
@@ -116,15 +140,17 @@ def main() -> None:
                                       "optimizer": optimizer})
     start = checkpoint.load()
     source = random.Random(training.SEED + start)
-    sampler = Sampler(pictures)
+    sampler, mosaics = Sampler(pictures), Mosaics(pictures)
+    few = int(options.batch * MOSAIC_SHARE)
     report = training.Report(50, options.steps)
     style_texts = [captions.style_caption(word) for word in STYLE_WORDS]
     full = [text for _, text in captions.VARIANTS if "{label}" in text and "{style}" in text]
     forward = torch.compile(model.visual) if options.compile else model.visual
     for step in range(start, options.steps):
-        rows = sampler.draw(options.batch, source)
+        rows = sampler.draw(options.batch - few, source)
+        mixed, mixed_styles = mosaics.draw(few)
         images = augmented(pictures.tensor(rows, trip_share=0.3).to(device))
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = torch.cat([images, mixed.to(device)]).contiguous(memory_format=torch.channels_last)
         objects, styles = pictures.objects[rows].to(device), pictures.styles[rows].to(device)
         present = objects.unique()
         texts = [source.choice(full).format(label=pictures.labels[o], style=STYLE_WORDS[s]).lower()
@@ -135,16 +161,18 @@ def main() -> None:
             group["lr"] = training.learning_rate(step, options.steps, options.rate)
         with training.precision(device):
             embedded = forward(images).float()
-            described = head(embedded).float()
+            described = head(embedded[:len(rows)]).float()
             read = model.encode_text(tokens, normalize=True).float()
         seen = F.normalize(embedded, dim=-1)
         scale = model.logit_scale.exp().clamp(max=100)
+        whole = seen[:len(rows)]
         pairs, by_style, by_object = read.split([len(rows), len(style_texts), len(present)])
-        logits = scale * seen @ pairs.T
+        logits = scale * whole @ pairs.T
         same = (objects[:, None] == objects) & (styles[:, None] == styles)
         pair_loss = (multi_positive(logits, same) + multi_positive(logits.T, same)) / 2
-        style_loss = F.cross_entropy(scale * seen @ by_style.T, styles, label_smoothing=0.05)
-        object_loss = multi_positive(scale * seen @ by_object.T, objects[:, None] == present)
+        every_style = torch.cat([styles, mixed_styles.to(device)])
+        style_loss = F.cross_entropy(scale * seen @ by_style.T, every_style, label_smoothing=0.05)
+        object_loss = multi_positive(scale * whole @ by_object.T, objects[:, None] == present)
         look_loss = (described - pictures.appearance[rows].to(device)).square().mean()
         (0.5 * pair_loss + STYLE_WEIGHT * style_loss + 0.5 * object_loss + APPEARANCE_WEIGHT * look_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -88,7 +88,7 @@ class Heads(torch.nn.Module):
 
 def main() -> None:
     """Command line entry."""
-    options = training.parser(__doc__.splitlines()[0], steps=1000, batch=128, rate=1.5e-3).parse_args()
+    options = training.parser(__doc__.splitlines()[0], steps=3200, batch=128, rate=1.5e-3).parse_args()
     device = training.setup(options.threads)
     pictures = evaluation_data.load(options.work, device)
     curated = pictures.train[[pictures.slugs[number] in evaluation_data.CURATED
