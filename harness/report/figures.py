@@ -68,16 +68,13 @@ def _panel(axis, rows: Sequence[Mapping[str, Any]], role: str) -> None:
             axis.plot([places[s] for s in ordered], [means[s] for s in ordered], color=colour, label=label, lw=1.6)
             for step, values in curve.items():
                 axis.plot([places[step]] * len(values), list(values.values()), ".", color=colour, ms=4, alpha=0.6)
-    for kind, style, label in (("real", "--", "real images"), ("original", ":", "before erasure")):
-        values = [
-            float(r["value"])
-            for r in rows
-            if (r["role"] == "real" and r["concept"] in {a["concept"] for a in attacked})
-            or (kind == "original" and r["defense"] == "original")
-            if (r["role"] == "real") == (kind == "real")
-        ]
-        if values:
-            axis.axhline(sum(values) / len(values), color="#777777", ls=style, lw=1, label=label)
+    concepts = {r["concept"] for r in attacked}
+    real = [r for r in rows if r["role"] == "real" and r["concept"] in concepts]
+    original = [r for r in rows if r["role"] == role and r["defense"] == "original"]
+    for chosen, style, label in ((real, "--", "real images"), (original, ":", "before erasure")):
+        if chosen:
+            level = sum(float(r["value"]) for r in chosen) / len(chosen)
+            axis.axhline(level, color="#777777", ls=style, lw=1, label=label)
     axis.set_xticks(list(places.values()), [str(s) for s in places])
     axis.tick_params(labelsize=7)
     axis.grid(axis="y", color="#dddddd", lw=0.5)

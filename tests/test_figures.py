@@ -1,0 +1,51 @@
+"""Recovery curves: what the lines, dots and levels of a panel stand for."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib.figure import Figure
+
+from harness.report.figures import _panel, recovery_curves
+
+
+def row(value: float, **changes) -> dict:
+    """Return one row: the undefended model, attacked, target dog, seed 0, step 10."""
+    return {
+        "task": "t", "metric": "clip", "role": "target", "defense": "none", "attack": "lora", "concept": "dog",
+        "seed": 0, "step": 10, "value": value, **changes,
+    }  # fmt: skip
+
+
+ROWS = [
+    row(0.6),
+    row(0.8, seed=1),
+    row(0.2, attack="", step=0),
+    row(0.4, attack="", step=0, seed=1),
+    row(0.9, attack="", step=0, role="real", defense="", seed=0),
+    row(0.5, attack="", step=0, role="real", defense="", concept="cup"),
+    row(0.7, attack="", step=0, defense="original"),
+    row(0.1, attack="", step=0, defense="original", role="innocent", concept="cup"),
+    row(0.3, attack="", step=0, defense="original", role="utility", concept="sky"),
+    row(0.45, role="innocent", concept="cup"),
+]
+
+
+def panel(role: str) -> dict[str, list[float]]:
+    """Return the heights of each named line of a panel."""
+    axis = Figure().add_subplot()
+    _panel(axis, ROWS, role)
+    return {line.get_label(): list(line.get_ydata()) for line in axis.lines if not line.get_label().startswith("_")}
+
+
+def test_levels_are_those_of_the_role():
+    """Real images and the model before erasure, of the target alone or of the innocent alone."""
+    assert panel("target") == {"none": pytest.approx([0.3, 0.7]), "real images": [0.9] * 2, "before erasure": [0.7] * 2}
+    assert panel("innocent") == {"none": [0.45], "real images": [0.5] * 2, "before erasure": [0.1] * 2}
+
+
+def test_figure_is_drawn_only_when_there_is_something(tmp_path):
+    """No attack, no curve."""
+    assert recovery_curves(ROWS, tmp_path / "a.png") is True
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert recovery_curves([r for r in ROWS if not r["attack"]], tmp_path / "b.png") is False
+    assert not (tmp_path / "b.png").exists()
