@@ -276,7 +276,9 @@ def test_version_of_a_method_changes_its_stages(project, monkeypatch):
     after = project.plan()
 
     assert labels(before, "immunize", gone_in=after) == {
-        f"immunize imma for {concept}, seed {seed}" for concept in ("vangogh", "purse") for seed in (0, 1)
+        f"immunize imma for {concept}, seed {seed}{erased}"
+        for concept, erased in (("vangogh", ", erased before"), ("purse", ""))
+        for seed in (0, 1)
     }
 
 
