@@ -1,0 +1,104 @@
+"""Merge: one weight that does to each concept's words what that concept's own weight does, and little else.
+
+For one key or value projection W [out, in], concepts n with their own W_n, target words C_n [s_n, in] and
+regularization words C_reg [R, in] (MIMA, Merge; Custom Diffusion's constrained merge):
+
+    min over V   || (V - W) C_reg^T ||_F^2    so that    V C_n^T = W_n C_n^T   for every n
+
+With A = C_reg^T C_reg, C all rows stacked, Q = (C A^-1 C^T)^-1 C A^-1 and P_n = C_n^T Q_n (Q_n: the rows of concept n)
+the solution is linear in the weights (papers' facts: mima.md 2.3):
+
+    Merge(W, W_1 .. W_N) = W (I - P) + sum_n W_n P_n,     P = sum_n P_n,  P P = P
+
+P_n depends on the words alone, so it is solved for once, in fp64, and shared by all layers and steps; the backward pass
+is two matrix products, with no solver in the graph.
+
+Rules where the papers have none. A row that depends on rows before it (to `TOLERANCE` of its length, in the metric of
+A^-1) is left out, so the earlier concept decides what shared words do; the released code does so for rows equal to the
+bit. A gets a ridge of `RIDGE` times its mean eigenvalue, as C_reg may have fewer rows than columns; the constraints
+hold exactly all the same. The released code has neither rule for rows that are nearly dependent and inverts what it is
+given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-6
+RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The fixed linear map; weights may be of any floating dtype and take part in autograd."""
+
+    projections: tuple[Tensor, ...]  # P_n [in, in], fp64
+    kept: tuple[tuple[int, ...], ...]  # for each concept, which of its rows are constrained
+
+    @classmethod
+    def solve(cls, targets: Sequence[Tensor], regularization: Tensor, ridge: float = RIDGE) -> Merge:
+        """Return the map for `targets` C_n [s_n, in] and `regularization` C_reg [R, in].
+
+        Raises ValueError when there are no concepts, widths differ, values are not finite, or a concept has no row
+        that earlier ones leave free.
+        """
+        width = regularization.shape[1]
+        if not targets or any(t.ndim != 2 or t.shape[1] != width for t in targets):
+            raise ValueError(f"merge needs targets [rows, {width}], got {[tuple(t.shape) for t in targets]}")
+        if not all(bool(t.isfinite().all()) for t in (*targets, regularization)):
+            raise ValueError("merge needs finite words")
+        reference = regularization.detach().double()
+        gram = reference.T @ reference
+        scale = float(gram.diagonal().mean()) or 1.0
+        gram = gram + ridge * scale * torch.eye(width, dtype=torch.float64, device=gram.device)
+        factor = torch.linalg.cholesky(gram)
+        rows = torch.cat([t.detach().double() for t in targets])
+        # whitened: rows @ A^-1 @ rows.T is a plain product of these
+        white = torch.linalg.solve_triangular(factor, rows.T, upper=False).T
+        free = _independent(white)
+        owners = [n for n, t in enumerate(targets) for _ in range(len(t))]
+        starts = [sum(len(t) for t in targets[:n]) for n in range(len(targets))]
+        kept = tuple(tuple(i - starts[n] for i in free if owners[i] == n) for n in range(len(targets)))
+        if not all(kept):
+            raise ValueError(f"concept {kept.index(()) + 1} of {len(targets)} shares all its words with those before")
+        # with B the kept rows, whitened: Q = (B B^T)^-1 B L^-1, A = L L^T
+        q = torch.linalg.solve_triangular(factor, torch.linalg.pinv(white[free].T), upper=False, left=False)
+        place = {row: index for index, row in enumerate(free)}
+        projections = []
+        for n, start in enumerate(starts):
+            mine = [place[start + i] for i in kept[n]]
+            projections.append(rows[[start + i for i in kept[n]]].T @ q[mine])
+        return cls(tuple(projections), kept)
+
+    def __call__(self, weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
+        """Return Merge(W, W_1 .. W_N) [out, in]; differentiable with respect to all of them."""
+        merged = weight
+        for own, projection in zip(adapted, self.projections, strict=True):
+            merged = merged + (own - weight) @ projection.to(weight)
+        return merged
+
+    def pull_back(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the gradients with respect to W and to each W_n, given that with respect to the merged weight."""
+        adapted = [cotangent @ projection.to(cotangent).T for projection in self.projections]
+        return cotangent - sum(adapted), adapted
+
+
+def _independent(rows: Tensor) -> list[int]:
+    """Return the rows [S, D] that do not depend on those before them, by Gram and Schmidt, twice for accuracy."""
+    basis: list[Tensor] = []
+    kept = []
+    for index, row in enumerate(rows):
+        rest = row.clone()
+        for _ in range(2):
+            if basis:
+                known = torch.stack(basis)
+                rest = rest - known.T @ (known @ rest)
+        length = float(rest.norm())
+        if length > TOLERANCE * float(row.norm()):
+            basis.append(rest / length)
+            kept.append(index)
+    return kept
