@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -150,17 +150,18 @@ class LookAhead:
     learning_rate: float  # alpha
 
     def __post_init__(self) -> None:
-        self._before: list[Vector] = []  # S_l at the start of each step
+        self._before: list[Vector] = []  # S_l at the start of each step; nothing for the first: it is installed
 
     def adapted(self) -> Vector:
         """Return theta_K on S_l. The model is left as it was."""
         self._before = []
-        current = {name: self.parameters[name].detach().clone() for name in self.lower}
+        current: Vector = {}
         for loss in self.losses:
             self._before.append(current)
             with installed(self.parameters, current):
                 slope = gradient(loss, {name: self.parameters[name] for name in self.lower})
-            current = {name: value - self.learning_rate * slope[name] for name, value in current.items()}
+            start = current or {name: self.parameters[name].detach() for name in self.lower}
+            current = {name: start[name] - self.learning_rate * slope[name] for name in self.lower}
         return current
 
     def pull_back(self, cotangent: Mapping[str, Tensor], mode: Mode) -> Vector:
@@ -180,3 +181,45 @@ def hypergradient(look_ahead: LookAhead, upper: Loss, mode: Mode) -> Vector:
     with installed(look_ahead.parameters, look_ahead.adapted()):
         cotangent = gradient(upper, look_ahead.parameters)
     return look_ahead.pull_back(cotangent, mode)
+
+
+class Merging(Protocol):
+    """How N adapted weights become one: a linear map of the start and of them, so that it is summed up one by one."""
+
+    def from_start(self, start: Mapping[str, Tensor]) -> Vector:
+        """Return the part of the merged weights that the start contributes."""
+
+    def from_adapted(self, index: int, adapted: Mapping[str, Tensor]) -> Vector:
+        """Return the part that the adapted weights of one branch contribute."""
+
+    def to_start(self, cotangent: Mapping[str, Tensor]) -> Vector:
+        """Return the gradient with respect to the start, given that with respect to the merged weights."""
+
+    def to_adapted(self, index: int, cotangent: Mapping[str, Tensor]) -> Vector:
+        """Return the gradient with respect to the adapted weights of one branch."""
+
+
+def merged_hypergradient(branches: Sequence[LookAhead], merging: Merging, upper: Loss, mode: Mode) -> Vector:
+    """Return d/dtheta U(Merge({theta'_n(theta)})): N look-aheads from one start, merged (MIMA, Algorithm 1).
+
+    All branches have the same parameters and the same S_l. One branch's weights are held at a time. Parameters outside
+    S_l are in the merged model as they are in the start. The model is left as it was.
+    """
+    parameters, lower = branches[0].parameters, branches[0].lower
+    merged = merging.from_start({name: parameters[name].detach() for name in lower})
+    for index, branch in enumerate(branches):
+        _add(merged, merging.from_adapted(index, branch.adapted()))
+    with installed(parameters, merged):
+        cotangent = gradient(upper, parameters)
+    inside = {name: cotangent[name] for name in lower}
+    result = {name: value for name, value in cotangent.items() if name not in inside}
+    result |= merging.to_start(inside)
+    for index, branch in enumerate(branches):
+        own = {name: torch.zeros_like(p) for name, p in parameters.items()} | merging.to_adapted(index, inside)
+        _add(result, branch.pull_back(own, mode))
+    return {name: result[name] for name in parameters}
+
+
+def _add(total: Vector, part: Mapping[str, Tensor]) -> None:
+    for name, value in part.items():
+        total[name] = total[name] + value

@@ -22,7 +22,7 @@ given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,56 @@ class Merge:
         """Return the gradients with respect to W and to each W_n, given that with respect to the merged weight."""
         adapted = [cotangent @ projection.to(cotangent).T for projection in self.projections]
         return cotangent - sum(adapted), adapted
+
+
+@dataclass(frozen=True)
+class LayerMerging:
+    """Merging of a whole model for `bilevel.merged_hypergradient`: `Merge` on the key and value projections that it is
+    given, the mean of the branches on all other weights.
+
+    `reference`: weights that Merge stays close to, instead of those at the start (MIMA's text leaves open which).
+    """
+
+    merge: Merge
+    projections: frozenset[str]  # names of key and value projections
+    reference: Mapping[str, Tensor] | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of branches."""
+        return len(self.merge.projections)
+
+    def from_start(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return W (I - P) of each projection, zero for the others."""
+        result = {}
+        for name, weight in start.items():
+            if name in self.projections:
+                held = weight if self.reference is None else self.reference[name]
+                result[name] = held - held @ self._total(held)
+            else:
+                result[name] = torch.zeros_like(weight)
+        return result
+
+    def from_adapted(self, index: int, adapted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return W_n P_n of each projection, W_n / N of the others."""
+        own = self.merge.projections[index]
+        return {n: w @ own.to(w) if n in self.projections else w / self.count for n, w in adapted.items()}
+
+    def to_start(self, cotangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return G (I - P)^T of each projection (zero when it stays close to a reference), zero for the others."""
+        result = {}
+        for name, slope in cotangent.items():
+            is_free = name in self.projections and self.reference is None
+            result[name] = slope - slope @ self._total(slope).T if is_free else torch.zeros_like(slope)
+        return result
+
+    def to_adapted(self, index: int, cotangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return G P_n^T of each projection, G / N of the others."""
+        own = self.merge.projections[index]
+        return {n: g @ own.to(g).T if n in self.projections else g / self.count for n, g in cotangent.items()}
+
+    def _total(self, like: Tensor) -> Tensor:
+        return sum(self.merge.projections).to(like)
 
 
 def _independent(rows: Tensor) -> list[int]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from harness.training import bilevel
 from harness.training.bilevel import LookAhead, hypergradient
+from harness.training.merge import LayerMerging, Merge
 
 
 def _toy() -> tuple[dict[str, nn.Parameter], list[torch.Tensor]]:
@@ -55,6 +56,41 @@ def test_modes_of_a_linear_lower_loss_agree():
 
     for other in found[1:]:
         assert all(torch.allclose(found[0][n], other[n], atol=1e-8) for n in weights)
+
+
+@pytest.mark.parametrize("is_held", [False, True], ids=["start", "reference"])
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("lower", [("first", "second", "bias"), ("first", "bias")])
+def test_merged_hypergradient_equals_autograd_through_merge(lower, steps, is_held):
+    """Two branches from one start; the first layer by projections, the rest averaged; against one call of autograd."""
+    weights, batches = _toy()
+    words = [batches[0][:1], batches[1][:2]]
+    merge = Merge.solve(words, torch.cat(batches))
+    reference = {"first": weights["first"].detach() + 0.1} if is_held else None
+    data = [[batches[n] + 0.1 * k for k in range(steps)] for n in range(2)]
+    branches = [LookAhead(weights, lower, [lambda b=b: _loss(weights, b) for b in mine], 0.1) for mine in data]
+    merging = LayerMerging(merge, frozenset({"first"}), reference)
+    found = {
+        mode: bilevel.merged_hypergradient(branches, merging, lambda: _loss(weights, batches[3]), mode)
+        for mode in bilevel.Mode.__args__
+    }
+
+    adapted = []
+    for mine in data:
+        moved = dict(weights)
+        for batch in mine:
+            slopes = torch.autograd.grad(_loss(moved, batch), [moved[n] for n in lower], create_graph=True)
+            moved |= {n: moved[n] - 0.1 * g for n, g in zip(lower, slopes, strict=True)}
+        adapted.append(moved)
+    merged = {n: (adapted[0][n] + adapted[1][n]) / 2 for n in weights}
+    held = weights["first"] if reference is None else reference["first"]
+    merged["first"] = merge(held, [a["first"] for a in adapted])
+    unrolled = torch.autograd.grad(_loss(merged, batches[3]), list(weights.values()))
+
+    for (name, value), expected in zip(found["exact"].items(), unrolled, strict=True):
+        assert (value - expected).abs().max() < 1e-10
+        assert (found["finite_difference"][name] - expected).norm() < 1e-6 * expected.norm()
+    assert any((found["first_order"][n] - found["exact"][n]).abs().max() > 1e-3 for n in weights)
 
 
 def _flat(vector) -> torch.Tensor:
