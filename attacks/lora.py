@@ -42,7 +42,7 @@ class Lora(Attack):
     """LoRA on the UNet's attention projections, saved as an adapter that diffusers loads."""
 
     name = "lora"
-    version = 1
+    version = 2
     Parameters = Parameters
     presets = {
         # examples/text_to_image/train_text_to_image_lora.py: --random_flip is off unless given
