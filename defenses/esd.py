@@ -1,0 +1,305 @@
+"""ESD (Erased Stable Diffusion): fine-tune the UNet until the concept's text predicts what its negation does.
+
+Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023 (arXiv 2303.07345). With eps* the original UNet,
+c the concept's text and x_t a sample half denoised for c (guided DDIM; no real images):
+
+    target = eps*(x_t, "") - eta [ eps*(x_t, c) - eps*(x_t, "") ]          without gradient
+    min_theta  E_{x_t, t}  mean | eps_theta(x_t, c) - target |^2
+
+`eta` is the first code's "negative guidance". The 2025 code writes
+
+    target = eps*(x_t, c) - eta' [ eps*(x_t, c) - eps*(x_t, "") ] ,
+
+which is the same with eta' = eta + 1: its 2 is 1 here.
+
+A model that predicts v is trained on v. At given x_t and t, v is an affine function of eps, and the weights of the
+target (1 + eta and -eta) and of the guidance sum to one: the same formulas hold for v, the minimum is the same one,
+and only the weight of a timestep differs (the loss on v is that on eps divided by alpha_bar_t).
+
+Two published programs; which parts of either are taken is set by parameters, the defaults are the first one's
+    first (2023)  x_t comes from the network that is being trained; the loss takes t at random among the timesteps
+                  that its DDIM step spans (20 of 1000); Adam 1e-5, 1000 iterations. Eraser of IMMA's experiments.
+    2025          x_t comes from the original; t is exactly the scheduler's; Adam 5e-5, 200 iterations.
+
+Differences from the paper: its own iterations and rate could not be read; the first code's are taken.
+Differences from both codes: fp32 weights (the 2025 code keeps weights and Adam in bf16, where a step of 5e-5 is mostly
+rounded away); the model's own resolution (2025: 1024 pixels, also for SD 1.4); only the trained tensors are held twice,
+not the UNet; a concept may have several texts (`templates`).
+Differences from the first code: x_t is at the noise level that t is drawn around. There the noisiest DDIM step is left
+out and sampling goes two steps too far, so that x_t has the noise of 39 to 58 timesteps below t.
+Differences from the 2025 code: sampling is DDIM, not PNDM; trajectories of the original are drawn ahead and reused
+(`pool`), with the target of each of their states, which guidance has computed anyway: an iteration is one forward and
+one backward pass. There is no other text to erase from; the set of "u" is the first code's (that of 2025 trains the
+time embedding and the last convolution, but no norms).
+Several concepts: one is drawn for each sample, as in the first code, so each gets only its share of the iterations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from defenses.base import Defense
+from harness.protection import Protection, ThreatModel
+from harness.registry import register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from harness.models import DiffusionModel
+    from harness.run import Run
+
+Variant = Literal["x", "x_strict", "u"]
+
+_NOT_IN_U = re.compile(r"\.attn2\.|^unet\.(time_embedding|conv_norm_out|conv_out)\.")
+_SAMPLED_TOGETHER = 8  # trajectories of the pool in one batch; with guidance twice as many samples
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Defaults: the first released code's."""
+
+    variant: Variant = "x"
+    """What is trained. x: q, k, v and out of cross-attention (first code: "xattn"); x_strict: its k and v (2025 code);
+    u: all but cross-attention, the time embedding and the final norm and convolution (first code: "noxattn")."""
+    iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    """2025 code: 200."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-5
+    """Of Adam, without weight decay. 2025 code: 5e-5."""
+    eta: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Negative guidance in the first code's meaning; 0 maps the concept to the unconditional prediction."""
+    sampling_guidance: Annotated[float, Field(ge=0, le=100)] = 3.0
+    """Both codes."""
+    sampling_steps: Annotated[int, Field(ge=1, le=250)] = 50
+    """DDIM steps of a whole trajectory, without added noise; both codes."""
+    sampler: Literal["trained", "frozen"] = "trained"
+    """Which network x_t are drawn from. trained: first code; frozen (the original): 2025 code."""
+    pool: Annotated[int, Field(ge=1, le=100_000)] = 32
+    """Trajectories of a concept that are drawn ahead, if the sampler is frozen, and go through its templates in turn.
+    Ours: the 2025 code draws a new one at each iteration."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Both codes. Samples of a batch have their own concept, text and noise; with the trained sampler they stop at the
+    same DDIM step."""
+    templates: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] = ("{}",)
+    """Texts that name the concept; {} stands for its phrase. Both codes use the phrase alone."""
+
+    def __post_init__(self):
+        if self.sampler == "frozen" and self.pool < len(self.templates):
+            raise ValueError(f"pool must be at least the number of templates, {len(self.templates)} (got {self.pool})")
+
+
+@register("defense")
+class Esd(Defense):
+    """Erased Stable Diffusion: the concept's text is trained to predict away from the concept."""
+
+    name = "esd"
+    version = 1
+    threat_model = ThreatModel(changes=("unet",), may_restore=("unet",))
+    uses = frozenset({"targets", "seed"})
+    can_erase = True
+    Parameters = Parameters
+    presets = {
+        # esd_sd.py; its negative guidance of 2 is 1 here
+        "released_2025": {"iterations": 200, "learning_rate": 5e-5, "sampler": "frozen"},
+    }
+
+    @classmethod
+    def unet_passes(cls, parameters, targets) -> float:
+        """Sampling with guidance (half a trajectory on average, or the pool), the target, one forward and backward."""
+        p = parameters
+        samples = p.iterations * p.batch_size
+        if p.sampler == "frozen":
+            return 2.0 * targets * p.pool * p.sampling_steps + 3.0 * samples
+        return samples * (2 * (p.sampling_steps - 1) / 2 + 2 + 3.0)
+
+    def protect(self, model, targets, preserved, run) -> Protection:
+        """Return the trained tensors of the UNet."""
+        import torch
+
+        from harness.training.state import TrainingState, require_finite
+
+        p = self.parameters
+        trained = model.change(trained_names(model.parameters(), p.variant))
+        phrases = [target.phrase for target in targets]
+        # made before anything is trained or loaded: both keep what the original says
+        source = (_Pool if p.sampler == "frozen" else _Fresh)(model, run, p, phrases, trained)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.Adam(trained.values(), lr=p.learning_rate)
+        state = TrainingState(trained, {"erased": optimizer})
+        start, _ = state.load(run)
+        last = None
+        for step in range(start, p.iterations):
+            with run.ledger.phase("sample"):
+                batch = source.draw(step)
+            with run.ledger.phase("train"):
+                with run.autocast():
+                    said = model.unet(batch.latents, batch.timesteps, batch.text, return_dict=False)[0]
+                loss = torch.nn.functional.mse_loss(said.float(), batch.target)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            run.ledger.forward_passes += p.batch_size
+            run.ledger.backward_passes += p.batch_size
+            last = loss.detach()
+            run.track("loss", last, step)
+            run.report(step + 1, p.iterations)
+            if run.is_checkpoint_due():
+                state.save(run, step + 1)
+        if last is not None:
+            run.ledger.numbers["loss"] = require_finite(last, "ESD's loss")
+        return Protection(tensors={name: parameter.detach().clone() for name, parameter in trained.items()})
+
+
+def trained_names(names: Iterable[str], variant: Variant) -> list[str]:
+    """Return the names "unet.…" that a variant trains, in the given order: of SD 1.x 80 (x), 32 (x_strict), 598 (u).
+
+    Raises ValueError when there are none.
+    """
+    from harness.training.selection import select
+
+    if variant == "u":
+        return [name for name in select(names, "unet") if not _NOT_IN_U.search(name)]
+    return select(names, "cross_attention" if variant == "x" else "cross_attention_kv")
+
+
+def negated(unconditional: Tensor, conditional: Tensor, eta: float) -> Tensor:
+    """Return the target of the training from the original's two predictions."""
+    return unconditional - eta * (conditional - unconditional)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """States half denoised for the concept, and what its text should predict there."""
+
+    latents: Tensor  # [batch, channels, height, width]
+    timesteps: Tensor  # [batch]
+    text: Tensor  # [batch, tokens, width]; embeddings of the concept's text
+    target: Tensor  # as latents
+
+
+class _Source:
+    """Guided DDIM sampling for the concepts' texts: what both ways of drawing x_t have in common."""
+
+    def __init__(self, model: DiffusionModel, run: Run, p: Parameters, phrases: list[str]):
+        from harness.sampling import scheduler_for
+
+        self.model, self.run, self.p = model, run, p
+        self.scheduler = scheduler_for(model, "ddim")
+        kind = self.scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction type '{kind}' is not supported; epsilon and v_prediction are")
+        self.scheduler.set_timesteps(p.sampling_steps)
+        self.timesteps: list[int] = self.scheduler.timesteps.tolist()  # from noise to image
+        texts = [template.replace("{}", phrase) for phrase in phrases for template in p.templates]
+        with run.ledger.phase("encode"):
+            self.texts = model.encode_text(texts).float().unflatten(0, (len(phrases), len(p.templates)))
+            self.nothing = model.encode_text([""]).float()
+        config = model.unet.config
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    def predict(self, latents: Tensor, timesteps: Tensor | int, text: Tensor, weights=None) -> tuple[Tensor, Tensor]:
+        """Return the predictions for "" and for the text, in one batch and without gradient.
+
+        `weights` stand in for the UNet's own, by name.
+        """
+        import torch
+
+        count = len(latents)
+        steps = torch.as_tensor(timesteps, device=latents.device).expand(count)
+        inputs = torch.cat([latents] * 2), torch.cat([steps] * 2), torch.cat([self.nothing.expand_as(text), text])
+        with torch.no_grad(), self.run.autocast():
+            said = torch.func.functional_call(self.model.unet, weights or {}, inputs, {"return_dict": False})[0]
+        self.run.ledger.forward_passes += 2 * count
+        unconditional, conditional = said.float().chunk(2)
+        return unconditional, conditional
+
+    def advance(self, unconditional: Tensor, conditional: Tensor, timestep: int, latents: Tensor) -> Tensor:
+        """Return the latents one DDIM step on."""
+        guided = unconditional + self.p.sampling_guidance * (conditional - unconditional)
+        return self.scheduler.step(guided, timestep, latents, eta=0.0).prev_sample
+
+    def generator(self, *axes: str | int) -> torch.Generator:
+        """Return a generator on the CPU, so that a GPU sees the same numbers."""
+        import torch
+
+        return torch.Generator().manual_seed(self.run.seed_for(*axes))
+
+
+class _Fresh(_Source):
+    """Samples that the network draws at its present weights, anew at each iteration."""
+
+    def __init__(self, model, run, p, phrases, trained):
+        super().__init__(model, run, p, phrases)
+        self.originals = {name.removeprefix("unet."): tensor.detach().clone() for name, tensor in trained.items()}
+
+    def draw(self, step: int) -> _Batch:
+        """Return the batch of an iteration."""
+        import torch
+
+        p, device = self.p, self.model.device
+        generator = self.generator("draw", step)
+        concepts = torch.randint(self.texts.shape[0], (p.batch_size,), generator=generator)
+        templates = torch.randint(self.texts.shape[1], (p.batch_size,), generator=generator)
+        position = int(torch.randint(p.sampling_steps, (1,), generator=generator))
+        first, end = self.span(position)
+        timesteps = torch.randint(first, end, (p.batch_size,), generator=generator).to(device)
+        latents = torch.randn((p.batch_size, *self.shape), generator=generator).to(device)
+        text = self.texts[concepts.to(device), templates.to(device)]
+        for timestep in self.timesteps[:position]:
+            latents = self.advance(*self.predict(latents, timestep, text), timestep, latents)
+        target = negated(*self.predict(latents, timesteps, text, self.originals), p.eta)
+        return _Batch(latents, timesteps, text, target)
+
+    def span(self, position: int) -> tuple[int, int]:
+        """Return the first timestep that the DDIM step at `position` covers, and the one after its last."""
+        total = self.scheduler.config.num_train_timesteps
+        width = total // self.p.sampling_steps
+        first = self.timesteps[position] // width * width
+        return first, min(first + width, total)
+
+
+class _Pool(_Source):
+    """States of the original's trajectories with their targets: they depend on the seed, never on what is trained."""
+
+    def __init__(self, model, run, p, phrases, trained):
+        import torch
+
+        super().__init__(model, run, p, phrases)
+        members = [(concept, j) for concept in range(len(phrases)) for j in range(p.pool)]
+        self.latents = torch.empty((len(members), p.sampling_steps, *self.shape))  # on the CPU
+        self.targets = torch.empty_like(self.latents)
+        with run.ledger.phase("sample"):
+            for start in range(0, len(members), _SAMPLED_TOGETHER):
+                part = members[start : start + _SAMPLED_TOGETHER]
+                noise = [torch.randn(self.shape, generator=self.generator("trajectory", c, j)) for c, j in part]
+                text = torch.stack([self.texts[c, j % len(p.templates)] for c, j in part])
+                latents = torch.stack(noise).to(model.device)
+                rows = slice(start, start + len(part))
+                for position, timestep in enumerate(self.timesteps):
+                    unconditional, conditional = self.predict(latents, timestep, text)
+                    self.latents[rows, position] = latents.cpu()
+                    self.targets[rows, position] = negated(unconditional, conditional, p.eta).cpu()
+                    latents = self.advance(unconditional, conditional, timestep, latents)
+
+    def draw(self, step: int) -> _Batch:
+        """Return the batch of an iteration."""
+        import torch
+
+        p, device = self.p, self.model.device
+        generator = self.generator("draw", step)
+        concepts = torch.randint(self.texts.shape[0], (p.batch_size,), generator=generator)
+        chosen = torch.randint(p.pool, (p.batch_size,), generator=generator)
+        positions = torch.randint(p.sampling_steps, (p.batch_size,), generator=generator)
+        rows = concepts * p.pool + chosen
+        return _Batch(
+            self.latents[rows, positions].to(device),
+            torch.tensor(self.timesteps)[positions].to(device),
+            self.texts[concepts.to(device), (chosen % len(p.templates)).to(device)],
+            self.targets[rows, positions].to(device),
+        )
