@@ -30,13 +30,24 @@ class ProtectedConcept:
     phrase: str
     captions: tuple[str, ...] = ()  # one an image
     files: tuple[Path, ...] = ()
+    prior_captions: tuple[str, ...] = ()  # one an image of the class
+    prior_files: tuple[Path, ...] = ()
 
     @cached_property
     def images(self) -> list[Image]:
         """The images of the defense split, RGB."""
-        from PIL import Image
+        return _open(self.files)
 
-        return [Image.open(file).convert("RGB") for file in self.files]
+    @cached_property
+    def prior_images(self) -> list[Image]:
+        """The images of the class that `Defense.prior_images` asked for, RGB."""
+        return _open(self.prior_files)
+
+
+def _open(files: Sequence[Path]) -> list[Image]:
+    from PIL import Image
+
+    return [Image.open(file).convert("RGB") for file in files]
 
 
 class Defense(Method):
@@ -54,6 +65,14 @@ class Defense(Method):
     def unet_passes(cls, parameters: Any, targets: int) -> float:
         """Return roughly how many UNet passes over one sample `protect` makes (a backward counts 2): for estimates."""
         return 0.0
+
+    @classmethod
+    def prior_images(cls, parameters: Any) -> int:
+        """Return how many images of its class each target shall come with, for prior preservation.
+
+        The base model draws them (not the erased one), once for all defenses and targets that ask for the same.
+        """
+        return 0
 
     def protect(
         self,

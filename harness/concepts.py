@@ -24,6 +24,8 @@ from harness.suite import ConceptSpec, LoadedSuite
 from harness.yaml_source import path_from
 
 SPLITS = ("defense", "attack", "reference")
+PRIOR = "prior"
+"""Where the images of a concept's class lie, beside no split: the base model draws them from `class_prompts`."""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TESTBED = "testbed"
 
@@ -35,6 +37,8 @@ DEFENSE_IDENTIFIER = "zq"
 """What the defender calls a new concept. Not what the attacker calls it: the attacker's token is unknown."""
 ATTACK_IDENTIFIER = "sk"
 """What the attacker calls a new concept."""
+CLASS_PROMPTS = {"object": "object", "style": "artwork"}
+"""What images of a class are drawn from: MIMA's own words (papers' facts: mima.md, section 3)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Concept:
     descriptions: tuple[str, ...]  # plain words for each image of the attack split
     prompts: Mapping[str, tuple[str, ...]]  # split -> generating prompts; () unless generated
     evaluations: tuple[Evaluation, ...]
+    class_prompts: tuple[str, ...]  # what images of its class are drawn from, for prior preservation
     digest: str  # of the images' content; "" when generated
     folder: str = ""  # where the files are on this machine; not part of any identity
 
@@ -148,6 +153,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         descriptions=captions["attack"],
         prompts=prompts,
         evaluations=evaluations,
+        class_prompts=(spec.class_prompt or CLASS_PROMPTS[spec.kind],),
         digest=digest,
         folder=folder,
     )
@@ -210,6 +216,21 @@ def _colour_styles(catalog) -> list[str]:
     return [s.id for s in catalog.styles.values() if s.learned and s.id not in MONOCHROME]
 
 
+def _objects_evenly(catalog) -> list[str]:
+    """Return the labels of about twenty learned objects, spread over the catalog."""
+    labels = [o.label for o in catalog.objects.values() if o.learned]
+    return labels[:: max(1, len(labels) // 20)][:20]
+
+
+def _class_prompts(kind: str, catalog) -> tuple[str, ...]:
+    """Return what a testbed class is drawn from: any object in each colour style, or objects in no style named."""
+    from harness.testbed.captions import caption, object_caption
+
+    if kind == "object":
+        return tuple(caption("object", style) for style in _colour_styles(catalog))
+    return tuple(object_caption(label) for label in _objects_evenly(catalog))
+
+
 def _known(entry, catalog, per_split: int) -> Concept:
     """A learned concept: the base model draws it, under its own words (IMMA: training prompt = evaluation prompt)."""
     from harness.testbed.captions import caption
@@ -218,8 +239,7 @@ def _known(entry, catalog, per_split: int) -> Concept:
         everywhere = [caption(entry.label, style) for style in _colour_styles(catalog)]
         phrase = entry.label
     else:
-        objects = [o for o in catalog.objects.values() if o.learned]
-        everywhere = [caption(o.label, entry.label) for o in objects[:: max(1, len(objects) // 20)][:20]]
+        everywhere = [caption(label, entry.label) for label in _objects_evenly(catalog)]
         phrase = f"{entry.label} style"
     prompts = {split: tuple(everywhere[i % len(everywhere)] for i in range(per_split)) for split in SPLITS}
     return Concept(
@@ -232,6 +252,7 @@ def _known(entry, catalog, per_split: int) -> Concept:
         descriptions=prompts["attack"],
         prompts=prompts,
         evaluations=tuple(Evaluation(p, p) for p in everywhere[:EVALUATION_PROMPTS]),
+        class_prompts=_class_prompts(entry.kind, catalog),
         digest="",
     )
 
@@ -273,5 +294,6 @@ def _new(entry, catalog) -> Concept:
         descriptions=captions("attack", None),
         prompts=dict.fromkeys(SPLITS, ()),
         evaluations=tuple(Evaluation(*pair) for pair in pairs[:EVALUATION_PROMPTS]),
+        class_prompts=_class_prompts(entry.kind, catalog),
         digest=digest_of_json({"archive": of_testbed("images.zip"), "images": images}),
     )

@@ -8,13 +8,13 @@ executor hands to a worker; the stages of a unit are committed one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness import digests, parameters, registry, seeds
-from harness.concepts import SPLITS, Concept
-from harness.identity import Stage, canonical_json, digest_of_file, key
+from harness.concepts import PRIOR, SPLITS, Concept
+from harness.identity import Stage, canonical_json, digest_of_file, digest_of_json, key
 from harness.model_source import ModelSource
 from harness.suite import AttackSpec, LoadedSuite, MethodSpec, TaskSpec
 
@@ -149,20 +149,8 @@ class _Planner:
             return self._images[name]
         concept = self.concepts[name]
         if concept.source == "generated":
-            k = self._add(
-                kind="images",
-                component="images@1",
-                parameters={
-                    "prompts": {s: list(concept.prompts[s]) for s in SPLITS},
-                    # one image a prompt, however many are evaluated
-                    "sampling": {k: v for k, v in self.sampling.items() if k != "images_per_prompt"},
-                },
-                inputs={},
-                data={},
-                seed=seeds.derive("images", self.suite.images.seed, name),
-                label=f"images of {name}",
-                work=sum(len(concept.prompts[s]) for s in SPLITS) * self.suite.sampling.steps * 2.0,
-            )
+            prompts = {s: list(concept.prompts[s]) for s in SPLITS}
+            k = self._drawn(prompts, seeds.derive("images", self.suite.images.seed, name), f"images of {name}")
         else:
             k = self._add(
                 kind="images",
@@ -183,6 +171,33 @@ class _Planner:
         self._unit(f"images of {name}", [k])
         return k
 
+    def _drawn(self, prompts: Mapping[str, list[str]], seed: int, label: str) -> str:
+        """Add a stage in which the base model draws an image for each prompt, one folder a key of `prompts`."""
+        return self._add(
+            kind="images",
+            component="images@1",
+            parameters={
+                "prompts": dict(prompts),
+                # one image a prompt, however many are evaluated
+                "sampling": {k: v for k, v in self.sampling.items() if k != "images_per_prompt"},
+            },
+            inputs={},
+            data={},
+            seed=seed,
+            label=label,
+            work=sum(len(p) for p in prompts.values()) * self.suite.sampling.steps * 2.0,
+        )
+
+    def prior_images(self, concept: Concept, count: int) -> str:
+        """Add the stage that draws `count` images of a concept's class; concepts of the same class share it."""
+        label = f"{count} class images, {', '.join(concept.class_prompts[:2])}"
+        label += ", ..." if len(concept.class_prompts) > 2 else ""
+        # not named by the concept, and not by the count: fewer images are the first of more
+        seed = seeds.derive("images", self.suite.images.seed, PRIOR, digest_of_json(concept.class_prompts))
+        k = self._drawn({PRIOR: _cycled(concept.class_prompts, count)}, seed, label)
+        self._unit(label, [k])
+        return k
+
     def _protective(
         self,
         kind: str,
@@ -196,6 +211,7 @@ class _Planner:
         """Add an erase or immunize stage; what the method does not use does not enter its identity."""
         cls = registry.get("defense", spec.method)
         inputs = {"erase": erased} if erased else {}
+        prior = cls.prior_images(values)
         described: dict[str, list] = {}
         for role, names in (("targets", targets), ("preserved", preserve)):
             if role not in cls.uses:
@@ -207,6 +223,9 @@ class _Planner:
                 if "images" in cls.uses:
                     entry["captions"] = list(concept.captions["defense"])
                     inputs[f"{role}.{index}"] = self.images(name)
+                if role == "targets" and prior:
+                    entry["prior_captions"] = _cycled(concept.class_prompts, prior)
+                    inputs[f"prior.{index}"] = self.prior_images(concept, prior)
                 described[role].append(entry)
         label = f"{kind} {spec.name}" + (f" for {', '.join(targets)}" if "targets" in cls.uses else "")
         label += f", seed {seed}" if "seed" in cls.uses else ""
@@ -416,6 +435,11 @@ class _Planner:
                 scores=scores,
             )
         )
+
+
+def _cycled(prompts: Sequence[str], count: int) -> list[str]:
+    """Return `count` prompts, those given coming round."""
+    return [prompts[i % len(prompts)] for i in range(count)]
 
 
 def _order(plan: Plan) -> None:

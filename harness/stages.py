@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import parameters, provenance, registry
-from harness.concepts import SPLITS
+from harness.concepts import PRIOR, SPLITS
 from harness.errors import StageFailure, one_line
 from harness.identity import Stage, describe
 from harness.model_source import ModelSource
@@ -256,7 +256,7 @@ class _Stage:
 
 
 def _images(s: _Stage) -> None:
-    """Lay out a concept's images: <split>/<number>.png, drawn by the base model or copied."""
+    """Lay out images of a concept or of a class: <split>/<number>.png, drawn by the base model or copied."""
     from PIL import Image
 
     described = s.stage.parameters
@@ -266,12 +266,12 @@ def _images(s: _Stage) -> None:
         model = s.base()
         total = sum(len(p) for p in described["prompts"].values())
         done = 0
-        for split in SPLITS:
+        for split, prompts in described["prompts"].items():
             folder = s.folder / split
             folder.mkdir()
             with s.run.ledger.phase("sample"):
                 drawn = sample(
-                    model, s.run, described["prompts"][split], described["sampling"],
+                    model, s.run, prompts, described["sampling"],
                     images_per_prompt=1, seed=s.run.seed_for(split),
                 )  # fmt: skip
                 for index, _, image in drawn:
@@ -305,6 +305,8 @@ def _protect(s: _Stage) -> None:
                 phrase=c["phrase"],
                 captions=tuple(c.get("captions", ())),
                 files=tuple(s.files(f"{role}.{i}", "defense")) if "images" in defense.uses else (),
+                prior_captions=tuple(c.get("prior_captions", ())),
+                prior_files=tuple(s.files(f"prior.{i}", PRIOR)) if "prior_captions" in c else (),
             )
             for i, c in enumerate(s.stage.parameters.get(role, ()))
         ]

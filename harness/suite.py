@@ -156,6 +156,8 @@ class ConceptSpec(_Strict):
     defense_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     attack_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     evaluation_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
+    class_prompt: Prompt | None = None
+    """What images of the concept's class are drawn from (prior preservation). None: MIMA's "object" or "artwork"."""
     descriptions: list[Prompt] | None = None
     """What each evaluation prompt shows, in plain words: for text alignment. None: the prompt itself."""
 

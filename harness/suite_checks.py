@@ -22,6 +22,9 @@ from harness.suite import (
     Suite,
 )
 
+MAX_PRIOR_IMAGES = 100_000
+"""More images of a class are a slip of the pen."""
+
 
 def _unknown(kind: str, name: str) -> str:
     return f"unknown {kind} '{one_line(name, 60)}'{did_you_mean(name, registry.names(kind))}"
@@ -72,6 +75,16 @@ def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...]
         ]
     except Exception as error:
         return [((), f"`files` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
+    if hasattr(cls, "prior_images"):
+        try:
+            count = cls.prior_images(values)
+            if type(count) is not int or not 0 <= count <= MAX_PRIOR_IMAGES:
+                must = f"must return a whole number from 0 to {MAX_PRIOR_IMAGES}"
+                mistakes.append(((), f"`prior_images` of {cls.name} {must} (got {one_line(repr(count), 60)})"))
+            elif count and "targets" not in cls.uses:
+                mistakes.append(((), f"`prior_images` of {cls.name} asks for images of targets that it does not use"))
+        except Exception as error:
+            mistakes.append(((), f"`prior_images` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"))
     if hasattr(cls, "unet_passes"):
         try:
             if not math.isfinite(cls.unet_passes(values, targets)):

@@ -173,6 +173,10 @@ EDITS = {
         ("{kind: object, label: purse,", "{kind: object, label: purse, defense_captions: [zq],"),
         {"immunize", "adapt", "sample", "score"},
     ),
+    "class prompt that nobody asks for": (
+        ("{kind: object, label: purse,", "{kind: object, label: purse, class_prompt: a bag,"),
+        set(),
+    ),
     "evaluation prompt": (("a purse on the beach", "a purse on the moon"), {"sample", "score"}),
     "images a prompt": (("images_per_prompt: 2", "images_per_prompt: 3"), {"sample", "score"}),
     "metric parameter": (("[clip_image,", "[{method: clip_image, pretrained: null},"), {"score"}),

@@ -115,7 +115,7 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
         12,
         "defenses[0] is of method none too; keep one",
     ),
-    "eraser that cannot erase": (("erase: uce", "erase: imma"), 10, "cannot erase; known: uce"),
+    "eraser that cannot erase": (("erase: uce", "erase: imma"), 10, "cannot erase; known: "),
     "model that is nothing": (("model: model", "model: two words"), 2, "neither 'testbed', a folder, nor a hub id"),
     "hub model without revision": (("model: model", "model: some/model"), 2, "needs 'revision', the 40 hexadecimal"),
     "hub model of a branch": (("model: model", "model: {id: some/model, revision: main}"), 2, "(got 'main')"),
