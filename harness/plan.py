@@ -329,7 +329,8 @@ class _Planner:
                     self._before(original, name, role)
             for index, spec in enumerate(suite.defenses):
                 values = loaded.parameters["defenses", str(index)]
-                immunized = self._protective("immunize", spec, values, targets, preserve, seed, erased)
+                given = targets if spec.protects == "all" else targets[:1]
+                immunized = self._protective("immunize", spec, values, given, preserve, seed, erased)
                 released = _Released(
                     task=task_name,
                     defense=spec.name,

@@ -15,7 +15,7 @@ The shape of a suite::
         targets: [object:light-bulb]     # each entry is protected by itself; a nested list is protected together
         innocents: [object:umbrella]     # attacked too: what must stay learnable
         preserve: []                     # concepts that the defense may use to keep the model useful
-    defenses: [none, uce, {method: imma, profile: paper}]
+    defenses: [none, uce, {method: imma, profile: paper}]   # protects: first, for one concept of a set
     attacks: [{method: lora, steps: [10, 40, 120], batch_size: 8, learning_rate: 4e-3}]
     metrics: [clip_image, self_supervised_image, clip_text]
 """
@@ -111,6 +111,14 @@ class MethodSpec(_Strict):
             raise ValueError("the key 'method' is missing; give the name of a method")
         own.setdefault("name", own["method"])
         return {**own, "parameters": rest}
+
+
+class DefenseSpec(MethodSpec):
+    """A defense, and how much of a protected set it is given."""
+
+    protects: Literal["all", "first"] = "all"
+    """first: only the first concept of each set, while all of them are attacked: how a defense of one concept is
+    compared on sets of several."""
 
 
 class AttackSpec(MethodSpec):
@@ -228,7 +236,7 @@ class Suite(_Strict):
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=1000)] = [0]
     tasks: Annotated[dict[Label, TaskSpec], Field(min_length=1)]
     concepts: dict[ConceptName, ConceptSpec] = {}
-    defenses: Annotated[list[MethodSpec], Field(min_length=1, max_length=1000)]
+    defenses: Annotated[list[DefenseSpec], Field(min_length=1, max_length=1000)]
     attacks: Annotated[list[AttackSpec], Field(min_length=1, max_length=1000)]
     metrics: Annotated[list[MethodSpec], Field(min_length=1, max_length=100)]
     utility: Annotated[list[ConceptName], Field(min_length=1)]  # a gate that is not measured keeps nobody out
@@ -354,8 +362,7 @@ def _validate(source: yaml_source.YamlSource) -> tuple[Suite, list[Mistake], fro
         given = source.data.get(name)
         if name in METHOD_SECTIONS:
             entries = given if isinstance(given, list) else []
-            spec = AttackSpec if name == "attacks" else MethodSpec
-            parts[name] = [_valid(spec, entry) for entry in entries[:1000]]
+            parts[name] = [_valid(_METHOD_SPECS[name], entry) for entry in entries[:1000]]
         elif name in ("tasks", "concepts"):
             key_form, spec = (Label, TaskSpec) if name == "tasks" else (ConceptName, ConceptSpec)
             entries = given if isinstance(given, dict) else {}
@@ -371,6 +378,7 @@ def _validate(source: yaml_source.YamlSource) -> tuple[Suite, list[Mistake], fro
 
 
 METHOD_SECTIONS = {"defenses": "defense", "attacks": "attack", "metrics": "metric"}
+_METHOD_SPECS = {"defenses": DefenseSpec, "attacks": AttackSpec, "metrics": MethodSpec}
 
 
 def _by_short_form(name: str, value: Any) -> Any:

@@ -55,7 +55,8 @@ def resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
         values, found = parameters.resolve(cls, spec.parameters, spec.preset, own)
         mistakes += [((*path, field) if field else path, message) for field, message in found]
         if not found:
-            mistakes += [((*path, *field), message) for field, message in _planned(cls, values, _most_targets(suite))]
+            most = 1 if getattr(spec, "protects", "all") == "first" else _most_targets(suite)
+            mistakes += [((*path, *field), message) for field, message in _planned(cls, values, most)]
         loaded.parameters[tuple(map(str, path))] = values
     return mistakes
 
@@ -166,14 +167,17 @@ def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
     for task_name, task in suite.tasks.items():
         entries = [(("defenses", index), spec) for index, spec in enumerate(suite.defenses)]
         for path, spec in [*entries, (("tasks", task_name, "erase"), task.erase)]:
-            if spec is None or spec.method not in known:
+            if spec is None or spec.method not in known or getattr(spec, "protects", "all") == "first":
                 continue
             most = registry.get("defense", spec.method).max_targets
             large = next((together for together in task.targets if most is not None and len(together) > most), None)
             if large:
                 together = one_line("+".join(large), 100)
                 what = f"{spec.method} protects at most {most} concept(s) at a time"
-                mistakes.append((path, f"{what}, but task '{task_name}' protects {together}; list them one by one"))
+                hint = "list them one by one" + (
+                    ", or give it the first of each set with 'protects: first'" if path[0] == "defenses" else ""
+                )
+                mistakes.append((path, f"{what}, but task '{task_name}' protects {together}; {hint}"))
     return mistakes
 
 

@@ -177,6 +177,7 @@ EDITS = {
         ("{kind: object, label: purse,", "{kind: object, label: purse, class_prompt: a bag,"),
         set(),
     ),
+    "first of sets of one": (("rounds: 3", "rounds: 3, protects: first"), set()),
     "evaluation prompt": (("a purse on the beach", "a purse on the moon"), {"sample", "score"}),
     "images a prompt": (("images_per_prompt: 2", "images_per_prompt: 3"), {"sample", "score"}),
     "metric parameter": (("[clip_image,", "[{method: clip_image, pretrained: null},"), {"score"}),

@@ -236,6 +236,43 @@ def test_concepts_protected_together_are_one_stage(project):
     assert len(stages(plan, "immunize", holding="uce for purse, lamp")) == 1
 
 
+SET = ("{targets: [purse], innocents: [lamp]}", "{targets: [[purse, bag]], innocents: [lamp]}")
+BAG = ("  dog:", "  bag: {kind: object, label: bag, generate: {}}\n  dog:")
+FIRST = ("rounds: 3", "rounds: 3, protects: first")
+
+
+def test_defense_of_the_first_of_a_set_is_that_of_the_first_alone(project):
+    """The same stage as for the concept by itself: made once for both."""
+    alone = project.plan()
+
+    together = project.plan(project.edited(SET, BAG, FIRST))
+
+    made = {k: s for k, s in together.stages.items() if s.kind == "immunize" and "imma for purse" in s.label}
+    assert len(made) == SEEDS and made.keys() <= alone.stages.keys()
+    assert {s.label for s in made.values()} == {f"immunize imma for purse, seed {seed}" for seed in (0, 1)}
+
+
+def test_all_of_a_set_are_attacked_whatever_part_the_defense_was_given(project):
+    """Its trials belong to the whole set: every concept of it is a target."""
+    plan = project.plan(project.edited(SET, BAG, FIRST))
+
+    attacked = {
+        (t.defense, t.protected, t.concept)
+        for t in plan.trials
+        if t.attack and t.role == "target" and t.task == "personalization"
+    }
+    assert attacked == {(d, ("purse", "bag"), c) for d in ("none", "uce", "imma") for c in ("purse", "bag")}
+
+
+def test_part_of_a_set_is_each_entrys_own(project):
+    """The same method for all and for the first, under two names."""
+    both = ("[none, uce, {", "[none, uce, {method: uce, name: uce1, protects: first}, {")
+    plan = project.plan(project.edited(SET, BAG, FIRST, both))
+
+    labels = {s.label for s in stages(plan, "immunize", holding="purse") if "uce" in s.label}
+    assert labels == {"immunize uce for purse, bag", "immunize uce1 for purse"}
+
+
 def test_single_seed_is_the_first_of_many(project):
     """seeds: 1 is a part of seeds: 2, so a quick look is not lost."""
     few = project.plan(SUITE, ["seeds=1"])

@@ -107,7 +107,15 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "two concepts for a defense of one": (
         ("{targets: [purse], innocents: [lamp]}", "{targets: [[purse, lamp]]}"),
         12,
-        "imma protects at most 1 concept(s) at a time, but task 'personalization' protects purse+lamp",
+        "imma protects at most 1 concept(s) at a time, but task 'personalization' protects purse+lamp; list them one "
+        "by one, or give it the first of each set with 'protects: first'",
+    ),
+    "unknown part of a set": (("rounds: 3", "protects: last"), 12, "protects: must be 'all' or 'first' (got 'last')"),
+    "part of a set for a metric": (("[clip_image,", "[{method: clip_image, protects: first},"), 17, "not a parameter"),
+    "two entries that differ in what they protect": (
+        ("[none, uce, {", "[none, uce, {method: uce, protects: first}, {"),
+        12,
+        "the name 'uce' is taken by defenses[1]; add 'name: ...'",
     ),
     "no undefended row": (("[none, uce, {", "[uce, {"), 12, "no defense of method none; add 'none'"),
     "two undefended rows": (
