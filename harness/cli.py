@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("suite", help="a suite file, or the name of a bundled one (see: list)")
             added.add_argument(
                 "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                help="override a value of the suite, such as seeds=3 or attacks.0.steps=[10,20]",
+                help="override a value of the suite, such as seeds=3 or attacks.0.steps=[10,20]; tasks.NAME=null "
+                "leaves a task out",
             )  # fmt: skip
         added.add_argument(
             "--plugin", action="append", default=[], metavar="FILE", dest="plugins",
@@ -177,11 +178,15 @@ def _plan(given: argparse.Namespace) -> ExitCode:
 
 
 def _validate(given: argparse.Namespace) -> ExitCode:
+    from harness import launch
+
     opened = _Opened(given)
     print(
         f"{one_line(given.suite)}: valid; {len(opened.plan.trials)} trials, {len(opened.plan.stages)} stages in "
         f"{len(opened.plan.units)} units"
     )
+    for line in launch.pending(opened.loaded):
+        print(line)
     return ExitCode.DONE
 
 
@@ -211,6 +216,8 @@ def _list(given: argparse.Namespace) -> ExitCode:
         for name in registry.names(kind):
             about = registry.describe(registry.get(kind, name))
             print(f"  {name:<24} v{about['version']}  {about['summary']}")
+        for name in sorted(n for n in registry.PENDING.get(kind, ()) if registry.is_pending(kind, n)):
+            print(f"  {name:<24} not built yet: a suite may name it, and it is left out")
     print("suites:")
     for path in suite.bundled_suites():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

@@ -14,7 +14,7 @@ are compared with. They are disjoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +93,22 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
                 )
         except UserMistake as mistake:
             mistakes += mistake.messages
+    used = {*suite.concept_names(), *_texts(loaded.source.removed)}  # or was, before a --set took its task away
     for name in suite.concepts if not loaded.broken & {"tasks", "utility"} else ():
-        if name not in suite.concept_names():
+        if name not in used:
             mistakes.append(f"{loaded.source.where(('concepts', name))}: concept '{name}' is described but not used")
     if mistakes:
         raise UserMistake(list(dict.fromkeys(mistakes)))
     return concepts
+
+
+def _texts(node: object) -> Iterator[str]:
+    """Yield every text in plain data."""
+    if isinstance(node, str):
+        yield node
+    items = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for item in items:
+        yield from _texts(item)
 
 
 def _where(loaded: LoadedSuite, name: str) -> str:

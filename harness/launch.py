@@ -17,8 +17,26 @@ from harness.stages import Workplace, failure_path
 from harness.store import RECORD, write_text
 
 
+def pending(loaded) -> list[str]:
+    """Return a line for each method of a suite that is announced but not built."""
+    entries = [(path, getattr(loaded.suite, path[0])[path[1]].method) for path in loaded.pending]
+    return [
+        f"{loaded.source.where(path)}: {path[0]}[{path[1]}]: {method} is not built yet; left out"
+        for path, method in entries
+    ]
+
+
+def _tell_pending(opened, console) -> None:
+    """Say in one line which methods are left out because they are not built."""
+    suite = opened.loaded.suite
+    methods = dict.fromkeys(getattr(suite, section)[index].method for section, index in opened.loaded.pending)
+    if methods:
+        console.print(f"left out, since not built yet: {', '.join(methods)}", highlight=False)
+
+
 def run(opened, given, console) -> ExitCode:
     """Do what is missing and show the leaderboard."""
+    _tell_pending(opened, console)
     committed = opened.committed()
     recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
     if given.cache == "only-cached":
@@ -180,6 +198,7 @@ def show_plan(opened, console) -> None:
             format_seconds(seconds) if seconds is not None else "unknown",
         )  # fmt: skip
     console.print(table)
+    _tell_pending(opened, console)
     console.print(
         f"sharing saves {sum(asked.values()) - len(plan.stages)} of {sum(asked.values())} stages", highlight=False
     )

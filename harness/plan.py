@@ -343,7 +343,7 @@ class _Planner:
                 )
                 for name, role in roles:
                     self._before(released, name, role)
-                    for attack_index in range(len(suite.attacks)):
+                    for attack_index, _ in loaded.attacks_on(task_name):
                         self._attacked(released, name, role, attack_index)
                 for name in suite.utility:
                     self._before(released, name, "utility")

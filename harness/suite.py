@@ -16,7 +16,7 @@ The shape of a suite::
         innocents: [object:umbrella]     # attacked too: what must stay learnable
         preserve: []                     # concepts that the defense may use to keep the model useful
     defenses: [none, uce, {method: imma, profile: paper}]   # protects: first, for one concept of a set
-    attacks: [{method: lora, steps: [10, 40, 120], batch_size: 8, learning_rate: 4e-3}]
+    attacks: [{method: lora, steps: [10, 40, 120], batch_size: 8, learning_rate: 4e-3}]   # tasks: [...] limits one
     metrics: [clip_image, self_supervised_image, clip_text]
 """
 
@@ -128,6 +128,8 @@ class AttackSpec(MethodSpec):
     steps: Annotated[list[Count], Field(min_length=1, max_length=100)]
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 4  # global: over all processes
     images: Count | None = None  # how many of the attack split are used; None: all
+    tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
+    """The tasks that it is made in; None: all."""
 
     @field_validator("steps")
     @classmethod
@@ -277,9 +279,18 @@ class LoadedSuite:
         self.source = source
         self.folder = folder  # relative paths in the suite start here
         self.parameters: dict[tuple[str, ...], Any] = {}  # ("defenses", "0") -> parameters instance
+        self.pending: list[tuple[str, int]] = []  # (section, index) of methods that are announced but not built
         self.broken: frozenset[str] = frozenset()  # sections that could not be read in full; empty once loaded
         self.concepts: dict[str, Any] = {}  # name -> harness.concepts.Concept
         self.model: Any = None  # harness.model_source.ModelSource
+
+    def attacks_on(self, task: str) -> list[tuple[int, AttackSpec]]:
+        """Return (index, attack) of the attacks that are made in a task; those that are not built are left out."""
+        return [
+            (index, spec)
+            for index, spec in enumerate(self.suite.attacks)
+            if spec is not None and ("attacks", index) not in self.pending and task in (spec.tasks or [task])
+        ]
 
 
 def find(name: str) -> Path:
@@ -314,7 +325,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
     messages: list[str] = []
     for assignment in overrides:
         try:
-            source.override(assignment)
+            source.override(assignment, removable=("tasks",))
         except UserMistake as mistake:
             messages += mistake.messages
     suite, mistakes, broken = _validate(source)

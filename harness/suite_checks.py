@@ -27,11 +27,15 @@ MAX_PRIOR_IMAGES = 100_000
 
 
 def _unknown(kind: str, name: str) -> str:
-    return f"unknown {kind} '{one_line(name, 60)}'{did_you_mean(name, registry.names(kind))}"
+    known = {*registry.names(kind), *registry.PENDING.get(kind, ())}
+    return f"unknown {kind} '{one_line(name, 60)}'{did_you_mean(name, known)}"
 
 
 def resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
-    """Resolve the parameters of every method into `loaded.parameters`; return the mistakes."""
+    """Resolve the parameters of every method into `loaded.parameters`; return the mistakes.
+
+    Of methods that are announced but not built, parameters are unknown: those are noted in `loaded.pending`.
+    """
     suite = loaded.suite
     entries = [
         ((section, index), kind, spec)
@@ -42,6 +46,12 @@ def resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
     mistakes: list[Mistake] = []
     for path, kind, spec in entries:
         if spec is None:
+            continue
+        if registry.is_pending(kind, spec.method):
+            if path[-1] == "erase":
+                mistakes.append((path, f"'{spec.method}' is not built yet"))
+            else:
+                loaded.pending.append(path)
             continue
         if spec.method not in registry.names(kind):
             mistakes.append((path, _unknown(kind, spec.method)))
@@ -181,12 +191,41 @@ def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
     return mistakes
 
 
+def _attacks_of_tasks(loaded: LoadedSuite) -> list[Mistake]:
+    """Find attacks limited to tasks that are not there, and tasks that no attack is left for."""
+    suite = loaded.suite
+    given = loaded.source.data.get("tasks")
+    known = {str(name) for name in given} if isinstance(given, dict) else set()
+    taken_away = {path[1] for path in loaded.source.removed}
+    mistakes: list[Mistake] = []
+    for index, spec in enumerate(suite.attacks):
+        for place, name in enumerate((spec.tasks or ()) if spec is not None and "tasks" not in loaded.broken else ()):
+            if name not in known | taken_away:
+                path = ("attacks", index, "tasks", place)
+                mistakes.append((path, f"unknown task '{name}'{did_you_mean(name, known)}"))
+    if mistakes or not suite.attacks or any(spec is None for spec in suite.attacks):
+        return mistakes
+    waiting = [index for section, index in loaded.pending if section == "attacks"]
+    if len(waiting) == len(suite.attacks):
+        methods = ", ".join(dict.fromkeys(spec.method for spec in suite.attacks))
+        built = ", ".join(registry.names("attack"))
+        return [(("attacks",), f"none of these attacks is built yet ({one_line(methods, 100)}); add one of: {built}")]
+    for name in suite.tasks:
+        if loaded.attacks_on(name):
+            continue
+        methods = [suite.attacks[i].method for i in waiting if name in (suite.attacks[i].tasks or [name])]
+        unbuilt = f"; not built yet: {one_line(', '.join(dict.fromkeys(methods)), 100)}" if methods else ""
+        what = f"no attack is left for this task{unbuilt}"
+        mistakes.append((("tasks", name), f"{what}; name '{name}' under 'tasks' of an attack that is built"))
+    return mistakes
+
+
 def _grid_size(loaded: LoadedSuite) -> list[Mistake]:
     """Find grids that are too large to be meant."""
     suite = loaded.suite
     measured = sum(
-        (len(together) + len(task.innocents)) * (1 + len(suite.attacks)) + len(suite.utility or ())
-        for task in suite.tasks.values()
+        (len(together) + len(task.innocents)) * (1 + len(loaded.attacks_on(name))) + len(suite.utility or ())
+        for name, task in suite.tasks.items()
         for together in task.targets
     )
     trials = measured * len(suite.defenses) * len(suite.seeds or ())
@@ -198,14 +237,15 @@ def _grid_size(loaded: LoadedSuite) -> list[Mistake]:
 def attack_images(loaded: LoadedSuite) -> list[Mistake]:
     """Find attacks that ask for more images than an attacked concept has."""
     mistakes: list[Mistake] = []
-    attacked = dict.fromkeys(
-        name
-        for task in loaded.suite.tasks.values()
-        for name in (*(concept for together in task.targets for concept in together), *task.innocents)
-    )
     for index, attack in enumerate(loaded.suite.attacks):
         if attack is None or attack.images is None:
             continue
+        attacked = dict.fromkeys(
+            name
+            for task_name, task in loaded.suite.tasks.items()
+            if task_name in (attack.tasks or [task_name])
+            for name in (*(concept for together in task.targets for concept in together), *task.innocents)
+        )
         counts = {name: loaded.concepts[name].count("attack") for name in attacked if name in loaded.concepts}
         for name, count in counts.items():
             if attack.images > count:
@@ -214,5 +254,13 @@ def attack_images(loaded: LoadedSuite) -> list[Mistake]:
     return mistakes
 
 
-CHECKS = (_reserved_names, _duplicates, _crossed_concepts, _undefended, _protected_together, _grid_size)
+CHECKS = (
+    _reserved_names,
+    _duplicates,
+    _crossed_concepts,
+    _undefended,
+    _protected_together,
+    _attacks_of_tasks,
+    _grid_size,
+)
 """Checks that need neither images nor a model."""

@@ -42,6 +42,7 @@ class YamlSource:
     data: Any
     lines: dict[Path_, int] = field(default_factory=dict)
     overrides: dict[Path_, str] = field(default_factory=dict)  # path -> the text of --set
+    removed: dict[Path_, Any] = field(default_factory=dict)  # path -> what a --set took away
 
     def where(self, path: Sequence[str | int]) -> str:
         """Return "file:line" of the deepest known part of `path`, or the --set that put it there."""
@@ -53,8 +54,11 @@ class YamlSource:
                 return f"{self.name}:{self.lines[path[:length]]}"
         return self.name
 
-    def override(self, assignment: str) -> None:
-        """Apply one `--set key.path=value`; the value is YAML. Raises UserMistake when it does not fit."""
+    def override(self, assignment: str, removable: Sequence[str] = ()) -> None:
+        """Apply one `--set key.path=value`; the value is YAML. Raises UserMistake when it does not fit.
+
+        `removable` are keys of which null takes an entry away; everywhere else null is a value.
+        """
         told = f"--set {one_line(assignment, 80)}"
         key_path, equals, text = assignment.partition("=")
         if not equals or not key_path.strip():
@@ -72,7 +76,13 @@ class YamlSource:
                 missing = one_line(".".join(names[: depth + 1]), 80)
                 raise UserMistake(f"{told}: '{missing}' is not in {self.name}")
             steps.append(step)
-            if is_last:
+            is_removal = is_last and value is None and len(names) == 2 and steps[0] in removable
+            if is_removal and (step not in node or len(node) == 1):
+                what = f"is not in {self.name}" if step not in node else f"is all there is of '{steps[0]}'"
+                raise UserMistake(f"{told}: '{one_line(key_path.strip(), 80)}' {what}; it cannot be taken away")
+            if is_removal:
+                self.removed[tuple(steps)] = node.pop(step)
+            elif is_last:
                 node[step] = value
             elif isinstance(node, dict):
                 node = node.setdefault(step, {})
@@ -81,7 +91,8 @@ class YamlSource:
         path = tuple(steps)
         for known in [k for k in self.lines if k[: len(path)] == path]:
             del self.lines[known]  # the lines of what was replaced
-        self.overrides[path] = one_line(assignment, 80)
+        if path not in self.removed:
+            self.overrides[path] = one_line(assignment, 80)
 
 
 def path_from(text: str, folder: Path) -> Path | None:
