@@ -99,25 +99,31 @@ def test_eta_of_the_2025_code_is_one_more():
 
 @pytest.mark.parametrize("kind", [_Fresh, _Pool])
 def test_target_is_the_originals_answer_and_has_no_graph(model, make_run, kind):
-    """At eta 0 it is the original's prediction for "", also when the model has been trained since."""
-    p = dataclasses.replace(Parameters(), **{**SMALL, "eta": 0.0})
+    """For each sample's own text, also when the model has been trained since; at eta 0 the prediction for ""."""
     trained = model.change(trained_names(model.parameters(), "x"))
     original = copy.deepcopy(model.unet)
-    source = kind(model, make_run(), p, ["van gogh"], trained)
+    sources = {
+        eta: kind(
+            model, make_run(), dataclasses.replace(Parameters(), **{**SMALL, "eta": eta, "templates": ("{}", "a {}")}),
+            ["van gogh", "monet"], trained,
+        )
+        for eta in (0.0, 2.0)
+    }  # fmt: skip
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
             parameter.requires_grad_(True)
     nothing = model.encode_text([""]).expand(2, -1, -1)
-    for step in range(3):
-        batch = source.draw(step)
-        with torch.no_grad():
-            expected = original(batch.latents, batch.timesteps, nothing).sample
-            present = model.unet(batch.latents, batch.timesteps, nothing).sample
+    for eta, source in sources.items():
+        for step in range(4):
+            batch = source.draw(step)
+            with torch.no_grad():
+                empty, full = (original(batch.latents, batch.timesteps, text).sample for text in (nothing, batch.text))
+                present = model.unet(batch.latents, batch.timesteps, nothing).sample
 
-        assert not batch.target.requires_grad and not batch.latents.requires_grad
-        assert torch.allclose(batch.target, expected, atol=1e-5)
-        assert not torch.allclose(batch.target, present, atol=1e-3)
+            assert not batch.target.requires_grad and not batch.latents.requires_grad
+            assert torch.allclose(batch.target, (1 + eta) * empty - eta * full, atol=1e-5)
+            assert not torch.allclose(empty, full, atol=1e-3) and not torch.allclose(empty, present, atol=1e-3)
 
 
 def _loss(model, original, texts, eta=1.0):
