@@ -65,13 +65,28 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--track", action="store_true", help="write training curves for TensorBoard (extra: tracking)")
     run.add_argument("--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one")
-    verb("plan", "show the stages of a suite, what they share, cost, and what is done already")
+    plan = verb("plan", "show the stages of a suite, what they share, cost, and what is done already")
+    plan.add_argument(
+        "--tflops", type=_throughput, metavar="N",
+        help="TFLOP/s that your GPU sustains, for the estimate of GPU-hours from UNet passes (SD 1.x)",
+    )  # fmt: skip
     verb("validate", "check a suite and say all that is wrong with it")
     verb("status", "show how far a suite is and what failed")
     verb("table", "write and show the tables from what is committed")
     verb("list", "show the registered defenses, attacks and metrics, and the bundled suites", suite=False)
     verb("doctor", "check this installation: packages, testbed, device, Ray", suite=False)
     return parser
+
+
+def _throughput(text: str) -> float:
+    """Return a number greater than 0, as argparse wants it told."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0 (got '{one_line(text, 60)}')")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,19 +188,19 @@ def _run(given: argparse.Namespace) -> ExitCode:
 def _plan(given: argparse.Namespace) -> ExitCode:
     from harness import launch
 
-    launch.show_plan(_Opened(given), _console())
+    launch.show_plan(_Opened(given), _console(), given.tflops)
     return ExitCode.DONE
 
 
 def _validate(given: argparse.Namespace) -> ExitCode:
-    from harness import launch
+    from harness import fetching, launch
 
     opened = _Opened(given)
     print(
         f"{one_line(given.suite)}: valid; {len(opened.plan.trials)} trials, {len(opened.plan.stages)} stages in "
         f"{len(opened.plan.units)} units"
     )
-    for line in launch.pending(opened.loaded):
+    for line in (*launch.pending(opened.loaded), *fetching.lines(fetching.of_suite(opened.loaded))):
         print(line)
     return ExitCode.DONE
 

@@ -6,13 +6,14 @@ import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import tracking
+from harness import cost, fetching, tracking
 from harness.errors import ExitCode, UserMistake
 from harness.executors.base import EventLog, Walk
-from harness.model_source import preflight
+from harness.model_source import has_sd1_shape, preflight
 from harness.stages import Workplace, failure_path
 from harness.store import RECORD, write_text
 
@@ -61,6 +62,7 @@ def run(opened, given, console) -> ExitCode:
             highlight=False,
         )
         return ExitCode.DONE
+    fetching.require_offline(opened.loaded)
     preflight(opened.source)
     if given.track:
         tracking.require()
@@ -171,8 +173,11 @@ def _write_resolved(opened) -> None:
     write_text(opened.folder / "suite.resolved.yaml", text + yaml.safe_dump(described, sort_keys=False))
 
 
-def show_plan(opened, console) -> None:
-    """Print the stages by kind: asked for, shared, done, and what is left to do in passes and time."""
+def show_plan(opened, console, tflops: float | None = None) -> None:
+    """Print the stages by kind: asked for, shared, done, and what is left to do in passes and time.
+
+    `tflops` is what a GPU sustains; without it an assumed one is used, where there are no records to learn from.
+    """
     from rich.table import Table
 
     from harness.progress import format_seconds
@@ -183,7 +188,8 @@ def show_plan(opened, console) -> None:
     for header in ("stage", "in the grid", "after sharing", "done", "to do", "UNet passes to do", "estimate"):
         table.add_column(header, justify="left" if header == "stage" else "right")
     total_seconds, is_known = 0.0, True
-    asked = _asked(plan)
+    upstream = _upstream(plan)
+    asked = _asked(plan, upstream)
     for kind in ("images", "erase", "immunize", "adapt", "sample", "score"):
         stages = {k: s for k, s in plan.stages.items() if s.kind == kind}
         if not stages:
@@ -202,6 +208,15 @@ def show_plan(opened, console) -> None:
     console.print(
         f"sharing saves {sum(asked.values()) - len(plan.stages)} of {sum(asked.values())} stages", highlight=False
     )
+    shared, unshared = cost.shared_passes(plan), cost.unshared_passes(plan, upstream)
+    ratio = f" ({unshared / shared:.1f} times as many)" if shared else ""
+    console.print(
+        f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing; {unshared:,.0f}{ratio} if each "
+        "attack on each concept erased, immunized, adapted and sampled for itself",
+        highlight=False,
+    )
+    for line in fetching.lines(fetching.of_suite(opened.loaded)):
+        console.print(line, highlight=False)
     if is_known:
         console.print(
             f"estimate: {format_seconds(total_seconds)} of stage time, from stages done here; divide by the number "
@@ -213,11 +228,31 @@ def show_plan(opened, console) -> None:
             "estimate: unknown for some kinds until a first stage of them was done here (it is learnt from records)",
             highlight=False,
         )
+    if tflops is not None or not is_known:
+        to_do = sum(stage.work for key, stage in plan.stages.items() if key not in committed)
+        _tell_gpu_hours(opened, to_do, tflops, console)
 
 
-def _asked(plan) -> Counter:
-    """Return how many stages of each kind the grid would do if nothing were shared."""
-    kinds = {key: stage.kind for key, stage in plan.stages.items()}
+def _tell_gpu_hours(opened, passes: float, tflops: float | None, console) -> None:
+    """Print GPU-hours from the operations of a pass and a throughput, and where both come from."""
+    if not has_sd1_shape(opened.source):
+        if tflops is not None:
+            console.print("GPU-hours: unknown for this model; counted for the shape of SD 1.x alone", highlight=False)
+        return
+    basis = f"{tflops:g} TFLOP/s, as given" if tflops is not None else ""
+    if tflops is None:
+        tflops, assumed = cost.SUSTAINED[opened.loaded.suite.model.precision]
+        basis = f"{tflops:g} TFLOP/s, an assumption: {assumed}; say what yours sustains with --tflops"
+    console.print(
+        f"GPU-hours to do: about {cost.gpu_hours(passes, tflops):,.1f} = {passes:,.0f} passes x "
+        f"{cost.SD1_UNET_FLOPS / 1e12:.3f} TFLOP (SD 1.x UNet, 64 x 64 latents) / {basis}. Text encoder, VAE and "
+        "metrics are not in it",
+        highlight=False,
+    )
+
+
+def _upstream(plan) -> Callable[[str], frozenset[str]]:
+    """Return a function from a key to itself and the keys of all that it needs."""
     closure: dict[str, frozenset[str]] = {}
 
     def upstream(key: str) -> frozenset[str]:
@@ -226,6 +261,12 @@ def _asked(plan) -> Counter:
             closure[key] = frozenset({key}).union(*(upstream(other) for other in inputs))
         return closure[key]
 
+    return upstream
+
+
+def _asked(plan, upstream: Callable[[str], frozenset[str]]) -> Counter:
+    """Return how many stages of each kind the grid would do if nothing were shared."""
+    kinds = {key: stage.kind for key, stage in plan.stages.items()}
     asked: Counter = Counter()
     for trial in plan.trials:
         needed = {trial.sample, *trial.scores.values()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from harness.fetching import Fetched
 
 
 class Method:
@@ -28,3 +31,8 @@ class Method:
     def files(cls, parameters: Any) -> Mapping[str, Path]:
         """Return the parameters that name files or folders here, by name: their content is identity, not their path."""
         return {}
+
+    @classmethod
+    def fetches(cls, parameters: Any) -> Sequence[Fetched]:
+        """Return the weights that it takes from the hub, so that `validate` can name what is not here yet."""
+        return ()

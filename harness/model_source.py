@@ -10,12 +10,26 @@ from pathlib import Path
 
 from harness import digests
 from harness.errors import UserMistake, one_line
+from harness.fetching import Fetched
 from harness.yaml_source import path_from
 
 TESTBED = "testbed"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _COMPONENTS = ("unet", "vae", "text_encoder")
+
+SD1_PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+"""Numbers of weights of what is loaded of SD 1.x."""
+SD1_IDS = frozenset(
+    {
+        *(f"CompVis/stable-diffusion-v1-{i}" for i in range(1, 5)),
+        "runwayml/stable-diffusion-v1-5",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    }
+)
+"""Hub ids of models of that shape."""
+_SD1_UNET = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "sample_size": 64}
+"""What a UNet of SD 1.x says of itself."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,31 @@ def preflight(source: ModelSource) -> None:
                 f"model '{source.location}' at revision {source.revision} cannot be had: {type(error).__name__}: "
                 f"{one_line(error, 120)}; download it to a folder and name the folder, or check the network"
             ) from None
+
+
+def has_sd1_shape(source: ModelSource) -> bool:
+    """Tell whether the model's UNet is of SD 1.x's shape: by hub id, or by the configuration in its folder."""
+    if source.identity["source"] == "hub":
+        return source.identity["id"] in SD1_IDS
+    try:
+        config = json.loads((Path(source.location) / "unet" / "config.json").read_text(encoding="utf-8"))
+        return all(config[name] == value for name, value in _SD1_UNET.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def fetches(source: ModelSource) -> list[Fetched]:
+    """Return what must be fetched for a model of the hub; [] for others."""
+    if source.identity["source"] != "hub":
+        return []
+    names = ("model", "diffusion_pytorch_model", "*-of-*")
+    if source.variant:
+        names = (f"*.{source.variant}", f"*.{source.variant}-*")
+    parts = [("model_index.json",), *(tuple(f"{c}/{name}.safetensors" for name in names) for c in _COMPONENTS)]
+    bytes_each = {None: 4, "fp16": 2}.get(source.variant)
+    is_known = source.location in SD1_IDS and bytes_each
+    size = sum(SD1_PARAMETERS.values()) * bytes_each if is_known else None
+    return [Fetched(source.location, tuple(parts), source.revision, size)]
 
 
 def _check_folder(path: Path | None, given: str, variant: str | None, where: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from harness import parameters, registry
 from harness.errors import did_you_mean, one_line
+from harness.fetching import Fetched, is_cached
 from harness.suite import (
     MAX_TRIALS,
     METHOD_SECTIONS,
@@ -86,6 +87,11 @@ def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...]
         ]
     except Exception as error:
         return [((), f"`files` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
+    try:
+        if not all(isinstance(one, Fetched) and is_cached(one) in (True, False, None) for one in cls.fetches(values)):
+            mistakes.append(((), f"`fetches` of {cls.name} must return objects of harness.fetching.Fetched"))
+    except Exception as error:
+        mistakes.append(((), f"`fetches` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"))
     if hasattr(cls, "prior_images"):
         try:
             count = cls.prior_images(values)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import clip, library, local_files, mean_similarity_by_prompt
+from metrics.encoders import clip, fetched, library, local_files, mean_similarity_by_prompt
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class ClipImage(Metric):
     @classmethod
     def files(cls, parameters):
         return local_files(parameters.backbone, "clip", parameters.pretrained)
+
+    @classmethod
+    def fetches(cls, parameters):
+        return fetched(parameters.backbone, "clip", parameters.pretrained)
 
     def about(self):
         p = self.parameters

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import clip, encode_images, library, local_files
+from metrics.encoders import clip, encode_images, fetched, library, local_files
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class ClipText(Metric):
     @classmethod
     def files(cls, parameters):
         return local_files(parameters.backbone, "clip", parameters.pretrained)
+
+    @classmethod
+    def fetches(cls, parameters):
+        return fetched(parameters.backbone, "clip", parameters.pretrained)
 
     def about(self):
         p = self.parameters

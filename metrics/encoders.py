@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.fetching import Fetched
+
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
@@ -38,6 +40,43 @@ def local_files(backbone: str, kind: str, pretrained: str | None = None) -> dict
     if pretrained is not None and ("/" in pretrained or pretrained.endswith(".safetensors")):
         found["pretrained"] = Path(pretrained)
     return found
+
+
+def fetched(backbone: str, kind: str, pretrained: str | None = None) -> list[Fetched]:
+    """Return what open_clip (kind "clip") or timm ("vit") takes from the hub for a backbone; [] for files here."""
+    local = local_files(backbone, kind, pretrained)
+    is_from_hub = backbone.startswith("hf-hub:")
+    if "backbone" in local or ("pretrained" in local and not is_from_hub):
+        return []
+    if is_from_hub:
+        name, _, revision = backbone.removeprefix("hf-hub:").partition("@")
+        weights, config = _FILES[kind]
+        return [Fetched(name, (weights, (config,)), revision or None)]
+    if kind == "clip":
+        if pretrained is None:
+            return []  # random weights
+        known = OPEN_CLIP_HUB.get((backbone, pretrained))
+        name = f"open_clip's {backbone}/{pretrained}"
+        return [Fetched(known[0], (_FILES[kind][0],), size=4 * known[1])] if known else [Fetched(name)]
+    if "." not in backbone:
+        return [Fetched(f"timm's {backbone}")]  # timm chooses the weights
+    return [Fetched(f"timm/{backbone}", (_FILES[kind][0],), size=TIMM_SIZES.get(backbone))]
+
+
+_FILES = {
+    "clip": (("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), "open_clip_config.json"),
+    "vit": (("model.safetensors", "pytorch_model.bin"), "config.json"),
+}
+"""Weights, the first of which is taken when it is there, and configuration of a repository of the hub."""
+OPEN_CLIP_HUB = {
+    ("ViT-B-32-quickgelu", "openai"): ("timm/vit_base_patch32_clip_224.openai", 151_277_313),
+    ("ViT-B-32", "openai"): ("timm/vit_base_patch32_clip_224.openai", 151_277_313),
+    ("ViT-L-14-quickgelu", "openai"): ("timm/vit_large_patch14_clip_224.openai", 427_616_513),
+    ("ViT-L-14", "openai"): ("timm/vit_large_patch14_clip_224.openai", 427_616_513),
+}
+"""Where open_clip finds the weights of a backbone, and how many there are; its own table needs torch to be read."""
+TIMM_SIZES = {"vit_small_patch16_224.dino": 4 * 21_665_664}
+"""Bytes of weights, where they are known."""
 
 
 @lru_cache(maxsize=2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import library, local_files, mean_similarity_by_prompt, vision
+from metrics.encoders import fetched, library, local_files, mean_similarity_by_prompt, vision
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class SelfSupervisedImage(Metric):
     @classmethod
     def files(cls, parameters):
         return local_files(parameters.backbone, "vit")
+
+    @classmethod
+    def fetches(cls, parameters):
+        return fetched(parameters.backbone, "vit")
 
     def about(self):
         return {

@@ -37,7 +37,7 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "unknown key of generate": (("{per_split: 3}", "{persplit: 3}"), 7, "generate.persplit: unknown key; did you"),
     "unknown parameter": (("rounds: 3", "round: 3"), 12, "'round' is not a parameter of imma; did you mean 'rounds'?"),
     "unknown key of an attack": (("batch_size", "batch_sise"), 16, "did you mean 'batch_size'?"),
-    "unknown defense": (("method: imma", "method: ima"), 12, "unknown defense 'ima'; did you mean 'imma'?"),
+    "unknown defense": (("method: imma", "method: immma"), 12, "unknown defense 'immma'; did you mean 'imma'?"),
     "unknown attack": (("method: lora", "method: Lora"), 14, "unknown attack 'Lora'; did you mean 'lora'?"),
     "unknown metric": (("clip_text]", "klip_text]"), 17, "unknown metric 'klip_text'; did you mean 'clip_text'?"),
     "unknown preset": (("rounds: 3", "preset: papr"), 12, "defenses[2].preset: imma has no preset 'papr'"),

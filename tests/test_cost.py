@@ -1,0 +1,106 @@
+"""What `plan` tells of the cost before anything was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from harness import cost
+from tests.test_cli import arguments, commit_all
+from tests.test_fetching import SD1
+
+
+@pytest.fixture
+def told(project):
+    """A function from arguments of `plan` to its lines, joined where the terminal broke them."""
+
+    def told(*more: str) -> str:
+        outcome = project.cli("plan", *arguments(project), *more)
+        assert (outcome.code, outcome.err) == (0, "")
+        return " ".join(outcome.out.split())
+
+    return told
+
+
+def make_sd1(project) -> None:
+    """Let the project's model say that its UNet is SD 1.x's."""
+    (project.folder / "model" / "unet" / "config.json").write_text(json.dumps(SD1))
+
+
+def test_passes_without_sharing_are_each_attacks_own(project, told):
+    """By hand: every attacked trial immunizes, adapts and samples; UCE erases and takes no passes.
+
+    imma: 3 rounds; LoRA: 4 steps of 2 images, forward and backward; a sample: two prompts (of a purse; of others one),
+    2 images, 2 steps of the trajectory, 3 sampling steps with guidance.
+    """
+    plan = project.plan()
+    (imma,) = {s.work for s in plan.stages.values() if s.kind == "immunize" and "imma" in s.label}
+    images = sum(s.work for s in plan.stages.values() if s.kind == "images")
+    before = sum(s.work for s in plan.stages.values() if s.kind == "sample" and "before the attack" in s.label)
+    adapt, one_prompt = 4 * 2 * 3, 2 * 2 * 3 * 2
+    # (task, target and innocent) x 2 seeds x 3 defenses; the purse has two prompts
+    attacked = 2 * 2 * 2 * 3 * (adapt + one_prompt) + 2 * 3 * one_prompt + 2 * 2 * 2 * imma
+
+    total = attacked + images + before
+    share = cost.shared_passes(plan)
+    words = f"{share:,.0f} with sharing; {total:,.0f} ({total / share:.1f} times as many) if each attack"
+    assert words in told()
+
+
+def test_sharing_never_costs_more(project):
+    """And something is shared in the small suite: innocents meet the same weights as targets."""
+    from harness.launch import _upstream
+
+    plan = project.plan()
+
+    assert cost.unshared_passes(plan, _upstream(plan)) > cost.shared_passes(plan) > 0
+
+
+def test_gpu_hours_are_told_with_their_basis_where_there_are_no_records(project, told):
+    """Passes, operations of a pass, and the throughput that is assumed for the precision."""
+    make_sd1(project)
+    passes = cost.shared_passes(project.plan())
+
+    text = told()
+
+    assert f"GPU-hours to do: about {cost.gpu_hours(passes, 7.8):,.1f} = {passes:,.0f} passes x 0.803 TFLOP" in text
+    assert "7.8 TFLOP/s, an assumption: 40 % of an A100's 19.5 TFLOP/s in fp32 (TF32 is off" in text
+    bf16 = told("--set", "model={id: model, precision: bf16}")
+    assert "124.8 TFLOP/s, an assumption: 40 % of an A100's 312 TFLOP/s in bf16" in bf16
+
+
+def test_gpu_hours_at_a_throughput_that_is_given(project, told):
+    """A pass of 0.803 TFLOP at 0.803 TFLOP/s takes a second."""
+    make_sd1(project)
+    seconds = cost.shared_passes(project.plan())
+
+    text = told("--tflops", str(cost.SD1_UNET_FLOPS / 1e12))
+
+    assert f"GPU-hours to do: about {seconds / 3600:,.1f} = " in text
+    assert "as given" in text and "assumption" not in text
+
+
+def test_gpu_hours_are_of_what_is_left_to_do(project, told):
+    """Nothing is left: nothing to pay. Without --tflops the records say what is known."""
+    make_sd1(project)
+    commit_all(project)
+
+    assert "GPU-hours" not in told()
+    assert "GPU-hours to do: about 0.0 = 0 passes" in told("--tflops", "100")
+
+
+def test_other_models_are_unknown(told):
+    """Nothing is made up for a UNet of another shape."""
+    assert "GPU-hours" not in told()
+    assert "GPU-hours: unknown for this model; counted for the shape of SD 1.x alone" in told("--tflops", "100")
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "many", ""])
+def test_throughput_must_be_a_number(project, given):
+    """One line, exit code 2."""
+    outcome = project.cli("plan", *arguments(project), f"--tflops={given}")
+
+    assert outcome.code == 2
+    (line,) = outcome.errors
+    assert line.startswith("error: argument --tflops: must be a number greater than 0")

@@ -1,0 +1,260 @@
+"""What a suite takes from the hub: named before it is fetched, without reaching for the network or torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness import fetching, registry
+from harness.fetching import Fetched
+from harness.model_source import fetches, has_sd1_shape, resolve_model
+from harness.suite import ModelSpec
+from tests.conftest import run_python, write_model
+from tests.test_registry import DEFENSE
+from tests.test_suite_mistakes import assert_told
+
+COMMIT = "133a221b8aa7292a167afc5127cb63fb5005638b"
+HUB = ("model: model", f"model: {{id: CompVis/stable-diffusion-v1-4, revision: {COMMIT}}}")
+MUST = "must be fetched: "
+MODEL = f"{MUST}CompVis/stable-diffusion-v1-4 at {COMMIT} (about 4.3 GB)"
+CLIP = f"{MUST}timm/vit_base_patch32_clip_224.openai (about 605 MB)"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A function that puts files of a repository into an empty cache of the hub's client."""
+    from huggingface_hub import constants
+
+    root = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def put(repository: str, *files: str, revision: str = COMMIT, is_main: bool = False):
+        folder = root / f"models--{repository.replace('/', '--')}"
+        for file in files:
+            path = folder / "snapshots" / revision / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+        if is_main:
+            (folder / "refs").mkdir(exist_ok=True)
+            (folder / "refs" / "main").write_text(revision)
+        return folder / "snapshots" / revision
+
+    return put
+
+
+def told(outcome) -> list[str]:
+    """Return the lines about fetching."""
+    return [line for line in outcome.out.splitlines() if "fetched: " in line]
+
+
+MODEL_FILES = ("model_index.json", *(f"{part}/model.safetensors" for part in ("unet", "vae", "text_encoder")))
+
+
+def test_validate_names_what_must_be_fetched(project, cache):
+    """The model with its revision, the metrics' encoder once; sizes where they are known."""
+    project.write(project.edited(HUB))
+
+    outcome = project.validate()
+
+    assert (outcome.code, outcome.err) == (0, "")
+    assert told(outcome) == [MODEL, CLIP]
+
+
+def test_plan_names_it_too(project, cache):
+    """Before hours are spent."""
+    project.write(project.edited(HUB))
+
+    outcome = project.cli("plan", str(project.suite), "--runs", str(project.runs))
+
+    assert [line.strip() for line in told(outcome)] == [MODEL, CLIP]
+
+
+def test_what_is_in_the_cache_is_not_named(project, cache):
+    """At the pinned revision; of an encoder the newest that the cache knows."""
+    project.write(project.edited(HUB))
+    cache("CompVis/stable-diffusion-v1-4", *MODEL_FILES)
+    cache("timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors", revision="a" * 40, is_main=True)
+
+    assert told(project.validate()) == []
+
+
+@pytest.mark.parametrize("missing", MODEL_FILES)
+def test_part_of_a_model_is_not_the_model(project, cache, missing):
+    """A download that was broken off."""
+    project.write(project.edited(HUB))
+    cache("CompVis/stable-diffusion-v1-4", *(f for f in MODEL_FILES if f != missing))
+
+    assert MODEL in told(project.validate())
+
+
+def test_other_revision_is_not_the_model(project, cache):
+    """What the suite pins is what counts."""
+    project.write(project.edited(HUB))
+    cache("CompVis/stable-diffusion-v1-4", *MODEL_FILES, revision="b" * 40, is_main=True)
+
+    assert MODEL in told(project.validate())
+
+
+def test_link_to_nothing_is_not_there(project, cache):
+    """The cache links to blobs, which may have been removed."""
+    project.write(project.edited(HUB))
+    folder = cache("CompVis/stable-diffusion-v1-4", *MODEL_FILES)
+    (folder / "unet" / "model.safetensors").unlink()
+    (folder / "unet" / "model.safetensors").symlink_to(folder / "gone")
+
+    assert MODEL in told(project.validate())
+
+
+def test_variant_is_named_by_its_own_files(cache):
+    """Half the bytes for fp16; files of no variant do not stand in for it."""
+    spec = ModelSpec(id="CompVis/stable-diffusion-v1-4", revision=COMMIT, variant="fp16")
+    (wanted,) = fetches(resolve_model(spec, "x", Path()))
+    cache("CompVis/stable-diffusion-v1-4", *MODEL_FILES)
+
+    assert fetching.is_cached(wanted) is False
+    assert "about 2.1 GB" in str(wanted)
+    cache("CompVis/stable-diffusion-v1-4", *(f.replace("model.s", "model.fp16.s") for f in MODEL_FILES))
+    assert fetching.is_cached(wanted) is True
+
+
+def test_files_of_a_variant_do_not_stand_in_for_the_model(project, cache):
+    """Somebody fetched half precision alone."""
+    project.write(project.edited(HUB))
+    cache("CompVis/stable-diffusion-v1-4", *(f.replace("model.s", "model.fp16.s") for f in MODEL_FILES))
+
+    assert MODEL in told(project.validate())
+
+
+def test_suite_of_local_files_fetches_nothing(project, cache):
+    """A folder, and encoders in folders."""
+    write_model(project.folder / "clip")
+    local = f"metrics: [{{method: clip_image, backbone: 'local-dir:{project.folder}/clip'}}]"
+    project.write(project.edited(("metrics: [clip_image, clip_text]", local)))
+
+    assert told(project.validate()) == []
+
+
+ENCODERS = {
+    "{method: clip_image, backbone: 'hf-hub:some/clip'}": f"{MUST}some/clip (size unknown)",
+    "{method: clip_image, backbone: 'hf-hub:some/clip@abc'}": f"{MUST}some/clip at abc (size unknown)",
+    "{method: clip_text, backbone: RN50, pretrained: cc12m}":
+        "may have to be fetched: open_clip's RN50/cc12m (size unknown); its library keeps it where it likes",
+    "self_supervised_image": f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB)",
+    "{method: self_supervised_image, backbone: 'hf-hub:some/vit'}": f"{MUST}some/vit (size unknown)",
+    "{method: self_supervised_image, backbone: vit_tiny}":
+        "may have to be fetched: timm's vit_tiny (size unknown); its library keeps it where it likes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ENCODERS)
+def test_encoders_of_every_kind_are_named(project, cache, entry):
+    """By the hub's id where the library takes them from there, else by the library's own name."""
+    project.write(project.edited(("metrics: [clip_image, clip_text]", f"metrics: [{entry}]")))
+
+    assert told(project.validate()) == [ENCODERS[entry]]
+
+
+def test_run_offline_without_the_files_is_a_mistake_before_any_compute(project, cache, monkeypatch):
+    """Each with the line that asks for it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    project.write(project.edited(HUB))
+
+    outcome = project.cli("run", str(project.suite), "--runs", str(project.runs))
+
+    assert_told(outcome, project, ":2: ", "is not in the local cache, and HF_HUB_OFFLINE is set; fetch it first")
+    assert_told(outcome, project, ":17: ", "timm/vit_base_patch32_clip_224.openai")
+    assert len(outcome.errors) == 2
+
+
+@pytest.mark.parametrize("verb", ["validate", "plan"])
+def test_naming_needs_neither_network_nor_torch(project, verb):
+    """In a fresh process in which no socket can be made."""
+    project.write(project.edited(HUB))
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "from harness.cli import main\n"
+        f"code = main([{verb!r}, {str(project.suite)!r}, '--runs', {str(project.runs)!r}])\n"
+        "print(code, sorted({'torch', 'ray', 'diffusers', 'transformers', 'open_clip', 'timm'} & set(sys.modules)))"
+    )
+
+    finished = run_python("-c", code, HF_HOME=str(project.folder / "empty"))
+
+    assert finished.stdout.splitlines()[-1] == "0 []", finished.stderr
+    assert MODEL in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("lambda cls, p: 1 / 0", "`fetches` of mine failed: ZeroDivisionError"),
+        ("lambda cls, p: ['some/id']", "`fetches` of mine must return objects of harness.fetching.Fetched"),
+        ("lambda cls, p: None", "`fetches` of mine failed: TypeError"),
+        ("lambda cls, p: [Fetched('a', 7)]", "`fetches` of mine failed: TypeError"),
+    ],
+)
+def test_plugin_that_names_nonsense_is_told(project, write_plugin, unregister, cache, function, words):
+    """One line, at the line that names it."""
+    body = DEFENSE.replace("    def protect", f"    fetches = classmethod({function})\n\n    def protect")
+    body = f"from harness.fetching import Fetched\n{body}"
+    cache("a", "b", is_main=True)
+    project.write(project.edited(("[none, uce, {", "[none, uce, mine, {")))
+
+    assert_told(project.validate("--plugin", str(write_plugin(body))), project, ":12: ", words)
+
+
+def test_defense_of_a_plugin_may_fetch(project, write_plugin, unregister, cache):
+    """It stands in the list like the bundled."""
+    one = "Fetched('some/teacher', (('model.safetensors',),), size=3 * 10**9)"
+    body = DEFENSE.replace("    def protect", f"    fetches = classmethod(lambda cls, p: [{one}])\n\n    def protect")
+    registry.load_plugins([write_plugin(f"from harness.fetching import Fetched\n{body}")])
+    project.write(project.edited(("[none, uce, {", "[none, uce, mine, {")))
+
+    assert f"{MUST}some/teacher (about 3.0 GB)" in told(project.validate())
+
+
+def test_two_who_fetch_the_same_are_one(project, cache):
+    """Equal in id, files and revision."""
+    assert Fetched("a", (("b",),)) == Fetched("a", (("b",),))
+
+
+# -- which models are of SD 1.x's shape --------------------------------------------------------------------------
+
+SD1 = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "sample_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (json.dumps(SD1), True),
+        (json.dumps({**SD1, "cross_attention_dim": 1024}), False),
+        (json.dumps({**SD1, "sample_size": 96}), False),
+        (json.dumps({**SD1, "block_out_channels": [16, 32]}), False),
+        (json.dumps({"sample_size": 64}), False),
+        ("[]", False),
+        ("no json", False),
+        (None, False),
+    ],
+)
+def test_folder_is_recognised_by_the_shape_of_its_unet(tmp_path, config, expected):
+    """Whatever its name; a folder that says nothing is unknown."""
+    write_model(tmp_path / "model")
+    if config is not None:
+        (tmp_path / "model" / "unet" / "config.json").write_text(config)
+
+    assert has_sd1_shape(resolve_model(ModelSpec(id="model"), "x", tmp_path)) is expected
+
+
+@pytest.mark.parametrize(
+    ("id", "expected"),
+    [("CompVis/stable-diffusion-v1-4", True), ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("a/b", False)],
+)
+def test_hub_model_is_recognised_by_its_id(tmp_path, id, expected):
+    """Nothing of it is here to look at."""
+    assert has_sd1_shape(resolve_model(ModelSpec(id=id, revision=COMMIT), "x", tmp_path)) is expected
