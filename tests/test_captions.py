@@ -37,8 +37,8 @@ def test_captions_are_sentences_of_six_to_twenty_words():
 
 @pytest.mark.parametrize(
     "word",
-    ["van gogh", "monet", "picasso", "kinkade", "mckernan", "fagan", "edlin", "kilian", "cassette", "chain saw", "church",
-     "gas pump", "tench", "garbage truck", "springer", "golf ball", "parachute", "french horn"],
+    ["van gogh", "monet", "picasso", "kinkade", "mckernan", "fagan", "edlin", "kilian", "cassette", "chain saw",
+     "church", "gas pump", "tench", "garbage truck", "springer", "golf ball", "parachute", "french horn"],
 )  # fmt: skip
 def test_captions_do_not_speak_of_what_is_protected(word):
     """A protected artist or class in the list would be held in place instead of changed."""
