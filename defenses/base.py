@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from harness.models import DiffusionModel
-    from harness.run import Run
+    from harness.run import Run, Sharding
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Defense(Method):
     """Whether it removes the target from what the model draws, so that a task may name it under `erase`."""
     max_targets: ClassVar[int | None] = None
     """How many concepts it can protect together; None: any number."""
+    can_shard: ClassVar[bool] = False
+    """Whether `protect` trains through `harness.training.sharding`, so that several processes can share it: each calls
+    it with a `run` that says which of them it is, and all return the same protection."""
 
     @classmethod
     def unet_passes(cls, parameters: Any, targets: int) -> float:
@@ -73,6 +76,16 @@ class Defense(Method):
         The base model draws them (not the erased one), once for all defenses and targets that ask for the same.
         """
         return 0
+
+    @classmethod
+    def check_targets(cls, parameters: Any, targets: int) -> Sequence[tuple[str, str]]:
+        """Return (parameter, message) for what cannot be done for so many concepts together."""
+        return ()
+
+    @classmethod
+    def check_sharding(cls, parameters: Any, sharding: Sharding) -> Sequence[tuple[str, str]]:
+        """Return (parameter, message) for what the processes cannot serve, such as a batch that they do not divide."""
+        return ()
 
     def protect(
         self,

@@ -4,73 +4,159 @@ Zheng & Yeh, "IMMA: Immunizing Text-to-Image Models against Malicious Adaptation
 
     max_{theta in S} L(x_I, c; theta, phi*)    s.t.   phi* = argmin_phi L(x_A, c; theta, phi)
 
-with L the denoising loss, phi what the attack trains (here: a LoRA adapter) and S the attention projections of the
-UNet. Both levels alternate, each by a first-order step; phi goes on from its last value (Algorithm 1, as restated by a
-third party: the paper's own text could not be read).
+with L the denoising loss, phi what the attack trains and S the attention projections of the UNet. Both levels
+alternate; phi goes on from its last value (Algorithm 1, as restated by a third party: the paper's own text could not be
+read).
+
+Lower levels (phi): `lora` and `dreambooth_lora`, an adapter on the UNet; `dreambooth`, the whole UNet, of which only S
+is released and the rest is thrown away; `textual_inversion`, the embedding of one new word. The released scripts' rates
+are each one's defaults. DreamBooth's class images may be weighed in at the lower level (`prior_weight`).
 
 Profiles
-    paper     each round draws two batches: one lower step on the first, one upper step on the second; no clipping.
-    released  one batch a step; even indices *within an epoch* are lower steps, odd ones upper steps, so an epoch of
-              an odd number of batches takes two lower steps in a row; gradients are clipped to norm 1 on both levels.
+    paper     each round draws a batch for each step: the lower steps, then one upper step; no clipping.
+    released  one batch a step; the index decides the level. With lora and textual_inversion it counts *within an
+              epoch*, so that an epoch of an odd number of batches takes two lower steps in a row; with the others it
+              counts on. Gradients are clipped to norm 1 on both levels, but not with textual_inversion.
+
+Beyond both: `hypergradient`. Papers and code take phi* for a constant (first_order). With `exact` or
+`finite_difference` the lower steps of a round are SGD steps, and the upper gradient is that of the loss after them as a
+function of the weights before: it sees how the weights steer the attack. `ascent_only` drops the lower level (the
+code's `--max`), the ablation that tells what the lower level is worth.
 
 Differences from the paper: the optimizer of either level is not known from the text; both use AdamW as the code does.
 Differences from the released code: gradients are computed only where a level needs them (the code accumulates them in
 the whole UNet and never clears them); latents and text embeddings are encoded once; images are resized by LANCZOS and
 cropped at the centre (there: bilinear, random crop unless told otherwise); `--reinitialize_lora`, which has no effect
-there, does not exist; a last, smaller batch of an epoch is filled from the next epoch.
+there, does not exist; DB+LoRA, which cannot run there, runs; a last, smaller batch of an epoch is filled from the next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from defenses.base import Defense
+from defenses.base import Defense, ProtectedConcept
 from harness.protection import Protection, ThreatModel
 from harness.registry import register
+from harness.sharding_rules import global_batch, hypergradient_mode
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.models import DiffusionModel
+    from harness.run import Run
 
 Rate = Annotated[float, Field(gt=0, le=10)]
+_LOWER_RATES = {"lora": 1e-4, "dreambooth": 5e-6, "dreambooth_lora": 5e-6, "textual_inversion": 5e-4}
+_UPPER_RATES = {"lora": 1e-5, "dreambooth": 2e-5, "dreambooth_lora": 2e-5, "textual_inversion": 1e-6}
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: the released LoRA script's; what the paper states could not be read (papers' facts: "not found")."""
+    """Defaults: the released scripts'; what the paper states could not be read (papers' facts: "not found")."""
 
     profile: Literal["paper", "released"] = "paper"
-    lower: Literal["lora"] = "lora"
+    lower: Literal["lora", "dreambooth", "dreambooth_lora", "textual_inversion"] = "lora"
     """Which adaptation the lower level simulates."""
+    ascent_only: bool = False
+    """No lower level: gradient ascent on the concept's loss."""
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     """Upper updates; the released run takes 1000 iterations, half of them upper."""
+    lower_steps: Annotated[int, Field(ge=1, le=100)] = 1
+    """Lower updates for each upper one."""
+    hypergradient: Literal["first_order", "exact", "finite_difference"] = "first_order"
+    lower_optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd where the steps are differentiated."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
-    lower_learning_rate: Rate = 1e-4
-    upper_learning_rate: Rate = 1e-5
-    """The released script's; its argument parser's default is 1e-6."""
+    """Global: over all processes."""
+    lower_learning_rate: Rate | None = None
+    """None: the released script's: lora 1e-4, dreambooth and dreambooth_lora 5e-6, textual_inversion 5e-4."""
+    upper_learning_rate: Rate | None = None
+    """None: the released script's: lora 1e-5 (its argument parser's default is 1e-6), dreambooth and dreambooth_lora
+    2e-5, textual_inversion 1e-6."""
     upper_parameters: Literal["attention", "cross_attention", "cross_attention_kv"] = "attention"
     """The released name filter takes both self- and cross-attention, although its comments say cross-attention."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 4
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the adapter; None: equal to the rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    vectors: Annotated[int, Field(ge=1, le=64)] = 1
+    """Embeddings of the new word (textual_inversion)."""
+    begin_as: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    """The word that the new one begins as; None: the concept's own (its first token)."""
+    templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Prompts with {} for the new word; None: Textual Inversion's for objects or styles."""
+    prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Of the loss on class images at the lower level; the released scripts leave it off."""
+    prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
+    """Class images for each concept, where they are weighed; DreamBooth's number."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """None: the profile's (paper: no clipping; released: 1.0)."""
+    """On both levels. None: the profile's (paper: no clipping; released: 1.0, textual_inversion none)."""
     flip: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together."""
+        if self.hypergradient != "first_order" and (self.lower_optimizer != "sgd" or self.ascent_only):
+            raise ValueError(
+                f"hypergradient '{self.hypergradient}' differentiates the lower steps: add lower_optimizer: sgd (and "
+                "no ascent_only)"
+            )
+        if self.prior_weight and (self.lower not in ("dreambooth", "dreambooth_lora") or self.ascent_only):
+            raise ValueError("prior_weight belongs to the lower levels dreambooth and dreambooth_lora")
+
+    @property
+    def clipping(self) -> float | None:
+        """The norm that gradients are clipped to."""
+        released = 1.0 if self.profile == "released" and self.lower != "textual_inversion" else None
+        return self.clip_norm or released
+
+
+class ImmaBase(Defense):
+    """What IMMA and the baselines made from it have in common."""
+
+    threat_model = ThreatModel(changes=("unet.attention",), may_restore=("unet",))
+    uses = frozenset({"targets", "images", "seed"})
+    can_shard = True
+    Parameters = Parameters
+
+    @classmethod
+    def unet_passes(cls, parameters, targets) -> float:
+        """A forward and a backward pass for each update of either level, and those of H v."""
+        p = parameters
+        lower = 0 if p.ascent_only else p.lower_steps * (2 if p.prior_weight else 1)
+        again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.hypergradient]
+        return p.rounds * p.batch_size * (lower * (1 + again) + 1) * 3.0
+
+    @classmethod
+    def prior_images(cls, parameters) -> int:
+        """Class images for each target, when the lower level weighs them in."""
+        return parameters.prior_images if parameters.prior_weight else 0
+
+    @classmethod
+    def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
+        """Refuse what several processes cannot do."""
+        found = list(global_batch(parameters, sharding))
+        mode = hypergradient_mode(parameters.hypergradient, sharding)
+        if mode:
+            found.append(mode)
+        if parameters.lower == "textual_inversion" and not parameters.ascent_only:
+            found.append(("lower", "textual_inversion runs in one process; set resources.workers to 1"))
+        return found
 
 
 @register("defense")
-class Imma(Defense):
-    """IMMA with a LoRA lower level: first-order alternating descent (adapter) and ascent (attention weights)."""
+class Imma(ImmaBase):
+    """IMMA: descent of a simulated attack and ascent of the attention weights, in turn, on one concept."""
 
     name = "imma"
-    version = 1
-    threat_model = ThreatModel(changes=("unet.attention",), may_restore=("unet",))
-    uses = frozenset({"targets", "images", "seed"})
+    version = 2
     max_targets = 1
-    Parameters = Parameters
     presets = {
         # For the embedded testbed: of seven settings, the greatest delay that kept 0.9 of the utility by every metric,
         # measured on koala and cactus (re-learning, 2-3 seeds; utility on snowman and banana). At 3e-4 it kept 0.89;
@@ -88,81 +174,110 @@ class Imma(Defense):
         },
     }
 
-    @classmethod
-    def unet_passes(cls, parameters, targets) -> float:
-        """Two forward and two backward passes a round."""
-        return parameters.rounds * parameters.batch_size * 2 * 3.0
-
     def protect(self, model, targets, preserved, run) -> Protection:
         """Return the immunized attention weights."""
-        import torch
-
-        from harness.training import diffusion, lora
-        from harness.training.selection import select
-        from harness.training.state import TrainingState, require_finite
-
-        p = self.parameters
-        (target,) = targets
-        scheduler = model.noise_scheduler()
-        timesteps = scheduler.config.num_train_timesteps
-        encoded = diffusion.encode_images(model, run, target.images, target.captions, flip=p.flip)
-        upper = model.change(select(model.parameters(), p.upper_parameters))
-        clip = p.clip_norm or (1.0 if p.profile == "released" else None)
-
-        with (
-            lora.injected(
-                model, rank=p.rank, alpha=p.alpha or p.rank, target_modules=p.target_modules,
-                seed=run.seed_for("adapter"),
-            ) as lower,
-            run.ledger.phase("train"),
-        ):  # fmt: skip
-            groups = {"lower": list(lower.values()), "upper": list(upper.values())}
-            rates = {"lower": p.lower_learning_rate, "upper": p.upper_learning_rate}
-            optimizers = {
-                level: torch.optim.AdamW(groups[level], lr=rates[level], weight_decay=p.weight_decay)
-                for level in groups
-            }
-            state = TrainingState({**lower, **upper}, optimizers)
-            start, _ = state.load(run)
-            last: dict[str, torch.Tensor] = {}
-            for step, level in enumerate(_levels(p.profile, p.rounds, len(encoded), p.batch_size)):
-                if step < start:
-                    continue
-                for name, group in groups.items():
-                    for parameter in group:
-                        parameter.requires_grad_(name == level)
-                batch = diffusion.draw(
-                    encoded, p.batch_size, timesteps, seed=run.seed_for("noise"), step=step, device=model.device
-                )
-                losses, _, _ = diffusion.denoising_losses(model, run, scheduler, batch)
-                loss = losses.mean() if level == "lower" else -losses.mean()
-                loss.backward()
-                run.ledger.backward_passes += p.batch_size
-                if clip is not None:
-                    torch.nn.utils.clip_grad_norm_(groups[level], clip)
-                optimizers[level].step()
-                optimizers[level].zero_grad(set_to_none=True)
-                last[level] = losses.detach().mean()
-                run.track(f"{level}_loss", last[level], step)
-                run.report(step + 1, 2 * p.rounds)
-                if run.is_checkpoint_due():
-                    state.save(run, step + 1)
-        for level, value in last.items():
-            run.ledger.numbers[f"{level}_loss"] = require_finite(value, f"IMMA's {level} loss")
-        return Protection(tensors={name: parameter.detach().clone() for name, parameter in upper.items()})
+        return Protection(tensors=immunize(model, targets, self.parameters, run))
 
 
-def _levels(profile: str, rounds: int, images: int, batch_size: int) -> Iterator[Literal["lower", "upper"]]:
+def immunize(model: DiffusionModel, targets: Sequence[ProtectedConcept], p: Parameters, run: Run) -> dict[str, Tensor]:
+    """Return the immunized weights of S, trained on the images of all `targets` taken together."""
+    from harness.training import bilevel, sharding
+    from harness.training.diffusion import mean_value
+    from harness.training.loop import train
+    from harness.training.selection import select
+    from harness.training.weights import Level
+
+    upper = model.change(select(model.parameters(), p.upper_parameters))
+    with _lower_level(model, targets, p, run) as (lower, concept):
+        levels = {"upper": Level(tuple(upper), _rate(p, "upper"), p.weight_decay, p.clipping)}
+        if lower:
+            levels["lower"] = Level(tuple(lower), _rate(p, "lower"), p.weight_decay, p.clipping)
+        weights = sharding.spread(model, {**upper, **lower}, levels, run)
+        plan = list(_levels(p, len(concept)))
+
+        def step(index: int) -> dict[str, float]:
+            level = plan[index]
+            loss = concept.at(index, -1.0 if level == "upper" else 1.0, p.prior_weight if level == "lower" else 0.0)
+            weights.step(level, weights.gradient(loss, levels[level].names))
+            return {f"{level}_loss": mean_value(loss)}
+
+        def differentiated(index: int) -> dict[str, float]:
+            first = index * (p.lower_steps + 1)
+            losses = [concept.at(first + k, 1.0, p.prior_weight) for k in range(p.lower_steps)]
+            outer = concept.at(first + p.lower_steps, -1.0)
+            names = list(dict.fromkeys([*upper, *lower]))
+            ahead = bilevel.LookAhead(weights, names, list(lower), losses, levels["lower"].learning_rate)
+            slope = bilevel.hypergradient(ahead, outer, p.hypergradient)
+            weights.settle(ahead.end)
+            weights.step("upper", slope)
+            return {"lower_loss": mean_value(losses[-1]), "upper_loss": mean_value(outer)}
+
+        if lower and p.lower_optimizer == "sgd":
+            train(run, weights, p.rounds, differentiated, "IMMA")
+        else:
+            train(run, weights, len(plan), step, "IMMA")
+        return weights.whole(list(upper))
+
+
+def _rate(p: Parameters, level: str) -> float:
+    if level == "upper":
+        return p.upper_learning_rate or _UPPER_RATES[p.lower]
+    return p.lower_learning_rate or _LOWER_RATES[p.lower]
+
+
+@contextlib.contextmanager
+def _lower_level(model, targets: Sequence[ProtectedConcept], p: Parameters, run):
+    """Yield (what the simulated attack trains, by name; the loss that both levels share); undo it on leaving."""
+    from harness.training import lora
+    from harness.training.concept_loss import ConceptLoss
+    from harness.training.token_embedding import OBJECT_TEMPLATES, STYLE_TEMPLATES, LearnedWord
+
+    images, captions, prior, prior_captions = (
+        [item for target in targets for item in getattr(target, attribute)]
+        for attribute in ("images", "captions", "prior_images", "prior_captions")
+    )
+    options = {"batch_size": p.batch_size, "flip": p.flip, "seed": run.seed_for("noise")}
+    if p.prior_weight:
+        options |= {"prior_images": prior, "prior_captions": prior_captions}
+    if p.ascent_only or p.lower == "dreambooth":
+        names = [] if p.ascent_only else select_unet(model)
+        yield model.change(names), ConceptLoss(model, run, images, captions, **options)
+    elif p.lower == "textual_inversion":
+        kind, phrase = targets[0].kind, targets[0].phrase
+        word = LearnedWord(model, p.begin_as or phrase, p.vectors)
+        templates = p.templates or (OBJECT_TEMPLATES if kind == "object" else STYLE_TEMPLATES)
+        loss = ConceptLoss(model, run, images, captions, word=word, templates=templates, **options)
+        yield {"word": word.vectors}, loss
+    else:
+        loss = ConceptLoss(model, run, images, captions, **options)
+        with lora.injected(
+            model, rank=p.rank, alpha=p.alpha or p.rank, target_modules=p.target_modules, seed=run.seed_for("adapter")
+        ) as adapter:
+            yield adapter, loss
+
+
+def select_unet(model) -> list[str]:
+    """Return the names of all weights of the UNet."""
+    from harness.training.selection import select
+
+    return select(model.parameters(), "unet")
+
+
+def _levels(p: Parameters, images: int) -> Iterator[Literal["lower", "upper"]]:
     """Yield the level of every step until `rounds` upper steps are done.
 
-    The released loop alternates on the index within the epoch. An epoch of one batch would never reach the upper
-    level there; we then alternate over epochs, which is the same as counting on.
+    The released loops of lora and textual_inversion alternate on the index within the epoch. An epoch too short to
+    reach the upper level would never end there; we then count over epochs.
     """
-    batches = math.ceil(images / batch_size)
+    if p.ascent_only:
+        yield from ["upper"] * p.rounds
+        return
+    batches = math.ceil(images / p.batch_size)
+    within_epoch = p.profile == "released" and p.lower in ("lora", "textual_inversion") and batches > p.lower_steps
     done = index = 0
-    while done < rounds:
-        position = index % batches if profile == "released" and batches > 1 else index
-        level = "upper" if position % 2 else "lower"
+    while done < p.rounds:
+        position = index % batches if within_epoch else index
+        level = "lower" if position % (p.lower_steps + 1) < p.lower_steps else "upper"
         done += level == "upper"
         index += 1
         yield level

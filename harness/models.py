@@ -42,6 +42,7 @@ class DiffusionModel:
         self._tokenizer_length = len(pipeline.tokenizer)
         self._processors = dict(pipeline.unet.attn_processors)
         self._scheduler = pipeline.scheduler
+        self.engine: nn.Module | None = None  # what calls the UNet while its weights are spread over processes
 
     @classmethod
     def load(cls, source: ModelSource, device: torch.device) -> DiffusionModel:
@@ -99,6 +100,10 @@ class DiffusionModel:
     def image_size(self) -> int:
         """Side of the square images that the model was made for, in pixels."""
         return self.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the UNet's prediction [batch, channels, height, width], through the sharding engine if there is one."""
+        return (self.engine or self.unet)(noisy, timesteps, embeddings, return_dict=False)[0]
 
     def noise_scheduler(self):
         """Return the DDPM scheduler that training uses (same betas and prediction type as the model's)."""

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,44 @@ if TYPE_CHECKING:
     import torch
 
 CHECKPOINT_INTERVAL_S = 20.0
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a stage is spread and how it saves memory. Results agree up to the order of sums, so no identity holds it."""
+
+    workers: int = 1  # processes that share the stage; they divide the global batch
+    zero_stage: int = 0  # DeepSpeed ZeRO: 1 partitions optimizer states, 2 gradients too, 3 weights too
+    offload: str = "none"  # none | cpu: where optimizer states (and under ZeRO 3 weights) lie between uses
+    micro_batch_size: int | None = None  # examples whose graph is alive at a time in a process; None: all of its own
+    gradient_checkpointing: bool = False  # recompute activations of the UNet in the backward pass
+
+    @property
+    def needs_deepspeed(self) -> bool:
+        """Whether anything is spread or moved at all."""
+        return self.workers > 1 or self.offload != "none"
+
+
+class World:
+    """The processes that share a stage; this base class: one alone."""
+
+    rank = 0
+    size = 1
+
+    def decide(self, flag: bool) -> bool:
+        """Return what the first process says, so that all do the same."""
+        return flag
+
+    def all(self, flag: bool) -> bool:
+        """Tell whether every process says yes."""
+        return flag
+
+    def mean(self, value: float) -> float:
+        """Return the mean over processes."""
+        return value
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
 
 
 @dataclass
@@ -60,7 +98,10 @@ class Run:
     ledger: Ledger = field(default_factory=Ledger)
     report: Callable[[int, int], None] = lambda done, total: None
     track: Callable[[str, float, int], None] = lambda name, value, step: None
+    sharding: Sharding = field(default_factory=Sharding)
+    world: World = field(default_factory=World)
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
+    keeps_end: bool = False  # keep the state at the end too: of a part, when others follow in the same stage
     _last_checkpoint: float = field(default_factory=time.monotonic)
 
     def seed_for(self, *axes: str | int) -> int:
@@ -68,6 +109,13 @@ class Run:
         if self.seed is None:
             raise ValueError("this stage declared that it uses no seed; add 'seed' to the method's `uses`")
         return mix(self.seed, *axes)
+
+    def part(self, name: str) -> Run:
+        """Return a run for a training that is one of several in this stage: own seeds, own state, the same ledger."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        seed = None if self.seed is None else mix(self.seed, name)
+        return replace(self, seed=seed, folder=folder, keeps_end=True)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return the context in which the model computes."""
@@ -78,43 +126,73 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def is_checkpoint_due(self) -> bool:
-        """Tell whether the interval since the last `save_state` has passed."""
-        return time.monotonic() - self._last_checkpoint >= self.checkpoint_interval_s
+        """Tell whether the interval since the last `save_state` has passed; the same to every process."""
+        return self.world.decide(time.monotonic() - self._last_checkpoint >= self.checkpoint_interval_s)
 
     def save_state(self, step: int, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-        """Keep what is needed to go on from `step`, in place of what was kept before."""
+        """Keep what is needed to go on from `step`, in place of what was kept before. Every process calls it.
+
+        Each process keeps a file of its own tensors; the last one to be written, by the first process when all others
+        are on disk, says which belong together.
+        """
         from safetensors.torch import save
 
-        temporary = self.folder / ".state.writing"
         header = json.dumps({"step": step, "numbers": dict(numbers), "ledger": self.ledger.as_json()})
-        # one file, so that tensors and step can never be of two moments
-        data = save({k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}, {"state": header})
+        file = self._state_file(step)
+        before = set(self.folder.glob(f"state.*.{self.world.rank}of*.safetensors")) - {file}
+        self._write(file, save({k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}, {"state": header}))
+        self.world.wait()
+        if self.world.rank == 0:
+            self._write(self._state_pointer, json.dumps({"step": step, "workers": self.world.size}).encode())
+        self.world.wait()
+        for old in before:
+            old.unlink(missing_ok=True)
+        self._last_checkpoint = time.monotonic()
+
+    @property
+    def _state_pointer(self) -> Path:
+        return self.folder / "state.json"
+
+    def _state_file(self, step: int) -> Path:
+        return self.folder / f"state.{step}.{self.world.rank}of{self.world.size}.safetensors"
+
+    def _write(self, path: Path, data: bytes) -> None:
+        temporary = path.with_name(f".{path.name}.writing")
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.folder / "state.safetensors")
-        self._last_checkpoint = time.monotonic()
+        os.replace(temporary, path)
 
     def drop_state(self) -> None:
         """Forget what was kept: the stage starts over."""
-        (self.folder / "state.safetensors").unlink(missing_ok=True)
+        self._state_pointer.unlink(missing_ok=True)
 
     def load_state(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Return (step, tensors, numbers) of the last `save_state`, or None when there is none."""
-        from safetensors import SafetensorError, safe_open
+        """Return (step, tensors, numbers) of the last `save_state`, or None when there is none.
 
-        path = self.folder / "state.safetensors"
-        if not path.exists():
+        None too when it was kept by another number of processes, or is damaged in any of them: starting over is right,
+        only slower.
+        """
+        found = self._read_state()
+        if not self.world.all(found is not None):
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError):
-            return None  # damaged: starting over is right, only slower
+        header, tensors = found
         earlier = header["ledger"]
         self.ledger.forward_passes = earlier["forward_passes"]
         self.ledger.backward_passes = earlier["backward_passes"]
         self.ledger.seconds = dict(earlier["seconds"])
         return header["step"], tensors, header["numbers"]
+
+    def _read_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            pointer = json.loads(self._state_pointer.read_text(encoding="utf-8"))
+            if pointer["workers"] != self.world.size:
+                return None
+            with safe_open(self._state_file(pointer["step"]), "pt") as file:
+                header = json.loads(file.metadata()["state"])
+                return header, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return None

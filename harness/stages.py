@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from harness.concepts import PRIOR, SPLITS
 from harness.errors import StageFailure, one_line
 from harness.identity import Stage, describe
 from harness.model_source import ModelSource
-from harness.run import Run
+from harness.run import Run, Sharding
 from harness.store import Store, sync_files, write_json
 from harness.tracking import tracker
 
@@ -45,6 +45,7 @@ class Workplace:
     redo: frozenset[str] = field(default_factory=frozenset)  # keys to do anew although committed (--cache never)
     executor: str = "serial"
     is_tracked: bool = False  # write training curves for TensorBoard
+    sharding: Sharding = field(default_factory=Sharding)  # of the stages that can be shared by processes
 
 
 def execute(
@@ -127,24 +128,23 @@ def _execute_locked(
 ) -> None:
     import torch
 
-    torch.set_num_threads(workplace.cpus)  # of this thread: results depend on how sums are split
-    if workplace.gpus > 0 and not torch.cuda.is_available():
-        raise RuntimeError("the suite gives each stage a GPU, but this worker sees none")
-    device = torch.device("cuda" if workplace.gpus > 0 else "cpu")
-    if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        _reset_peak_memory()
+    device = prepare_device(workplace)
     log.info("%s %s: %s", stage.kind, key, stage.label)
     started = time.time()
     clock = time.perf_counter()
     curves = workplace.run_folder / "tensorboard" / f"{stage.kind}-{key}" if workplace.is_tracked else None
     with tracker(curves) as track, store.writing(stage.kind, key, replace=redo) as (folder, record):
         run = Run(stage.seed, device, stage.precision, work_folder, report=report, track=track)
-        _DO[stage.kind](_Stage(stage, workplace, store, run, folder))
-        run.ledger.peak_memory_bytes = _peak_memory_bytes(device)
+        if _is_shared(stage, workplace):
+            from harness.training import ranks
+
+            _forget_model()  # it would stand beside those of the processes
+            ledger = ranks.run(stage, workplace, work_folder, folder, report)
+        else:
+            run.sharding = replace(workplace.sharding, workers=1, offload="none")
+            _DO[stage.kind](_Stage(stage, workplace, store, run, folder))
+            run.ledger.peak_memory_bytes = peak_memory_bytes(device)
+            ledger = run.ledger.as_json()
         seconds = time.perf_counter() - clock
         record.update(
             identity=describe(stage),
@@ -154,15 +154,44 @@ def _execute_locked(
             seconds=round(seconds, 4),
             started=started,
             finished=time.time(),
-            ledger=run.ledger.as_json(),
+            ledger=ledger,
             provenance={
                 **provenance.describe(),
                 "executor": workplace.executor,
                 "threads": workplace.cpus,
+                "sharding": asdict(workplace.sharding) if _is_shared(stage, workplace) else {},
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             },
         )
     log.info("done in %.1f s", seconds)
+
+
+def prepare_device(workplace: Workplace, local_rank: int = 0):
+    """Return the torch device of a stage (or of one of its processes), set up so that results can be repeated.
+
+    Raises RuntimeError when the suite gives stages a GPU and there is none here.
+    """
+    import torch
+
+    torch.set_num_threads(workplace.cpus)  # of this thread: results depend on how sums are split
+    if workplace.gpus <= 0:
+        _reset_peak_memory()
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= local_rank:
+        raise RuntimeError("the suite gives each stage a GPU, but this worker sees too few")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    torch.cuda.reset_peak_memory_stats(device)
+    return device
+
+
+def _is_shared(stage: Stage, workplace: Workplace) -> bool:
+    """Tell whether several processes do the stage: an immunization by a defense that can be spread."""
+    if stage.kind not in ("erase", "immunize") or not workplace.sharding.needs_deepspeed:
+        return False
+    return registry.get("defense", stage.component.partition("@")[0]).can_shard
 
 
 def _reset_peak_memory() -> None:
@@ -171,7 +200,7 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _peak_memory_bytes(device) -> int:
+def peak_memory_bytes(device) -> int:
     """Return the stage's peak of the device's memory, or on a CPU of this process's."""
     if device.type == "cuda":
         import torch
@@ -293,6 +322,11 @@ def _images(s: _Stage) -> None:
             picture.save(folder / f"{index:04d}.png")
 
 
+def protect_here(stage: Stage, workplace: Workplace, store: Store, run: Run, folder: Path) -> None:
+    """Run a defense as one of the processes that share its stage; the first fills `folder`."""
+    _protect(_Stage(stage, workplace, store, run, folder))
+
+
 def _protect(s: _Stage) -> None:
     """Run a defense (as eraser or immunizer) and keep its protection."""
     from defenses.base import ProtectedConcept
@@ -331,7 +365,8 @@ def _protect(s: _Stage) -> None:
         raise ValueError(f"{defense.name} froze '{unknown[0]}', which the model does not have")
     s.run.ledger.numbers["changed_tensors"] = len(protection.tensors)
     s.run.ledger.numbers["frozen_tensors"] = len(protection.frozen)
-    protection.save(s.folder)
+    if s.run.world.rank == 0:
+        protection.save(s.folder)
 
 
 def _adapt(s: _Stage) -> None:

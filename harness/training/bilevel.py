@@ -9,32 +9,28 @@ With v_K = grad U(theta_K), the chain rule backwards through the steps is
 
 and v_0 is the hypergradient. Modes say how H v is had:
 
-    exact              reverse over reverse, at the cost of a double backward. Needs attention with second derivatives
-                       (`second_order`). Forward AD is not used: on a UNet it failed or was off by 1 % without an error.
+    exact              reverse over reverse, at the cost of a double backward; not where weights are partitioned.
     finite_difference  (grad L(theta + e v) - grad L(theta - e v)) / 2e: two more gradients, no graph of a gradient.
     first_order        H v = 0, as released code does (MAML's first-order form).
 
-Losses are callables of no arguments that read the weights installed in the model at the time, and give the same loss
-when called again (same batch, same noise). Weights are written in place and put back bit for bit, so that a forward
-under gradient checkpointing recomputes with the weights that it was run with.
+Everything is asked of `Weights`, so that the same lines run in one process and under ZeRO, where H v is a central
+difference: it needs first-order gradients alone. Weights are written in place and put back bit for bit.
 
 Sources: Finn et al. 2017 (MAML) for the look-ahead; Pearlmutter 1994 for H v; IMMA and MIMA for what it serves here.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from harness.training.weights import Loss, Vector, Weights, installed
 
 Mode = Literal["exact", "finite_difference", "first_order"]
-Vector = dict[str, Tensor]
-"""A value for some of the parameters, by name."""
-Loss = Callable[[], Tensor]
 
 RELATIVE_STEP = 1e-5
 """Length of the perturbation of a central difference over the norm of what it perturbs, in fp32: the best of six from
@@ -42,114 +38,48 @@ RELATIVE_STEP = 1e-5
 RELATIVE_STEP_FP64 = 1e-6
 
 
-@contextlib.contextmanager
-def second_order() -> Iterator[None]:
-    """Attention whose backward can be differentiated: fused kernels have no second derivative."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def gradient(loss: Loss, parameters: Mapping[str, nn.Parameter]) -> Vector:
-    """Return the gradient of the loss with respect to `parameters`; zero where it does not depend on one."""
-    with _requiring_grad(parameters):
-        found = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g.detach()
-        for (name, p), g in zip(parameters.items(), found, strict=True)
-    }
-
-
-@contextlib.contextmanager
-def _requiring_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let exactly these parameters take part, whatever was set on them before."""
-    before = {name: p.requires_grad for name, p in parameters.items()}
-    for p in parameters.values():
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for name, p in parameters.items():
-            p.requires_grad_(before[name])
-
-
-@contextlib.contextmanager
-def installed(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Write `values` into the parameters that they name; put the old ones back, bit for bit, on leaving."""
-    before = {name: parameters[name].detach().clone() for name in values}
-    _write(parameters, values)
-    try:
-        yield
-    finally:
-        _write(parameters, before)
-
-
-@torch.no_grad()
-def _write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        parameters[name].copy_(value)
-
-
 def hessian_vector(
-    loss: Loss, parameters: Mapping[str, nn.Parameter], vector: Mapping[str, Tensor], mode: Mode
+    weights: Weights, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor], mode: Mode
 ) -> Vector:
-    """Return H v over `parameters`, H the Hessian of `loss` at the installed weights.
+    """Return H v over `names`, H the Hessian of `loss` at the installed weights.
 
-    `vector` names a subset of `parameters` (S_l); the product has all of them, so that S_l and S_u may differ.
+    `vector` names a subset of `names` (S_l); the product has all of them, so that S_l and S_u may differ.
     """
     if mode == "exact":
-        return _reverse_over_reverse(loss, parameters, vector)
-    if mode == "finite_difference":
-        return _central_difference(loss, parameters, vector)
-    return {name: torch.zeros_like(p) for name, p in parameters.items()}
+        return weights.curvature(loss, names, vector)
+    return _central_difference(weights, loss, names, vector)
 
 
-def _reverse_over_reverse(loss: Loss, parameters: Mapping[str, nn.Parameter], vector: Mapping[str, Tensor]) -> Vector:
-    with _requiring_grad(parameters), second_order():
-        lower = [parameters[name] for name in vector]
-        slopes = torch.autograd.grad(loss(), lower, create_graph=True, allow_unused=True)
-        pairs = [(g, v) for g, v in zip(slopes, vector.values(), strict=True) if g is not None and g.requires_grad]
-        if not pairs:  # the loss is linear in S_l
-            return {name: torch.zeros_like(p) for name, p in parameters.items()}
-        product = sum((g * v).sum() for g, v in pairs)
-        found = torch.autograd.grad(product, list(parameters.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if h is None else h.detach()
-        for (name, p), h in zip(parameters.items(), found, strict=True)
-    }
-
-
-def _central_difference(loss: Loss, parameters: Mapping[str, nn.Parameter], vector: Mapping[str, Tensor]) -> Vector:
-    length = _norm(vector.values())
+def _central_difference(weights: Weights, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
+    start = weights.read(list(vector))
+    length = weights.norm(vector)
     if length == 0:
-        return {name: torch.zeros_like(p) for name, p in parameters.items()}
-    is_double = all(p.dtype == torch.float64 for p in parameters.values())
-    relative = RELATIVE_STEP_FP64 if is_double else RELATIVE_STEP
-    step = relative * _norm(parameters[name].detach() for name in vector) / length
-    start = {name: parameters[name].detach().clone() for name in vector}
-    sides = []
+        return {name: torch.zeros_like(value) for name, value in weights.read(names).items()}
+    is_double = all(value.dtype == torch.float64 for value in start.values())
+    step = (RELATIVE_STEP_FP64 if is_double else RELATIVE_STEP) * weights.norm(start) / length
+    result: Vector = {}
     for sign in (1.0, -1.0):
-        with installed(parameters, {name: start[name] + sign * step * v for name, v in vector.items()}):
-            sides.append(gradient(loss, parameters))
-    return {name: (sides[0][name] - sides[1][name]) / (2 * step) for name in parameters}
-
-
-def _norm(tensors) -> float:
-    return float(torch.sqrt(sum(t.detach().double().square().sum() for t in tensors)))
+        weights.write({name: start[name] + sign * step * v for name, v in vector.items()})
+        try:
+            side = weights.gradient(loss, names)
+        finally:
+            weights.write(start)
+        for name, slope in side.items():
+            result[name] = result[name].sub_(slope).div_(2 * step) if name in result else slope
+    return result
 
 
 @dataclass
 class LookAhead:
     """K virtual SGD steps of a lower level, from the installed weights, and the way back through them."""
 
-    parameters: Mapping[str, nn.Parameter]  # S_l and S_u together
+    weights: Weights
+    names: Sequence[str]  # S_l and S_u together: what gradients are wanted for
     lower: Sequence[str]  # S_l
     losses: Sequence[Loss]  # L_0 .. L_{K-1}, one a step
     learning_rate: float  # alpha
-
-    def __post_init__(self) -> None:
-        self._before: list[Vector] = []  # S_l at the start of each step; nothing for the first: it is installed
+    end: Vector = field(default_factory=dict)  # theta_K on S_l, once `adapted` was called
+    _before: list[Vector] = field(default_factory=list)  # S_l at the start of each step; the first is installed
 
     def adapted(self) -> Vector:
         """Return theta_K on S_l. The model is left as it was."""
@@ -157,28 +87,39 @@ class LookAhead:
         current: Vector = {}
         for loss in self.losses:
             self._before.append(current)
-            with installed(self.parameters, current):
-                slope = gradient(loss, {name: self.parameters[name] for name in self.lower})
-            start = current or {name: self.parameters[name].detach() for name in self.lower}
+            with installed(self.weights, current):
+                slope = self.weights.gradient(loss, self.lower)
+            start = current or self.weights.read(self.lower)
             current = {name: start[name] - self.learning_rate * slope[name] for name in self.lower}
+        self.end = current
         return current
 
-    def pull_back(self, cotangent: Mapping[str, Tensor], mode: Mode) -> Vector:
-        """Return v_0 from v_K = `cotangent` (over all of `parameters`), after `adapted`."""
+    def pull_back(self, cotangent: Mapping[str, Tensor], mode: Mode, wanted: Sequence[str] | None = None) -> Vector:
+        """Return v_0 on `wanted` (default: all of `names`) from v_K = `cotangent`, after `adapted`.
+
+        `cotangent` covers S_l; where it does not name the others, it is zero there.
+        """
+        wanted = self.names if wanted is None else wanted
         current = dict(cotangent)
-        if mode == "first_order":
-            return current
-        for loss, before in zip(reversed(self.losses), reversed(self._before), strict=True):
-            with installed(self.parameters, before):
-                curved = hessian_vector(loss, self.parameters, {name: current[name] for name in self.lower}, mode)
-            current = {name: value - self.learning_rate * curved[name] for name, value in current.items()}
-        return current
+        if mode != "first_order":
+            for step in reversed(range(len(self.losses))):
+                inside = {name: current[name] for name in self.lower}
+                # before the first step only what is wanted matters; before the others, what H v is multiplied with too
+                reached = wanted if step == 0 else list(dict.fromkeys([*self.lower, *wanted]))
+                with installed(self.weights, self._before[step]):
+                    curved = hessian_vector(self.weights, self.losses[step], reached, inside, mode)
+                for name, value in curved.items():
+                    change = value.mul_(-self.learning_rate)
+                    current[name] = change.add_(current[name]) if name in current else change
+        zeros = self.weights.read([name for name in wanted if name not in current])
+        return {name: current[name] if name in current else zeros[name].zero_() for name in wanted}
 
 
 def hypergradient(look_ahead: LookAhead, upper: Loss, mode: Mode) -> Vector:
-    """Return d/dtheta U(theta_K(theta)) over the parameters of `look_ahead`; the model is left as it was."""
-    with installed(look_ahead.parameters, look_ahead.adapted()):
-        cotangent = gradient(upper, look_ahead.parameters)
+    """Return d/dtheta U(theta_K(theta)) over the names of `look_ahead`; the model is left as it was."""
+    weights = look_ahead.weights
+    with installed(weights, look_ahead.adapted()):
+        cotangent = weights.gradient(upper, look_ahead.names)
     return look_ahead.pull_back(cotangent, mode)
 
 
@@ -198,25 +139,34 @@ class Merging(Protocol):
         """Return the gradient with respect to the adapted weights of one branch."""
 
 
-def merged_hypergradient(branches: Sequence[LookAhead], merging: Merging, upper: Loss, mode: Mode) -> Vector:
+def merged(branches: Sequence[LookAhead], merging: Merging) -> Vector:
+    """Return Merge({theta'_n}) on S_l; one branch's weights are held at a time. The model is left as it was."""
+    result = merging.from_start(branches[0].weights.read(branches[0].lower))
+    for index, branch in enumerate(branches):
+        _add(result, merging.from_adapted(index, branch.adapted()))
+    return result
+
+
+def merged_hypergradient(
+    branches: Sequence[LookAhead], merging: Merging, upper: Loss, mode: Mode, wanted: Sequence[str] | None = None
+) -> Vector:
     """Return d/dtheta U(Merge({theta'_n(theta)})): N look-aheads from one start, merged (MIMA, Algorithm 1).
 
-    All branches have the same parameters and the same S_l. One branch's weights are held at a time. Parameters outside
-    S_l are in the merged model as they are in the start. The model is left as it was.
+    All branches have the same names and the same S_l. Weights outside S_l are in the merged model as they are in the
+    start. `wanted` names the part that is needed (S_u; default: all): with one lower step, nothing else is computed in
+    the way back. The model is left as it was.
     """
-    parameters, lower = branches[0].parameters, branches[0].lower
-    merged = merging.from_start({name: parameters[name].detach() for name in lower})
+    weights, names, lower = branches[0].weights, branches[0].names, set(branches[0].lower)
+    wanted = names if wanted is None else wanted
+    with installed(weights, merged(branches, merging)):
+        # every map from here is name by name, but for H v, which needs all of S_l
+        cotangent = weights.gradient(upper, wanted if mode == "first_order" else names)
+    inside = {name: cotangent.pop(name) for name in list(cotangent) if name in lower}
+    result = cotangent | merging.to_start(inside)
+    result = {name: result[name] for name in wanted}
     for index, branch in enumerate(branches):
-        _add(merged, merging.from_adapted(index, branch.adapted()))
-    with installed(parameters, merged):
-        cotangent = gradient(upper, parameters)
-    inside = {name: cotangent[name] for name in lower}
-    result = {name: value for name, value in cotangent.items() if name not in inside}
-    result |= merging.to_start(inside)
-    for index, branch in enumerate(branches):
-        own = {name: torch.zeros_like(p) for name, p in parameters.items()} | merging.to_adapted(index, inside)
-        _add(result, branch.pull_back(own, mode))
-    return {name: result[name] for name in parameters}
+        _add(result, branch.pull_back(merging.to_adapted(index, inside), mode, wanted))
+    return result
 
 
 def _add(total: Vector, part: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -65,6 +65,14 @@ class Draw:
     noise: Tensor  # same shape
     timesteps: Tensor  # [batch], uniform over the schedule
     embeddings: Tensor  # [batch, tokens, width]
+    chosen: Tensor  # [batch], which of the encoded images; on the CPU
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    def rows(self, start: int, stop: int) -> Draw:
+        """Return a part of the batch."""
+        return Draw(*(getattr(self, f)[start:stop] for f in ("latents", "noise", "timesteps", "embeddings", "chosen")))
 
 
 def draw(encoded: EncodedImages, batch_size: int, timesteps: int, *, seed: int, step: int, device) -> Draw:
@@ -99,6 +107,7 @@ def draw(encoded: EncodedImages, batch_size: int, timesteps: int, *, seed: int, 
         noise.to(device),
         steps.to(device),
         encoded.embeddings[chosen].to(device),
+        torch.tensor(indices),
     )
 
 
@@ -110,7 +119,7 @@ def denoising_losses(model: DiffusionModel, run: Run, scheduler, batch: Draw) ->
     """
     noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     with run.autocast():
-        prediction = model.unet(noisy, batch.timesteps, batch.embeddings, return_dict=False)[0]
+        prediction = model.denoise(noisy, batch.timesteps, batch.embeddings)
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         target = batch.noise
@@ -120,3 +129,55 @@ def denoising_losses(model: DiffusionModel, run: Run, scheduler, batch: Draw) ->
         raise ValueError(f"prediction type '{kind}' is not supported; epsilon and v_prediction are")
     run.ledger.forward_passes += batch.latents.shape[0]
     return (prediction.float() - target.float()).square().flatten(1).mean(1), noisy, prediction
+
+
+@dataclass
+class LossPart:
+    """One micro-batch of a denoising loss: called, it reads the installed weights."""
+
+    model: DiffusionModel
+    run: Run
+    scheduler: object
+    batch: Draw
+    weight: float  # of the sum of its examples' losses
+    embed: Callable[[Draw], Tensor] | None = None  # text embeddings with a graph, in place of the drawn
+    value: float = field(default=float("nan"))  # mean loss of its examples when it was last called
+
+    def __call__(self) -> Tensor:
+        """Return the weighted loss, with its graph."""
+        batch = self.batch
+        if self.embed is not None:
+            batch = Draw(batch.latents, batch.noise, batch.timesteps, self.embed(batch), batch.chosen)
+        losses, _, _ = denoising_losses(self.model, self.run, self.scheduler, batch)
+        self.value = losses.detach().mean()
+        return self.weight * losses.sum()
+
+
+def denoising_loss(
+    model: DiffusionModel,
+    run: Run,
+    scheduler,
+    batch: Draw,
+    *,
+    weight: float = 1.0,
+    embed: Callable[[Draw], Tensor] | None = None,
+) -> list[LossPart]:
+    """Return `weight` times the mean denoising loss of a global batch as the sum of this process's parts.
+
+    Each process takes its share of the batch, so that the mean over processes is the mean over the batch, whatever
+    their number. Raises ValueError when they do not divide it.
+    """
+    share, rest = divmod(len(batch), run.world.size)
+    if rest or not share:
+        raise ValueError(f"{run.world.size} processes do not divide a global batch of {len(batch)}")
+    first = run.world.rank * share
+    size = run.sharding.micro_batch_size or share
+    return [
+        LossPart(model, run, scheduler, batch.rows(start, min(start + size, first + share)), weight / share, embed)
+        for start in range(first, first + share, size)
+    ]
+
+
+def mean_value(parts: Sequence[LossPart]) -> float:
+    """Return the mean loss over the parts when they were last called, without their weights."""
+    return float(sum(part.value for part in parts) / len(parts))

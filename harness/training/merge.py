@@ -22,8 +22,9 @@ given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,8 +41,13 @@ class Merge:
     kept: tuple[tuple[int, ...], ...]  # for each concept, which of its rows are constrained
 
     @classmethod
-    def solve(cls, targets: Sequence[Tensor], regularization: Tensor, ridge: float = RIDGE) -> Merge:
+    def solve(
+        cls, targets: Sequence[Tensor], regularization: Tensor, ridge: float = RIDGE, constraint_ridge: float = 0.0
+    ) -> Merge:
         """Return the map for `targets` C_n [s_n, in] and `regularization` C_reg [R, in].
+
+        `ridge` is added to A and `constraint_ridge` to M = C A^-1 C^T, each times the matrix's mean eigenvalue. With
+        the latter the constraints hold only nearly, and P P = P no longer.
 
         Raises ValueError when there are no concepts, widths differ, values are not finite, or a concept has no row
         that earlier ones leave free.
@@ -55,7 +61,9 @@ class Merge:
         gram = reference.T @ reference
         scale = float(gram.diagonal().mean()) or 1.0
         gram = gram + ridge * scale * torch.eye(width, dtype=torch.float64, device=gram.device)
-        factor = torch.linalg.cholesky(gram)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise ValueError(f"{len(reference)} regularization words do not span {width} dimensions; give a ridge")
         rows = torch.cat([t.detach().double() for t in targets])
         # whitened: rows @ A^-1 @ rows.T is a plain product of these
         white = torch.linalg.solve_triangular(factor, rows.T, upper=False).T
@@ -66,7 +74,13 @@ class Merge:
         if not all(kept):
             raise ValueError(f"concept {kept.index(()) + 1} of {len(targets)} shares all its words with those before")
         # with B the kept rows, whitened: Q = (B B^T)^-1 B L^-1, A = L L^T
-        q = torch.linalg.solve_triangular(factor, torch.linalg.pinv(white[free].T), upper=False, left=False)
+        kept_rows = white[free]
+        inverse = torch.linalg.pinv(kept_rows.T)
+        if constraint_ridge:
+            gram = kept_rows @ kept_rows.T
+            gram.diagonal().add_(constraint_ridge * gram.diagonal().mean())
+            inverse = torch.linalg.solve(gram, kept_rows)
+        q = torch.linalg.solve_triangular(factor, inverse, upper=False, left=False)
         place = {row: index for index, row in enumerate(free)}
         projections = []
         for n, start in enumerate(starts):
@@ -81,23 +95,34 @@ class Merge:
             merged = merged + (own - weight) @ projection.to(weight)
         return merged
 
+    def to(self, device) -> Merge:
+        """Return the same map with its matrices on a device."""
+        return Merge(tuple(p.to(device) for p in self.projections), self.kept)
+
     def pull_back(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the gradients with respect to W and to each W_n, given that with respect to the merged weight."""
         adapted = [cotangent @ projection.to(cotangent).T for projection in self.projections]
         return cotangent - sum(adapted), adapted
 
 
+def _products(values: Mapping[str, Tensor], matrix: Tensor) -> dict[str, Tensor]:
+    return {name: value @ matrix.to(value) for name, value in values.items()}
+
+
 @dataclass(frozen=True)
 class LayerMerging:
-    """Merging of a whole model for `bilevel.merged_hypergradient`: `Merge` on the key and value projections that it is
-    given, the mean of the branches on all other weights.
+    """Merge of whole models: key and value projections by `Merge`, every other parameter by the mean over concepts.
 
+    The mean is what the released code does with gradients, and for SGD steps the same (papers' facts: the paper's own
+    rule was not found). A `bilevel.Merging`.
     `reference`: weights that Merge stays close to, instead of those at the start (MIMA's text leaves open which).
+    `multiply`: weight @ matrix for each weight, in whatever form weights are held (`Weights.multiply`).
     """
 
     merge: Merge
     projections: frozenset[str]  # names of key and value projections
     reference: Mapping[str, Tensor] | None = None
+    multiply: Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]] = _products
 
     @property
     def count(self) -> int:
@@ -106,35 +131,38 @@ class LayerMerging:
 
     def from_start(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return W (I - P) of each projection, zero for the others."""
-        result = {}
-        for name, weight in start.items():
-            if name in self.projections:
-                held = weight if self.reference is None else self.reference[name]
-                result[name] = held - held @ self._total(held)
-            else:
-                result[name] = torch.zeros_like(weight)
-        return result
+        held = {
+            n: w if self.reference is None else self.reference[n] for n, w in start.items() if n in self.projections
+        }
+        return self._rest(start, held, self._total)
 
     def from_adapted(self, index: int, adapted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return W_n P_n of each projection, W_n / N of the others."""
-        own = self.merge.projections[index]
-        return {n: w @ own.to(w) if n in self.projections else w / self.count for n, w in adapted.items()}
+        return self._weighed(adapted, self.merge.projections[index])
 
     def to_start(self, cotangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return G (I - P)^T of each projection (zero when it stays close to a reference), zero for the others."""
-        result = {}
-        for name, slope in cotangent.items():
-            is_free = name in self.projections and self.reference is None
-            result[name] = slope - slope @ self._total(slope).T if is_free else torch.zeros_like(slope)
-        return result
+        is_free = self.reference is None
+        return self._rest(
+            cotangent, {n: g for n, g in cotangent.items() if is_free and n in self.projections}, self._total.T
+        )
 
     def to_adapted(self, index: int, cotangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return G P_n^T of each projection, G / N of the others."""
-        own = self.merge.projections[index]
-        return {n: g @ own.to(g).T if n in self.projections else g / self.count for n, g in cotangent.items()}
+        return self._weighed(cotangent, self.merge.projections[index].T)
 
-    def _total(self, like: Tensor) -> Tensor:
-        return sum(self.merge.projections).to(like)
+    def _rest(self, like: Mapping[str, Tensor], held: Mapping[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+        """Return held (I - total) where something is held, else zero."""
+        taken = self.multiply(held, total)
+        return {n: held[n] - taken[n] if n in held else torch.zeros_like(value) for n, value in like.items()}
+
+    def _weighed(self, values: Mapping[str, Tensor], own: Tensor) -> dict[str, Tensor]:
+        products = self.multiply({n: v for n, v in values.items() if n in self.projections}, own)
+        return {n: products[n] if n in products else value / self.count for n, value in values.items()}
+
+    @cached_property
+    def _total(self) -> Tensor:
+        return sum(self.merge.projections)
 
 
 def _independent(rows: Tensor) -> list[int]:

@@ -9,6 +9,7 @@ from torch import nn
 from harness.training import bilevel
 from harness.training.bilevel import LookAhead, hypergradient
 from harness.training.merge import LayerMerging, Merge
+from harness.training.weights import Level, LocalWeights
 
 
 def _toy() -> tuple[dict[str, nn.Parameter], list[torch.Tensor]]:
@@ -22,6 +23,10 @@ def _toy() -> tuple[dict[str, nn.Parameter], list[torch.Tensor]]:
     return weights, [draw(7, 4) for _ in range(4)]
 
 
+def _local(weights) -> LocalWeights:
+    return LocalWeights(weights, {})
+
+
 def _loss(weights, batch):
     said = torch.tanh(batch @ weights["first"].T) @ weights["second"].T + weights["bias"]
     return (said.square().mean(1) + said.sum(1).sin()).mean()
@@ -33,8 +38,9 @@ def test_exact_equals_autograd_through_the_steps(lower, steps):
     """Differentiating the unrolled steps by one call of autograd gives the same to 1e-10, for every S_l."""
     weights, batches = _toy()
     before = {name: p.detach().clone() for name, p in weights.items()}
-    losses = [lambda b=b: _loss(weights, b) for b in batches[:steps]]
-    ours = hypergradient(LookAhead(weights, lower, losses, 0.1), lambda: _loss(weights, batches[3]), "exact")
+    losses = [[lambda b=b: _loss(weights, b)] for b in batches[:steps]]
+    ahead = LookAhead(_local(weights), list(weights), lower, losses, 0.1)
+    ours = hypergradient(ahead, [lambda: _loss(weights, batches[3])], "exact")
 
     moved = dict(weights)
     for batch in batches[:steps]:
@@ -51,8 +57,8 @@ def test_modes_of_a_linear_lower_loss_agree():
     """Without curvature the first order is all there is."""
     weights, batches = _toy()
     loss = lambda: weights["first"].sum() + weights["bias"].sum()  # noqa: E731
-    ahead = LookAhead(weights, ("first", "bias"), [loss], 0.1)
-    found = [hypergradient(ahead, lambda: _loss(weights, batches[0]), mode) for mode in bilevel.Mode.__args__]
+    ahead = LookAhead(_local(weights), list(weights), ("first", "bias"), [[loss]], 0.1)
+    found = [hypergradient(ahead, [lambda: _loss(weights, batches[0])], mode) for mode in bilevel.Mode.__args__]
 
     for other in found[1:]:
         assert all(torch.allclose(found[0][n], other[n], atol=1e-8) for n in weights)
@@ -68,10 +74,13 @@ def test_merged_hypergradient_equals_autograd_through_merge(lower, steps, is_hel
     merge = Merge.solve(words, torch.cat(batches))
     reference = {"first": weights["first"].detach() + 0.1} if is_held else None
     data = [[batches[n] + 0.1 * k for k in range(steps)] for n in range(2)]
-    branches = [LookAhead(weights, lower, [lambda b=b: _loss(weights, b) for b in mine], 0.1) for mine in data]
+    local = _local(weights)
+    branches = [
+        LookAhead(local, list(weights), lower, [[lambda b=b: _loss(weights, b)] for b in mine], 0.1) for mine in data
+    ]
     merging = LayerMerging(merge, frozenset({"first"}), reference)
     found = {
-        mode: bilevel.merged_hypergradient(branches, merging, lambda: _loss(weights, batches[3]), mode)
+        mode: bilevel.merged_hypergradient(branches, merging, [lambda: _loss(weights, batches[3])], mode)
         for mode in bilevel.Mode.__args__
     }
 
@@ -123,9 +132,9 @@ def test_modes_agree_on_a_unet(model, make_run, purse_files, checkpointing):
             said = unet(noisy, drawn.timesteps, drawn.embeddings.double()).sample
             return (said - drawn.noise.double()).square().mean()
 
-        ahead = LookAhead(parameters, lower, [lambda: loss(0)], 1.0)
+        ahead = LookAhead(LocalWeights(parameters, {}), names, lower, [[lambda: loss(0)]], 1.0)
         exact, difference, first = (
-            _flat(hypergradient(ahead, lambda: loss(1), mode)) for mode in bilevel.Mode.__args__
+            _flat(hypergradient(ahead, [lambda: loss(1)], mode)) for mode in bilevel.Mode.__args__
         )
     finally:
         unet.disable_gradient_checkpointing()

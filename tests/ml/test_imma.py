@@ -9,6 +9,7 @@ import torch
 
 from defenses.base import ProtectedConcept
 from defenses.imma import Imma, Parameters, _levels
+from harness.seeds import mix
 from harness.training import diffusion
 from harness.training.selection import select
 
@@ -31,7 +32,7 @@ def _protect(model, run, files, **changes):
 )
 def test_levels_alternate_as_the_profile_says(profile, rounds, images, expected):
     """Worked by hand for batches of one."""
-    assert "".join(level[0] for level in _levels(profile, rounds, images, 1)) == expected
+    assert "".join(level[0] for level in _levels(Parameters(profile=profile, rounds=rounds), images)) == expected
 
 
 def test_only_attention_projections_change(model, make_run, purse_files):
@@ -140,15 +141,13 @@ def test_weights_equal_a_loop_written_without_peft(model, make_run, purse_files,
     with lora.injected(model, rank=4, alpha=4, target_modules=targets, seed=run.seed_for("adapter")) as adapter:
         factors = {n.replace(".default", ""): p.detach().clone().requires_grad_() for n, p in adapter.items()}
     upper = {
-        n.removeprefix("unet."): p.detach().clone().requires_grad_()
-        for n, p in model.parameters().items()
-        if n in ours
+        n.removeprefix("unet."): p.detach().clone().requires_grad_() for n, p in model.parameters().items() if n in ours
     }
     lower_optimizer = torch.optim.AdamW(factors.values(), lr=1e-2, weight_decay=1e-2)
     upper_optimizer = torch.optim.AdamW(upper.values(), lr=1e-3, weight_decay=1e-2)
     scheduler = model.noise_scheduler()
     for step, level in enumerate("lulululu"):  # four images in batches of two: an even number of batches an epoch
-        batch = diffusion.draw(encoded, 2, 1000, seed=run.seed_for("noise"), step=step, device="cpu")
+        batch = diffusion.draw(encoded, 2, 1000, seed=mix(run.seed_for("noise"), "instance"), step=step, device="cpu")
         weights = {}
         for name, weight in upper.items():
             module = name.removesuffix(".weight")

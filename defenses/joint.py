@@ -1,0 +1,32 @@
+"""Joint: IMMA on the union of the concepts, a baseline for several concepts at once.
+
+One lower level adapts to the images of all concepts taken together, and the upper level ascends the loss on them:
+IMMA (`defenses/imma.py`) with X' = union of X'_n. MIMA's paper (AAAI 2025) compares with a baseline that it calls JT;
+what exactly that is could not be read, so this one has a name of its own.
+"""
+
+from __future__ import annotations
+
+from defenses.imma import Imma, ImmaBase, immunize
+from harness.protection import Protection
+from harness.registry import register
+
+
+@register("defense")
+class Joint(ImmaBase):
+    """IMMA on the union of the protected concepts; batches mix their images."""
+
+    name = "joint"
+    version = 1
+    presets = Imma.presets
+
+    @classmethod
+    def check_targets(cls, parameters, targets) -> list[tuple[str, str]]:
+        """A new word stands for one concept."""
+        if parameters.lower == "textual_inversion" and targets > 1:
+            return [("lower", "textual_inversion teaches one word; joint trains on several concepts at once")]
+        return []
+
+    def protect(self, model, targets, preserved, run) -> Protection:
+        """Return the immunized attention weights."""
+        return Protection(tensors=immunize(model, targets, self.parameters, run))

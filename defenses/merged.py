@@ -1,0 +1,84 @@
+"""Merged: IMMA for each concept by itself, then one model by Merge; a baseline for several concepts at once.
+
+Each concept's run of IMMA (`defenses/imma.py`) starts from the same weights. Of the results, key and value projections
+of cross-attention are merged by MIMA's constrained least squares (`harness/training/merge.py`), so that each concept's
+words meet that concept's immunized projections; every other weight is the mean over concepts, by which each concept's
+change is divided by their number. MIMA's paper (AAAI 2025) compares with a baseline that it calls CM; what exactly that
+is could not be read (the released code holds an offline merge of per-concept checkpoints that suggests this), so this
+one has a name of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from defenses import imma
+from defenses.imma import Imma, ImmaBase
+from harness.protection import Protection
+from harness.registry import register
+
+
+@dataclass(frozen=True)
+class Parameters(imma.Parameters):
+    """IMMA's, and Merge's."""
+
+    regularization_captions: Annotated[str, Field(min_length=1, max_length=4000)] = "captions"
+    """C_reg: the name of a caption list that ships with the suites, or the path of a file with one caption a line."""
+    ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    """Added to C_reg^T C_reg, times its mean eigenvalue."""
+
+
+@register("defense")
+class Merged(ImmaBase):
+    """IMMA on each protected concept by itself, then merged in closed form."""
+
+    name = "merged"
+    version = 1
+    Parameters = Parameters
+    presets = {"testbed": {**Imma.presets["testbed"], "regularization_captions": "captions_testbed"}}
+
+    @classmethod
+    def files(cls, parameters) -> dict[str, Path]:
+        """The caption list."""
+        from harness.captions import path
+
+        return {"regularization_captions": path(parameters.regularization_captions)}
+
+    @classmethod
+    def unet_passes(cls, parameters, targets) -> float:
+        """IMMA's, for each concept."""
+        return targets * super().unet_passes(parameters, 1)
+
+    def protect(self, model, targets, preserved, run) -> Protection:
+        """Return the merged attention weights."""
+        import torch
+
+        from harness import captions
+        from harness.training import words
+        from harness.training.merge import LayerMerging, Merge
+        from harness.training.selection import select
+
+        p = self.parameters
+        names = select(model.parameters(), p.upper_parameters)
+        parameters = model.change(names)
+        start = {name: parameters[name].detach().clone() for name in names}
+        projections = frozenset(select(names, "cross_attention_kv")) if len(targets) > 1 else frozenset()
+        merge = Merge.solve(
+            [words.of(model, target.captions) for target in targets],
+            words.of(model, captions.read(p.regularization_captions)),
+            p.ridge,
+        )
+        merging = LayerMerging(merge, projections)
+        total = merging.from_start(start)
+        for index, target in enumerate(targets):
+            adapted = imma.immunize(model, [target], p, run.part(f"concept{index}"))
+            for name, value in merging.from_adapted(index, adapted).items():
+                total[name] += value
+            with torch.no_grad():
+                for name, value in start.items():
+                    parameters[name].copy_(value)
+        return Protection(tensors=total)

@@ -1,0 +1,343 @@
+"""MIMA: immunize a model against adaptation to several concepts at once.
+
+Zheng & Yeh, "Multi-concept Model Immunization through Differentiable Model Merging", AAAI 2025 (arXiv 2412.15320).
+Algorithm 1, for k = 1 .. K:
+
+    theta'_n = theta - alpha * grad L(x^l_n, c_n; theta)  on S^l, for every concept n, all from the same theta
+    theta'   = Merge({theta'_n})
+    theta   <- theta + beta * grad_theta  sum_n L(x^u_n, c_n; theta')  on S^u
+
+Merge takes key and value projections of cross-attention together by constrained least squares on the concepts' words
+(`harness/training/merge.py`), and every other weight by its mean. The lower step is virtual: the next round starts
+again from theta. AdamW ascends the upper level; the mean over concepts stands for the sum, as in the released code
+(AdamW does not see the difference, clipping would).
+
+Profiles give the settings below their values where these are left open (None).
+    paper     Algorithm 1: the lower step is undone (`lower_persist` false), the gradient goes through Merge and through
+              the lower step (`grad_through_merge`, `hypergradient` finite_difference), no prior terms, no clipping.
+    released  what train.py does: lower and upper steps in turn on batches of their own; merged weights stay, all other
+              lower weights take AdamW steps down the mean gradient; no gradient through Merge or the lower step; prior
+              preservation on both levels with weight 1; the upper gradient clipped to norm 1. What is outside S^u
+              drifts in training and is not released.
+              `concept_key: class` also reproduces its key: batches are keyed by the class prompt, so that of concepts
+              that share a class only the last one listed is trained, and its words in Merge are the class prompt's.
+
+Not known of the paper, and therefore settings: whether Hessian terms are kept, whether Merge stays close to the current
+weights or to the released ones (`merge_base`), S^l and S^u for each attack, rates, clipping, how weights outside K/V
+merge.
+
+Differences from the released code in either profile: a concept is keyed by its instance prompts unless asked
+otherwise, and Merge's words are those of all of them (there: the class word in two templates, with leading tokens cut);
+C_reg is a fixed list that ships (there: 200 captions drawn anew from a hub data set at every merge, `regularization:
+resample`), so Merge is factored once and not 32 times a step; it has a ridge and a rule for dependent words; losses are
+those of encoded images, with gradients for the weights that a level trains alone; no random rescaling of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from defenses.base import Defense, ProtectedConcept
+from harness.protection import Protection, ThreatModel
+from harness.registry import register
+from harness.sharding_rules import global_batch, hypergradient_mode
+
+if TYPE_CHECKING:
+    from harness.models import DiffusionModel
+    from harness.run import Run
+
+Rate = Annotated[float, Field(gt=0, le=1000)]
+Weight = Annotated[float, Field(ge=0, le=100)]
+LowerSet = Literal["unet", "attention", "cross_attention", "cross_attention_kv"]
+
+_PROFILES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "lower_persist": False,
+        "hypergradient": "finite_difference",
+        "grad_through_merge": True,
+        "prior_on_lower": 0.0,
+        "prior_on_upper": 0.0,
+        "clip_norm": None,
+    },
+    "released": {
+        "lower_persist": True,
+        "hypergradient": "first_order",
+        "grad_through_merge": False,
+        "prior_on_lower": 1.0,
+        "prior_on_upper": 1.0,
+        "clip_norm": 1.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Defaults: the released scripts'; what the paper states of them could not be read. None: as the profile says."""
+
+    profile: Literal["paper", "released"] = "paper"
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    """K, upper updates; the released run takes 1000 iterations, half of them upper."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Images of each concept in a step; global: over all processes."""
+    lower_steps: Annotated[int, Field(ge=1, le=100)] = 1
+    """Virtual steps of each look-ahead, or lower iterations before each upper one."""
+    lower_learning_rate: Rate = 1e-5
+    """alpha; 5e-6 in the released scripts, which double it with prior preservation."""
+    upper_learning_rate: Rate = 3e-5
+    """beta; the released scripts' for re-learning; 2e-5 for personalization."""
+    lower_parameters: LowerSet = "unet"
+    """S^l"""
+    upper_parameters: LowerSet = "cross_attention"
+    """S^u"""
+    lower_persist: bool | None = None
+    """Lower steps stay (released) instead of being looked ahead to (Algorithm 1)."""
+    hypergradient: Literal["first_order", "exact", "finite_difference"] | None = None
+    grad_through_merge: bool | None = None
+    """false: merged weights are taken for the weights themselves, and no more is differentiated."""
+    merge_base: Literal["current", "pretrained"] = "current"
+    """What Merge stays close to: the weights of the round, or those that immunization began from."""
+    prior_on_lower: Weight | None = None
+    """Weight of the loss on class images at the lower level."""
+    prior_on_upper: Weight | None = None
+    """Weight of the loss on class images at the upper level, where it is descended."""
+    prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
+    """Class images for each concept, where they are weighed."""
+    concept_key: Literal["instance", "class"] = "instance"
+    regularization_captions: Annotated[str, Field(min_length=1, max_length=4000)] = "captions"
+    """C_reg: the name of a caption list that ships with the suites, or the path of a file with one caption a line."""
+    regularization_count: Annotated[int, Field(ge=1, le=100_000)] = 200
+    """How many of them."""
+    regularization: Literal["fixed", "resample"] = "fixed"
+    """resample: drawn anew at every merge, as in the released code."""
+    ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    """Added to A = C_reg^T C_reg, times its mean eigenvalue; none in the released code."""
+    constraint_ridge: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Added to M = C A^-1 C^T likewise; with it the constraints hold only nearly."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Of the upper gradient. None: the profile's."""
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together."""
+        if self.of("lower_persist") and (self.of("hypergradient") != "first_order" or self.of("grad_through_merge")):
+            raise ValueError(
+                "lower steps that persist are not differentiated: set lower_persist: false, or hypergradient: "
+                "first_order and grad_through_merge: false"
+            )
+        if not self.of("grad_through_merge") and self.of("hypergradient") != "first_order":
+            raise ValueError(
+                f"hypergradient '{self.of('hypergradient')}' goes through Merge: set grad_through_merge: true, or "
+                "hypergradient: first_order"
+            )
+
+    def of(self, name: str) -> Any:
+        """Return a setting that the profile decides unless it is given."""
+        given = getattr(self, name)
+        return _PROFILES[self.profile][name] if given is None else given
+
+    @property
+    def weighs_prior(self) -> bool:
+        """Whether any level weighs class images."""
+        return bool(self.of("prior_on_lower") or self.of("prior_on_upper"))
+
+
+@register("defense")
+class Mima(Defense):
+    """MIMA: ascent of the loss after per-concept look-aheads, merged in closed form."""
+
+    name = "mima"
+    version = 1
+    threat_model = ThreatModel(changes=("unet.cross_attention",), may_restore=("unet",))
+    uses = frozenset({"targets", "images", "seed"})
+    can_shard = True
+    Parameters = Parameters
+
+    @classmethod
+    def files(cls, parameters) -> dict[str, Path]:
+        """The caption list."""
+        from harness.captions import path
+
+        return {"regularization_captions": path(parameters.regularization_captions)}
+
+    @classmethod
+    def prior_images(cls, parameters) -> int:
+        """Class images for each target, where they are weighed; one, for the class prompt, where it is the key."""
+        return parameters.prior_images if parameters.weighs_prior else int(parameters.concept_key == "class")
+
+    @classmethod
+    def unet_passes(cls, parameters, targets) -> float:
+        """A gradient for each concept on each level, and two more (or a double backward) through each lower step."""
+        p = parameters
+        lower = p.lower_steps * (2 if p.of("prior_on_lower") else 1)
+        again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.of("hypergradient")]
+        upper = 2 if p.of("prior_on_upper") else 1
+        return p.rounds * p.batch_size * targets * (lower * (1 + again) + upper) * 3.0
+
+    @classmethod
+    def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
+        """Refuse what several processes cannot do."""
+        found = list(global_batch(parameters, sharding))
+        mode = hypergradient_mode(parameters.of("hypergradient"), sharding)
+        return found + ([mode] if mode else [])
+
+    def protect(self, model, targets, preserved, run) -> Protection:
+        """Return the immunized weights of S^u."""
+        return _Immunization(self.parameters, model, targets, run).run()
+
+
+class _Immunization:
+    """One run of MIMA."""
+
+    def __init__(self, p: Parameters, model: DiffusionModel, targets: Sequence[ProtectedConcept], run: Run):
+        from harness.training import sharding
+        from harness.training.concept_loss import ConceptLoss
+        from harness.training.selection import select
+        from harness.training.weights import Level
+
+        self.p, self.model, self.surroundings = p, model, run
+        if p.concept_key == "class":  # the released code's dictionary: a later concept of the class takes the place
+            targets = list({target.prior_captions[0]: target for target in targets}.values())
+        names = model.parameters()
+        self.lower = select(names, p.lower_parameters)
+        self.upper = select(names, p.upper_parameters)
+        self.names = list(dict.fromkeys([*self.lower, *self.upper]))
+        self.projections = frozenset(select(self.lower, "cross_attention_kv"))
+        self.others = [name for name in self.lower if name not in self.projections]
+        self.words = [t.prior_captions if p.concept_key == "class" else t.captions for t in targets]
+        self.losses = [
+            ConceptLoss(
+                model,
+                run,
+                target.images,
+                target.captions,
+                batch_size=p.batch_size,
+                flip=p.flip,
+                seed=run.seed_for("noise", index),
+                prior_images=target.prior_images if p.weighs_prior else (),
+                prior_captions=target.prior_captions if p.weighs_prior else (),
+            )
+            for index, target in enumerate(targets)
+        ]
+        levels = {"upper": Level(tuple(self.upper), p.upper_learning_rate, p.weight_decay, p.of("clip_norm"))}
+        # all of S^l is declared to the engine; key and value projections take no AdamW step
+        levels["lower"] = Level(tuple(self.others), p.lower_learning_rate, p.weight_decay)
+        levels["merged"] = Level(tuple(sorted(self.projections)), p.lower_learning_rate)
+        levels = {name: level for name, level in levels.items() if level.names}
+        self.weights = sharding.spread(model, model.change(self.names), levels, run)
+        base = self.weights.read(sorted(self.projections)) if p.merge_base == "pretrained" else None
+        self.reference = base
+        self._targets = [self._encoded(texts) for texts in self.words]
+        self._merging = None
+
+    def run(self) -> Protection:
+        """Train and return the weights of S^u."""
+        from harness.training.loop import train
+
+        p = self.p
+        if p.of("lower_persist"):
+            train(self.surroundings, self.weights, p.rounds * (p.lower_steps + 1), self._alternating, "MIMA")
+        else:
+            train(self.surroundings, self.weights, p.rounds, self._looking_ahead, "MIMA")
+        return Protection(tensors=self.weights.whole(self.upper))
+
+    # -- Algorithm 1 -------------------------------------------------------------------------------------
+
+    def _looking_ahead(self, step: int) -> dict[str, float]:
+        """One round: look ahead for each concept, merge, and ascend the loss there."""
+        from harness.training import bilevel
+        from harness.training.weights import installed
+
+        p = self.p
+        first = step * (p.lower_steps + 1)
+        branches = [
+            bilevel.LookAhead(
+                self.weights,
+                self.names,
+                self.lower,
+                [self._lower_loss(index, first + k) for k in range(p.lower_steps)],
+                p.lower_learning_rate,
+            )
+            for index in range(len(self.losses))
+        ]
+        upper = self._upper_loss(first + p.lower_steps)
+        merging = self.merging(first)
+        if p.of("grad_through_merge"):
+            slope = bilevel.merged_hypergradient(branches, merging, upper, p.of("hypergradient"), wanted=self.upper)
+        else:
+            with installed(self.weights, bilevel.merged(branches, merging)):
+                slope = self.weights.gradient(upper, self.upper)
+        self.weights.step("upper", slope)
+        return {"lower_loss": _mean(branch.losses[0] for branch in branches), "upper_loss": _mean([upper])}
+
+    # -- the released loop -------------------------------------------------------------------------------
+
+    def _alternating(self, step: int) -> dict[str, float]:
+        """One iteration: the lower level of all concepts, merged for good, or the upper level."""
+        p = self.p
+        if step % (p.lower_steps + 1) == p.lower_steps:
+            upper = self._upper_loss(step)
+            self.weights.step("upper", self.weights.gradient(upper, self.upper))
+            return {"upper_loss": _mean([upper])}
+        merging = self.merging(step)
+        losses = [self._lower_loss(index, step) for index in range(len(self.losses))]
+        start = self.weights.read(sorted(self.projections))
+        merged = merging.from_start(start)
+        mean = {}
+        for index, loss in enumerate(losses):
+            slope = self.weights.gradient(loss, self.lower)
+            adapted = {name: start[name] - p.lower_learning_rate * slope[name] for name in start}
+            for name, value in merging.from_adapted(index, adapted).items():
+                merged[name] += value
+            for name in self.others:
+                mean[name] = mean.get(name, 0.0) + slope[name] / len(losses)
+        if self.others:
+            self.weights.step("lower", mean)
+        self.weights.settle(merged)
+        return {"lower_loss": _mean(losses)}
+
+    # -- losses and Merge --------------------------------------------------------------------------------
+
+    def _lower_loss(self, index: int, step: int):
+        return self.losses[index].at(step, 1.0, self.p.of("prior_on_lower"))
+
+    def _upper_loss(self, step: int):
+        """Return -mean_n L(x^u_n) + prior: what the upper level descends."""
+        count, prior = len(self.losses), self.p.of("prior_on_upper")
+        return [part for loss in self.losses for part in loss.at(step, -1 / count, prior / count)]
+
+    def merging(self, step: int):
+        """Return how the concepts' weights become one at a step: the same for all, unless C_reg is drawn anew."""
+        from harness import captions
+        from harness.training.merge import LayerMerging, Merge
+
+        p = self.p
+        if self._merging is not None:
+            return self._merging
+        is_drawn = p.regularization == "resample"
+        drawn = self.surroundings.seed_for("captions", step) if is_drawn else None
+        texts = captions.read(p.regularization_captions, p.regularization_count, drawn)
+        merge = Merge.solve(self._targets, self._encoded(texts), p.ridge, p.constraint_ridge)
+        merge = merge.to(self.model.device)
+        merging = LayerMerging(merge, self.projections, self.reference, self.weights.multiply)
+        self._merging = None if is_drawn else merging
+        return merging
+
+    def _encoded(self, texts):
+        """Return the words of texts, for a solve in fp64 on the CPU."""
+        from harness.training import words
+
+        return words.of(self.model, texts).cpu()
+
+
+def _mean(losses) -> float:
+    """Return the mean of the losses' values, class images included, without signs and weights."""
+    from harness.training.diffusion import mean_value
+
+    values = [mean_value(loss) for loss in losses]
+    return sum(values) / len(values)

@@ -1,0 +1,353 @@
+"""Weights spread over processes by DeepSpeed ZeRO, behind the interface of `harness.training.weights`.
+
+Stage 0 holds everything everywhere and averages gradients; 1 partitions optimizer states; 2 gradients too; 3 weights
+too. With offload, optimizer states (and under ZeRO 3 the weights at rest) lie in main memory. The engine gathers
+weights, reduces gradients and steps the optimizer; what is ours is to evaluate it away from the weights that it owns
+(a look-ahead, a perturbation) and to hand it a gradient that no single backward pass has: the hypergradient.
+
+Vectors are whole tensors under stages 0 to 2, and flat pieces of this rank under stage 3, padded with zeros.
+
+What DeepSpeed 0.19 does by default and must not do here: clip gradients to norm 1 (`gradient_clipping`), and keep
+weights below 100,000 elements gathered (`stage3_param_persistence_threshold`), so that writing their pieces has no
+effect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness.models import DiffusionModel
+from harness.run import Run, Sharding, World
+from harness.training.weights import (
+    Level,
+    LevelAdamW,
+    LocalWeights,
+    Loss,
+    Vector,
+    Weights,
+    differentiate_twice,
+    grouped,
+    squared_norm,
+)
+
+
+def spread(
+    model: DiffusionModel, parameters: Mapping[str, nn.Parameter], levels: Mapping[str, Level], run: Run
+) -> Weights:
+    """Return the weights that the levels train, spread as the run says; the model's UNet is used through them.
+
+    `parameters` must be the UNet's where anything is spread. Raises ValueError otherwise.
+    """
+    if run.sharding.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if not run.sharding.needs_deepspeed:
+        return LocalWeights(parameters, levels, run)
+    return ZeroWeights(model, parameters, levels, run)
+
+
+def configuration(sharding: Sharding) -> dict[str, Any]:
+    """Return the DeepSpeed configuration."""
+    zero: dict[str, Any] = {
+        "stage": sharding.zero_stage,
+        "stage3_param_persistence_threshold": 0,
+        "overlap_comm": False,
+    }
+    if sharding.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if sharding.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # ours is counted in the losses
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+
+
+class ZeroWeights:
+    """Weights of a UNet that a DeepSpeed engine owns; one object in each process."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        parameters: Mapping[str, nn.Parameter],
+        levels: Mapping[str, Level],
+        run: Run,
+    ):
+        import deepspeed
+
+        own = {id(p) for p in model.unet.parameters()}
+        outside = [name for name, p in parameters.items() if id(p) not in own]
+        if outside:
+            raise ValueError(f"'{outside[0]}' is not of the UNet; only its weights can be spread over processes")
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.levels = dict(levels)
+        self.stage = run.sharding.zero_stage
+        self._run = run
+        groups = grouped(levels)
+        self.parameters = {name: parameters[name] for _, names in groups for name in names}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self._shapes = {name: p.shape for name, p in self.parameters.items()}
+        self._optimizer = LevelAdamW(
+            [{"params": [self.parameters[n] for n in names], "levels": users} for users, names in groups], levels
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=model.unet, optimizer=self._optimizer, config=configuration(run.sharding), dist_init_required=False
+        )
+        model.engine = self.engine
+
+    # -- reading and writing -----------------------------------------------------------------------------
+
+    def read(self, names: Sequence[str]) -> Vector:
+        """Return copies of the weights, whole or this rank's pieces."""
+        return {name: self._clean(name, self._held(name).detach().clone()) for name in names}
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Put values in place, until the optimizer's next step puts its own."""
+        for name, value in values.items():
+            self._held(name).copy_(value)
+
+    def settle(self, values: Mapping[str, Tensor]) -> None:
+        """Put values in place and into the optimizer's master copy."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        self.write(values)
+        for name, value in values.items():
+            if self.stage == 3:
+                safe_set_local_fp32_param(self.parameters[name], value)
+            elif self.stage > 0:
+                safe_set_full_fp32_param(self.parameters[name], value)
+
+    def whole(self, names: Sequence[str]) -> Vector:
+        """Return whole weights, gathered where they are partitioned."""
+        return self._gathered(self.read(names))
+
+    def _held(self, name: str) -> Tensor:
+        """Return the tensor that this process holds of a weight."""
+        parameter = self.parameters[name]
+        if self.stage < 3:
+            return parameter.data
+        if parameter.numel() != 0:  # a write to its piece would be ignored
+            raise RuntimeError(f"ZeRO 3 left '{name}' gathered outside a pass")
+        return parameter.ds_tensor.data
+
+    def _clean(self, name: str, piece: Tensor) -> Tensor:
+        """Zero the padding of a piece, which DeepSpeed leaves as it was."""
+        if self.stage == 3:
+            valid = self._shapes[name].numel() - self._run.world.rank * piece.numel()
+            piece[max(0, valid) :] = 0
+        return piece
+
+    def _gathered(self, pieces: Mapping[str, Tensor]) -> Vector:
+        """Return whole tensors from the pieces of all processes, in one exchange."""
+        if self.stage < 3 or not pieces:
+            return dict(pieces)
+        own = torch.cat(list(pieces.values()))
+        everyone = [torch.empty_like(own) for _ in range(self._run.world.size)]
+        dist.all_gather(everyone, own)
+        lengths = [piece.numel() for piece in pieces.values()]
+        by_rank = [flat.split(lengths) for flat in everyone]
+        whole = {}
+        for index, name in enumerate(pieces):
+            shape = self._shapes[name]
+            whole[name] = torch.cat([flat[index] for flat in by_rank])[: shape.numel()].reshape(shape)
+        return whole
+
+    def _piece(self, name: str, whole: Tensor) -> Tensor:
+        if self.stage < 3:
+            return whole
+        length = self.parameters[name].ds_tensor.numel()
+        padded = torch.zeros(length * self._run.world.size, dtype=whole.dtype, device=whole.device)
+        padded[: whole.numel()] = whole.flatten()
+        return padded[self._run.world.rank * length :][:length].clone()
+
+    # -- derivatives -------------------------------------------------------------------------------------
+
+    def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
+        """Return the gradient of the loss, averaged over processes; a collective call."""
+        before = self._run.ledger.forward_passes
+        self._forget_gradients()
+        for index, part in enumerate(loss):
+            self.engine.set_gradient_accumulation_boundary(index == len(loss) - 1)
+            self.engine.backward(part())
+        self._run.ledger.backward_passes += self._run.ledger.forward_passes - before
+        return self._slopes(names)
+
+    def _forget_gradients(self) -> None:
+        self.engine.zero_grad()
+        optimizer = self.engine.optimizer
+        if self.stage > 0:
+            optimizer.zero_grad()
+        if self.stage in (1, 2):
+            optimizer.micro_step_id = -1
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+
+    def _slopes(self, names: Sequence[str]) -> Vector:
+        """Return the reduced gradients of weights in the form in which this process holds them."""
+        chosen = {name: self.parameters[name] for name in names}
+        if self.stage == 0:
+            return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in chosen.items()}
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_grad
+
+            return {n: self._clean(n, safe_get_local_grad(p).detach().clone()) for n, p in chosen.items()}
+        # as DeepSpeed's safe_get_full_grad for each, in one exchange instead of one a weight
+        first = next(iter(chosen.values()))
+        flat = torch.zeros(sum(p.numel() for p in chosen.values()), dtype=torch.float32, device=first.device)
+        for parameter, part in zip(chosen.values(), flat.split([p.numel() for p in chosen.values()]), strict=True):
+            if parameter._hp_mapping is not None:
+                fragment = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+                where = parameter._hp_mapping.lp_fragment_address
+                part.narrow(0, where.start, where.numel).copy_(fragment)
+        dist.all_reduce(flat)
+        parts = flat.split([p.numel() for p in chosen.values()])
+        return {name: part.reshape(self._shapes[name]).clone() for name, part in zip(chosen, parts, strict=True)}
+
+    def curvature(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
+        """Return H v by differentiating twice in each process and averaging: H of the mean is the mean of H."""
+        if self.stage == 3:
+            raise NotImplementedError("weights are partitioned (ZeRO 3); use finite_difference")
+        before = self._run.ledger.forward_passes
+        found = differentiate_twice(loss, self.parameters, names, vector)
+        self._run.ledger.backward_passes += 3 * (self._run.ledger.forward_passes - before)
+        for value in found.values():
+            dist.all_reduce(value)
+            value /= self._run.world.size
+        return found
+
+    def norm(self, tensors: Mapping[str, Tensor]) -> float:
+        """Return the Euclidean norm of a vector."""
+        total = squared_norm(tensors)
+        if self.stage == 3:
+            dist.all_reduce(total)
+        return float(total.sqrt())
+
+    def multiply(self, values: Mapping[str, Tensor], matrix: Tensor) -> Vector:
+        """Return value @ matrix for each value; under ZeRO 3 they are gathered for it."""
+        return {name: self._piece(name, whole @ matrix.to(whole)) for name, whole in self._gathered(values).items()}
+
+    # -- steps -------------------------------------------------------------------------------------------
+
+    def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
+        """Take one AdamW step of a level, by DeepSpeed's optimizer on the pieces that it owns."""
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
+        chosen = self.levels[level]
+        scale = 1.0
+        if chosen.clip_norm is not None:
+            norm = self.norm({name: gradient[name] for name in chosen.names})
+            scale = min(1.0, chosen.clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+        for name in chosen.names:
+            value = gradient[name] * scale if scale != 1.0 else gradient[name]
+            parameter = self.parameters[name]
+            if self.stage == 3:
+                safe_set_local_grad(parameter, value)
+            elif self.stage > 0:
+                safe_set_full_grad(parameter, value)
+            else:
+                parameter.grad = value.clone()
+        self._optimizer.level = level
+        if self.stage > 0:
+            self.engine.optimizer.step()
+        else:
+            self._optimizer.step()
+        self._forget_gradients()
+
+    # -- state -------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Return this process's weights and optimizer slots."""
+        flat = {f"weight/{name}": value for name, value in self.read(list(self.parameters)).items()}
+        owned = self._owned()
+        for level, slots in self._optimizer.slots.items():
+            for index, tensor in enumerate(owned):
+                for slot, value in slots.get(tensor, {}).items():
+                    flat[f"slot/{level}/{index}/{slot}"] = torch.as_tensor(value)
+        return flat
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+        owned = self._owned()
+        self.settle({n.removeprefix("weight/"): value for n, value in state.items() if n.startswith("weight/")})
+        for path, value in state.items():
+            if path.startswith("slot/"):
+                _, level, index, slot = path.split("/")
+                device = value.device if slot == "step" else owned[int(index)].device
+                self._optimizer.slots[level][owned[int(index)]][slot] = value.to(device)
+
+    def _owned(self) -> list[Tensor]:
+        """Return the tensors that this process's optimizer moves."""
+        optimizer = self.engine.optimizer
+        if self.stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if self.stage > 0:
+            return list(optimizer.single_partition_of_fp32_groups)
+        return list(self.parameters.values())
+
+    def bytes_held(self) -> dict[str, int]:
+        """Return the bytes that this process holds of the trained weights, and of optimizer states."""
+        slots = [
+            value
+            for level in self._optimizer.slots.values()
+            for values in level.values()
+            for value in values.values()
+            if isinstance(value, Tensor)
+        ]
+        return {
+            "weights": sum(self._held(n).numel() * self._held(n).element_size() for n in self.parameters),
+            "optimizer": sum(s.numel() * s.element_size() for s in slots),
+        }
+
+
+class ProcessGroup(World):
+    """The processes of torch.distributed."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+
+    def _reduce(self, value: float, operation) -> float:
+        tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
+        dist.all_reduce(tensor, op=operation)
+        return float(tensor)
+
+    def decide(self, flag: bool) -> bool:
+        """Return what the first process says."""
+        return self._reduce(float(flag and self.rank == 0), dist.ReduceOp.MAX) > 0
+
+    def all(self, flag: bool) -> bool:
+        """Tell whether every process says yes."""
+        return self._reduce(float(flag), dist.ReduceOp.MIN) > 0
+
+    def mean(self, value: float) -> float:
+        """Return the mean over processes."""
+        return self._reduce(value, dist.ReduceOp.SUM) / self.size
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[ProcessGroup]:
+    """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+    import deepspeed
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    try:
+        yield ProcessGroup()
+    finally:
+        dist.destroy_process_group()

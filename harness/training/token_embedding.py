@@ -1,0 +1,90 @@
+"""A word with embeddings of its own in the text encoder's prompts, as Textual Inversion learns it (Gal et al. 2022).
+
+Neither vocabulary nor weights grow: in the token ids a slot stands for each vector, and while a prompt is encoded the
+slots' embeddings are replaced by the vectors. That is what a new token with these rows would do, since nothing else in
+the encoder looks at ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from harness.models import DiffusionModel
+
+SLOT = -1
+
+OBJECT_TEMPLATES = (
+    "a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}",
+    "a photo of a clean {}", "a photo of a dirty {}", "a dark photo of the {}", "a photo of my {}",
+    "a photo of the cool {}", "a close-up photo of a {}", "a bright photo of the {}", "a cropped photo of a {}",
+    "a photo of the {}", "a good photo of the {}", "a photo of one {}", "a close-up photo of the {}",
+    "a rendition of the {}", "a photo of the clean {}", "a rendition of a {}", "a photo of a nice {}",
+    "a good photo of a {}", "a photo of the nice {}", "a photo of the small {}", "a photo of the weird {}",
+    "a photo of the large {}", "a photo of a cool {}", "a photo of a small {}",
+)  # fmt: skip
+"""The 27 object templates of the released Textual Inversion code."""
+STYLE_TEMPLATES = (
+    "a painting in the style of {}", "a rendering in the style of {}", "a cropped painting in the style of {}",
+    "the painting in the style of {}", "a clean painting in the style of {}", "a dirty painting in the style of {}",
+    "a dark painting in the style of {}", "a picture in the style of {}", "a cool painting in the style of {}",
+    "a close-up painting in the style of {}", "a bright painting in the style of {}",
+    "a good painting in the style of {}", "a rendition in the style of {}", "a nice painting in the style of {}",
+    "a small painting in the style of {}", "a weird painting in the style of {}",
+    "a large painting in the style of {}",
+)  # fmt: skip
+"""The style templates of the released Textual Inversion code, without its repeats."""
+
+
+class LearnedWord:
+    """A word of `vectors` embeddings that begins as an existing word."""
+
+    def __init__(self, model: DiffusionModel, begin_as: str, vectors: int = 1):
+        """Raises ValueError when the tokenizer knows no token of `begin_as`."""
+        self.model = model
+        tokens = model.tokenizer(begin_as, add_special_tokens=False).input_ids
+        if not tokens:
+            raise ValueError(f"'{begin_as}' is no word to the tokenizer")
+        self._stand_in = tokens[0]  # what several-token words begin as is their first token, as in the released code
+        row = model.text_encoder.get_input_embeddings().weight[self._stand_in]
+        self.vectors = nn.Parameter(row.detach().clone().repeat(vectors, 1))  # [vectors, width]
+
+    def ids(self, templates: Sequence[str]) -> Tensor:
+        """Return token ids [templates, tokens] with SLOT where the word stands for {}. Padded, cut to full length.
+
+        Raises ValueError when a template has no {} or the word does not fit in.
+        """
+        tokenizer = self.model.tokenizer
+        length = tokenizer.model_max_length
+        rows = []
+        for template in templates:
+            before, hole, after = template.partition("{}")
+            if not hole:
+                raise ValueError(f"template '{template}' has no {{}}")
+            left, right = (
+                tokenizer(text, add_special_tokens=False).input_ids if text.strip() else [] for text in (before, after)
+            )
+            row = [tokenizer.bos_token_id, *left, *[SLOT] * len(self.vectors), *right][: length - 1]
+            if row.count(SLOT) < len(self.vectors):
+                raise ValueError(f"template '{template}' leaves no room for the word in {length} tokens")
+            row.append(tokenizer.eos_token_id)
+            rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+        return torch.tensor(rows)
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Return text embeddings [prompts, tokens, width], with a graph to `vectors`."""
+        ids = ids.to(self.model.device)
+        slots = ids == SLOT
+
+        def fill(module, arguments, embedded):
+            embedded = embedded.clone()
+            embedded[slots] = self.vectors.repeat(len(ids), 1).to(embedded)
+            return embedded
+
+        handle = self.model.text_encoder.get_input_embeddings().register_forward_hook(fill)
+        try:
+            return self.model.text_encoder(ids.masked_fill(slots, self._stand_in))[0]
+        finally:
+            handle.remove()
