@@ -93,7 +93,7 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
                 )
         except UserMistake as mistake:
             mistakes += mistake.messages
-    used = {*suite.concept_names(), *_texts(loaded.source.removed)}  # or was, before a --set took its task away
+    used = {*suite.concept_names(), *_texts(loaded.source.replaced)}  # or was, before a --set cut the suite down
     for name in suite.concepts if not loaded.broken & {"tasks", "utility"} else ():
         if name not in used:
             mistakes.append(f"{loaded.source.where(('concepts', name))}: concept '{name}' is described but not used")
@@ -172,7 +172,10 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
 def _read_folder(path: Path | None, spec: ConceptSpec, where: str, name: str) -> tuple[dict[str, tuple[str, ...]], str]:
     """Return (file names by split, digest of their content). Duplicated content is refused: splits must be disjoint."""
     if path is None or not path.is_dir():
-        raise UserMistake(f"{where}: concept '{name}': folder '{one_line(spec.folder)}' does not exist")
+        raise UserMistake(
+            f"{where}: concept '{name}': folder '{one_line(spec.folder)}' does not exist; put its "
+            "images there, or correct the path"
+        )
     files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     per_split = spec.per_split or len(files) // len(SPLITS)
     if per_split < 1 or per_split * len(SPLITS) > len(files):

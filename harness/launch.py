@@ -20,17 +20,22 @@ from harness.store import RECORD, write_text
 
 def pending(loaded) -> list[str]:
     """Return a line for each method of a suite that is announced but not built."""
-    entries = [(path, getattr(loaded.suite, path[0])[path[1]].method) for path in loaded.pending]
     return [
         f"{loaded.source.where(path)}: {path[0]}[{path[1]}]: {method} is not built yet; left out"
-        for path, method in entries
+        for path, method in _left_out(loaded)
     ]
+
+
+def _left_out(loaded) -> list[tuple[tuple[str, int], str]]:
+    """Return (path, method) of what is announced but not built and would be done in some task."""
+    entries = [(path, getattr(loaded.suite, path[0])[path[1]]) for path in loaded.pending]
+    tasks = set(loaded.suite.tasks)
+    return [(path, spec.method) for path, spec in entries if tasks & set(getattr(spec, "tasks", None) or tasks)]
 
 
 def _tell_pending(opened, console) -> None:
     """Say in one line which methods are left out because they are not built."""
-    suite = opened.loaded.suite
-    methods = dict.fromkeys(getattr(suite, section)[index].method for section, index in opened.loaded.pending)
+    methods = dict.fromkeys(method for _, method in _left_out(opened.loaded))
     if methods:
         console.print(f"left out, since not built yet: {', '.join(methods)}", highlight=False)
 

@@ -42,7 +42,8 @@ class YamlSource:
     data: Any
     lines: dict[Path_, int] = field(default_factory=dict)
     overrides: dict[Path_, str] = field(default_factory=dict)  # path -> the text of --set
-    removed: dict[Path_, Any] = field(default_factory=dict)  # path -> what a --set took away
+    removed: set[Path_] = field(default_factory=set)  # what a --set took away
+    replaced: list[Any] = field(default_factory=list)  # the values that a --set replaced or took away
 
     def where(self, path: Sequence[str | int]) -> str:
         """Return "file:line" of the deepest known part of `path`, or the --set that put it there."""
@@ -80,8 +81,11 @@ class YamlSource:
             if is_removal and (step not in node or len(node) == 1):
                 what = f"is not in {self.name}" if step not in node else f"is all there is of '{steps[0]}'"
                 raise UserMistake(f"{told}: '{one_line(key_path.strip(), 80)}' {what}; it cannot be taken away")
+            if is_last:
+                self.replaced.append(node.get(step) if isinstance(node, dict) else node[step])
             if is_removal:
-                self.removed[tuple(steps)] = node.pop(step)
+                del node[step]
+                self.removed.add(tuple(steps))
             elif is_last:
                 node[step] = value
             elif isinstance(node, dict):

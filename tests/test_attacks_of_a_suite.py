@@ -189,6 +189,17 @@ def test_null_takes_a_task_away(project):
     assert not any("purse" in s.label for s in plan.stages.values())
 
 
+def test_announced_attack_of_a_task_that_was_taken_away_is_not_told(project):
+    """It would not be made if it were built."""
+    project.write(with_attacks(FUTURE.replace("steps", "tasks: [personalization], steps"), LATER))
+
+    outcome = project.validate("--set", "tasks.personalization=null")
+
+    assert [line for line in outcome.out.splitlines() if "built" in line] == [
+        f"{project.suite}:18: attacks[2]: later is not built yet; left out"
+    ]
+
+
 def test_images_of_a_task_that_was_taken_away_need_not_be_there(project):
     """So that a part of a suite can be planned where only its data are."""
     for file in (project.folder / "purse").iterdir():
@@ -206,6 +217,12 @@ def test_concept_that_nobody_used_is_still_told(project):
 
     assert_told(told, project, ":8: ", "concept 'bag' is described but not used")
     assert len(told.errors) == 1
+
+
+def test_concept_that_an_override_no_longer_names_may_stay_described(project):
+    """Cutting a suite down on the command line is no slip in the file."""
+    assert project.validate("--set", "tasks.personalization.targets=[[lamp]]", "--set",
+                            "tasks.personalization.innocents=[]").code == 0  # fmt: skip
 
 
 def test_null_elsewhere_is_a_value(project):
