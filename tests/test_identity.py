@@ -206,7 +206,7 @@ EDITS = {
     "label of a metric": (("[clip_image,", "[{method: clip_image, name: other},"), set()),
     "name of a task": (("  relearning:", "  other:"), set()),
     "gates": (("utility: [dog]", "utility: [dog]\ngates: {min_recovery: 0.5, min_headroom: 0.2}"), set()),
-    "value equal to the default": (("rounds: 3", "rounds: 3, upper_learning_rate: 0.00001"), set()),
+    "value equal to the default": (("rounds: 3", "rounds: 3, rank: 4"), set()),
     "whole number for a number": (("rounds: 3", "rounds: 3, weight_decay: 0.010"), set()),
     "order of defenses": (("[none, uce, {method: imma, rounds: 3}]", "[{method: imma, rounds: 3}, uce, none]"), set()),
 }
