@@ -14,7 +14,7 @@ from harness.cli import main
 from tests import tiny
 
 SUITE = Path(__file__).resolve().parents[2] / "suites" / "mima_full.yaml"
-DEFENSES = {"none", "imma", "joint", "merged", "mima_paper", "mima_released"}
+DEFENSES = {"none", "imma_first", "joint", "merged", "mima_paper", "mima_released"}
 PHOTOGRAPHS = ("pet_cat1", "decoritems_woodenpot", "flower_1", "scene_castle", "transport_car1", "furniture_sofa1")
 
 
