@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from harness.models import DiffusionModel
     from harness.run import Run
 
+_TESTBED_STYLES = ("twemoji", "noto", "blob", "fluent", "flat", "emojione")
+
 Variant = Literal["x", "x_strict", "u"]
 
 _NOT_IN_U = re.compile(r"\.attn2\.|^unet\.(time_embedding|conv_norm_out|conv_out)\.")
@@ -106,6 +108,19 @@ class Esd(Defense):
     presets = {
         # esd_sd.py; its negative guidance of 2 is 1 here
         "released_2025": {"iterations": 200, "learning_rate": 5e-5, "sampler": "frozen"},
+        # For the embedded testbed, with the captions that UCE's preset erases. Of eleven settings, tried on koala and
+        # on light bulb + umbrella + strawberry: at 1e-4 two of the three were left half drawn, at 3e-4 a neighbour
+        # (banana) suffered a little more for nothing visible; x_strict did as well as x. The whole UNet (u) erased less
+        # at 2e-4 and cost the other objects more.
+        "testbed": {
+            "iterations": 300,
+            "learning_rate": 2e-4,
+            "sampling_steps": 25,
+            "sampler": "frozen",
+            "pool": 16,
+            "batch_size": 8,
+            "templates": ("{}", "a picture of {}", *(f"a picture of {{}} in {s} style" for s in _TESTBED_STYLES)),
+        },
     }
 
     @classmethod
