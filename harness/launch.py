@@ -87,6 +87,7 @@ def run(opened, given, console) -> ExitCode:
         redo=frozenset(opened.plan.stages) & committed if given.cache == "never" else frozenset(),
         executor=given.executor,
         is_tracked=given.track,
+        sharding=resources.sharding(),
     )
     events = EventLog(opened.folder / "events.jsonl")
     console.print(
@@ -128,7 +129,8 @@ def run(opened, given, console) -> ExitCode:
 
 def _check_devices(opened) -> None:
     """Raise UserMistake when the suite asks for a GPU that this machine does not have, before any compute."""
-    wanted = opened.loaded.suite.resources.gpus
+    resources = opened.loaded.suite.resources
+    wanted = resources.gpus * resources.workers
     if wanted <= 0:
         return
     import torch

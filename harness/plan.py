@@ -125,7 +125,7 @@ class _Planner:
 
     def _add(self, *, parameters_json: str | None = None, **fields: Any) -> str:
         stage = Stage(model=fields.pop("model", self.model.identity), precision=self.suite.model.precision,
-                      workers=self.suite.resources.workers, **fields)  # fmt: skip
+                      **fields)  # fmt: skip
         k = key(stage, parameters_json)
         self.result.stages.setdefault(k, stage)
         return k
@@ -241,6 +241,7 @@ class _Planner:
             seed=seeds.derive("defense", seed) if "seed" in cls.uses else None,
             label=label,
             work=float(cls.unet_passes(values, len(targets))),
+            workers=self.suite.resources.workers if cls.can_shard else 1,
         )
         self._unit(label, [k])
         return k

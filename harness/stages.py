@@ -25,7 +25,7 @@ from harness.concepts import PRIOR, SPLITS
 from harness.errors import StageFailure, one_line
 from harness.identity import Stage, describe
 from harness.model_source import ModelSource
-from harness.run import Run, Sharding
+from harness.run import CHECKPOINT_INTERVAL_S, Run, Sharding
 from harness.store import Store, sync_files, write_json
 from harness.tracking import tracker
 
@@ -46,6 +46,7 @@ class Workplace:
     executor: str = "serial"
     is_tracked: bool = False  # write training curves for TensorBoard
     sharding: Sharding = field(default_factory=Sharding)  # of the stages that can be shared by processes
+    checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
 
 
 def execute(
@@ -134,7 +135,15 @@ def _execute_locked(
     clock = time.perf_counter()
     curves = workplace.run_folder / "tensorboard" / f"{stage.kind}-{key}" if workplace.is_tracked else None
     with tracker(curves) as track, store.writing(stage.kind, key, replace=redo) as (folder, record):
-        run = Run(stage.seed, device, stage.precision, work_folder, report=report, track=track)
+        run = Run(
+            stage.seed,
+            device,
+            stage.precision,
+            work_folder,
+            report=report,
+            track=track,
+            checkpoint_interval_s=workplace.checkpoint_interval_s,
+        )
         if _is_shared(stage, workplace):
             from harness.training import ranks
 

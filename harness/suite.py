@@ -42,6 +42,7 @@ from pydantic import (
 
 from harness import parameters, yaml_source
 from harness.errors import UserMistake, did_you_mean, one_line
+from harness.run import Sharding
 
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$"
 _CONCEPT = r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}(:[A-Za-z0-9][A-Za-z0-9_.+-]{0,63})?$"
@@ -219,14 +220,21 @@ class ResourcesSpec(_Strict):
 
     cpus: Annotated[int, Field(ge=1, le=1024)] = 1  # threads of a stage; the same for both executors
     gpus: Annotated[float, Field(ge=0, le=64)] = 0
-    workers: Annotated[int, Field(ge=1, le=1024)] = 1  # processes that share one stage
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1  # processes that share an immunization, each with cpus and gpus
+    zero_stage: Literal[0, 1, 2, 3] = 0  # what DeepSpeed partitions: optimizer states, gradients too, weights too
+    offload: Literal["none", "cpu"] = "none"  # where optimizer states (ZeRO 3: weights too) lie between uses
+    micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None  # examples in memory at a time; None: all
+    gradient_checkpointing: bool = False  # recompute the UNet's activations instead of keeping them
 
-    @field_validator("workers")
-    @classmethod
-    def _one_process(cls, workers: int) -> int:
-        if workers > 1:
-            raise ValueError("stages that several processes share are not available yet; use 1")
-        return workers
+    @model_validator(mode="after")
+    def _offload_is_zero(self) -> ResourcesSpec:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError("offload moves what ZeRO owns; add zero_stage: 1, 2 or 3")
+        return self
+
+    def sharding(self) -> Sharding:
+        """Return what the training code needs to know of it."""
+        return Sharding(self.workers, self.zero_stage, self.offload, self.micro_batch_size, self.gradient_checkpointing)
 
 
 class Suite(_Strict):

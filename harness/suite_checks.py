@@ -175,6 +175,26 @@ def _undefended(loaded: LoadedSuite) -> list[Mistake]:
     return []
 
 
+def _sharded(loaded: LoadedSuite) -> list[Mistake]:
+    """Find defenses with settings that the processes of `resources` cannot serve."""
+    suite = loaded.suite
+    sharding = suite.resources.sharding()
+    if not sharding.needs_deepspeed:
+        return []
+    entries = [(("defenses", index), spec) for index, spec in enumerate(suite.defenses)]
+    entries += [(("tasks", name, "erase"), task.erase) for name, task in suite.tasks.items()]
+    mistakes: list[Mistake] = []
+    for path, spec in entries:
+        values = loaded.parameters.get(tuple(map(str, path)))
+        if spec is None or values is None:
+            continue
+        cls = registry.get("defense", spec.method)
+        if not cls.can_shard:
+            continue
+        mistakes += _asked(cls, path, "check_sharding", values, sharding)
+    return mistakes
+
+
 def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
     """Find defenses that cannot protect as many concepts together as a task asks for."""
     suite = loaded.suite
@@ -185,7 +205,8 @@ def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
         for path, spec in [*entries, (("tasks", task_name, "erase"), task.erase)]:
             if spec is None or spec.method not in known or getattr(spec, "protects", "all") == "first":
                 continue
-            most = registry.get("defense", spec.method).max_targets
+            cls = registry.get("defense", spec.method)
+            most = cls.max_targets
             large = next((together for together in task.targets if most is not None and len(together) > most), None)
             if large:
                 together = one_line("+".join(large), 100)
@@ -194,7 +215,20 @@ def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
                     ", or give it the first of each set with 'protects: first'" if path[0] == "defenses" else ""
                 )
                 mistakes.append((path, f"{what}, but task '{task_name}' protects {together}; {hint}"))
-    return mistakes
+                continue
+            values = loaded.parameters.get(tuple(map(str, path)))
+            count = max((len(together) for together in task.targets), default=1)
+            if values is not None:
+                mistakes += _asked(cls, path, "check_targets", values, count)
+    return list(dict.fromkeys(mistakes))
+
+
+def _asked(cls: type, path: tuple, hook: str, *arguments: Any) -> list[Mistake]:
+    """Return what a method's own check finds, or that it failed."""
+    try:
+        return [((*path, name), message) for name, message in getattr(cls, hook)(*arguments)]
+    except Exception as error:
+        return [(path, f"`{hook}` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
 
 
 def _attacks_of_tasks(loaded: LoadedSuite) -> list[Mistake]:
@@ -266,6 +300,7 @@ CHECKS = (
     _crossed_concepts,
     _undefended,
     _protected_together,
+    _sharded,
     _attacks_of_tasks,
     _grid_size,
 )

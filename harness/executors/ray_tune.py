@@ -45,10 +45,14 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         stack.callback(ray.shutdown)
         stack.enter_context(_errors_to(workplace.run_folder / "logs" / "ray.log"))  # after init, which drops handlers
         searcher = _make_searcher(walk, listen, scratch)
-        bundle = {"CPU": workplace.cpus, **({"GPU": workplace.gpus} if workplace.gpus else {})}
+
+        def resources(config: Mapping[str, Any]):
+            workers = config.get("workers", 1)  # on one node: they are started by the worker that has the stage
+            bundle = {"CPU": workplace.cpus * workers, "GPU": workplace.gpus * workers}
+            return tune.PlacementGroupFactory([{name: value for name, value in bundle.items() if value}])
+
         trainable = tune.with_resources(
-            tune.with_parameters(_do_unit, scratch=str(scratch), workplace=workplace),
-            tune.PlacementGroupFactory([bundle]),
+            tune.with_parameters(_do_unit, scratch=str(scratch), workplace=workplace), resources
         )
         tuner = tune.Tuner(
             trainable,
@@ -86,9 +90,13 @@ def _start(ray, address: str | None, workplace: Workplace) -> None:
     }
     if address is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        if cores < workplace.cpus:
+        workers = workplace.sharding.workers
+        if cores < workplace.cpus * workers:
+            shared = f" and resources.workers {workers}" if workers > 1 else ""
+            fitting = max(1, cores // workers)
             raise UserMistake(
-                f"resources.cpus is {workplace.cpus}, but this machine has {cores}; use --set resources.cpus={cores}"
+                f"resources.cpus is {workplace.cpus}{shared}, but this machine has {cores} cores; use "
+                f"--set resources.cpus={fitting}{' --set resources.workers=1' if fitting * workers > cores else ''}"
             )
         options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
     else:
@@ -186,7 +194,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
             # a list: their order is the order in which they are done
             write_json(_unit_file(scratch, index), [(k, asdict(walk.plan.stages[k])) for k in walk.unit(index).stages])
             listen("unit_started", {"unit": walk.unit(index).name})
-            return {"unit": index}
+            return {"unit": index, "workers": max(walk.plan.stages[k].workers for k in walk.unit(index).stages)}
 
         def on_trial_complete(self, trial_id, result=None, error=False):
             index = self.units.pop(trial_id, None)

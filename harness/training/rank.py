@@ -54,7 +54,14 @@ def _work(stage, workplace, work_folder, rank: int) -> None:
     with sharding.joined(device) as world:
         report = (lambda done, total: print(done, total, file=printed)) if rank == 0 else lambda done, total: None
         run = Run(
-            stage.seed, device, stage.precision, work_folder, report=report, sharding=workplace.sharding, world=world
+            stage.seed,
+            device,
+            stage.precision,
+            work_folder,
+            report=report,
+            sharding=workplace.sharding,
+            world=world,
+            checkpoint_interval_s=workplace.checkpoint_interval_s,
         )
         stages.protect_here(stage, workplace, Store(workplace.store), run, folder)
         run.ledger.peak_memory_bytes = stages.peak_memory_bytes(device)

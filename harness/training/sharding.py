@@ -92,6 +92,7 @@ class ZeroWeights:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.levels = dict(levels)
         self.stage = run.sharding.zero_stage
+        self._model = model
         self._run = run
         groups = grouped(levels)
         self.parameters = {name: parameters[name] for _, names in groups for name in names}
@@ -220,7 +221,11 @@ class ZeroWeights:
         if self.stage == 3:
             raise NotImplementedError("weights are partitioned (ZeRO 3); use finite_difference")
         before = self._run.ledger.forward_passes
-        found = differentiate_twice(loss, self.parameters, names, vector)
+        self._model.engine = None  # it would take our inner derivatives for its own; the weights are whole
+        try:
+            found = differentiate_twice(loss, self.parameters, names, vector)
+        finally:
+            self._model.engine = self.engine
         self._run.ledger.backward_passes += 3 * (self._run.ledger.forward_passes - before)
         for value in found.values():
             dist.all_reduce(value)

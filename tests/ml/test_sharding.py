@@ -1,0 +1,201 @@
+"""Defenses on weights that DeepSpeed spreads over two processes, against one process; kills; what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ml.sharded_defenses import OFFLOADED, STAGES, cases
+
+ROOT = Path(__file__).parents[2]
+
+
+def _environment(**changes) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **changes}
+
+
+@pytest.fixture(scope="module")
+def everything(tiny_folder):
+    """The folder with what every case released, alone and at each stage."""
+    (tiny_folder / "captions.txt").write_text(
+        "a dog on a beach\nan old house\ntwo cups\na red car in the snow\n", "utf-8"
+    )
+    command = [sys.executable, "-m", "tests.ml.sharded_defenses", str(tiny_folder)]
+    subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=_environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            ),
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [p.wait(timeout=900) for p in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return tiny_folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("label", "name"), [(s, n) for s in (*STAGES, *OFFLOADED) for n in cases(s)])
+def test_two_processes_release_what_one_does(everything, label, name):
+    """To the order of sums, relative to how far immunization moved the weights.
+
+    AdamW divides by the root of the mean square, so a weight whose gradient is next to rounding moves either way: the
+    figure (1e-5) is above fp32's 1e-7. Central differences divide rounding by their step: there the two must be no
+    further from each other than one process is from the exact derivative.
+    """
+    unet = load_file(next((everything / "model" / "unet").glob("*.safetensors")))
+    alone = load_file(everything / f"alone.{name}.safetensors")
+    shared = load_file(everything / f"{label}.{name}.safetensors")
+    moved = torch.cat([(alone[n] - unet[n.removeprefix("unet.")]).flatten() for n in alone]).norm()
+    apart = torch.cat([(alone[n] - shared[n]).flatten() for n in alone]).norm()
+    print(f"{label} {name}: {apart / moved:.1e} of the change")
+
+    assert moved > 0
+    if name == "mima_second_order":
+        exact = load_file(everything / "alone.mima_exact.safetensors")
+        assert apart < 2 * torch.cat([(alone[n] - exact[n]).flatten() for n in alone]).norm()
+    else:
+        assert apart < 5e-4 * moved
+
+
+@pytest.mark.slow
+def test_zero_3_partitions_the_weights(everything):
+    """Each process holds half of the bytes (to padding), and nothing is gathered outside a pass."""
+    held = [json.loads((everything / f"bytes{rank}.json").read_text("utf-8")) for rank in range(2)]
+    whole = held[0]["zero2.mima_paper"]["weights"]
+    print("bytes of UNet weights:", whole, "under ZeRO 3:", [h["zero3.mima_paper"]["weights"] for h in held])
+
+    for rank in range(2):
+        assert held[rank]["zero3.mima_paper"]["gathered"] == 0
+        assert abs(held[rank]["zero3.mima_paper"]["weights"] - whole / 2) < 0.01 * whole
+
+
+SUITE = """\
+name: shared
+model: {{id: {folder}/model}}
+seeds: 1
+concepts:
+  purse: {{kind: object, label: purse, folder: {folder}/purse}}
+  cat: {{kind: object, label: cat, folder: {folder}/cat}}
+  dog: {{kind: object, label: dog, generate: {{per_split: 2}}}}
+tasks:
+  personalization: {{targets: [[purse, cat]]}}
+defenses:
+  - none
+  - {{method: mima, rounds: 40, batch_size: 2, ridge: 1e-3, hypergradient: first_order, upper_learning_rate: 1e-3}}
+attacks: [{{method: lora, steps: [1], batch_size: 1}}]
+metrics: [{{method: clip_image, backbone: "local-dir:{folder}/clip", pretrained: null}}]
+utility: [dog]
+sampling: {{steps: 1, images_per_prompt: 1}}
+resources: {{workers: 2, zero_stage: 2}}
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_shared_immunization_it_goes_on_to_the_same_weights(tiny_folder, tmp_path):
+    """SIGKILL to the process that started the two: both end by themselves, and the next run ends the same to the bit."""
+    psutil = pytest.importorskip("psutil")
+    suite = tmp_path / "shared.yaml"
+    suite.write_text(SUITE.format(folder=tiny_folder), encoding="utf-8")
+
+    def start(folder: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "tests.ml.sharded_run", str(suite), str(folder)]
+        return subprocess.Popen(command, cwd=ROOT, env=_environment())
+
+    killed = start(tmp_path / "killed")
+    try:
+        state = _wait_for_state(tmp_path / "killed", killed)
+        processes = psutil.Process(killed.pid).children(recursive=True)
+    finally:
+        killed.kill()
+        killed.wait()
+    assert 0 < state["step"] < 40
+    assert state["workers"] == 2
+    assert not psutil.wait_procs(processes, timeout=60)[1]
+
+    for name in ("killed", "whole"):
+        assert start(tmp_path / name).wait(timeout=600) == 0
+    ours, theirs = (_immunized(tmp_path / name) for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def _wait_for_state(folder: Path, process: subprocess.Popen) -> dict:
+    """Return what is kept of the shared stage once there is something."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in folder.glob("store/**/state.json"):
+            state = json.loads(path.read_text("utf-8"))
+            if state["workers"] == 2 and state["step"] >= 3:
+                return state
+        time.sleep(0.02)
+    raise AssertionError("no state was kept")
+
+
+def _immunized(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob("store/immunize/*/tensors.safetensors")
+    return load_file(path)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others_and_tells_why(tiny_folder, tmp_path):
+    """A plug-in raises in the second process while the first waits for it in a collective call."""
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(BROKEN, encoding="utf-8")
+    suite = tmp_path / "shared.yaml"
+    text = SUITE.format(folder=tiny_folder)
+    suite.write_text(
+        "\n".join(line if "method: mima" not in line else "  - broken" for line in text.splitlines()), "utf-8"
+    )
+    command = [sys.executable, "-m", "harness", "run", str(suite), "--plugin", str(plugin), "--executor", "serial"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=_environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    (failure,) = (tmp_path / "runs" / "shared" / "failures").glob("immunize-*.json")
+    assert "process 1: ValueError: not in the second one" in json.loads(failure.read_text("utf-8"))["error"]
+
+
+BROKEN = """\
+from dataclasses import dataclass
+from defenses.base import Defense
+from harness.protection import Protection, ThreatModel
+from harness.registry import register
+
+@register("defense")
+class Broken(Defense):
+    name, version, threat_model, can_shard = "broken", 1, ThreatModel(), True
+    uses = frozenset()
+
+    def protect(self, model, targets, preserved, run):
+        if run.world.rank == 1:
+            raise ValueError("not in the second one")
+        run.world.wait()
+        return Protection()
+"""
