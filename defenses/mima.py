@@ -241,14 +241,14 @@ class _Immunization:
 
         p = self.p
         if p.of("lower_persist"):
-            train(self.surroundings, self.weights, p.rounds * (p.lower_steps + 1), self._alternating, "MIMA")
+            train(self.surroundings, self.weights, p.rounds * (p.lower_steps + 1), self.alternating, "MIMA")
         else:
-            train(self.surroundings, self.weights, p.rounds, self._looking_ahead, "MIMA")
+            train(self.surroundings, self.weights, p.rounds, self.looking_ahead, "MIMA")
         return Protection(tensors=self.weights.whole(self.upper))
 
     # -- Algorithm 1 -------------------------------------------------------------------------------------
 
-    def _looking_ahead(self, step: int) -> dict[str, float]:
+    def looking_ahead(self, step: int) -> dict[str, float]:
         """One round: look ahead for each concept, merge, and ascend the loss there."""
         from harness.training import bilevel
         from harness.training.weights import installed
@@ -277,7 +277,7 @@ class _Immunization:
 
     # -- the released loop -------------------------------------------------------------------------------
 
-    def _alternating(self, step: int) -> dict[str, float]:
+    def alternating(self, step: int) -> dict[str, float]:
         """One iteration: the lower level of all concepts, merged for good, or the upper level."""
         p = self.p
         if step % (p.lower_steps + 1) == p.lower_steps:

@@ -102,7 +102,7 @@ class DiffusionModel:
         return self.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        """Return the UNet's prediction [batch, channels, height, width], through the sharding engine if there is one."""
+        """Return the UNet's prediction [batch, channels, height, width], through the sharding engine if any."""
         return (self.engine or self.unet)(noisy, timesteps, embeddings, return_dict=False)[0]
 
     def noise_scheduler(self):

@@ -13,8 +13,8 @@ def global_batch(parameters: Any, sharding: Sharding) -> Iterator[tuple[str, str
     if parameters.batch_size % sharding.workers:
         yield (
             "batch_size",
-            f"{sharding.workers} workers do not divide the global batch of {parameters.batch_size}; change batch_size or "
-            "resources.workers",
+            f"{sharding.workers} workers do not divide the global batch of {parameters.batch_size}; change batch_size "
+            "or resources.workers",
         )
 
 

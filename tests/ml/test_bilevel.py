@@ -9,7 +9,7 @@ from torch import nn
 from harness.training import bilevel
 from harness.training.bilevel import LookAhead, hypergradient
 from harness.training.merge import LayerMerging, Merge
-from harness.training.weights import Level, LocalWeights
+from harness.training.weights import LocalWeights
 
 
 def _toy() -> tuple[dict[str, nn.Parameter], list[torch.Tensor]]:

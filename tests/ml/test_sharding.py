@@ -111,8 +111,8 @@ resources: {{workers: 2, zero_stage: 2}}
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_a_shared_immunization_it_goes_on_to_the_same_weights(tiny_folder, tmp_path):
-    """SIGKILL to the process that started the two: both end by themselves, and the next run ends the same to the bit."""
+def test_killed_in_a_shared_immunization_it_goes_on_to_the_same_weights(tiny_folder, tmp_path):
+    """SIGKILL to the process that started the two: both end by themselves; the next run ends the same, to the bit."""
     psutil = pytest.importorskip("psutil")
     suite = tmp_path / "shared.yaml"
     suite.write_text(SUITE.format(folder=tiny_folder), encoding="utf-8")
