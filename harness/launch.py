@@ -158,7 +158,10 @@ def _finish(opened, console) -> None:
 
     lines = opened.write_tables()
     tables.show(lines, console)
-    console.print(f"written: {opened.folder}/rows.csv, leaderboard.csv, leaderboard.md", highlight=False)
+    console.print(
+        f"written: {opened.folder}/rows.csv, leaderboard.csv, leaderboard.md, concepts.csv, concepts.md",
+        highlight=False,
+    )
 
 
 def _tell_failures(opened, summary, console, given) -> ExitCode:

@@ -1,4 +1,4 @@
-"""Tables of a run: rows.csv, leaderboard.csv, leaderboard.md, and the text that a terminal shows."""
+"""Tables of a run: rows.csv, leaderboard.csv and .md, concepts.csv and .md, and the text that a terminal shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.report.figures import recovery_curves
 from harness.rows import COLUMNS as ROW_COLUMNS
 from harness.rows import collect, write_csv
 from harness.store import Store, write_json, write_text
-from metrics.leaderboard import COLUMNS, Gates, leaderboard
+from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, leaderboard
 
 STATE = "tables.json"
 """What the tables in a folder were made from."""
@@ -41,6 +41,11 @@ LEGEND = (
     "covers chance in defense, attack and sampling for these concepts and prompts."
 )
 
+CONCEPTS_LEGEND = (
+    "SGR of each concept, with its 95 % interval by Student's t over seeds. Whether a line counts stands in "
+    "leaderboard.md; scores and recovery in concepts.csv."
+)
+
 
 def write(plan: Plan, store: Store, folder: Path, model_name: str, gates: Gates) -> list[dict[str, Any]]:
     """Write the tables of a run from what is committed; return the leaderboard's lines."""
@@ -50,6 +55,9 @@ def write(plan: Plan, store: Store, folder: Path, model_name: str, gates: Gates)
     write_csv(folder / "rows.csv", rows, ROW_COLUMNS)
     write_csv(folder / "leaderboard.csv", lines, COLUMNS)
     write_text(folder / "leaderboard.md", markdown(lines))
+    concepts = by_concept(rows)
+    write_csv(folder / "concepts.csv", concepts, CONCEPT_COLUMNS)
+    write_text(folder / "concepts.md", concepts_markdown(concepts))
     for role in ("target", "innocent"):
         recovery_curves(rows, folder / f"recovery_{role}.png", role)
     is_whole = {r["score_key"] for r in rows} >= {k for trial in plan.trials for k in trial.scores.values()}
@@ -64,7 +72,7 @@ def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool
     except (OSError, ValueError):
         return False
     whole = {"of": _fingerprint(plan, model_name, gates), "is_whole": True}
-    return state == whole and all((folder / name).is_file() for name in ("rows.csv", "leaderboard.csv"))
+    return state == whole and all((folder / name).is_file() for name in ("rows.csv", "leaderboard.csv", "concepts.csv"))
 
 
 def _fingerprint(plan: Plan, model_name: str, gates: Gates) -> str:
@@ -128,6 +136,37 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
         parts += ["| " + " | ".join(cells(line)) + " |" for line in group]
         parts += ["", *(f"- {note}" for note in _notes(group)), ""]
     return "\n".join([*parts, LEGEND, ""]) if parts else "No rows yet.\n"
+
+
+def concepts_markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """Return SGR by concept as Markdown: for each task, set, attack and metric, a row a step and defense."""
+    tables: dict[tuple, list[dict[str, Any]]] = {}
+    for line in lines:
+        tables.setdefault(
+            (line["task"], line["protected"], line["attack"], line["attacker"], line["metric"]), []
+        ).append(line)
+    parts = []
+    for (task, protected, attack, attacker, metric), group in tables.items():
+        concepts = list(dict.fromkeys((line["role"], line["concept"]) for line in group))
+        parts.append(f"### {task}, {protected} protected: SGR % by {metric}, {attack} ({attacker})\n")
+        parts.append("| step | defense | " + " | ".join(f"{role} {concept}" for role, concept in concepts) + " |")
+        parts.append("| ---: | --- |" + " ---: |" * len(concepts))
+        entries: dict[tuple, dict[tuple, dict[str, Any]]] = {}
+        for line in group:
+            entries.setdefault((line["step"], line["defense"]), {})[line["role"], line["concept"]] = line
+        for (step, defense), by_name in entries.items():
+            texts = [_sgr_text(by_name[name]) if name in by_name else "–" for name in concepts]
+            parts.append(f"| {step} | {defense} | " + " | ".join(texts) + " |")
+        parts.append("")
+    return "\n".join([*parts, CONCEPTS_LEGEND, ""]) if parts else "No rows yet.\n"
+
+
+def _sgr_text(line: dict[str, Any]) -> str:
+    if line["sgr"] is None:
+        return "–"
+    low, high = line["sgr_low"], line["sgr_high"]
+    around = "" if low is None or line["method"] == "none" else f" ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{100 * line['sgr']:+.0f}{around}"
 
 
 def show(lines: Sequence[dict[str, Any]], console) -> None:

@@ -38,6 +38,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
+CONCEPT_COLUMNS = (
+    "suite", "task", "protected", "concept", "role", "defense", "method", "profile", "attack", "attacker", "metric",
+    "step", "n_seeds", "original", "before", "none", "defended", "real", "sgr", "sgr_low", "sgr_high", "recovery",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Gates:
     """When a cell counts."""
@@ -69,6 +75,61 @@ def leaderboard(rows: Iterable[Mapping[str, Any]], gates: Gates) -> list[dict[st
         ]
         lines += sorted((line for line in mine if line), key=lambda line: (not line["valid"], -_or(line["sgr"], -9e9)))
     return lines
+
+
+def by_concept(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one line a defense, protected set, concept, attack, metric and step: what the leaderboard averages over.
+
+    Columns as there, for one concept. No gates: whether a line counts, the leaderboard says.
+    """
+    table = _Table(rows)
+    lines = []
+    for task, attack, attacker, metric, step in table.groups:
+        none = table.undefended[task]
+        if none is None:
+            continue
+        real = table.means(task, "", "", "", metric, 0, "real")
+        for role in ("target", "innocent"):
+            undefended = table.means(task, none, attack, attacker, metric, step, role)
+            before = table.means(task, none, "", "", metric, 0, role)
+            original = table.means(task, "original", "", "", metric, 0, role)
+            for cell in dict.fromkeys(key[:2] for key in undefended):
+                for defense, first in table.defenses[task].items():
+                    defended = table.means(task, defense, attack, attacker, metric, step, role)
+                    pairs = _paired(_of(undefended, cell), defended)
+                    if not pairs:
+                        continue
+                    gap = _gap(pairs)
+                    about = {
+                        "suite": first["suite"],
+                        "task": task,
+                        "protected": cell[0],
+                        "concept": cell[1],
+                        "role": role,
+                    }
+                    about |= {"defense": defense, "method": first["method"], "profile": first["profile"]}
+                    about |= {"attack": attack, "attacker": attacker, "metric": metric, "step": step}
+                    lines.append(
+                        about
+                        | {
+                            "n_seeds": gap["seeds"],
+                            "original": _mean(_of(original, cell).values()),
+                            "before": _mean(_of(before, cell).values()),
+                            "none": gap["none"],
+                            "defended": gap["defended"],
+                            "real": _mean(_of(real, cell).values()),
+                            "sgr": gap["sgr"],
+                            "sgr_low": gap["low"],
+                            "sgr_high": gap["high"],
+                            "recovery": _recovery(pairs, before),
+                        }
+                    )
+    return lines
+
+
+def _of(values: Mapping[tuple[str, str, int], float], cell: Cell) -> dict[tuple[str, str, int], float]:
+    """Return the values of one concept in one protected set."""
+    return {key: value for key, value in values.items() if key[:2] == cell}
 
 
 def _or(value: float | None, other: float) -> float:

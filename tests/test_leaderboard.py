@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metrics.leaderboard import COLUMNS, Gates, interval, leaderboard
+from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, interval, leaderboard
 
 GATES = Gates()
 
@@ -601,3 +601,35 @@ def test_values_may_be_text():
     text = [{**r, "value": str(r["value"]), "seed": str(r["seed"]), "step": str(r["step"])} for r in small()]
 
     assert leaderboard(text, GATES) == leaderboard(small(), GATES)
+
+
+# -- by concept --------------------------------------------------------------------------------------------------
+
+
+def test_concepts_have_their_own_gaps():
+    """What the leaderboard averages over: worked out above, concept by concept."""
+    lines = {(e["protected"], e["concept"]): e for e in by_concept(small()) if e["defense"] == "mine"}
+
+    assert set(lines) == {("dog", "dog"), ("cat", "cat"), ("dog", "cup"), ("cat", "cup")}
+    assert all(tuple(e) == CONCEPT_COLUMNS for e in lines.values())
+    dog, cat, cup = lines["dog", "dog"], lines["cat", "cat"], lines["dog", "cup"]
+    assert (dog["sgr"], cat["sgr"], cup["sgr"]) == pytest.approx((0.375, 0.15, 0.05))
+    assert (dog["recovery"], cat["recovery"]) == pytest.approx((0.25, 0.75))
+    assert (dog["before"], dog["none"], dog["defended"], dog["real"]) == pytest.approx((0.4, 0.8, 0.5, 0.9))
+    assert (dog["role"], cup["role"], dog["n_seeds"]) == ("target", "innocent", 2)
+    assert dog["sgr_high"] - dog["sgr"] == pytest.approx(12.7062 * 0.125, abs=1e-4)  # 0.25 and 0.50 over seeds
+
+
+def test_the_mean_over_targets_is_the_leaderboards(line):
+    """MSGR, from the lines by concept."""
+    gaps = [e["sgr"] for e in by_concept(small()) if e["defense"] == "mine" and e["role"] == "target"]
+
+    assert sum(gaps) / len(gaps) == pytest.approx(line["sgr"])
+
+
+def test_one_concept_in_two_sets_is_kept_apart():
+    """A set protected together is measured by itself."""
+    rows = [row(0.8), mine(0.4), row(0.8, protected="dog+cat"), mine(0.6, protected="dog+cat")]
+    gaps = {e["protected"]: e["sgr"] for e in by_concept(rows) if e["defense"] == "mine"}
+
+    assert gaps == pytest.approx({"dog": 0.5, "dog+cat": 0.25})

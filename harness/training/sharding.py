@@ -34,6 +34,7 @@ from harness.training.weights import (
     Weights,
     differentiate_twice,
     grouped,
+    relative_step,
     squared_norm,
 )
 
@@ -98,6 +99,7 @@ class ZeroWeights:
         self.parameters = {name: parameters[name] for _, names in groups for name in names}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
+        self.relative_step = relative_step(self.parameters, run)
         self._shapes = {name: p.shape for name, p in self.parameters.items()}
         self._optimizer = LevelAdamW(
             [{"params": [self.parameters[n] for n in names], "levels": users} for users, names in groups], levels

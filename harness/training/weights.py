@@ -29,6 +29,17 @@ Loss = Sequence[Callable[[], Tensor]]
 batch, same noise). One part's graph is alive at a time: parts are micro-batches, concepts, terms."""
 
 
+RELATIVE_STEPS = {"fp64": 1e-6, "fp32": 1e-5, "bf16": 3e-4}
+"""By precision: length of a central difference's perturbation over the norm of what it perturbs."""
+
+
+def relative_step(parameters: Mapping[str, nn.Parameter], run: Run | None) -> float:
+    """Return the length of the step that suits the precision of weights and computation."""
+    if parameters and all(p.dtype == torch.float64 for p in parameters.values()):
+        return RELATIVE_STEPS["fp64"]
+    return RELATIVE_STEPS[run.precision if run else "fp32"]
+
+
 @dataclass(frozen=True)
 class Level:
     """One level of the program: what it trains, and how."""
@@ -43,6 +54,8 @@ class Weights(Protocol):
     """Weights by name; see the module."""
 
     levels: Mapping[str, Level]
+    relative_step: float
+    """Length of a central difference's perturbation over the norm of what it perturbs."""
 
     def read(self, names: Sequence[str]) -> Vector:
         """Return copies of the installed weights."""
@@ -205,6 +218,7 @@ class LocalWeights:
         """`parameters` holds at least what the levels name; `run` counts the backward passes, when given."""
         self.parameters = dict(parameters)
         self.levels = dict(levels)
+        self.relative_step = relative_step(self.parameters, run)
         self._run = run
         groups = [{"params": [self.parameters[n] for n in names], "levels": users} for users, names in grouped(levels)]
         self._optimizer = LevelAdamW(groups, levels) if groups else None

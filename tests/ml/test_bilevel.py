@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -106,40 +108,65 @@ def _flat(vector) -> torch.Tensor:
     return torch.cat([v.flatten() for v in vector.values()])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_modes_agree_on_a_unet(model, make_run, purse_files, checkpointing):
-    """fp64: cosine above 0.9999, relative error below 1e-4; S_l is self-attention, S_u all attention."""
-    from PIL import Image
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient_checkpointing"])
+@pytest.mark.parametrize("method", ["imma", "imma_same_weights", "mima"])
+def test_modes_agree_on_a_unet(model, make_run, purse_files, method, checkpointing):
+    """fp64: cosine above 0.9999, relative error below 1e-4, with S_l and S_u apart, overlapping, or one in the other.
 
-    from harness.training import diffusion
+    imma: S_l a LoRA adapter (with B not zero), S_u all attention; imma_same_weights: S_l self-attention; mima: two
+    look-aheads of the whole UNet, merged, S_u cross-attention.
+    """
+    from harness.training import lora
     from harness.training.selection import select
 
-    run = make_run()
-    encoded = diffusion.encode_images(model, run, [Image.open(f) for f in purse_files], ["a purse"] * 4, flip=False)
-    scheduler = model.noise_scheduler()
-    unet = model.unet.double()
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
-        unet.train()
-    try:
-        names = select(model.parameters(), "attention")
-        parameters = {n: p for n, p in model.parameters().items() if n in names}
-        lower = [n for n in names if "attn1" in n]
+    unet = model.unet
+    upper = select(model.parameters(), "cross_attention" if method == "mima" else "attention")
+    parameters = {n: p for n, p in model.parameters().items() if n.startswith("unet.")}
+    with contextlib.ExitStack() as stack:
+        if method == "imma":
+            adapter = stack.enter_context(
+                lora.injected(model, rank=2, alpha=2, target_modules=lora.ATTENTION_PROJECTIONS, seed=1)
+            )
+            source = torch.Generator().manual_seed(5)
+            for name, factor in adapter.items():
+                if "lora_B" in name:
+                    factor.data = 0.1 * torch.randn(factor.shape, generator=source)
+            parameters, lower = {n: parameters[n] for n in upper} | adapter, list(adapter)
+        else:
+            lower = select(parameters, "unet") if method == "mima" else [n for n in upper if "attn1" in n]
+        unet.double()
+        stack.callback(unet.float)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+            stack.callback(unet.disable_gradient_checkpointing)
+        names = list(dict.fromkeys([*lower, *upper]))
+        weights = LocalWeights({n: parameters[n] for n in names}, {})
 
-        def loss(step):
-            drawn = diffusion.draw(encoded, 2, 1000, seed=3, step=step, device="cpu")
-            noisy = scheduler.add_noise(drawn.latents, drawn.noise, drawn.timesteps).double()
-            said = unet(noisy, drawn.timesteps, drawn.embeddings.double()).sample
-            return (said - drawn.noise.double()).square().mean()
+        def loss(seed):
+            source = torch.Generator().manual_seed(seed)
+            noise, start, states = (
+                torch.randn(*shape, generator=source, dtype=torch.float64)
+                for shape in ((2, 4, 8, 8), (2, 4, 8, 8), (2, 77, 32))
+            )
+            return [lambda: (unet(start + noise, torch.tensor([100, 700]), states).sample - noise).square().mean()]
 
-        ahead = LookAhead(LocalWeights(parameters, {}), names, lower, [[lambda: loss(0)]], 1.0)
-        exact, difference, first = (
-            _flat(hypergradient(ahead, [lambda: loss(1)], mode)) for mode in bilevel.Mode.__args__
+        branches = [bilevel.LookAhead(weights, names, lower, [loss(n)], 0.3) for n in range(2)]
+        words = [torch.randn(3, 32, generator=torch.Generator().manual_seed(9 + n)) for n in range(2)]
+        merging = LayerMerging(
+            Merge.solve(words, torch.randn(60, 32, generator=torch.Generator().manual_seed(8))),
+            frozenset(select(parameters, "cross_attention_kv")),
         )
-    finally:
-        unet.disable_gradient_checkpointing()
-        unet.eval().float()
+        found = {}
+        for mode in bilevel.Mode.__args__:
+            if method == "mima":
+                vector = bilevel.merged_hypergradient(branches, merging, [*loss(7), *loss(8)], mode, wanted=upper)
+            else:
+                vector = hypergradient(branches[0], loss(7), mode)
+            found[mode] = torch.cat([vector[name].flatten() for name in upper])
+    exact, difference, first = (found[mode] for mode in ("exact", "finite_difference", "first_order"))
+    print(f"{method}: {(exact - difference).norm() / exact.norm():.1e}")
 
+    assert exact.dtype == torch.float64
     assert torch.cosine_similarity(exact, difference, dim=0) > 0.9999
     assert (exact - difference).norm() < 1e-4 * exact.norm()
     assert (exact - first).norm() > 1e-3 * exact.norm()  # the second order is not nothing here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -167,3 +168,192 @@ def test_weights_equal_a_loop_written_without_peft(model, make_run, purse_files,
     moved = torch.cat([(ours[f"unet.{n}"] - model.parameters()[f"unet.{n}"]).flatten() for n in upper]).norm()
     apart = torch.cat([(ours[f"unet.{n}"] - upper[n]).flatten() for n in upper]).norm()
     assert apart < 1e-3 * moved
+
+
+def _released(model, run, files, **changes):
+    return _protect(model, run, files, **changes).tensors
+
+
+LOWER = {
+    "lora": {},
+    "dreambooth": {},
+    "dreambooth_lora": {},
+    "textual_inversion": {"templates": ("a photo of a {}", "a drawing of {}")},
+}
+
+
+@pytest.mark.parametrize("lower", LOWER)
+def test_each_lower_level_releases_attention_alone_and_leaves_nothing_behind(model, make_run, purse_files, lower):
+    """Adapters, a word, or a whole UNet: what simulates the attack is not part of what is published."""
+    before = {n: p.detach().clone() for n, p in model.parameters().items()}
+    tensors = _released(model, make_run(), purse_files, lower=lower, **LOWER[lower])
+
+    assert set(tensors) == set(select(before, "attention"))
+    assert any(not torch.equal(tensors[n], before[n]) for n in tensors)
+    assert model.is_restorable()
+    model.restore()
+    assert all(torch.equal(p, before[n]) for n, p in model.parameters().items())
+
+
+@pytest.mark.parametrize("lower", LOWER)
+def test_each_lower_level_matters(model, make_run, purse_files, lower):
+    """With a lower level that adapts, ascent ends elsewhere than alone."""
+    options = {"lower": lower, "lower_learning_rate": 5e-2, "rounds": 2, **LOWER[lower]}
+    results = []
+    for index, alone in enumerate((False, True)):
+        # a rate of nothing instead of ascent_only: draws depend on the step, and there are half as many steps alone
+        changes = options | ({"lower_learning_rate": 1e-12} if alone else {})
+        results.append(_released(model, make_run(1, f"run{index}"), purse_files, **changes))
+        model.restore()
+
+    assert any(not torch.allclose(results[0][n], results[1][n], rtol=0, atol=1e-6) for n in results[0])
+
+
+def test_dreambooth_lower_level_descends_and_upper_ascends_the_same_weights(model, make_run, purse_files):
+    """Attention belongs to both levels there: with no upper step that matters, what is released learned the concept."""
+    start = {n: p.detach().clone() for n, p in model.parameters().items()}
+    options = {"lower": "dreambooth", "lower_learning_rate": 1e-3, "upper_learning_rate": 1e-30, "rounds": 3}
+    tensors = _released(model, make_run(), purse_files, weight_decay=0.0, **options)
+
+    assert any(not torch.equal(tensors[n], start[n]) for n in tensors)
+
+
+def test_ascent_only_is_plain_ascent(model, make_run, purse_files):
+    """Equal to AdamW on the negative loss, written out."""
+    from PIL import Image
+
+    run = make_run(4)
+    ours = _released(model, run, purse_files, ascent_only=True, rounds=2)
+    model.restore()
+    parameters = {n: p for n, p in model.parameters().items() if n in ours}
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    encoded = diffusion.encode_images(model, run, [Image.open(f) for f in purse_files], ["a purse"] * 4, flip=True)
+    scheduler = model.noise_scheduler()
+    model.change(parameters)
+    optimizer = torch.optim.AdamW([p.requires_grad_(True) for p in parameters.values()], lr=1e-3, weight_decay=1e-2)
+    for step in range(2):
+        seed = mix(run.seed_for("noise"), "instance")
+        batch = diffusion.draw(encoded, 2, 1000, seed=seed, step=step, device="cpu")
+        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        said = model.unet(noisy, batch.timesteps, batch.embeddings).sample
+        (-torch.nn.functional.mse_loss(said, batch.noise)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    moved, apart = (
+        torch.cat([(x[n].detach() - y[n].detach()).flatten() for n in ours]).norm()
+        for x, y in ((parameters, before), (parameters, ours))
+    )
+    assert apart < 1e-3 * moved
+
+
+@pytest.mark.parametrize("lower", ["lora", "dreambooth", "textual_inversion"])
+def test_differentiated_lower_steps_agree_between_modes_and_differ_from_first_order(
+    model, make_run, purse_files, lower
+):
+    """The upper gradient through two SGD steps of the lower level; one round, before AdamW has any history."""
+    gradients = {}
+    for mode in ("exact", "finite_difference", "first_order"):
+        run = make_run(1, mode)
+        steps = {"lower_optimizer": "sgd", "lower_steps": 2, "rounds": 1, "hypergradient": mode}
+        steps |= {"lower": lower, "lower_learning_rate": 0.3, **LOWER[lower]}
+        with _seen_gradients() as seen:
+            _released(model, run, purse_files, **steps)
+        gradients[mode] = torch.cat([g.flatten() for g in seen["upper"].values()])
+        model.restore()
+    exact, difference, first = gradients.values()
+
+    assert torch.cosine_similarity(exact, difference, dim=0) > 0.999
+    assert (exact - difference).norm() < 2e-2 * exact.norm()
+    # B of the adapter begins at zero and the word's loss is nearly flat: the second order is small, not nothing
+    assert (exact - first).norm() > 2 * (exact - difference).norm()
+
+
+@contextlib.contextmanager
+def _seen_gradients():
+    """Yield the gradients that levels were stepped with, by level."""
+    from harness.training.weights import LocalWeights
+
+    seen = {}
+    original = LocalWeights.step
+
+    def step(self, level, gradient):
+        seen[level] = {name: value.clone() for name, value in gradient.items() if name in self.levels[level].names}
+        original(self, level, gradient)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalWeights, "step", step)
+        yield seen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hypergradient": "exact"},
+        {"hypergradient": "exact", "lower_optimizer": "sgd", "ascent_only": True},
+        {"prior_weight": 1.0},
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_together_are_refused(changes):
+    """Before any compute."""
+    with pytest.raises(ValueError, match="lower"):
+        Parameters(**changes)
+
+
+def test_class_images_hold_the_lower_level_back(model, make_run, purse_files):
+    """Prior preservation changes what DreamBooth's lower level does."""
+    target = ProtectedConcept("object", "purse", ("a purse",) * 2, purse_files[:2], ("object",) * 2, purse_files[2:])
+    results = []
+    for index, weight in enumerate((0.0, 1.0)):
+        options = {"lower": "dreambooth", "prior_weight": weight, "rounds": 2, "batch_size": 2}
+        defense = Imma(dataclasses.replace(Parameters(), upper_learning_rate=1e-3, **options))
+        results.append(defense.protect(model, [target], [], make_run(1, f"run{index}")).tensors)
+        model.restore()
+
+    assert any(not torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+def test_joint_of_one_concept_is_imma_and_merged_too(model, make_run, purse_files, tmp_path):
+    """Baselines for several concepts reduce to IMMA for one; merged trains it under a seed of its own."""
+    from defenses import joint, merged
+
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a dog on a beach\nan old house by the river\n", encoding="utf-8")
+    target = ProtectedConcept("object", "purse", ("a purse",) * 4, purse_files)
+    options = {"rounds": 2, "batch_size": 2, "upper_learning_rate": 1e-3}
+    alone = _released(model, make_run(1, "imma"), purse_files, rounds=2)
+    model.restore()
+    together = joint.Joint(joint.Joint.Parameters(**options)).protect(model, [target], [], make_run(1, "joint")).tensors
+    model.restore()
+    part = _released(model, make_run(1, "merged").part("concept0"), purse_files, rounds=2)
+    model.restore()
+    parameters = merged.Parameters(**options, regularization_captions=str(captions), ridge=1e-3)
+    closed = merged.Merged(parameters).protect(model, [target], [], make_run(1, "merged2")).tensors
+
+    assert all(torch.equal(alone[n], together[n]) for n in alone)
+    assert all(torch.allclose(part[n], closed[n], atol=1e-7) for n in part)
+
+
+def test_merged_gives_each_concepts_words_its_own_projections(model, make_run, tiny_folder, tmp_path):
+    """K and V of the merged model say to a concept's words what that concept's own immunization does."""
+    from defenses import merged
+    from harness.training import words
+
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a dog on a beach\nan old house by the river\n", encoding="utf-8")
+    files = [tuple(sorted((tiny_folder / name).glob("*.png"))[:4]) for name in ("purse", "cat")]
+    targets = [
+        ProtectedConcept("object", name, (f"{name} here",) * 4, own)
+        for name, own in zip(("purse", "cat"), files, strict=True)
+    ]
+    options = {"rounds": 2, "batch_size": 2, "upper_learning_rate": 1e-2}
+    parameters = merged.Parameters(**options, regularization_captions=str(captions), ridge=1e-3)
+    tensors = merged.Merged(parameters).protect(model, targets, [], make_run(1, "merged")).tensors
+    for index, target in enumerate(targets):
+        model.restore()
+        alone = dataclasses.replace(make_run(1, f"alone{index}"), seed=mix(1, f"concept{index}"))
+        own = Imma(dataclasses.replace(Parameters(), **options)).protect(model, [target], [], alone).tensors
+        rows = words.of(model, target.captions)
+        for name in select(tensors, "cross_attention_kv"):
+            assert torch.allclose(rows @ tensors[name].T, rows @ own[name].T, atol=1e-4)
