@@ -148,10 +148,57 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "descriptions without evaluation prompts": (
         ("folder: lamp", "folder: lamp, descriptions: [one]"), 6, "concepts.lamp: give one entry of 'descriptions'",
     ),
-    "workers that share a stage": (
+    "workers that do not divide a batch": (
         ("utility: [dog]", "utility: [dog]\nresources: {workers: 2}"),
+        12,
+        "defenses[2].batch_size: 2 workers do not divide the global batch of 1; change batch_size or resources.workers",
+    ),
+    "mode that a ZeRO stage cannot serve": (
+        (
+            DEFENSES,
+            "resources: {workers: 2, zero_stage: 3}\n"
+            "defenses: [none, {method: mima, batch_size: 2, hypergradient: exact}]",
+        ),
+        13,
+        "defenses[1].hypergradient: 'exact' differentiates twice through whole weights, which ZeRO 3 partitions; use "
+        "finite_difference, or resources.zero_stage 2 or less",
+    ),
+    "learned word in several processes": (
+        (
+            DEFENSES,
+            "defenses: [none, uce, {method: imma, batch_size: 2, lower: textual_inversion}]\nresources: {workers: 2}",
+        ),
+        12,
+        "defenses[2].lower: textual_inversion runs in one process; set resources.workers to 1",
+    ),
+    "offload without ZeRO": (
+        ("utility: [dog]", "utility: [dog]\nresources: {offload: cpu}"),
         19,
-        "resources.workers: stages that several processes share are not available yet; use 1",
+        "resources: offload moves what ZeRO owns; add zero_stage: 1, 2 or 3",
+    ),
+    "unknown ZeRO stage": (
+        ("utility: [dog]", "utility: [dog]\nresources: {zero_stage: 4}"),
+        19,
+        "resources.zero_stage: must be 0, 1, 2 or 3",
+    ),
+    "settings that do not fit together": (
+        ("rounds: 3", "hypergradient: exact"),
+        12,
+        "defenses[2]: hypergradient 'exact' differentiates the lower steps: add lower_optimizer: sgd",
+    ),
+    "missing caption list": (
+        (DEFENSES, "defenses: [none, {method: mima, regularization_captions: nowhere}]"),
+        12,
+        "defenses[1].regularization_captions: 'nowhere' does not exist; give the path of a file or folder",
+    ),
+    "one word for several concepts": (
+        (
+            SUITE[SUITE.index("  personalization") :].splitlines()[0] + "\n" + DEFENSES,
+            "  personalization: {targets: [[purse, lamp]]}\n"
+            "defenses: [none, {method: joint, lower: textual_inversion}]",
+        ),
+        12,
+        "defenses[1].lower: textual_inversion teaches one word; joint trains on several concepts at once",
     ),
     "headroom in percent": (("utility: [dog]", "utility: [dog]\ngates: {min_headroom: 10}"), 19, "must be at most 1"),
     "missing files of a metric": (

@@ -1,0 +1,192 @@
+"""Small parts of the training code: AdamW by levels, a learned word, words of captions, state, the loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from harness.run import Run
+from harness.training import words
+from harness.training.loop import train
+from harness.training.token_embedding import OBJECT_TEMPLATES, STYLE_TEMPLATES, LearnedWord
+from harness.training.weights import Level, LocalWeights, grouped, installed
+
+
+def _parameters() -> dict[str, nn.Parameter]:
+    source = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(3, 4, generator=source)) for name in "abc"}
+
+
+LEVELS = {
+    "lower": Level(("a", "b"), 1e-2, 0.1),
+    "upper": Level(("b", "c"), 3e-2, 0.0, clip_norm=0.5),
+}
+
+
+def _gradient(step: int, names) -> dict[str, torch.Tensor]:
+    source = torch.Generator().manual_seed(step)
+    return {name: torch.randn(3, 4, generator=source) for name in names}
+
+
+def test_levels_step_as_adamws_of_their_own_would():
+    """Weight b belongs to both: each level has its own moments, rates and clipping."""
+    ours = _parameters()
+    weights = LocalWeights(ours, LEVELS)
+    theirs = _parameters()
+    optimizers = {
+        name: torch.optim.AdamW(
+            [theirs[n] for n in level.names], lr=level.learning_rate, weight_decay=level.weight_decay
+        )
+        for name, level in LEVELS.items()
+    }
+    for step, name in enumerate(["lower", "upper", "upper", "lower", "upper"]):
+        gradient = _gradient(step, LEVELS[name].names)
+        weights.step(name, gradient)
+        for n in LEVELS[name].names:
+            theirs[n].grad = gradient[n].clone()
+        if LEVELS[name].clip_norm:
+            torch.nn.utils.clip_grad_norm_([theirs[n] for n in LEVELS[name].names], LEVELS[name].clip_norm)
+        optimizers[name].step()
+
+    assert all(torch.allclose(ours[n], theirs[n], rtol=0, atol=1e-6) for n in "abc")  # of changes of 1e-1
+
+
+def test_state_goes_on_where_it_was():
+    """Weights and the moments of every level."""
+    first = LocalWeights(_parameters(), LEVELS)
+    for step, name in enumerate(["lower", "upper"]):
+        first.step(name, _gradient(step, LEVELS[name].names))
+    second = LocalWeights({n: nn.Parameter(torch.zeros(3, 4)) for n in "abc"}, LEVELS)
+    second.load_state({name: value.clone() for name, value in first.state().items()})
+    for step, name in enumerate(["upper", "lower"]):
+        for weights in (first, second):
+            weights.step(name, _gradient(10 + step, LEVELS[name].names))
+
+    assert all(torch.equal(first.parameters[n], second.parameters[n]) for n in "abc")
+
+
+def test_every_weight_is_in_one_group():
+    """By the levels that train it."""
+    assert [(sorted(users), names) for users, names in grouped(LEVELS)] == [
+        (["lower"], ["a"]),
+        (["lower", "upper"], ["b"]),
+        (["upper"], ["c"]),
+    ]
+
+
+def test_installed_weights_are_put_back_when_the_block_raises():
+    """Bit for bit."""
+    parameters = _parameters()
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    with pytest.raises(KeyError), installed(LocalWeights(parameters, {}), {"a": torch.zeros(3, 4)}):
+        assert not parameters["a"].any()
+        raise KeyError
+
+    assert all(torch.equal(parameters[n], before[n]) for n in parameters)
+
+
+def test_parts_of_a_loss_add_up():
+    """Gradient and curvature of the sum, one graph at a time; weights that take no part have zero."""
+    parameters = {n: nn.Parameter(p.detach().double()) for n, p in _parameters().items()}
+    weights = LocalWeights(parameters, {})
+    parts = [lambda: parameters["a"].pow(3).sum(), lambda: (parameters["a"] * parameters["b"]).sum()]
+    gradient = weights.gradient(parts, ["a", "b", "c"])
+    vector = {"a": torch.ones(3, 4, dtype=torch.float64)}
+    curved = weights.curvature(parts, ["a", "b", "c"], vector)
+
+    a, b = parameters["a"].detach(), parameters["b"].detach()
+    assert torch.allclose(gradient["a"], 3 * a.square() + b)
+    assert torch.allclose(gradient["b"], a)
+    assert torch.allclose(curved["a"], 6 * a)
+    assert torch.allclose(curved["b"], torch.ones_like(b))
+    assert not gradient["c"].any()
+    assert not curved["c"].any()
+
+
+def test_a_learned_word_that_has_not_learned_is_the_word_it_began_as(model):
+    """The same embeddings as the plain text, so nothing but the vectors can differ."""
+    word = LearnedWord(model, "x")
+    ids = word.ids(["a photo of a {}", "{} on the beach"])
+
+    with torch.no_grad():
+        ours = word.encode(ids)
+    assert torch.allclose(ours, model.encode_text(["a photo of a x", "x on the beach"]), atol=1e-6)
+    word.vectors.data[0, ::2] += 1.0  # not a constant: layer norms take that away
+    assert not torch.allclose(word.encode(ids), ours, atol=1e-3)
+
+
+def test_only_the_vectors_of_a_learned_word_get_a_gradient(model):
+    """Several vectors stand side by side; the encoder itself is not trained and keeps no hook."""
+    word = LearnedWord(model, "x", vectors=3)
+    word.encode(word.ids(["a photo of {} here"])).square().sum().backward()
+
+    assert word.vectors.grad.abs().sum(1).gt(0).all()
+    assert all(p.grad is None for p in model.text_encoder.parameters())
+    assert model.is_restorable()
+
+
+@pytest.mark.parametrize(("template", "message"), [("no hole", "has no {}"), ("a " * 200 + "{}", "no room")])
+def test_templates_without_a_place_for_the_word_are_refused(model, template, message):
+    """Instead of training on a prompt that does not hold it."""
+    with pytest.raises(ValueError, match=message):
+        LearnedWord(model, "x").ids([template])
+
+
+def test_template_lists_are_those_of_textual_inversion():
+    """27 object templates; every template has one place for the word."""
+    assert len(OBJECT_TEMPLATES) == 27
+    assert all(t.count("{}") == 1 for t in (*OBJECT_TEMPLATES, *STYLE_TEMPLATES))
+    assert len(set(OBJECT_TEMPLATES)) == 27
+
+
+def test_words_are_every_token_but_the_start_and_the_padding(model):
+    """Of distinct texts, in order, as a text encoded without padding has them."""
+    texts = ["a purse", "van gogh", "a purse"]
+    rows = words.of(model, texts)
+
+    expected = []
+    for text in texts[:2]:
+        tokens = model.tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected.append(model.text_encoder(tokens)[0][0, 1:])
+    assert torch.allclose(rows, torch.cat(expected), atol=1e-5)
+
+
+def test_a_diverged_training_is_named(make_run):
+    """And ends at once."""
+    run = make_run()
+    weights = LocalWeights(_parameters(), LEVELS)
+
+    def step(index: int) -> dict[str, float]:
+        return {"upper_loss": float("nan") if index == 2 else 1.0}
+
+    with pytest.raises(FloatingPointError, match="MIMA's upper_loss is nan at step 2"):
+        train(run, weights, 5, step, "MIMA")
+
+
+def test_state_of_other_processes_or_damaged_is_not_taken(make_run, tmp_path):
+    """Starting over is right, only slower."""
+    run = make_run()
+    run.save_state(3, {"x": torch.ones(2)}, {"a": 1})
+    assert run.load_state()[0] == 3
+
+    class Two(type(run.world)):
+        size = 2
+
+    shared = Run(1, torch.device("cpu"), "fp32", run.folder, world=Two())
+    assert shared.load_state() is None
+    (file,) = run.folder.glob("state.3.*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run.load_state() is None
+
+
+def test_state_replaces_what_was_kept_before(make_run):
+    """One state a process lies on disk."""
+    run = make_run()
+    for step in (1, 2, 3):
+        run.save_state(step, {"x": torch.full((2,), float(step))}, {})
+
+    assert len(list(run.folder.glob("state.*.safetensors"))) == 1
+    step, tensors, _ = run.load_state()
+    assert (step, tensors["x"].tolist()) == (3, [3.0, 3.0])
