@@ -199,6 +199,13 @@ EDITS = {
     ),
     "gpus": (("utility: [dog]", "utility: [dog]\nresources: {gpus: 1}"), set()),
     "threads": (("utility: [dog]", "utility: [dog]\nresources: {cpus: 2}"), set()),
+    "how a stage is spread": (
+        (
+            "utility: [dog]",
+            "utility: [dog]\nresources: {zero_stage: 3, offload: cpu, micro_batch_size: 1, gradient_checkpointing: true}",
+        ),
+        set(),
+    ),
     "name of the suite": (("name: small", "name: other"), set()),
     "description": (("name: small", "name: small\ndescription: other words"), set()),
     "label of a defense": (("{method: imma,", "{method: imma, name: other,"), set()),
