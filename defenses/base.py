@@ -78,8 +78,8 @@ class Defense(Method):
         return 0
 
     @classmethod
-    def check_targets(cls, parameters: Any, targets: int) -> Sequence[tuple[str, str]]:
-        """Return (parameter, message) for what cannot be done for so many concepts together."""
+    def check_task(cls, parameters: Any, targets: int, preserved: int) -> Sequence[tuple[str, str]]:
+        """Return (parameter, message) for what cannot be done for so many concepts, protected and preserved."""
         return ()
 
     @classmethod

@@ -21,7 +21,7 @@ class Joint(ImmaBase):
     presets = Imma.presets
 
     @classmethod
-    def check_targets(cls, parameters, targets) -> list[tuple[str, str]]:
+    def check_task(cls, parameters, targets, preserved) -> list[tuple[str, str]]:
         """A new word stands for one concept."""
         if parameters.lower == "textual_inversion" and targets > 1:
             return [("lower", "textual_inversion teaches one word; joint trains on several concepts at once")]

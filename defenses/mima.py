@@ -105,6 +105,9 @@ class Parameters:
     """Weight of the loss on class images at the lower level."""
     prior_on_upper: Weight | None = None
     """Weight of the loss on class images at the upper level, where it is descended."""
+    prior_from: Literal["class", "preserved"] = "class"
+    """Whose images are weighed: of the concept's class (papers and code), or of the concepts that the task lists under
+    `preserve` (ours: where a class prompt says too little of what must stay)."""
     prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
     """Class images for each concept, where they are weighed."""
     concept_key: Literal["instance", "class"] = "instance"
@@ -154,7 +157,7 @@ class Mima(Defense):
     name = "mima"
     version = 1
     threat_model = ThreatModel(changes=("unet.cross_attention",), may_restore=("unet",))
-    uses = frozenset({"targets", "images", "seed"})
+    uses = frozenset({"targets", "preserved", "images", "seed"})
     can_shard = True
     Parameters = Parameters
 
@@ -168,7 +171,8 @@ class Mima(Defense):
     @classmethod
     def prior_images(cls, parameters) -> int:
         """Class images for each target, where they are weighed; one, for the class prompt, where it is the key."""
-        return parameters.prior_images if parameters.weighs_prior else int(parameters.concept_key == "class")
+        asks = parameters.weighs_prior and parameters.prior_from == "class"
+        return parameters.prior_images if asks else int(parameters.concept_key == "class")
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:
@@ -180,6 +184,13 @@ class Mima(Defense):
         return p.rounds * p.batch_size * targets * (lower * (1 + again) + upper) * 3.0
 
     @classmethod
+    def check_task(cls, parameters, targets, preserved) -> list[tuple[str, str]]:
+        """Refuse to weigh what is not there."""
+        if parameters.weighs_prior and parameters.prior_from == "preserved" and not preserved:
+            return [("prior_from", "the task preserves no concept; list some under 'preserve', or use class")]
+        return []
+
+    @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
         """Refuse what several processes cannot do."""
         found = list(global_batch(parameters, sharding))
@@ -188,13 +199,20 @@ class Mima(Defense):
 
     def protect(self, model, targets, preserved, run) -> Protection:
         """Return the immunized weights of S^u."""
-        return _Immunization(self.parameters, model, targets, run).run()
+        return _Immunization(self.parameters, model, targets, run, preserved).run()
 
 
 class _Immunization:
     """One run of MIMA."""
 
-    def __init__(self, p: Parameters, model: DiffusionModel, targets: Sequence[ProtectedConcept], run: Run):
+    def __init__(
+        self,
+        p: Parameters,
+        model: DiffusionModel,
+        targets: Sequence[ProtectedConcept],
+        run: Run,
+        preserved: Sequence[ProtectedConcept] = (),
+    ):
         from harness.training import sharding
         from harness.training.concept_loss import ConceptLoss
         from harness.training.selection import select
@@ -219,8 +237,7 @@ class _Immunization:
                 batch_size=p.batch_size,
                 flip=p.flip,
                 seed=run.seed_for("noise", index),
-                prior_images=target.prior_images if p.weighs_prior else (),
-                prior_captions=target.prior_captions if p.weighs_prior else (),
+                **_prior(p, target, preserved),
             )
             for index, target in enumerate(targets)
         ]
@@ -333,6 +350,18 @@ class _Immunization:
         from harness.training import words
 
         return words.of(self.model, texts).cpu()
+
+
+def _prior(p: Parameters, target: ProtectedConcept, preserved: Sequence[ProtectedConcept]) -> dict[str, Sequence]:
+    """Return the images, with captions, that hold both levels back."""
+    if not p.weighs_prior:
+        return {}
+    if p.prior_from == "class":
+        return {"prior_images": target.prior_images, "prior_captions": target.prior_captions}
+    return {
+        "prior_images": [image for concept in preserved for image in concept.images],
+        "prior_captions": [caption for concept in preserved for caption in concept.captions],
+    }
 
 
 def _mean(losses) -> float:

@@ -219,7 +219,7 @@ def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
             values = loaded.parameters.get(tuple(map(str, path)))
             count = max((len(together) for together in task.targets), default=1)
             if values is not None:
-                mistakes += _asked(cls, path, "check_targets", values, count)
+                mistakes += _asked(cls, path, "check_task", values, count, len(task.preserve))
     return list(dict.fromkeys(mistakes))
 
 

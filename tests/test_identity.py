@@ -202,7 +202,8 @@ EDITS = {
     "how a stage is spread": (
         (
             "utility: [dog]",
-            "utility: [dog]\nresources: {zero_stage: 3, offload: cpu, micro_batch_size: 1, gradient_checkpointing: true}",
+            "utility: [dog]\n"
+            "resources: {zero_stage: 3, offload: cpu, micro_batch_size: 1, gradient_checkpointing: true}",
         ),
         set(),
     ),

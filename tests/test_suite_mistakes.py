@@ -191,6 +191,11 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
         12,
         "defenses[1].regularization_captions: 'nowhere' does not exist; give the path of a file or folder",
     ),
+    "prior of what is not preserved": (
+        (DEFENSES, "defenses: [none, {method: mima, prior_on_upper: 1, prior_from: preserved}]"),
+        12,
+        "defenses[1].prior_from: the task preserves no concept; list some under 'preserve', or use class",
+    ),
     "one word for several concepts": (
         (
             SUITE[SUITE.index("  personalization") :].splitlines()[0] + "\n" + DEFENSES,

@@ -72,6 +72,7 @@ def _work(stage, workplace, work_folder, rank: int) -> None:
             for name in ("forward_passes", "backward_passes"):
                 total[name] = sum(each[name] for each in gathered)
             total["peak_memory_bytes"] = max(each["peak_memory_bytes"] for each in gathered)
+            total["peak_memory_bytes_of_each"] = [each["peak_memory_bytes"] for each in gathered]
             write_json(work_folder / ranks.OUTCOME, total)
 
 

@@ -35,6 +35,7 @@ def run(
     Raises RuntimeError with the error of the process that failed first.
     """
     workers = workplace.sharding.workers
+    logs = [workplace.run_folder / "logs" / f"{work_folder.name}.process{rank}.log" for rank in range(workers)]
     shutil.rmtree(work_folder / RELEASED, ignore_errors=True)
     for old in (*work_folder.glob("rank*.json"), work_folder / OUTCOME):
         old.unlink(missing_ok=True)
@@ -55,7 +56,7 @@ def run(
     processes: list[subprocess.Popen] = []
     try:
         for rank in range(workers):
-            with open(work_folder / f"rank{rank}.log", "w", encoding="utf-8") as log:
+            with open(logs[rank], "w", encoding="utf-8") as log:
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "harness.training.rank"],
@@ -68,7 +69,7 @@ def run(
             pickle.dump((stage, workplace, work_folder), processes[-1].stdin)
             processes[-1].stdin.flush()
         threading.Thread(target=_tell, args=(processes[0].stdout, report), daemon=True).start()
-        _wait(processes, work_folder)
+        _wait(processes, work_folder, logs)
     finally:
         for process in processes:
             if process.poll() is None:
@@ -99,7 +100,7 @@ def _tell(pipe, report: Callable[[int, int], None]) -> None:
         report(done, total)
 
 
-def _wait(processes: list[subprocess.Popen], work_folder: Path) -> None:
+def _wait(processes: list[subprocess.Popen], work_folder: Path, logs: list[Path]) -> None:
     """Return when all ended well; raise RuntimeError as soon as one did not."""
     running = dict(enumerate(processes))
     while running:
@@ -110,13 +111,13 @@ def _wait(processes: list[subprocess.Popen], work_folder: Path) -> None:
                 continue
             del running[rank]
             if code != 0:
-                raise RuntimeError(_error(rank, code, work_folder))
+                raise RuntimeError(_error(rank, code, work_folder, logs[rank]))
 
 
-def _error(rank: int, code: int, work_folder: Path) -> str:
+def _error(rank: int, code: int, work_folder: Path, log: Path) -> str:
     """Return what a failed process left: its own error, or the end of what it printed."""
     recorded = work_folder / f"rank{rank}.json"
     if recorded.exists():
         return f"process {rank}: {json.loads(recorded.read_text(encoding='utf-8'))['error']}"
-    lines = (work_folder / f"rank{rank}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return f"process {rank} ended with code {code}: {lines[-1] if lines else 'it printed nothing'}"

@@ -74,6 +74,18 @@ def configuration(sharding: Sharding) -> dict[str, Any]:
     }
 
 
+class _Autocast(nn.Module):
+    """The UNet under the run's autocast: the engine turns off what it finds on around it, without an error."""
+
+    def __init__(self, unet: nn.Module, run: Run):
+        super().__init__()
+        self.unet, self._run = unet, run
+
+    def forward(self, *arguments, **options):
+        with self._run.autocast():
+            return self.unet(*arguments, **options)
+
+
 class ZeroWeights:
     """Weights of a UNet that a DeepSpeed engine owns; one object in each process."""
 
@@ -105,7 +117,10 @@ class ZeroWeights:
             [{"params": [self.parameters[n] for n in names], "levels": users} for users, names in groups], levels
         )
         self.engine, *_ = deepspeed.initialize(
-            model=model.unet, optimizer=self._optimizer, config=configuration(run.sharding), dist_init_required=False
+            model=_Autocast(model.unet, run),
+            optimizer=self._optimizer,
+            config=configuration(run.sharding),
+            dist_init_required=False,
         )
         model.engine = self.engine
 

@@ -31,9 +31,12 @@ def test_run_on_a_gpu_gives_the_rows_of_the_cpu_up_to_rounding(suite_file, tmp_p
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_immunization_through_deepspeed_on_a_gpu(tiny_folder, tmp_path, zero_stage):
-    """One process with NCCL and states in main memory releases what the plain GPU run does, up to rounding."""
+@pytest.mark.parametrize(("zero_stage", "precision"), [(2, "fp32"), (3, "fp32"), (2, "bf16")])
+def test_immunization_through_deepspeed_on_a_gpu(tiny_folder, tmp_path, zero_stage, precision):
+    """One process with NCCL and states in main memory releases what the plain GPU run does, up to rounding.
+
+    In bf16 too: DeepSpeed turns off an autocast that it finds on, and would compute in fp32.
+    """
     from safetensors.torch import load_file
 
     from tests.ml.test_sharding import SUITE
@@ -44,6 +47,7 @@ def test_immunization_through_deepspeed_on_a_gpu(tiny_folder, tmp_path, zero_sta
     for name, offload in (("plain", "none"), ("offloaded", "cpu")):
         settings = [f"resources={{gpus: 1, zero_stage: {zero_stage}, offload: {offload}}}"]
         arguments = ["--executor", "serial", "--runs", str(tmp_path / name), "--set", *settings]
+        arguments += ["--set", f"model.precision={precision}"]
         assert main(["run", str(suite), *arguments]) == 0
         (path,) = (tmp_path / name).glob("store/immunize/*/tensors.safetensors")
         found.append(load_file(path))

@@ -46,7 +46,8 @@ def _protect(model, run, concepts, captions, **changes):
         "regularization_captions": captions,
         "ridge": 1e-3,
     }
-    return Mima(dataclasses.replace(Parameters(), **options | changes)).protect(model, concepts, [], run).tensors
+    defense = Mima(dataclasses.replace(Parameters(), **options | changes))
+    return defense.protect(model, concepts, concepts[:1], run).tensors
 
 
 def _merge_directly(model, concepts, ridge: float):
@@ -185,6 +186,7 @@ def _same(first, second) -> bool:
         {"lower_persist": True, "grad_through_merge": False, "hypergradient": "first_order"},
         {"prior_on_upper": 1.0},
         {"prior_on_lower": 1.0},
+        {"prior_on_upper": 1.0, "prior_from": "preserved"},
         {"clip_norm": 1e-3, "rounds": 3},
         {"lower_steps": 2},
         {"lower_parameters": "cross_attention_kv"},
