@@ -73,11 +73,10 @@ class Merged(ImmaBase):
             p.ridge,
         )
         merging = LayerMerging(merge, projections)
-        total = merging.from_start(start)
+        total = merging.from_start({name: value.clone() for name, value in start.items()})
         for index, target in enumerate(targets):
             adapted = imma.immunize(model, [target], p, run.part(f"concept{index}"))
-            for name, value in merging.from_adapted(index, adapted).items():
-                total[name] += value
+            merging.add_adapted(total, index, adapted)
             with torch.no_grad():
                 for name, value in start.items():
                     parameters[name].copy_(value)

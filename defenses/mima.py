@@ -304,13 +304,12 @@ class _Immunization:
         merging = self.merging(step)
         losses = [self._lower_loss(index, step) for index in range(len(self.losses))]
         start = self.weights.read(sorted(self.projections))
-        merged = merging.from_start(start)
+        merged = merging.from_start({name: value.clone() for name, value in start.items()})
         mean = {}
         for index, loss in enumerate(losses):
             slope = self.weights.gradient(loss, self.lower)
             adapted = {name: start[name] - p.lower_learning_rate * slope[name] for name in start}
-            for name, value in merging.from_adapted(index, adapted).items():
-                merged[name] += value
+            merging.add_adapted(merged, index, adapted)
             for name in self.others:
                 mean[name] = mean.get(name, 0.0) + slope[name] / len(losses)
         if self.others:

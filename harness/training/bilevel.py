@@ -51,16 +51,15 @@ def _central_difference(weights: Weights, loss: Loss, names: Sequence[str], vect
     if length == 0:
         return {name: torch.zeros_like(value) for name, value in weights.read(names).items()}
     step = weights.relative_step * weights.norm(start) / length
-    result: Vector = {}
+    sides = []
     for sign in (1.0, -1.0):
-        weights.write({name: start[name] + sign * step * v for name, v in vector.items()})
+        weights.shift(vector, sign * step)
         try:
-            side = weights.gradient(loss, names)
+            sides.append(weights.gradient(loss, names))
         finally:
             weights.write(start)
-        for name, slope in side.items():
-            result[name] = result[name].sub_(slope).div_(2 * step) if name in result else slope
-    return result
+    ahead, behind = sides
+    return {name: ahead[name].sub_(behind[name]).div_(2 * step) for name in names}
 
 
 @dataclass
@@ -83,8 +82,11 @@ class LookAhead:
             self._before.append(current)
             with installed(self.weights, current):
                 slope = self.weights.gradient(loss, self.lower)
-            start = current or self.weights.read(self.lower)
-            current = {name: start[name] - self.learning_rate * slope[name] for name in self.lower}
+            # one weight at a time and in place: a vector of all of them is as large as the model
+            for name, value in slope.items():
+                start = current[name] if current else self.weights.read([name])[name]
+                value.mul_(-self.learning_rate).add_(start)
+            current = slope
         self.end = current
         return current
 
@@ -120,11 +122,11 @@ def hypergradient(look_ahead: LookAhead, upper: Loss, mode: Mode) -> Vector:
 class Merging(Protocol):
     """How N adapted weights become one: a linear map of the start and of them, so that it is summed up one by one."""
 
-    def from_start(self, start: Mapping[str, Tensor]) -> Vector:
-        """Return the part of the merged weights that the start contributes."""
+    def from_start(self, start: Vector) -> Vector:
+        """Return the part of the merged weights that the start contributes; `start` is used up."""
 
-    def from_adapted(self, index: int, adapted: Mapping[str, Tensor]) -> Vector:
-        """Return the part that the adapted weights of one branch contribute."""
+    def add_adapted(self, total: Vector, index: int, adapted: Vector) -> None:
+        """Add to `total` what the adapted weights of one branch contribute; they are used up."""
 
     def to_start(self, cotangent: Mapping[str, Tensor]) -> Vector:
         """Return the gradient with respect to the start, given that with respect to the merged weights."""
@@ -137,7 +139,8 @@ def merged(branches: Sequence[LookAhead], merging: Merging) -> Vector:
     """Return Merge({theta'_n}) on S_l; one branch's weights are held at a time. The model is left as it was."""
     result = merging.from_start(branches[0].weights.read(branches[0].lower))
     for index, branch in enumerate(branches):
-        _add(result, merging.from_adapted(index, branch.adapted()))
+        merging.add_adapted(result, index, branch.adapted())
+        branch.end = {}
     return result
 
 
@@ -156,13 +159,9 @@ def merged_hypergradient(
         # every map from here is name by name, but for H v, which needs all of S_l
         cotangent = weights.gradient(upper, wanted if mode == "first_order" else names)
     inside = {name: cotangent.pop(name) for name in list(cotangent) if name in lower}
-    result = cotangent | merging.to_start(inside)
+    result = cotangent | merging.to_start({name: inside[name] for name in wanted if name in inside})
     result = {name: result[name] for name in wanted}
     for index, branch in enumerate(branches):
-        _add(result, branch.pull_back(merging.to_adapted(index, inside), mode, wanted))
+        for name, value in branch.pull_back(merging.to_adapted(index, inside), mode, wanted).items():
+            result[name] += value
     return result
-
-
-def _add(total: Vector, part: Mapping[str, Tensor]) -> None:
-    for name, value in part.items():
-        total[name] = total[name] + value

@@ -129,36 +129,37 @@ class LayerMerging:
         """Number of branches."""
         return len(self.merge.projections)
 
-    def from_start(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return W (I - P) of each projection, zero for the others."""
+    def from_start(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return W (I - P) of each projection, zero for the others; in the memory of `start`."""
         held = {
             n: w if self.reference is None else self.reference[n] for n, w in start.items() if n in self.projections
         }
-        return self._rest(start, held, self._total)
+        taken = self.multiply(held, self._total)
+        return {n: held[n] - taken[n] if n in held else value.zero_() for n, value in start.items()}
 
-    def from_adapted(self, index: int, adapted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return W_n P_n of each projection, W_n / N of the others."""
-        return self._weighed(adapted, self.merge.projections[index])
+    def add_adapted(self, total: dict[str, Tensor], index: int, adapted: dict[str, Tensor]) -> None:
+        """Add W_n P_n of each projection, W_n / N of the others, emptying `adapted`."""
+        products = self.multiply(
+            {n: w for n, w in adapted.items() if n in self.projections}, self.merge.projections[index]
+        )
+        for name in list(adapted):
+            value = adapted.pop(name)
+            if name in products:
+                total[name] += products[name]
+            else:
+                total[name].add_(value, alpha=1 / self.count)
 
     def to_start(self, cotangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return G (I - P)^T of each projection (zero when it stays close to a reference), zero for the others."""
-        is_free = self.reference is None
-        return self._rest(
-            cotangent, {n: g for n, g in cotangent.items() if is_free and n in self.projections}, self._total.T
-        )
+        free = {n: g for n, g in cotangent.items() if self.reference is None and n in self.projections}
+        taken = self.multiply(free, self._total.T)
+        return {n: g - taken[n] if n in free else torch.zeros_like(g) for n, g in cotangent.items()}
 
     def to_adapted(self, index: int, cotangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return G P_n^T of each projection, G / N of the others."""
-        return self._weighed(cotangent, self.merge.projections[index].T)
-
-    def _rest(self, like: Mapping[str, Tensor], held: Mapping[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-        """Return held (I - total) where something is held, else zero."""
-        taken = self.multiply(held, total)
-        return {n: held[n] - taken[n] if n in held else torch.zeros_like(value) for n, value in like.items()}
-
-    def _weighed(self, values: Mapping[str, Tensor], own: Tensor) -> dict[str, Tensor]:
-        products = self.multiply({n: v for n, v in values.items() if n in self.projections}, own)
-        return {n: products[n] if n in products else value / self.count for n, value in values.items()}
+        inside = {n: g for n, g in cotangent.items() if n in self.projections}
+        products = self.multiply(inside, self.merge.projections[index].T)
+        return {n: products[n] if n in products else g / self.count for n, g in cotangent.items()}
 
     @cached_property
     def _total(self) -> Tensor:

@@ -136,6 +136,21 @@ class ZeroWeights:
         for name, value in values.items():
             self._held(name).copy_(value)
 
+    @torch.no_grad()
+    def shift(self, vector: Mapping[str, Tensor], scale: float) -> None:
+        """Add scale * vector to the weights."""
+        for name, value in vector.items():
+            self._held(name).add_(value, alpha=scale)
+
+    @torch.no_grad()
+    def exchange(self, values: Vector) -> None:
+        """Swap values with what is in place, one weight at a time."""
+        for name, value in values.items():
+            held = self._held(name)
+            before = held.clone()
+            held.copy_(value)
+            value.copy_(before)
+
     def settle(self, values: Mapping[str, Tensor]) -> None:
         """Put values in place and into the optimizer's master copy."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param

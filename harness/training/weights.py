@@ -63,6 +63,12 @@ class Weights(Protocol):
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put values in place, until they are written over: a look-ahead, a perturbation, or what was read before."""
 
+    def shift(self, vector: Mapping[str, Tensor], scale: float) -> None:
+        """Add scale * vector to the installed weights, in place, like `write`."""
+
+    def exchange(self, values: Vector) -> None:
+        """Put values in place, like `write`, and what was there into `values`: no copy of either is left."""
+
     def settle(self, values: Mapping[str, Tensor]) -> None:
         """Put values in place for good: optimizer steps go on from them."""
 
@@ -95,18 +101,17 @@ class Weights(Protocol):
 
 
 @contextlib.contextmanager
-def installed(weights: Weights, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Write `values`; put the old ones back, bit for bit, on leaving.
+def installed(weights: Weights, values: Vector) -> Iterator[None]:
+    """Put `values` in place; put the old ones back, bit for bit, on leaving. `values` hold the old ones meanwhile.
 
     In place, and not by a functional call, so that a forward under gradient checkpointing recomputes with the weights
     that it was run with.
     """
-    before = weights.read(list(values))
-    weights.write(values)
+    weights.exchange(values)
     try:
         yield
     finally:
-        weights.write(before)
+        weights.exchange(values)
 
 
 @contextlib.contextmanager
@@ -159,14 +164,22 @@ def grouped(levels: Mapping[str, Level]) -> list[tuple[frozenset[str], list[str]
 
 def differentiate(loss: Loss, parameters: Mapping[str, nn.Parameter]) -> Vector:
     """Return the gradient of the loss by autograd, part by part; zero where it does not depend on a parameter."""
-    total = {}
+    total: Vector = {}
     with _requiring_grad(parameters):
         for part in loss:
-            found = torch.autograd.grad(part(), list(parameters.values()), allow_unused=True)
-            for name, slope in zip(parameters, found, strict=True):
+            found = list(torch.autograd.grad(part(), list(parameters.values()), allow_unused=True))
+            taken = set()
+            for index, name in enumerate(parameters):
+                slope, found[index] = found[index], None
                 if slope is None:
                     continue
-                total[name] = total[name].add_(slope) if name in total else slope.detach().clone()
+                if name in total:
+                    total[name].add_(slope)
+                    continue
+                # kept without a copy, unless it shares its memory: autograd may give one tensor for two sums
+                is_own = slope.is_contiguous() and slope.data_ptr() not in taken
+                taken.add(slope.data_ptr())
+                total[name] = slope.detach() if is_own else slope.detach().clone()
     return {n: total[n] if n in total else torch.zeros_like(p) for n, p in parameters.items()}
 
 
@@ -234,6 +247,20 @@ class LocalWeights:
             self.parameters[name].copy_(value)
 
     settle = write
+
+    @torch.no_grad()
+    def shift(self, vector: Mapping[str, Tensor], scale: float) -> None:
+        """Add scale * vector to the installed weights."""
+        for name, value in vector.items():
+            self.parameters[name].add_(value, alpha=scale)
+
+    @torch.no_grad()
+    def exchange(self, values: Vector) -> None:
+        """Swap values with what is installed, one weight at a time."""
+        for name, value in values.items():
+            before = self.parameters[name].detach().clone()
+            self.parameters[name].copy_(value)
+            value.copy_(before)
 
     def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
         """Return the gradient of the loss."""
