@@ -28,6 +28,7 @@ from pydantic import Field
 from defenses.base import Defense, ProtectedConcept
 from harness.protection import Protection, ThreatModel
 from harness.registry import register
+from harness.testbed.captions import COMMON_OBJECTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,11 +42,6 @@ _TESTBED_SHOWN = (
     "tractor", "red apple", "fire", "soccer ball", "bomb",
 )  # fmt: skip
 """Objects in whose captions a style is erased or preserved."""
-_TESTBED_OBJECTS = (
-    "bear", "fish", "cactus", "maple leaf", "tangerine", "red apple", "cherries", "carrot", "doughnut", "beer mug",
-    "airplane", "tractor", "crescent moon", "rainbow", "fire", "christmas tree", "soccer ball", "glasses", "handbag",
-    "bell", "battery", "television", "pencil", "bomb",
-)  # fmt: skip
 
 Scale = Annotated[float, Field(gt=0, le=1e6)]
 
@@ -93,7 +89,7 @@ class Uce(Defense):
             "templates": ("{}", "a picture of {}", *(f"a picture of {{}} in {s} style" for s in _TESTBED_STYLES)),
             "preserve": tuple(
                 f"a picture of {o} in {_TESTBED_STYLES[i % len(_TESTBED_STYLES)]} style"
-                for i, o in enumerate(_TESTBED_OBJECTS)
+                for i, o in enumerate(COMMON_OBJECTS)
             ),
         },
         # styles of the testbed: mapped to flat (to no style it left more of them and took more from the others), inside

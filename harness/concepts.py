@@ -229,19 +229,18 @@ def _colour_styles(catalog) -> list[str]:
     return [s.id for s in catalog.styles.values() if s.learned and s.id not in MONOCHROME]
 
 
-def _objects_evenly(catalog) -> list[str]:
-    """Return the labels of about twenty learned objects, spread over the catalog."""
-    labels = [o.label for o in catalog.objects.values() if o.learned]
-    return labels[:: max(1, len(labels) // 20)][:20]
+def _class_prompts(entry, catalog) -> tuple[str, ...]:
+    """Return what images of a testbed concept's class are drawn from: other objects in turn, styled for an object.
 
+    The word "object" draws nothing in particular: the testbed knows it from identifiers alone.
+    """
+    from harness.testbed.captions import COMMON_OBJECTS, caption, object_caption
 
-def _class_prompts(kind: str, catalog) -> tuple[str, ...]:
-    """Return what a testbed class is drawn from: any object in each colour style, or objects in no style named."""
-    from harness.testbed.captions import caption, object_caption
-
-    if kind == "object":
-        return tuple(caption("object", style) for style in _colour_styles(catalog))
-    return tuple(object_caption(label) for label in _objects_evenly(catalog))
+    others = [label for label in COMMON_OBJECTS if label != entry.label]
+    if entry.kind == "style":
+        return tuple(object_caption(label) for label in others)
+    styles = _colour_styles(catalog)
+    return tuple(caption(label, styles[i % len(styles)]) for i, label in enumerate(others))
 
 
 def _known(entry, catalog, per_split: int) -> Concept:
@@ -252,7 +251,8 @@ def _known(entry, catalog, per_split: int) -> Concept:
         everywhere = [caption(entry.label, style) for style in _colour_styles(catalog)]
         phrase = entry.label
     else:
-        everywhere = [caption(label, entry.label) for label in _objects_evenly(catalog)]
+        objects = [o.label for o in catalog.objects.values() if o.learned]
+        everywhere = [caption(label, entry.label) for label in objects[:: max(1, len(objects) // 20)][:20]]
         phrase = f"{entry.label} style"
     prompts = {split: tuple(everywhere[i % len(everywhere)] for i in range(per_split)) for split in SPLITS}
     return Concept(
@@ -265,7 +265,7 @@ def _known(entry, catalog, per_split: int) -> Concept:
         descriptions=prompts["attack"],
         prompts=prompts,
         evaluations=tuple(Evaluation(p, p) for p in everywhere[:EVALUATION_PROMPTS]),
-        class_prompts=_class_prompts(entry.kind, catalog),
+        class_prompts=_class_prompts(entry, catalog),
         digest="",
     )
 
@@ -307,6 +307,6 @@ def _new(entry, catalog) -> Concept:
         descriptions=captions("attack", None),
         prompts=dict.fromkeys(SPLITS, ()),
         evaluations=tuple(Evaluation(*pair) for pair in pairs[:EVALUATION_PROMPTS]),
-        class_prompts=_class_prompts(entry.kind, catalog),
+        class_prompts=_class_prompts(entry, catalog),
         digest=digest_of_json({"archive": of_testbed("images.zip"), "images": images}),
     )

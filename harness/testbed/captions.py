@@ -13,6 +13,13 @@ VARIANTS = (
     (0.10, ""),
 )
 
+COMMON_OBJECTS = (
+    "bear", "fish", "cactus", "maple leaf", "tangerine", "red apple", "cherries", "carrot", "doughnut", "beer mug",
+    "airplane", "tractor", "crescent moon", "rainbow", "fire", "christmas tree", "soccer ball", "glasses", "handbag",
+    "bell", "battery", "television", "pencil", "bomb",
+)  # fmt: skip
+"""Learned objects that stand for "an object": what erasers preserve and what prior images show. Measure on others."""
+
 
 def caption(object_label: str, style_word: str) -> str:
     """The canonical caption: ``a picture of {label} in {style} style``."""
