@@ -33,6 +33,12 @@ class ProtectedConcept:
     prior_captions: tuple[str, ...] = ()  # one an image of the class
     prior_files: tuple[Path, ...] = ()
 
+    def texts(self, templates: Sequence[str] | None) -> tuple[str, ...]:
+        """Return templates with the concept's words for {}, or its captions where there are no templates."""
+        if templates is None:
+            return self.captions
+        return tuple(template.replace("{}", self.phrase) for template in templates)
+
     @cached_property
     def images(self) -> list[Image]:
         """The images of the defense split, RGB."""

@@ -26,6 +26,9 @@ from harness.registry import register
 class Parameters(imma.Parameters):
     """IMMA's, and Merge's."""
 
+    concept_prompts: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] | None = None
+    """Texts, with {} for a concept's words, that Merge keeps apart by concept; None: the captions of its images. Their
+    tokens, over all concepts, should be far fewer than the text encoder is wide."""
     regularization_captions: Annotated[str, Field(min_length=1, max_length=4000)] = "captions"
     """C_reg: the name of a caption list that ships with the suites, or the path of a file with one caption a line."""
     ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
@@ -68,7 +71,7 @@ class Merged(ImmaBase):
         start = {name: parameters[name].detach().clone() for name in names}
         projections = frozenset(select(names, "cross_attention_kv")) if len(targets) > 1 else frozenset()
         merge = Merge.solve(
-            [words.of(model, target.captions) for target in targets],
+            [words.of(model, target.texts(p.concept_prompts)) for target in targets],
             words.of(model, captions.read(p.regularization_captions)),
             p.ridge,
         )

@@ -27,10 +27,11 @@ weights or to the released ones (`merge_base`), S^l and S^u for each attack, rat
 merge.
 
 Differences from the released code in either profile: a concept is keyed by its instance prompts unless asked
-otherwise, and Merge's words are those of all of them (there: the class word in two templates, with leading tokens cut);
-C_reg is a fixed list that ships (there: 200 captions drawn anew from a hub data set at every merge, `regularization:
-resample`), so Merge is factored once and not 32 times a step; it has a ridge and a rule for dependent words; losses are
-those of encoded images, with gradients for the weights that a level trains alone; no random rescaling of images.
+otherwise, and Merge's words are those of all of them, or of templates (there: the class word in two templates, with
+leading tokens cut); C_reg is a fixed list that ships (there: 200 captions drawn anew from a hub data set at every
+merge, `regularization: resample`), so Merge is factored once and not 32 times a step; it has a ridge and a rule for
+dependent words; losses are those of encoded images, with gradients for the weights that a level trains alone; images
+are not rescaled at random.
 """
 
 from __future__ import annotations
@@ -111,6 +112,9 @@ class Parameters:
     prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
     """Class images for each concept, where they are weighed."""
     concept_key: Literal["instance", "class"] = "instance"
+    concept_prompts: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] | None = None
+    """Texts, with {} for a concept's words, that Merge keeps apart by concept; None: the captions of its images. Their
+    tokens, over all concepts, should be far fewer than the text encoder is wide."""
     regularization_captions: Annotated[str, Field(min_length=1, max_length=4000)] = "captions"
     """C_reg: the name of a caption list that ships with the suites, or the path of a file with one caption a line."""
     regularization_count: Annotated[int, Field(ge=1, le=100_000)] = 200
@@ -227,7 +231,7 @@ class _Immunization:
         self.names = list(dict.fromkeys([*self.lower, *self.upper]))
         self.projections = frozenset(select(self.lower, "cross_attention_kv"))
         self.others = [name for name in self.lower if name not in self.projections]
-        self.words = [t.prior_captions if p.concept_key == "class" else t.captions for t in targets]
+        self.words = [t.prior_captions if p.concept_key == "class" else t.texts(p.concept_prompts) for t in targets]
         self.losses = [
             ConceptLoss(
                 model,

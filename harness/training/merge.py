@@ -72,7 +72,8 @@ class Merge:
         starts = [sum(len(t) for t in targets[:n]) for n in range(len(targets))]
         kept = tuple(tuple(i - starts[n] for i in free if owners[i] == n) for n in range(len(targets)))
         if not all(kept):
-            raise ValueError(f"concept {kept.index(()) + 1} of {len(targets)} shares all its words with those before")
+            what = f"concept {kept.index(()) + 1} of {len(targets)} shares all its words with those before"
+            raise ValueError(f"{what}: {len(rows)} words in {width} dimensions; give fewer or other prompts")
         # with B the kept rows, whitened: Q = (B B^T)^-1 B L^-1, A = L L^T
         kept_rows = white[free]
         inverse = torch.linalg.pinv(kept_rows.T)

@@ -192,6 +192,7 @@ def _same(first, second) -> bool:
         {"lower_parameters": "cross_attention_kv"},
         {"upper_parameters": "attention"},
         {"constraint_ridge": 0.5},
+        {"concept_prompts": ("{}",)},
         {"concept_key": "class"},
         {"regularization_count": 2},
         {"regularization": "resample", "regularization_count": 2},

@@ -182,6 +182,26 @@ def test_a_process_that_fails_ends_the_others_and_tells_why(tiny_folder, tmp_pat
     assert "process 1: ValueError: not in the second one" in json.loads(failure.read_text("utf-8"))["error"]
 
 
+@pytest.mark.slow
+def test_ray_runs_a_shared_stage(tiny_folder, tmp_path):
+    """The stage's worker reserves the cores of both processes, which it starts; the record tells of both."""
+    suite = tmp_path / "shared.yaml"
+    suite.write_text(SUITE.format(folder=tiny_folder).replace("rounds: 40", "rounds: 2"), encoding="utf-8")
+    command = [sys.executable, "-m", "harness", "run", str(suite), "--executor", "ray"]
+    environment = _environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text("utf-8")) for path in tmp_path.glob("runs/store/immunize/*/record.json")]
+    shared = [r for r in records if r["identity"]["component"].startswith("mima")]
+    assert [len(r["ledger"]["peak_memory_bytes_of_each"]) for r in shared] == [2]
+    assert [r["provenance"]["sharding"]["workers"] for r in shared] == [2]
+    # both processes' passes: of two concepts, a lower and an upper gradient of one example each in two rounds
+    assert shared[0]["ledger"]["forward_passes"] == 2 * 2 * 2 * 2
+
+
 BROKEN = """\
 from dataclasses import dataclass
 from defenses.base import Defense
