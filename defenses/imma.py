@@ -155,7 +155,7 @@ class Imma(ImmaBase):
     """IMMA: descent of a simulated attack and ascent of the attention weights, in turn, on one concept."""
 
     name = "imma"
-    version = 2
+    version = 1
     max_targets = 1
     presets = {
         # For the embedded testbed: of seven settings, the greatest delay that kept 0.9 of the utility by every metric,

@@ -61,7 +61,7 @@ class ConceptLoss:
 
         Raises ValueError when class images are weighed that there are not.
         """
-        batch = self._draw(self._images, step, "instance")
+        batch = self._draw(self._images, step, self._seed)
         if self._embed is not None:
             source = torch.Generator().manual_seed(mix(self._seed, "template", step))
             which = torch.randint(len(self._ids), (len(batch),), generator=source)
@@ -70,12 +70,10 @@ class ConceptLoss:
         if prior_weight:
             if self._prior is None:
                 raise ValueError("prior preservation is weighed, but there are no class images")
-            batch = self._draw(self._prior, step, "prior")
+            batch = self._draw(self._prior, step, mix(self._seed, "prior"))
             parts += denoising_loss(self._model, self._run, self._scheduler, batch, weight=prior_weight)
         return parts
 
-    def _draw(self, encoded: EncodedImages, step: int, term: str) -> Draw:
+    def _draw(self, encoded: EncodedImages, step: int, seed: int) -> Draw:
         timesteps = self._scheduler.config.num_train_timesteps
-        return diffusion.draw(
-            encoded, self._batch_size, timesteps, seed=mix(self._seed, term), step=step, device=self._model.device
-        )
+        return diffusion.draw(encoded, self._batch_size, timesteps, seed=seed, step=step, device=self._model.device)

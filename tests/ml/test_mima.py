@@ -11,7 +11,6 @@ from torch.func import functional_call
 
 from defenses.base import ProtectedConcept
 from defenses.mima import Mima, Parameters
-from harness.seeds import mix
 from harness.training import diffusion
 from harness.training.selection import select
 
@@ -106,7 +105,7 @@ def test_a_round_is_algorithm_1_written_out(model, make_run, concepts, captions,
     def loss(weights, index, step):
         target = concepts[index]
         encoded = diffusion.encode_images(model, run, [Image.open(f) for f in target.files], target.captions, flip=True)
-        seed = mix(run.seed_for("noise", index), "instance")
+        seed = run.seed_for("noise", index)
         batch = diffusion.draw(encoded, 2, 1000, seed=seed, step=step, device="cpu")
         noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         said = functional_call(model.unet, weights, (noisy, batch.timesteps, batch.embeddings)).sample
