@@ -41,6 +41,7 @@ class Merged(ImmaBase):
 
     name = "merged"
     version = 1
+    can_shard = False  # one training after the other: DeepSpeed's engine cannot be put around the same UNet again
     Parameters = Parameters
     presets = {"testbed": {**Imma.presets["testbed"], "regularization_captions": "captions_testbed"}}
 
