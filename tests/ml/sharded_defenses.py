@@ -30,6 +30,7 @@ CASES = {
     "joint_lora": (joint.Joint, {**COMMON, "rounds": 5, "lower_learning_rate": 1e-3, "clip_norm": 1.0}),
 }
 EXACT = ("mima_exact", (mima.Mima, {**MIMA, "rounds": 3, "hypergradient": "exact"}))
+FIRST_ORDER = ("mima_first_order", (mima.Mima, {**MIMA, "rounds": 3, "hypergradient": "first_order"}))
 STAGES = {"zero0": Sharding(2), "zero1": Sharding(2, 1), "zero2": Sharding(2, 2), "zero3": Sharding(2, 3)}
 OFFLOADED = {"zero2_offload": Sharding(2, 2, "cpu"), "zero3_offload": Sharding(2, 3, "cpu")}
 
@@ -60,7 +61,7 @@ def main(folder: Path) -> None:
     """Do every case, alone or as one of several processes."""
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
-        for name, (cls, changes) in [*CASES.items(), EXACT]:
+        for name, (cls, changes) in [*CASES.items(), EXACT, FIRST_ORDER]:
             _keep(folder, f"alone.{name}", released(folder, cls, changes, _run(folder, name, Sharding(), World()))[0])
         return
     from harness.training import sharding

@@ -59,8 +59,8 @@ def test_two_processes_release_what_one_does(everything, label, name):
     """To the order of sums, relative to how far immunization moved the weights.
 
     AdamW divides by the root of the mean square, so a weight whose gradient is next to rounding moves either way: the
-    figure (1e-5) is above fp32's 1e-7. Central differences divide rounding by their step: there the two must be no
-    further from each other than one process is from the exact derivative.
+    figure (1e-5) is above fp32's 1e-7. Central differences divide rounding by their step, and AdamW makes signs of it:
+    what several processes release must be far closer to the exact second order than the first order is.
     """
     unet = load_file(next((everything / "model" / "unet").glob("*.safetensors")))
     alone = load_file(everything / f"alone.{name}.safetensors")
@@ -71,8 +71,10 @@ def test_two_processes_release_what_one_does(everything, label, name):
 
     assert moved > 0
     if name == "mima_second_order":
-        exact = load_file(everything / "alone.mima_exact.safetensors")
-        assert apart < 2 * torch.cat([(alone[n] - exact[n]).flatten() for n in alone]).norm()
+        exact, first = (load_file(everything / f"alone.mima_{mode}.safetensors") for mode in ("exact", "first_order"))
+        ours, dropped = (torch.cat([(a[n] - exact[n]).flatten() for n in exact]).norm() for a in (shared, first))
+        print(f"{label}: {ours / moved:.1e} from exact, first order {dropped / moved:.1e}")
+        assert ours < 0.05 * dropped
     else:
         assert apart < 5e-4 * moved
 
