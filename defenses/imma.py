@@ -230,6 +230,7 @@ def _lower_level(model, targets: Sequence[ProtectedConcept], p: Parameters, run)
     """Yield (what the simulated attack trains, by name; the loss that both levels share); undo it on leaving."""
     from harness.training import lora
     from harness.training.concept_loss import ConceptLoss
+    from harness.training.diffusion import encode_images
     from harness.training.token_embedding import OBJECT_TEMPLATES, STYLE_TEMPLATES, LearnedWord
 
     images, captions, prior, prior_captions = (
@@ -238,7 +239,7 @@ def _lower_level(model, targets: Sequence[ProtectedConcept], p: Parameters, run)
     )
     options = {"batch_size": p.batch_size, "flip": p.flip, "seed": run.seed_for("noise")}
     if p.prior_weight:
-        options |= {"prior_images": prior, "prior_captions": prior_captions}
+        options["prior"] = encode_images(model, run, prior, prior_captions, flip=p.flip)
     if p.ascent_only or p.lower == "dreambooth":
         names = [] if p.ascent_only else select_unet(model)
         yield model.change(names), ConceptLoss(model, run, images, captions, **options)

@@ -51,6 +51,7 @@ from harness.sharding_rules import global_batch, hypergradient_mode
 if TYPE_CHECKING:
     from harness.models import DiffusionModel
     from harness.run import Run
+    from harness.training.diffusion import EncodedImages
 
 Rate = Annotated[float, Field(gt=0, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=100)]
@@ -223,6 +224,7 @@ class _Immunization:
         from harness.training.weights import Level
 
         self.p, self.model, self.surroundings = p, model, run
+        self._encoded_priors: dict[tuple, EncodedImages] = {}
         if p.concept_key == "class":  # the released code's dictionary: a later concept of the class takes the place
             targets = list({target.prior_captions[0]: target for target in targets}.values())
         names = model.parameters()
@@ -241,7 +243,7 @@ class _Immunization:
                 batch_size=p.batch_size,
                 flip=p.flip,
                 seed=run.seed_for("noise", index),
-                **_prior(p, target, preserved),
+                prior=self._prior(target, preserved),
             )
             for index, target in enumerate(targets)
         ]
@@ -321,6 +323,23 @@ class _Immunization:
         self.weights.settle(merged)
         return {"lower_loss": _mean(losses)}
 
+    def _prior(self, target: ProtectedConcept, preserved: Sequence[ProtectedConcept]) -> EncodedImages | None:
+        """Return the images that hold both levels back; what several concepts share is encoded once."""
+        from harness.training.diffusion import encode_images
+
+        p = self.p
+        if not p.weighs_prior:
+            return None
+        if p.prior_from == "class":
+            key = (target.prior_files, target.prior_captions)
+        else:
+            key = tuple(tuple(x for c in preserved for x in getattr(c, a)) for a in ("files", "captions"))
+        if key not in self._encoded_priors:
+            own = p.prior_from == "class"
+            images = target.prior_images if own else [image for concept in preserved for image in concept.images]
+            self._encoded_priors[key] = encode_images(self.model, self.surroundings, images, key[1], flip=p.flip)
+        return self._encoded_priors[key]
+
     # -- losses and Merge --------------------------------------------------------------------------------
 
     def _lower_loss(self, index: int, step: int):
@@ -353,18 +372,6 @@ class _Immunization:
         from harness.training import words
 
         return words.of(self.model, texts).cpu()
-
-
-def _prior(p: Parameters, target: ProtectedConcept, preserved: Sequence[ProtectedConcept]) -> dict[str, Sequence]:
-    """Return the images, with captions, that hold both levels back."""
-    if not p.weighs_prior:
-        return {}
-    if p.prior_from == "class":
-        return {"prior_images": target.prior_images, "prior_captions": target.prior_captions}
-    return {
-        "prior_images": [image for concept in preserved for image in concept.images],
-        "prior_captions": [caption for concept in preserved for caption in concept.captions],
-    }
 
 
 def _mean(losses) -> float:

@@ -36,12 +36,6 @@ if TYPE_CHECKING:
     from harness.models import DiffusionModel
 
 _TESTBED_STYLES = ("twemoji", "noto", "blob", "fluent", "flat", "emojione")
-_TESTBED_ALL_STYLES = (*_TESTBED_STYLES, "silhouette")
-_TESTBED_SHOWN = (
-    "bear", "airplane", "carrot", "handbag", "rainbow", "television", "cactus", "fish", "doughnut", "bell", "glasses",
-    "tractor", "red apple", "fire", "soccer ball", "bomb",
-)  # fmt: skip
-"""Objects in whose captions a style is erased or preserved."""
 
 Scale = Annotated[float, Field(gt=0, le=1e6)]
 
@@ -90,20 +84,6 @@ class Uce(Defense):
             "preserve": tuple(
                 f"a picture of {o} in {_TESTBED_STYLES[i % len(_TESTBED_STYLES)]} style"
                 for i, o in enumerate(COMMON_OBJECTS)
-            ),
-        },
-        # styles of the testbed: mapped to flat (to no style it left more of them and took more from the others), inside
-        # captions of many objects; captions of the same objects in all styles that are not erased are preserved (found
-        # on twemoji, fluent and blob together: it takes 67-87 % of their score, and 26-48 % of other styles')
-        "testbed_styles": {
-            "guide": "flat style",
-            "guide_templates": True,
-            "templates": ("a picture in {}", *(f"a picture of {o} in {{}}" for o in _TESTBED_SHOWN)),
-            "preserve_scale": 1.0,
-            "preserve": (
-                *(f"a picture of {o} in {s} style" for s in _TESTBED_ALL_STYLES for o in _TESTBED_SHOWN),
-                *(f"a picture in {s} style" for s in _TESTBED_ALL_STYLES),
-                *(f"a picture of {o}" for o in _TESTBED_SHOWN),
             ),
         },
     }

@@ -33,21 +33,20 @@ class ConceptLoss:
         batch_size: int,
         flip: bool,
         seed: int,
-        prior_images: Sequence = (),
-        prior_captions: Sequence[str] = (),
+        prior: EncodedImages | None = None,
         word: LearnedWord | None = None,
         templates: Sequence[str] = (),
     ):
         """PIL images and one caption each; with `word`, a template drawn at each step takes the captions' place.
 
-        `batch_size` counts images of the concept, over all processes; as many class images come on top. Raises
-        ValueError when there are no images.
+        `batch_size` counts images of the concept, over all processes; as many class images (`prior`, encoded by the
+        caller, since concepts may share them) come on top. Raises ValueError when there are no images.
         """
         self._model, self._run = model, run
         self._scheduler = model.noise_scheduler()
         self._batch_size, self._seed = batch_size, seed
         self._images = encode_images(model, run, images, captions, flip=flip)
-        self._prior = encode_images(model, run, prior_images, prior_captions, flip=flip) if prior_images else None
+        self._prior = prior
         self._embed: Callable[[Draw], Tensor] | None = None
         if word is not None:
             self._ids = word.ids(templates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from harness.run import Run
@@ -24,14 +25,10 @@ def train(run: Run, weights: Weights, steps: int, step: Callable[[int], Mapping[
         for index in range(start, steps):
             for name, value in step(index).items():
                 last[name] = run.world.mean(float(value))
-                if not _is_finite(last[name]):
+                if not math.isfinite(last[name]):
                     raise FloatingPointError(f"{what}'s {name} is {last[name]} at step {index}: the training diverged")
                 run.track(name, last[name], index)
             run.report(index + 1, steps)
             if run.is_checkpoint_due() or (index + 1 == steps and run.keeps_end):
                 run.save_state(index + 1, weights.state(), last)
     run.ledger.numbers.update(last)
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0
