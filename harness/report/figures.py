@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's palette: told apart by readers who do not see all colours
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+# Okabe and Ito's palette, told apart by readers who do not see all colours, and four of Tol's muted one after it
+COLOURS = (
+    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442",
+    "#882255", "#999933", "#332288", "#44AA99",
+)  # fmt: skip
 
 
 def recovery_curves(rows: Sequence[Mapping[str, Any]], path: Path, role: str = "target") -> bool:
