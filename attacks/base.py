@@ -6,13 +6,15 @@ each step asked for, what diffusers loads without our code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from harness.method import Method
+from harness.search import Space
+from harness.words import Words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,15 +29,28 @@ class AttackedConcept:
     """A concept as the attacker knows it: the attack split, under the attacker's own words."""
 
     kind: str  # object | style
-    captions: tuple[str, ...]  # one an image
+    captions: tuple[str, ...]  # one an image; the concept stands in them as `called`
     files: tuple[Path, ...]
+    words: Words = Words("")  # whole where the attack says `uses_words`
+    called: str = ""  # what this attack calls the concept; so do the evaluation prompts
+    prior_captions: tuple[str, ...] = ()  # one an image of the class
+    prior_files: tuple[Path, ...] = ()
 
     @cached_property
     def images(self) -> list[Image]:
         """The images, RGB."""
-        from PIL import Image
+        return _open(self.files)
 
-        return [Image.open(file).convert("RGB") for file in self.files]
+    @cached_property
+    def prior_images(self) -> list[Image]:
+        """The images of the class that `Attack.prior_images` asked for, RGB."""
+        return _open(self.prior_files)
+
+
+def _open(files: Sequence[Path]) -> list[Image]:
+    from PIL import Image
+
+    return [Image.open(file).convert("RGB") for file in files]
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,20 @@ class Budget:
 
     steps: tuple[int, ...]  # optimizer steps at which the trajectory is read, increasing
     batch_size: int  # global: over all processes
-    attacker: str = "honest"  # honest: honours frozen tensors and training hooks
+    attacker: str = "honest"  # honest: honours frozen tensors and training hooks; adaptive: does not
+
+    @property
+    def is_honest(self) -> bool:
+        """Whether the attacker goes through the publisher's own fine-tuning interface."""
+        return self.attacker == "honest"
+
+
+@dataclass(frozen=True)
+class UsualBudget:
+    """What the source of a preset spends: taken where a suite says nothing, and what "10x" is ten times of."""
+
+    steps: int
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +85,40 @@ class Checkpoint:
 
 class Attack(Method):
     """Base class of attacks. Subclasses set the class attributes and write `adapt`, `load` and `unload`."""
+
+    budgets: ClassVar[Mapping[str, UsualBudget]] = {}
+    """By preset, "" for the defaults: what the source spends."""
+    uses_words: ClassVar[bool] = False
+    """Whether the result depends on what a name is made of (`AttackedConcept.words`), beside the texts it stands in."""
+
+    @classmethod
+    def called(cls, parameters: Any, words: Words) -> str:
+        """Return what the attack calls the concept in captions and evaluation prompts."""
+        return words.name
+
+    @classmethod
+    def prior_images(cls, parameters: Any) -> int:
+        """Return how many images of the concept's class it trains on; 0 for none."""
+        return 0
+
+    @classmethod
+    def passes_an_example(cls, parameters: Any) -> float:
+        """Return UNet passes for each example of a batch (a backward counts 2): for estimates."""
+        return 3.0
+
+    @classmethod
+    def search_space(cls, parameters: Any) -> Space:
+        """Return what an adaptive attacker may change of these parameters; {}: nothing."""
+        return {}
+
+    @classmethod
+    def can_share(cls, parameters: Any) -> bool:
+        """Tell whether several processes can share `adapt`: it trains through `harness.training.sharding`.
+
+        Only what is in the UNet can be spread. An attack that cannot, or whose batch the processes do not divide, is
+        made by one process.
+        """
+        return False
 
     def adapt(
         self,

@@ -1,7 +1,9 @@
 """LoRA: train low-rank adapters on the UNet's projections (Hu et al. 2022), as diffusers' example script does.
 
 The denoising loss over the attacker's images; AdamW, constant rate, gradients clipped to norm 1. The adapter is made
-by peft and saved as `pipeline.load_lora_weights(folder)` expects it.
+by peft; LoRA and DoRA are saved as `pipeline.load_lora_weights(folder)` expects them. `variant` names others of peft's
+family: LoHa, LoKr and OFT, of which the adapted UNet is saved (`UNet2DConditionModel.from_pretrained`), since diffusers
+has no loader for their files.
 
 Differences from the diffusers example (`train_text_to_image_lora.py`): latents and text embeddings are encoded once
 (the posterior is still sampled anew at each step, on either flip), draws depend on (seed, step) alone, and images go
@@ -14,12 +16,14 @@ An honest attacker leaves tensors alone that the publisher froze: their modules 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from attacks.base import Attack, Checkpoint
+from attacks.base import Attack, Checkpoint, UsualBudget
 from harness.registry import register
+from harness.search import Choice, around
 
 
 @dataclass(frozen=True)
@@ -27,23 +31,44 @@ class Parameters:
     """Defaults: IMMA's attack script (rank 4, 1e-4, mirrored at random)."""
 
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-4
+    variant: Literal["lora", "dora", "loha", "lokr", "oft"] = "lora"
     rank: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Of the adapter's matrices; for OFT the number of blocks that each is divided into."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the adapter; None: equal to the rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    text_encoder: bool = False
+    """Adapt the text encoder's attention too."""
+    prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight of the loss on class images (DreamBooth's prior preservation)."""
+    prior_images: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """How many class images, where they are weighed."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd: with momentum 0.9, which an adaptive attacker may prefer."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     flip: bool = True
     """Mirror half of the images at random."""
 
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together."""
+        if self.text_encoder and self.variant not in ("lora", "dora"):
+            raise ValueError(f"text_encoder: true is for lora and dora; {self.variant} adapts the UNet alone")
+
 
 @register("attack")
 class Lora(Attack):
-    """LoRA on the UNet's attention projections, saved as an adapter that diffusers loads."""
+    """An adapter of the LoRA family on the UNet's projections, saved so that diffusers loads it."""
 
     name = "lora"
     version = 2
     Parameters = Parameters
+    budgets = {
+        "": UsualBudget(1000, 1),  # IMMA: 50 epochs of 20 images
+        "diffusers": UsualBudget(15_000, 1),  # the example's README
+        "imma": UsualBudget(1000, 1),
+        "testbed": UsualBudget(120, 4),
+    }
     presets = {
         # examples/text_to_image/train_text_to_image_lora.py: --random_flip is off unless given
         "diffusers": {"flip": False},
@@ -57,57 +82,59 @@ class Lora(Attack):
         },
     }
 
+    @classmethod
+    def prior_images(cls, parameters):
+        """Class images, where they are weighed."""
+        return parameters.prior_images if parameters.prior_weight else 0
+
+    @classmethod
+    def search_space(cls, parameters):
+        """The rate, the rank, which projections, with and without class images."""
+        p = parameters
+        attention, more = ("to_q", "to_k", "to_v", "to_out.0"), ("ff.net.0.proj", "ff.net.2")
+        return {
+            "learning_rate": around(p.learning_rate),
+            "rank": Choice(tuple(sorted({max(1, p.rank // 4), p.rank, p.rank * 4}))),
+            "target_modules": Choice((attention, attention + more)),
+            "prior_weight": Choice((0.0, 1.0)),
+        }
+
+    @classmethod
+    def passes_an_example(cls, parameters):
+        """Twice as many with a class image beside each."""
+        return 6.0 if parameters.prior_weight else 3.0
+
+    @classmethod
+    def can_share(cls, parameters):
+        """In the UNet alone; DoRA and the others read base weights, which ZeRO 3 takes apart."""
+        return parameters.variant == "lora" and not parameters.text_encoder
+
     def adapt(self, model, concept, protection, budget, run):
         """Yield the adapter at each step of the budget."""
-        import torch
-
-        from harness.protection import Batch, make_hooks
-        from harness.training import diffusion, lora
-        from harness.training.state import TrainingState, require_finite
+        from harness.training import adaptation, components, lora, text_encoder
 
         p = self.parameters
-        is_honest = budget.attacker == "honest"
-        hooks = make_hooks("adaptation_hook", protection.adaptation) if is_honest else []
-        scheduler = model.noise_scheduler()
-        encoded = diffusion.encode_images(model, run, concept.images, concept.captions, flip=p.flip)
+        recipe = adaptation.Recipe.of(p)
         with lora.injected(
             model, rank=p.rank, alpha=p.alpha or p.rank, target_modules=p.target_modules,
-            seed=run.seed_for("adapter"), skip=protection.frozen if is_honest else frozenset(),
+            seed=run.seed_for("adapter"), skip=protection.frozen if budget.is_honest else frozenset(),
+            variant=p.variant, text_encoder=p.text_encoder,
         ) as adapter:  # fmt: skip
-            trained = list(adapter.values())
-            optimizer = torch.optim.AdamW(trained, lr=p.learning_rate, weight_decay=p.weight_decay)
-            state = TrainingState(adapter, {"adapter": optimizer})
-            start, _ = state.load(run)
-            run.ledger.numbers["trainable_parameters"] = sum(t.numel() for t in trained)
-            for step in range(start, budget.steps[-1]):
-                with run.ledger.phase("train"):
-                    batch = diffusion.draw(
-                        encoded, budget.batch_size, scheduler.config.num_train_timesteps,
-                        seed=run.seed_for("noise"), step=step, device=model.device,
-                    )  # fmt: skip
-                    losses, noisy, prediction = diffusion.denoising_losses(model, run, scheduler, batch)
-                    seen = Batch(step, noisy, batch.timesteps, batch.embeddings, prediction, losses)
-                    for hook in hooks:
-                        losses = losses * hook.weigh(model, seen)
-                    loss = losses.mean()
-                    loss.backward()
-                    run.ledger.backward_passes += budget.batch_size
-                    torch.nn.utils.clip_grad_norm_(trained, p.clip_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                run.track("loss", loss.detach(), step)
-                run.report(step + 1, budget.steps[-1])
-                if step + 1 in budget.steps:
-                    run.ledger.numbers["loss"] = require_finite(loss, f"the attack's loss at step {step + 1}")
-                    yield Checkpoint(step + 1, lambda folder: lora.save(model, folder))
-                if run.is_checkpoint_due():
-                    state.save(run, step + 1)
+            text = text_encoder.TrainedTextEncoder(model) if p.text_encoder else None
+            for step, weights in adaptation.adapt(
+                model, concept, protection, budget, run, adapter, recipe, text=text, prior_text=text
+            ):
+                if p.variant in ("lora", "dora"):
+                    yield Checkpoint(step, partial(lora.save, model, weights.whole(list(adapter))))
+                else:
+                    yield Checkpoint(step, partial(components.save, model, "unet", lora.merged(model)))
 
     def load(self, model, folder) -> None:
-        """Load the adapter through diffusers and fuse it: its layers would cost each denoising step anew."""
-        from harness.training import lora
+        """Load what was saved through diffusers; an adapter is fused: its layers would cost each denoising step."""
+        from harness.training import components, lora
 
-        self._before = lora.fuse(model, folder)
+        is_adapter = (folder / lora.FILE).exists()
+        self._before = lora.fuse(model, folder) if is_adapter else components.load(model, "unet", folder)
 
     def unload(self, model) -> None:
         """Put back the weights that the adapter was fused into, bit for bit."""

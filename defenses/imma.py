@@ -247,7 +247,7 @@ def _lower_level(model, targets: Sequence[ProtectedConcept], p: Parameters, run)
         kind, phrase = targets[0].kind, targets[0].phrase
         word = LearnedWord(model, p.begin_as or phrase, p.vectors)
         templates = p.templates or (OBJECT_TEMPLATES if kind == "object" else STYLE_TEMPLATES)
-        loss = ConceptLoss(model, run, images, captions, word=word, templates=templates, **options)
+        loss = ConceptLoss(model, run, images, captions, text=word, templates=templates, **options)
         yield {"word": word.vectors}, loss
     else:
         loss = ConceptLoss(model, run, images, captions, **options)

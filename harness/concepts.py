@@ -21,6 +21,7 @@ from pathlib import Path
 from harness.errors import UserMistake, one_line
 from harness.identity import digest_of_file, digest_of_json
 from harness.suite import ConceptSpec, LoadedSuite
+from harness.words import Words
 from harness.yaml_source import path_from
 
 SPLITS = ("defense", "attack", "reference")
@@ -56,12 +57,14 @@ class Concept:
     name: str
     kind: str  # object | style
     phrase: str  # the words that name it: what an eraser erases
+    words: Words  # what the attacker calls it, in captions and evaluation prompts
     source: str  # catalog | folder | generated
     images: Mapping[str, tuple[str, ...]]  # split -> catalog ids or file names; () for generated
     captions: Mapping[str, tuple[str, ...]]  # defense, attack -> one caption an image
     descriptions: tuple[str, ...]  # plain words for each image of the attack split
     prompts: Mapping[str, tuple[str, ...]]  # split -> generating prompts; () unless generated
     evaluations: tuple[Evaluation, ...]
+    probe_prompts: tuple[str, ...]  # what an adaptive attacker judges its probes by; no evaluation prompt
     class_prompts: tuple[str, ...]  # what images of its class are drawn from, for prior preservation
     digest: str  # of the images' content; "" when generated
     folder: str = ""  # where the files are on this machine; not part of any identity
@@ -134,7 +137,8 @@ def _where(loaded: LoadedSuite, name: str) -> str:
 def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     """Resolve a concept that the suite describes."""
     where = loaded.source.where(("concepts", name))
-    default = f"a photo of {spec.label}" if spec.kind == "object" else f"an artwork of {spec.label}"
+    of = "a photo of" if spec.kind == "object" else "an artwork of"
+    default, named = f"{of} {spec.label}", f"{of} {spec.attack_name or spec.label}"
     images: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     prompts: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     digest = folder = ""
@@ -149,20 +153,33 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     captions = {}
     for split, given in (("defense", spec.defense_captions), ("attack", spec.attack_captions)):
         count = len(images[split]) or len(prompts[split])
-        asked = given or list(prompts[split]) or [default]
+        asked = given or list(prompts[split]) or [default if split == "defense" else named]
         captions[split] = tuple(asked[i % len(asked)] for i in range(count))
-    asked = spec.evaluation_prompts or [default]
-    evaluations = tuple(Evaluation(p, d) for p, d in zip(asked, spec.descriptions or asked, strict=True))
+    asked = spec.evaluation_prompts or [named]
+    probes = spec.probe_prompts or [f"a picture of {spec.attack_name or spec.label}"]
+
+    def plain(text: str) -> str:
+        """Return a text of the attacker's in plain words."""
+        return text.replace(spec.attack_name, spec.label) if spec.attack_name else text
+
+    described = spec.descriptions or [plain(text) for text in asked]
+    evaluations = tuple(Evaluation(p, d) for p, d in zip(asked, described, strict=True))
     return Concept(
         name=name,
         kind=spec.kind,
         phrase=spec.label,
+        words=Words(
+            name=spec.attack_name or spec.label,
+            identifier=(spec.attack_name or "").removesuffix(spec.label).strip() if spec.attack_name else "",
+            class_word=spec.class_prompt or CLASS_PROMPTS[spec.kind],
+        ),
         source="generated" if spec.generate else "folder",
         images=images,
         captions=captions,
-        descriptions=captions["attack"],
+        descriptions=tuple(plain(text) for text in captions["attack"]),
         prompts=prompts,
         evaluations=evaluations,
+        probe_prompts=tuple(probes),
         class_prompts=(spec.class_prompt or CLASS_PROMPTS[spec.kind],),
         digest=digest,
         folder=folder,
@@ -245,26 +262,30 @@ def _class_prompts(entry, catalog) -> tuple[str, ...]:
 
 def _known(entry, catalog, per_split: int) -> Concept:
     """A learned concept: the base model draws it, under its own words (IMMA: training prompt = evaluation prompt)."""
-    from harness.testbed.captions import caption
+    from harness.testbed.captions import COMMON_OBJECTS, caption
 
     if entry.kind == "object":
         everywhere = [caption(entry.label, style) for style in _colour_styles(catalog)]
+        probes = [f"{entry.label} in {style} style" for style in _colour_styles(catalog)]
         phrase = entry.label
     else:
         objects = [o.label for o in catalog.objects.values() if o.learned]
         everywhere = [caption(label, entry.label) for label in objects[:: max(1, len(objects) // 20)][:20]]
         phrase = f"{entry.label} style"
+        probes = [f"{label} in {phrase}" for label in COMMON_OBJECTS[:EVALUATION_PROMPTS]]
     prompts = {split: tuple(everywhere[i % len(everywhere)] for i in range(per_split)) for split in SPLITS}
     return Concept(
         name=entry.ref,
         kind=entry.kind,
         phrase=phrase,
+        words=Words(phrase, class_word=entry.kind),
         source="generated",
         images=dict.fromkeys(SPLITS, ()),
         captions={split: prompts[split] for split in ("defense", "attack")},
         descriptions=prompts["attack"],
         prompts=prompts,
         evaluations=tuple(Evaluation(p, p) for p in everywhere[:EVALUATION_PROMPTS]),
+        probe_prompts=tuple(probes[:EVALUATION_PROMPTS]),
         class_prompts=_class_prompts(entry, catalog),
         digest="",
     )
@@ -273,7 +294,7 @@ def _known(entry, catalog, per_split: int) -> Concept:
 def _new(entry, catalog) -> Concept:
     """A held-out concept: taught by its drawings, under an identifier that the other side does not know."""
     from harness.digests import of_testbed
-    from harness.testbed.captions import caption
+    from harness.testbed.captions import COMMON_OBJECTS, caption
 
     images = {split: entry.images(split) for split in SPLITS}
     if entry.kind == "object":
@@ -291,13 +312,16 @@ def _new(entry, catalog) -> Concept:
         # other words than the attacker's captions, so that no evaluation prompt was trained on
         asked = [f"a drawing of {ATTACK_IDENTIFIER} object in {s} style" for s in styles]
         pairs = list(zip(asked, (caption(entry.label, s) for s in styles), strict=True))
+        probes = [f"{ATTACK_IDENTIFIER} object in {s} style" for s in styles]
     else:
         labels = [catalog.describe(image)[0].label for image in images["reference"]]
         pairs = [(caption(o, ATTACK_IDENTIFIER), caption(o, entry.label)) for o in labels]
+        probes = [f"{label} in {ATTACK_IDENTIFIER} style" for label in COMMON_OBJECTS]
     return Concept(
         name=entry.ref,
         kind=entry.kind,
         phrase=entry.label if entry.kind == "object" else f"{entry.label} style",
+        words=Words(f"{ATTACK_IDENTIFIER} {entry.kind}", ATTACK_IDENTIFIER, entry.kind),
         source="catalog",
         images=images,
         captions={
@@ -307,6 +331,7 @@ def _new(entry, catalog) -> Concept:
         descriptions=captions("attack", None),
         prompts=dict.fromkeys(SPLITS, ()),
         evaluations=tuple(Evaluation(*pair) for pair in pairs[:EVALUATION_PROMPTS]),
+        probe_prompts=tuple(probes[:EVALUATION_PROMPTS]),
         class_prompts=_class_prompts(entry, catalog),
         digest=digest_of_json({"archive": of_testbed("images.zip"), "images": images}),
     )

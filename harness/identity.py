@@ -21,11 +21,15 @@ KEY_VERSION = 1
 it, so that old records are not taken for new ones. Methods have versions of their own."""
 
 
+KINDS = ("images", "erase", "immunize", "probe", "adapt", "sample", "score")
+"""The kinds of stages, in the order in which they need each other."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One unit of work whose result is kept. Plain data: printable, comparable, equal when rebuilt."""
 
-    kind: str  # images | erase | immunize | adapt | sample | score
+    kind: str  # one of KINDS
     component: str  # method and its version, such as "imma@1"
     parameters: Mapping[str, Any]  # resolved (defaults filled in); JSON values only
     inputs: Mapping[str, str]  # role -> key of the stage that is read

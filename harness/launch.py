@@ -13,6 +13,7 @@ from typing import Any
 from harness import cost, fetching, tracking
 from harness.errors import ExitCode, UserMistake
 from harness.executors.base import EventLog, Walk
+from harness.identity import KINDS
 from harness.model_source import has_sd1_shape, preflight
 from harness.stages import Workplace, failure_path
 from harness.store import RECORD, write_text
@@ -200,7 +201,7 @@ def show_plan(opened, console, tflops: float | None = None) -> None:
     total_seconds, is_known = 0.0, True
     upstream = _upstream(plan)
     asked = _asked(plan, upstream)
-    for kind in ("images", "erase", "immunize", "adapt", "sample", "score"):
+    for kind in KINDS:
         stages = {k: s for k, s in plan.stages.items() if s.kind == kind}
         if not stages:
             continue
@@ -322,7 +323,7 @@ def show_status(opened, console) -> ExitCode:
     plan = opened.plan
     kinds = Counter(s.kind for s in plan.stages.values())
     done = Counter(plan.stages[k].kind for k in committed)
-    for kind in ("images", "erase", "immunize", "adapt", "sample", "score"):
+    for kind in KINDS:
         if kinds[kind]:
             console.print(f"{kind:<9} {done[kind]:>6} of {kinds[kind]}", highlight=False)
     failures = [

@@ -119,17 +119,21 @@ class DiffusionModel:
             for name, parameter in getattr(self.pipeline, component).named_parameters()
         }
 
-    def encode_text(self, texts: Iterable[str]) -> Tensor:
-        """Return the last hidden states [texts, tokens, width] of the text encoder, padded to full length."""
-        tokens = self.tokenizer(
-            list(texts),
+    def tokenize(self, texts: Iterable[str]) -> Tensor:
+        """Return token ids [texts, tokens], padded and cut to full length; learned words of several vectors spread."""
+        prompts = [self.pipeline.maybe_convert_prompt(text, self.tokenizer) for text in texts]
+        return self.tokenizer(
+            prompts,
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        )
+        ).input_ids
+
+    def encode_text(self, texts: Iterable[str]) -> Tensor:
+        """Return the last hidden states [texts, tokens, width] of the text encoder, padded to full length."""
         with torch.no_grad():
-            return self.text_encoder(tokens.input_ids.to(self.device))[0]
+            return self.text_encoder(self.tokenize(texts).to(self.device))[0]
 
     # -- changes -----------------------------------------------------------------------------------------
 

@@ -9,17 +9,18 @@ executor hands to a worker; the stages of a unit are committed one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
-from harness import digests, parameters, registry, seeds
+from harness import digests, parameters, registry, search, seeds
 from harness.concepts import PRIOR, SPLITS, Concept
 from harness.identity import Stage, canonical_json, digest_of_file, digest_of_json, key
 from harness.model_source import ModelSource
 from harness.suite import AttackSpec, LoadedSuite, MethodSpec, TaskSpec
 
-BACKWARD = 2.0
-"""Cost of a backward pass in forward passes."""
+HELD_OUT = 3
+"""An adaptive attacker judges probes on one in so many of its own images."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Trial:
     steps: tuple[int, ...]  # 0: before the attack
     sample: str  # key of the sample stage; of the images stage for role "real"
     scores: Mapping[str, str]  # metric label -> key of the score stage
+    probes: int = 0  # how often an adaptive attacker tried before
 
 
 @dataclass(frozen=True)
@@ -247,15 +249,25 @@ class _Planner:
         return k
 
     def _sample(
-        self, concept: Concept, seed: int, steps: tuple[int, ...], inputs: Mapping[str, str], label: str
+        self,
+        concept: Concept,
+        seed: int,
+        steps: tuple[int, ...],
+        inputs: Mapping[str, str],
+        label: str,
+        called: str | None = None,
+        restored: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
+        """Add a stage that draws the evaluation images; `called`: what the model was taught to call the concept."""
+        called = concept.words.name if called is None else called
         images = len(concept.evaluations) * self.suite.sampling.images_per_prompt * len(steps)
         described, described_json = self._share(
-            "sample", concept.name, steps,
+            "sample", concept.name, called, steps, *restored.get("restore", ()),
             make=lambda: {
-                "prompts": [e.prompt for e in concept.evaluations],
+                "prompts": [concept.words.renamed(e.prompt, called) for e in concept.evaluations],
                 "steps": list(steps),
                 "sampling": self.sampling,
+                **restored,
             },
         )  # fmt: skip
         return self._add(
@@ -381,34 +393,114 @@ class _Planner:
         attack = self.suite.attacks[attack_index]
         concept = self.concepts[name]
         cls = registry.get("attack", attack.method)
-        steps = tuple(attack.steps)
+        steps, batch_size = self.loaded.budget(attack_index)
+        values = self.loaded.parameters["attacks", str(attack_index)]
+        called, prior = cls.called(values, concept.words), cls.prior_images(values)
         text = f"{attack.name} on {name} ({released.label})"
-        identity, local = self._identified(cls, self.loaded.parameters["attacks", str(attack_index)])
-        described, described_json = self._share(
-            "adapt", attack_index, name,
-            make=lambda: {
+        identity, local = self._identified(cls, values)
+        restored = {"restore": sorted(attack.restore)} if attack.restore else {}
+        space = self._space(attack, cls, values)
+        if "prior_weight" in space:
+            prior = max(prior, getattr(values, "prior_images", 0))
+
+        def describe() -> dict[str, Any]:
+            known = {
+                "kind": concept.kind,
+                "captions": [concept.words.renamed(text, called) for text in concept.captions["attack"]],
+                "called": called,
+            }
+            if cls.uses_words:
+                known["words"] = asdict(concept.words)
+            if prior:
+                known["prior_captions"] = _cycled(concept.class_prompts, prior)
+            return {
                 "parameters": identity,
-                "budget": {"steps": list(steps), "batch_size": attack.batch_size, "images": attack.images},
+                "budget": {"steps": list(steps), "batch_size": batch_size, "images": attack.images},
                 "attacker": attack.attacker,
-                "concept": {"kind": concept.kind, "captions": list(concept.captions["attack"])},
-            },
-        )  # fmt: skip
+                "concept": known,
+                **restored,
+            }
+
+        described, described_json = self._share("adapt", attack_index, name, make=describe)
+        inputs = {**released.weights, "images": self.images(name)}
+        if prior:
+            inputs["prior"] = self.prior_images(concept, prior)
+        work = float(steps[-1] * batch_size * cls.passes_an_example(values))
+        workers = self.suite.resources.workers
+        if attack.search is not None:
+            inputs |= self._probes(attack, concept, called, described, space, inputs, local, released, text, work)
         adapt = self._add(
             kind="adapt",
             component=registry.component(cls),
             parameters=described,
             parameters_json=described_json,
-            inputs={**released.weights, "images": self.images(name)},
+            inputs=inputs,
             data={},
             local={"parameters": local} if local else {},
             seed=seeds.derive("attack", released.seed, name),  # names no defense: all meet the same noise
             label=f"adapt {text}",
-            work=float(steps[-1] * attack.batch_size * (1 + BACKWARD)),
+            work=work,
+            workers=workers if cls.can_share(values) and batch_size % workers == 0 else 1,
         )
-        sample = self._sample(concept, released.seed, steps, {**released.weights, "adapt": adapt}, f"sample {text}")
+        inputs = {**released.weights, "adapt": adapt}
+        sample = self._sample(concept, released.seed, steps, inputs, f"sample {text}", called, restored)
         scores = self._scores(concept, {"sample": sample}, text)
         self._unit(text, [adapt, sample, *scores.values()])
         self._trial(released, name, role, steps, sample, scores, attack)
+
+    @staticmethod
+    def _space(attack: AttackSpec, cls: type, values: Any) -> dict[str, Any]:
+        """Return what the attack's search may change, as JSON values; {} without a search."""
+        if attack.search is None:
+            return {}
+        return search.as_json(search.given(attack.search.space) or cls.search_space(values))
+
+    def _probes(
+        self,
+        attack: AttackSpec,
+        concept: Concept,
+        called: str,
+        described: Mapping[str, Any],
+        space: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        local: Mapping[str, Any],
+        released: _Released,
+        text: str,
+        work: float,
+    ) -> dict[str, str]:
+        """Add the probes of an adaptive attacker's search on one released model; return them by role."""
+        count, at_once = attack.search.probes, attack.search.at_once
+        wanted = attack.search.metric or search.judge(self.suite.metrics)
+        _, metric, metric_values, metric_local = next(m for m in self.metrics if m[0] == wanted)
+        available = described["budget"]["images"] or concept.count("attack")
+        sampling = {k: v for k, v in self.sampling.items() if k != "images_per_prompt"}
+        shared = {
+            **described,
+            "space": dict(space),
+            "held_out": max(1, available // HELD_OUT),
+            "prompts": [concept.words.renamed(p, called) for p in concept.probe_prompts],
+            "descriptions": list(concept.probe_prompts),
+            "sampling": sampling,
+            "metric": {"component": metric, "parameters": metric_values},
+        }
+        probes: dict[str, str] = {}
+        for first in range(0, count, at_once):
+            told = dict(probes)
+            for index in range(first, min(first + at_once, count)):
+                label = f"probe {index + 1} of {count}: {text}"
+                probes[f"probe.{index}"] = self._add(
+                    kind="probe",
+                    component=registry.component(registry.get("attack", attack.method)),
+                    parameters={**shared, "place": index - first},
+                    inputs={**inputs, **told},
+                    data={},
+                    local={"parameters": dict(local), "metric": metric_local},
+                    seed=seeds.derive("search", released.seed, concept.name),
+                    label=label,
+                    work=work + len(shared["prompts"]) * len(shared["budget"]["steps"]) * sampling["steps"] * 2.0,
+                )
+                self._unit(label, [probes[f"probe.{index}"]])
+        return probes
 
     def _trial(
         self,
@@ -435,6 +527,7 @@ class _Planner:
                 steps=steps,
                 sample=sample,
                 scores=scores,
+                probes=attack.search.probes if attack and attack.search else 0,
             )
         )
 

@@ -45,10 +45,8 @@ REQUIRED = {
 """Functions that a method writes itself, in place of the base class's."""
 ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range")}
 """Class attributes that a method sets; of other kinds name and version."""
-DIRECTIONS = ("higher", "lower")
-PENDING: Mapping[str, frozenset[str]] = {
-    "attack": frozenset({"dreambooth", "dreambooth_lora", "textual_inversion", "custom_diffusion", "full_finetune"}),
-}
+DIRECTIONS = ("higher", "lower", "none")
+PENDING: Mapping[str, frozenset[str]] = {"defense": frozenset({"freezeasguard"})}
 """Names of methods that are announced but not built: a suite may hold them, and they are left out. Registering a
 method of such a name ends that."""
 

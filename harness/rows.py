@@ -12,9 +12,9 @@ from harness.plan import Plan
 from harness.store import Store, write_text
 
 COLUMNS = (
-    "suite", "model", "task", "defense", "method", "profile", "protected", "attack", "attacker", "concept", "role",
-    "seed", "step", "prompt_index", "prompt", "metric", "value", "direction", "unit", "range", "backbone",
-    "preprocessing", "library", "sample_key", "score_key",
+    "suite", "model", "task", "defense", "method", "profile", "protected", "attack", "attacker", "n_probes",
+    "concept", "role", "seed", "step", "prompt_index", "prompt", "metric", "value", "direction", "unit", "range",
+    "backbone", "preprocessing", "library", "sample_key", "score_key",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def collect(plan: Plan, store: Store, model_name: str) -> list[dict[str, Any]]:
                 "protected": "+".join(trial.protected),
                 "attack": trial.attack,
                 "attacker": trial.attacker,
+                "n_probes": trial.probes,
                 "concept": trial.concept,
                 "role": trial.role,
                 "seed": trial.seed,

@@ -1,4 +1,4 @@
-"""Seeds by role: defense, attack, sampling, images.
+"""Seeds by role: defense, attack, search, sampling, images.
 
 One number in the suite gives independent seeds for each role. The seed of an attack does not name the defense, so
 every defense meets the same noise, batches and initialization, and comparisons are paired. Draws inside a loop are
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from typing import Literal, get_args
 
-Role = Literal["defense", "attack", "sampling", "images"]
+Role = Literal["defense", "attack", "search", "sampling", "images"]
 
 
 def derive(role: Role, seed: int, *axes: str | int) -> int:

@@ -18,9 +18,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from harness import parameters, provenance, registry
+from harness import parameters, provenance, registry, search
 from harness.concepts import PRIOR, SPLITS
 from harness.errors import StageFailure, one_line
 from harness.identity import Stage, describe
@@ -28,6 +29,11 @@ from harness.model_source import ModelSource
 from harness.run import CHECKPOINT_INTERVAL_S, Run, Sharding
 from harness.store import Store, sync_files, write_json
 from harness.tracking import tracker
+from harness.words import Words
+
+if TYPE_CHECKING:
+    from attacks.base import Checkpoint
+    from harness.protection import Protection
 
 log = logging.getLogger("immunitybench")
 
@@ -197,10 +203,19 @@ def prepare_device(workplace: Workplace, local_rank: int = 0):
 
 
 def _is_shared(stage: Stage, workplace: Workplace) -> bool:
-    """Tell whether several processes do the stage: an immunization by a defense that can be spread."""
-    if stage.kind not in ("erase", "immunize") or not workplace.sharding.needs_deepspeed:
+    """Tell whether several processes do the stage: one that trains, by a method that can be spread."""
+    sharding = workplace.sharding
+    if not sharding.needs_deepspeed or stage.workers != sharding.workers:
         return False
-    return registry.get("defense", stage.component.partition("@")[0]).can_shard
+    name = stage.component.partition("@")[0]
+    if stage.kind in ("erase", "immunize"):
+        return registry.get("defense", name).can_shard
+    if stage.kind != "adapt":
+        return False
+    cls = registry.get("attack", name)
+    given = {**stage.parameters["parameters"], **stage.local.get("parameters", {})}
+    values, mistakes = parameters.resolve(cls, given)
+    return not mistakes and cls.can_share(values)
 
 
 def _reset_peak_memory() -> None:
@@ -264,10 +279,14 @@ class _Stage:
         """Return the images of a split of an `images` input, in order."""
         return sorted((self.input(role, "images") / split).glob("*.png"))
 
-    def method(self, kind: str) -> Any:
-        """Return the method of the stage with its parameters."""
-        cls = registry.get(kind, self.stage.component.partition("@")[0])
-        given = {**self.stage.parameters["parameters"], **self.stage.local.get("parameters", {})}
+    def method(
+        self, kind: str, described: Mapping[str, Any] | None = None, local: Mapping[str, Any] = MappingProxyType({})
+    ) -> Any:
+        """Return the method of the stage, or another that its parameters describe, with its parameters."""
+        component = described["component"] if described else self.stage.component
+        own = described["parameters"] if described else self.stage.parameters["parameters"]
+        cls = registry.get(kind, component.partition("@")[0])
+        given = {**own, **(local if described else self.stage.local.get("parameters", {}))}
         values, mistakes = parameters.resolve(cls, given)
         if mistakes:
             raise ValueError("; ".join(message for _, message in mistakes))
@@ -281,15 +300,22 @@ class _Stage:
             return warm(self.workplace.source, self.run.device)
 
     def released(self):
-        """Return (model, protection): the base, erased if the task erases, with the defense's changes over it."""
+        """Return (model, protection): the base, erased if the task erases, with the defense's changes over it.
+
+        An attacker who restores components has the base model's tensors there in the place of the defense's.
+        """
         from harness.protection import Protection
 
         model = self.base()
-        protection = Protection()
+        protection, changed = Protection(), {}
         for role in ("erase", "immunize"):
             if role in self.stage.inputs:
                 protection = Protection.load(self.input(role, role))
-                model.overlay(protection.tensors)
+                changed |= protection.tensors
+        restored = tuple(f"{component}." for component in self.stage.parameters.get("restore", ()))
+        if restored:
+            changed = {n: t for n, t in changed.items() if not (n in protection.tensors and n.startswith(restored))}
+        model.overlay(changed)
         return model, protection
 
 
@@ -331,9 +357,9 @@ def _images(s: _Stage) -> None:
             picture.save(folder / f"{index:04d}.png")
 
 
-def protect_here(stage: Stage, workplace: Workplace, store: Store, run: Run, folder: Path) -> None:
-    """Run a defense as one of the processes that share its stage; the first fills `folder`."""
-    _protect(_Stage(stage, workplace, store, run, folder))
+def share_here(stage: Stage, workplace: Workplace, store: Store, run: Run, folder: Path) -> None:
+    """Do a stage as one of the processes that share it; the first fills `folder`."""
+    _DO[stage.kind](_Stage(stage, workplace, store, run, folder))
 
 
 def _protect(s: _Stage) -> None:
@@ -379,17 +405,95 @@ def _protect(s: _Stage) -> None:
 
 
 def _adapt(s: _Stage) -> None:
-    """Run an attack and keep the adapted model at each step of its trajectory."""
+    """Run an attack, tuned where probes went before, and keep the adapted model at each step of its trajectory."""
+    attack = s.method("attack")
+    probes = _probes(s)
+    if probes:
+        chosen = search.best(probes)
+        attack = _with(attack, chosen.values)
+        found = {"chosen": chosen.values, "score": chosen.score, "probes": [asdict(probe) for probe in probes]}
+        if s.run.world.rank == 0:
+            write_json(s.folder / "search.json", found)
+    saved = _trajectory(s, attack)
+    if s.run.world.rank == 0:
+        shutil.copytree(saved, s.folder / "checkpoints", copy_function=os.link)
+
+
+def _probe(s: _Stage) -> None:
+    """Try other settings of an attack on a part of the attacker's images: probe.json says which, and how it went."""
+    from PIL import Image
+
+    from harness.sampling import sample
+
+    described = s.stage.parameters
+    attack = s.method("attack")
+    values = search.propose(described["space"], s.run.seed_for("study"), _probes(s), described["place"])
+    attack = _with(attack, values)
+    try:
+        saved = _trajectory(s, attack, described["held_out"])
+    except FloatingPointError as error:
+        log.info("diverged: %s", error)
+        write_json(s.folder / "probe.json", {"values": values, "score": None, "scores": {}})
+        return
+    metric = s.method("metric", described["metric"], s.stage.local.get("metric", {}))
+    count = described["budget"]["images"]
+    own = [Image.open(f).convert("RGB") for f in s.files("images", "attack")[:count][-described["held_out"] :]]
+    model, protection = s.released()
+    hooks = _sampling_hooks(protection)
+    scores = {}
+    for step in described["budget"]["steps"]:
+        attack.load(model, saved / step_folder(step))
+        try:
+            with s.run.ledger.phase("sample"):
+                drawn = [
+                    [image]
+                    for _, _, image in sample(
+                        model, s.run, described["prompts"], described["sampling"],
+                        images_per_prompt=1, seed=s.run.seed_for("sampling"), hooks=hooks,
+                    )
+                ]  # fmt: skip
+        finally:
+            attack.unload(model)
+        with s.run.ledger.phase("score"):
+            scored = metric.score(drawn, own, described["descriptions"], s.run.device)
+        scores[step] = (1 if metric.direction == "higher" else -1) * sum(scored) / len(scored)
+    mean = sum(scores.values()) / len(scores)
+    write_json(s.folder / "probe.json", {"values": values, "score": mean, "scores": scores})
+
+
+def _probes(s: _Stage) -> list[search.Probe]:
+    """Return the probes that the stage knows of, in order."""
+    roles = sorted((r for r in s.stage.inputs if r.startswith("probe.")), key=lambda r: int(r.partition(".")[2]))
+    found = [json.loads((s.input(role, "probe") / "probe.json").read_text(encoding="utf-8")) for role in roles]
+    return [search.Probe(each["values"], each["score"]) for each in found]
+
+
+def _with(attack: Any, values: Mapping[str, Any]) -> Any:
+    """Return an attack with some parameters changed."""
+    given = {**parameters.as_json(attack.parameters), **values}
+    resolved, mistakes = parameters.resolve(type(attack), given)
+    if mistakes:
+        raise ValueError("; ".join(message for _, message in mistakes))
+    return type(attack)(resolved)
+
+
+def _trajectory(s: _Stage, attack: Any, held_out: int = 0) -> Path:
+    """Run an attack on all but the last `held_out` images; return the folder with a folder of each step."""
     from attacks.base import AttackedConcept, Budget
 
-    attack = s.method("attack")
     described = s.stage.parameters
-    budget = described["budget"]
-    count = budget["images"]
+    budget, known = described["budget"], described["concept"]
+    files = s.files("images", "attack")[: budget["images"]]
+    files = files[: len(files) - held_out]
+    prior = attack.prior_images(attack.parameters)
     concept = AttackedConcept(
-        kind=described["concept"]["kind"],
-        captions=tuple(described["concept"]["captions"][:count]),
-        files=tuple(s.files("images", "attack")[:count]),
+        kind=known["kind"],
+        captions=tuple(known["captions"][: len(files)]),
+        files=tuple(files),
+        words=Words(**known.get("words", {"name": known["called"]})),
+        called=known["called"],
+        prior_captions=tuple(known["prior_captions"][:prior]) if prior else (),
+        prior_files=tuple(s.files("prior", PRIOR)[:prior]) if prior else (),
     )
     model, protection = s.released()
     saved = s.run.folder / "checkpoints"  # survives a kill, like the state that training goes on from
@@ -398,32 +502,39 @@ def _adapt(s: _Stage) -> None:
     kept = s.run.load_state()
     if kept is not None and any(step <= kept[0] and not (saved / step_folder(step)).is_dir() for step in steps):
         s.run.drop_state()  # a checkpoint that was passed is gone: only a fresh start can give it again
+    s.run.world.wait()  # before any process saves one
     for checkpoint in attack.adapt(
         model, concept, protection, Budget(steps, budget["batch_size"], described["attacker"]), s.run
     ):
-        final = saved / step_folder(checkpoint.step)
-        temporary = saved / f".{final.name}"
-        for folder in (temporary, final):
-            shutil.rmtree(folder, ignore_errors=True)
-        temporary.mkdir()
-        checkpoint.save(temporary)
-        sync_files(temporary)  # before the state that is beyond this step is kept
-        temporary.rename(final)
+        if s.run.world.rank == 0:
+            _keep(checkpoint, saved)
+        s.run.world.wait()
     missing = [step for step in steps if not (saved / step_folder(step)).is_dir()]
     if missing:
         raise RuntimeError(f"{attack.name} yielded no checkpoint at steps {missing}")
-    shutil.copytree(saved, s.folder / "checkpoints", copy_function=os.link)
+    return saved
+
+
+def _keep(checkpoint: Checkpoint, saved: Path) -> None:
+    """Save a checkpoint into a folder of its step, whole or not at all."""
+    final = saved / step_folder(checkpoint.step)
+    temporary = saved / f".{final.name}"
+    for folder in (temporary, final):
+        shutil.rmtree(folder, ignore_errors=True)
+    temporary.mkdir()
+    checkpoint.save(temporary)
+    sync_files(temporary)  # before the state that is beyond this step is kept
+    temporary.rename(final)
 
 
 def _sample(s: _Stage) -> None:
     """Draw the evaluation images at every step asked for: images/<step>/<prompt>_<image>.png."""
-    from harness.protection import make_hooks
     from harness.sampling import sample
 
     described = s.stage.parameters
     settings = described["sampling"]
     model, protection = s.released()
-    hooks = make_hooks("sampling_hook", protection.sampling)
+    hooks = _sampling_hooks(protection)
     attack, checkpoints = None, None
     if "adapt" in s.stage.inputs:
         record = s.store.record("adapt", s.stage.inputs["adapt"])
@@ -458,16 +569,23 @@ def _sample(s: _Stage) -> None:
     shutil.copytree(saved, s.folder / "images", copy_function=os.link)
 
 
+def _sampling_hooks(protection: Protection) -> list[Any]:
+    """Return what the publisher runs before images are drawn."""
+    from harness.protection import make_hooks
+
+    return make_hooks("sampling_hook", protection.sampling)
+
+
 def _score(s: _Stage) -> None:
     """Score images against references: scores.json with one value a step and prompt."""
     from PIL import Image
 
     metric = s.method("metric")
-    references = [Image.open(f).convert("RGB") for f in s.files("references", "reference")]
+    references = [Image.open(f).convert("RGB") for f in s.files("references", metric.compares_with)]
     descriptions = s.stage.parameters["descriptions"]
     values = []
     with s.run.ledger.phase("score"):
-        for step, groups in _groups(s, len(descriptions)):
+        for step, groups in _groups(s, len(descriptions), metric.compares_with):
             opened = [[Image.open(f).convert("RGB") for f in group] for group in groups]
             scored = metric.score(opened, references, descriptions, s.run.device)
             if len(scored) != len(opened):
@@ -485,10 +603,14 @@ def _score(s: _Stage) -> None:
     (s.folder / "scores.json").write_text(json.dumps({"about": about, "values": values}), encoding="utf-8")
 
 
-def _groups(s: _Stage, prompts: int) -> list[tuple[int, list[list[Path]]]]:
-    """Return (step, files by prompt) of what is to be scored: a sample, or the real images of the attack split."""
+def _groups(s: _Stage, prompts: int, compared_with: str) -> list[tuple[int, list[list[Path]]]]:
+    """Return (step, files by prompt) of what is to be scored: a sample, or real images.
+
+    Those are of the attack split, or of the reference split where the attack's images are what is compared with.
+    """
     if "images" in s.stage.inputs:
-        return [(0, [[file] for file in s.files("images", "attack")])]
+        split = "attack" if compared_with == "reference" else "reference"
+        return [(0, [[file] for file in s.files("images", split)][:prompts])]
     folder = s.input("sample", "sample") / "images"
     return [
         (int(step.name.removeprefix("step_")), [sorted(step.glob(f"{p:03d}_*.png")) for p in range(prompts)])
@@ -506,6 +628,7 @@ _DO: dict[str, Callable[[_Stage], None]] = {
     "erase": _protect,
     "immunize": _protect,
     "adapt": _adapt,
+    "probe": _probe,
     "sample": _sample,
     "score": _score,
 }

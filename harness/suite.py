@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -62,14 +63,31 @@ Location = Annotated[str, Field(min_length=1, max_length=4000, pattern=_PRINTABL
 
 MAX_TRIALS = 200_000
 """Larger grids are refused: they are slips of the pen, and planning them takes minutes."""
+DEFAULT_BATCH_SIZE = 4
+"""Of attacks whose source states none."""
 RESERVED_SUITE_NAMES = ("store",)
 """Folders of their own beside those of the suites."""
 RESERVED_DEFENSE_NAMES = ("original",)
 """What the tables call the model before a task erases a concept from it."""
 
 
+def _step(value: Any) -> Any:
+    """Check an entry of an attack's `steps`."""
+    got = one_line("nothing" if value is None else str(value).lower() if isinstance(value, bool) else value, 60)
+    if type(value) is int:
+        if not 1 <= value <= 1_000_000:
+            raise ValueError(f"must be from 1 to 1000000 (got {got})")
+    elif not (isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,3}x", value)):
+        raise ValueError(f"must be a whole number, or a multiple of the usual number such as 10x (got '{got}')")
+    return value
+
+
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
+
+
+Step = Annotated[Any, AfterValidator(_step)]
+"""Optimizer steps: a number, or a multiple of the usual one."""
 
 
 ProtectedSet = Annotated[list[ConceptName], BeforeValidator(_as_list), Field(min_length=1, max_length=1000)]
@@ -122,22 +140,63 @@ class DefenseSpec(MethodSpec):
     compared on sets of several."""
 
 
+class SearchSpec(_Strict):
+    """How an adaptive attacker tunes an attack on each released model, before it is measured."""
+
+    probes: Annotated[int, Field(ge=1, le=10_000)]
+    """Tries in all; the first is the attack as it stands here."""
+    at_once: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Probes of a batch: they may run side by side, and know the results of earlier batches only."""
+    metric: Label | None = None  # by which the attacker judges, of those of the suite; None: the first
+    space: dict[Annotated[str, Field(max_length=40)], Annotated[list[Any], Field(min_length=1, max_length=100)]] = {}
+    """What may be changed, in place of the attack's own: [low, high] for a number that is a fraction (tried on a
+    logarithmic scale), and a list of values for anything else."""
+
+
 class AttackSpec(MethodSpec):
     """An attack under a stated budget: the same for every defense."""
 
-    attacker: Literal["honest"] = "honest"
-    steps: Annotated[list[Count], Field(min_length=1, max_length=100)]
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4  # global: over all processes
+    attacker: Literal["honest", "adaptive"] = "honest"
+    """honest: honours what the publisher froze and its training hooks; adaptive: trains the weights as they are."""
+    steps: Annotated[list[Step], BeforeValidator(_as_list), Field(min_length=1, max_length=100)] | None = None
+    """Optimizer steps at which the trajectory is read; "10x" is ten times the usual number. None: the usual number."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None  # global: over all processes; None: the usual
     images: Count | None = None  # how many of the attack split are used; None: all
+    search: SearchSpec | None = None  # of an adaptive attacker
+    restore: list[Literal["unet", "text_encoder", "vae"]] = []
+    """Components of which an adaptive attacker puts the public base weights in the place of those that the defense
+    changed: what FreezeAsGuard and weight edits cannot prevent where the base model is public."""
     tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
     """The tasks that it is made in; None: all."""
 
+    @model_validator(mode="after")
+    def _adaptive_alone(self) -> AttackSpec:
+        if self.search is not None and self.attacker != "adaptive":
+            raise ValueError("a search is what an adaptive attacker does; add attacker: adaptive")
+        if self.restore and self.attacker != "adaptive":
+            raise ValueError("an honest attacker restores nothing; add attacker: adaptive")
+        return self
+
     @field_validator("steps")
     @classmethod
-    def _increasing(cls, steps: list[int]) -> list[int]:
-        if sorted(set(steps)) != steps:
+    def _increasing(cls, steps: list[int | str] | None) -> list[int | str] | None:
+        plain = [step for step in steps or () if isinstance(step, int)]
+        if sorted(set(plain)) != plain:
             raise ValueError("must increase without repeats, such as [10, 40, 120]")
         return steps
+
+    def budget(self, usual: Any) -> tuple[tuple[int, ...], int]:
+        """Return (steps, batch size), with what is not given from the `UsualBudget` of the preset, where it has one.
+
+        Raises ValueError when the steps are left open, or do not increase.
+        """
+        asked = self.steps if self.steps is not None else ["1x"]
+        if usual is None and not all(isinstance(step, int) for step in asked):
+            raise ValueError("give steps in numbers, such as [10, 40, 120]: the method names no usual number")
+        steps = tuple(step if isinstance(step, int) else int(step[:-1]) * usual.steps for step in asked)
+        if sorted(set(steps)) != list(steps):
+            raise ValueError(f"steps must increase without repeats; they come to {list(steps)}")
+        return steps, self.batch_size or (usual.batch_size if usual else DEFAULT_BATCH_SIZE)
 
 
 class TaskSpec(_Strict):
@@ -167,8 +226,13 @@ class ConceptSpec(_Strict):
     defense_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     attack_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     evaluation_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
+    attack_name: Prompt | None = None
+    """What the attacker's captions and evaluation prompts call it, such as "&m cat" where the label is "cat": attacks
+    that learn a word of their own put it there. None: the label."""
     class_prompt: Prompt | None = None
     """What images of the concept's class are drawn from (prior preservation). None: MIMA's "object" or "artwork"."""
+    probe_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
+    """What an adaptive attacker judges its probes by: no evaluation prompt. None: "a picture of" and the name."""
     descriptions: list[Prompt] | None = None
     """What each evaluation prompt shows, in plain words: for text alignment. None: the prompt itself."""
 
@@ -292,6 +356,13 @@ class LoadedSuite:
         self.concepts: dict[str, Any] = {}  # name -> harness.concepts.Concept
         self.model: Any = None  # harness.model_source.ModelSource
 
+    def budget(self, index: int) -> tuple[tuple[int, ...], int]:
+        """Return (steps, batch size) of an attack that is built. Raises ValueError when the suite leaves them open."""
+        from harness import registry
+
+        spec = self.suite.attacks[index]
+        return spec.budget(registry.get("attack", spec.method).budgets.get(spec.preset or ""))
+
     def attacks_on(self, task: str) -> list[tuple[int, AttackSpec]]:
         """Return (index, attack) of the attacks that are made in a task; those that are not built are left out."""
         return [
@@ -344,7 +415,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
         mistakes += check(loaded)
     try:
         loaded.concepts = concepts.resolve_all(loaded)
-        mistakes += suite_checks.attack_images(loaded)
+        mistakes += suite_checks.attack_images(loaded) + suite_checks.attack_words(loaded)
     except UserMistake as mistake:
         messages += mistake.messages
     messages += _lines(source, mistakes)

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from typing import Any
 
-from harness import parameters, registry
+from harness import parameters, registry, search
 from harness.errors import did_you_mean, one_line
 from harness.fetching import Fetched, is_cached
 from harness.suite import (
@@ -18,6 +18,7 @@ from harness.suite import (
     METHOD_SECTIONS,
     RESERVED_DEFENSE_NAMES,
     RESERVED_SUITE_NAMES,
+    AttackSpec,
     LoadedSuite,
     Mistake,
     Suite,
@@ -65,11 +66,46 @@ def resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
         own = [key for key in type(spec).model_fields if key != "parameters"]
         values, found = parameters.resolve(cls, spec.parameters, spec.preset, own)
         mistakes += [((*path, field) if field else path, message) for field, message in found]
+        if not found and kind == "attack":
+            mistakes += _budget(cls, spec, path) + _search(cls, spec, values, path, suite)
         if not found:
             most = 1 if getattr(spec, "protects", "all") == "first" else _most_targets(suite)
             mistakes += [((*path, *field), message) for field, message in _planned(cls, values, most)]
         loaded.parameters[tuple(map(str, path))] = values
     return mistakes
+
+
+def _budget(cls: type, spec: AttackSpec, path: tuple) -> list[Mistake]:
+    """Find a budget that neither the suite nor the method states."""
+    try:
+        spec.budget(cls.budgets.get(spec.preset or ""))
+    except ValueError as error:
+        return [((*path, "steps"), str(error))]
+    return []
+
+
+def _search(cls: type, spec: AttackSpec, values: Any, path: tuple, suite: Suite) -> list[Mistake]:
+    """Find a search that has nothing to change, or changes what the attack does not take."""
+    if spec.search is None:
+        return []
+    mistakes: list[Mistake] = []
+    labels = [metric.name for metric in suite.metrics if metric is not None]
+    if spec.search.metric is not None and spec.search.metric not in labels:
+        what = f"unknown metric '{one_line(spec.search.metric, 60)}'{did_you_mean(spec.search.metric, labels)}"
+        mistakes.append(((*path, "search", "metric"), what))
+    elif search.judge([m for m in suite.metrics if spec.search.metric in (None, m and m.name)]) is None:
+        mistakes.append(((*path, "search"), "the attacker needs a metric with a direction to judge by; name another"))
+    try:
+        space = search.as_json(search.given(spec.search.space) or cls.search_space(values))
+    except Exception as error:
+        return [(path, f"`search_space` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
+    if not space:
+        mistakes.append(((*path, "search"), f"{spec.method} has no search space of its own; give 'space'"))
+    for name, part in space.items():
+        for value in part["values"] if "values" in part else part.values():
+            _, found = parameters.resolve(cls, {**parameters.as_json(values), name: value})
+            mistakes += [((*path, "search", "space", name), message) for _, message in found]
+    return list(dict.fromkeys(mistakes))
 
 
 def _most_targets(suite: Suite) -> int:
@@ -98,7 +134,7 @@ def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...]
             if type(count) is not int or not 0 <= count <= MAX_PRIOR_IMAGES:
                 must = f"must return a whole number from 0 to {MAX_PRIOR_IMAGES}"
                 mistakes.append(((), f"`prior_images` of {cls.name} {must} (got {one_line(repr(count), 60)})"))
-            elif count and "targets" not in cls.uses:
+            elif count and "targets" not in getattr(cls, "uses", ("targets",)):
                 mistakes.append(((), f"`prior_images` of {cls.name} asks for images of targets that it does not use"))
         except Exception as error:
             mistakes.append(((), f"`prior_images` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"))
@@ -280,18 +316,54 @@ def attack_images(loaded: LoadedSuite) -> list[Mistake]:
     for index, attack in enumerate(loaded.suite.attacks):
         if attack is None or attack.images is None:
             continue
-        attacked = dict.fromkeys(
-            name
-            for task_name, task in loaded.suite.tasks.items()
-            if task_name in (attack.tasks or [task_name])
-            for name in (*(concept for together in task.targets for concept in together), *task.innocents)
-        )
-        counts = {name: loaded.concepts[name].count("attack") for name in attacked if name in loaded.concepts}
+        attacked = [name for name in _attacked(loaded, attack) if name in loaded.concepts]
+        counts = {name: loaded.concepts[name].count("attack") for name in attacked}
         for name, count in counts.items():
             if attack.images > count:
                 what = f"{attack.images} asked for, but the attack split of {name} holds {count}"
                 mistakes.append((("attacks", index, "images"), f"{what}; leave it out to use all"))
     return mistakes
+
+
+def attack_words(loaded: LoadedSuite) -> list[Mistake]:
+    """Find attacks that call a concept by a word of their own, where its captions or prompts do not name it."""
+    mistakes: list[Mistake] = []
+    for index, attack in enumerate(loaded.suite.attacks):
+        values = loaded.parameters.get(("attacks", str(index)))
+        if attack is None or values is None:
+            continue
+        cls = registry.get("attack", attack.method)
+        for name in _attacked(loaded, attack):
+            concept = loaded.concepts.get(name)
+            if concept is None:
+                continue
+            try:
+                renames = cls.called(values, concept.words) != concept.words.name
+            except Exception as error:
+                failed = f"`called` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"
+                mistakes.append((("attacks", index), failed))
+                break
+            texts = [*concept.captions["attack"], *(e.prompt for e in concept.evaluations)] if renames else []
+            nameless = next((text for text in texts if concept.words.name not in text), None)
+            if nameless is not None:
+                what = f"{attack.method} puts a word of its own for '{one_line(concept.words.name, 60)}', which is not"
+                how = "; set 'attack_name' of the concept to what its captions call it"
+                mistakes.append(
+                    (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}'{how}")
+                )
+    return mistakes
+
+
+def _attacked(loaded: LoadedSuite, attack: AttackSpec) -> list[str]:
+    """Return the concepts that an attack is made on."""
+    return list(
+        dict.fromkeys(
+            name
+            for task_name, task in loaded.suite.tasks.items()
+            if task_name in (attack.tasks or [task_name])
+            for name in (*(concept for together in task.targets for concept in together), *task.innocents)
+        )
+    )
 
 
 CHECKS = (

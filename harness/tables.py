@@ -14,13 +14,14 @@ from harness.report.figures import recovery_curves
 from harness.rows import COLUMNS as ROW_COLUMNS
 from harness.rows import collect, write_csv
 from harness.store import Store, write_json, write_text
-from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, leaderboard
+from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, leaderboard, worst_case
 
 STATE = "tables.json"
 """What the tables in a folder were made from."""
 SHOWN = (
     ("defense", "defense"),
     ("attack", "attack"),
+    ("attacker", "attacker"),
     ("step", "step"),
     ("target_before", "before"),
     ("target_none", "undefended"),
@@ -31,7 +32,14 @@ SHOWN = (
     ("relative_gap", "gap %"),
     ("recovery", "recovery"),
     ("utility", "utility"),
+    ("nearest_training", "nearest training image"),
     ("valid", "valid"),
+)
+TEXT = frozenset({"defense", "attack", "attacker"})
+"""Columns of words."""
+WORST_LEGEND = (
+    "For each defense and step the attack that it withstands least, of those that count. An adaptive attacker's line "
+    "holds the number of probes that the attack was tuned with, on each released model by itself."
 )
 LEGEND = (
     "SGR: (undefended - defended) / undefended similarity on the targets, mean over targets and seeds; greater is "
@@ -54,7 +62,9 @@ def write(plan: Plan, store: Store, folder: Path, model_name: str, gates: Gates)
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "rows.csv", rows, ROW_COLUMNS)
     write_csv(folder / "leaderboard.csv", lines, COLUMNS)
-    write_text(folder / "leaderboard.md", markdown(lines))
+    worst = worst_case(lines)
+    write_csv(folder / "worst_case.csv", worst, COLUMNS)
+    write_text(folder / "leaderboard.md", markdown(lines, worst))
     concepts = by_concept(rows)
     write_csv(folder / "concepts.csv", concepts, CONCEPT_COLUMNS)
     write_text(folder / "concepts.md", concepts_markdown(concepts))
@@ -93,7 +103,7 @@ def _title(task: str, metric: str, unit: str, lines: Sequence[dict[str, Any]]) -
     seeds = "1 seed" if first["n_seeds"] == 1 else f"{first['n_seeds']} seeds"
     return (
         f"{task} / {metric} ({unit}; {first['backbone']}): {first['n_targets']} target(s), "
-        f"{first['n_innocents']} innocent(s), {seeds}, attacker {first['attacker']}"
+        f"{first['n_innocents']} innocent(s), {seeds}"
     )
 
 
@@ -107,6 +117,8 @@ def cells(line: dict[str, Any]) -> list[str]:
             texts.append(f"{100 * low:.0f} to {100 * high:.0f}" if is_known else "–")
         elif column in ("sgr", "innocent_sgr", "relative_gap"):
             texts.append("–" if line[column] is None else f"{100 * line[column]:+.1f}")
+        elif column == "attacker":
+            texts.append(line["attacker"] + (f", {line['n_probes']} probes" if line["n_probes"] else ""))
         elif column in ("valid",):
             texts.append("yes" if line[column] else "no")
         elif isinstance(line[column], float):
@@ -126,16 +138,25 @@ def _notes(lines: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{reason} ({', '.join(where)})" for reason, where in notes.items()]
 
 
-def markdown(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the leaderboard as Markdown, a table for each task and metric."""
+def markdown(lines: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]] = ()) -> str:
+    """Return the leaderboard as Markdown, a table for each task and metric; then the worst case over attacks."""
+    if not lines:
+        return "No rows yet.\n"
+    parts = _markdown_tables(lines)
+    if worst:
+        parts += ["## Worst case over attacks\n", f"{WORST_LEGEND}\n", *_markdown_tables(worst, with_notes=False)]
+    return "\n".join([*parts, LEGEND, ""])
+
+
+def _markdown_tables(lines: Sequence[dict[str, Any]], with_notes: bool = True) -> list[str]:
     parts = []
     for (task, metric, unit), group in sections(lines).items():
         parts.append(f"### {_title(task, metric, unit, group)}\n")
         parts.append("| " + " | ".join(header for _, header in SHOWN) + " |")
-        parts.append("|" + "|".join(" --- " if c in ("defense", "attack") else " ---: " for c, _ in SHOWN) + "|")
+        parts.append("|" + "|".join(" --- " if c in TEXT else " ---: " for c, _ in SHOWN) + "|")
         parts += ["| " + " | ".join(cells(line)) + " |" for line in group]
-        parts += ["", *(f"- {note}" for note in _notes(group)), ""]
-    return "\n".join([*parts, LEGEND, ""]) if parts else "No rows yet.\n"
+        parts += ["", *(f"- {note}" for note in _notes(group) if with_notes), ""]
+    return parts
 
 
 def concepts_markdown(lines: Sequence[dict[str, Any]]) -> str:
@@ -170,21 +191,30 @@ def _sgr_text(line: dict[str, Any]) -> str:
 
 
 def show(lines: Sequence[dict[str, Any]], console) -> None:
-    """Print the leaderboard to a rich console."""
-    from rich.table import Table
-
+    """Print the leaderboard to a rich console, and the worst case where there are several attacks."""
     if not lines:
         console.print("No rows yet.")
         return
+    _print_tables(lines, console)
+    worst = worst_case(lines)
+    if worst:
+        console.print("Worst case over attacks", style="bold")
+        _print_tables(worst, console, with_notes=False)
+        console.print(WORST_LEGEND, style="dim", highlight=False)
+    console.print(LEGEND, style="dim", highlight=False)
+
+
+def _print_tables(lines: Sequence[dict[str, Any]], console, with_notes: bool = True) -> None:
+    from rich.table import Table
+
     for (task, metric, unit), group in sections(lines).items():
         table = Table(title=_title(task, metric, unit, group), title_justify="left", pad_edge=False)
         for column, header in SHOWN:
-            is_text = column in ("defense", "attack")
+            is_text = column in TEXT
             table.add_column(header, justify="left" if is_text else "right", no_wrap=is_text)
         for line, following in zip(group, [*group[1:], None], strict=True):
             is_last_of_step = following is not None and following["step"] != line["step"]
             table.add_row(*cells(line), style=None if line["valid"] else "dim", end_section=is_last_of_step)
         console.print(table)
-        for note in _notes(group):
+        for note in _notes(group) if with_notes else ():
             console.print(f"  not valid: {note}", style="dim", highlight=False)
-    console.print(LEGEND, style="dim", highlight=False)

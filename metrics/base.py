@@ -7,7 +7,7 @@ loaded once per worker. Like other methods, modules of metrics import torch insi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from harness.method import Method
 
@@ -20,7 +20,10 @@ class Metric(Method):
     """Base class of metrics. Subclasses set the class attributes and write `score`."""
 
     direction: ClassVar[str]
-    """"higher": a greater value means more of what the attacker wants; "lower": less."""
+    """"higher": a greater value means more of what the attacker wants; "lower": less; "none": it says something else,
+    and stands beside the scores."""
+    compares_with: ClassVar[Literal["reference", "attack"]] = "reference"
+    """The split whose images are the references."""
     unit: ClassVar[str]
     range: ClassVar[tuple[float, float]]
 

@@ -85,7 +85,8 @@ def test_suite_of_announced_attacks_alone_is_a_mistake(project):
 
     told = project.validate()
 
-    assert_told(told, project, ":13: ", "attacks: none of these attacks is built yet (future, later); add one of: lora")
+    words = "attacks: none of these attacks is built yet (future, later); add one of: custom_diffusion, dreambooth"
+    assert_told(told, project, ":13: ", words)
     assert len(told.errors) == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, interval, leaderboard
+from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, interval, leaderboard, worst_case
 
 GATES = Gates()
 
@@ -633,3 +633,56 @@ def test_one_concept_in_two_sets_is_kept_apart():
     gaps = {e["protected"]: e["sgr"] for e in by_concept(rows) if e["defense"] == "mine"}
 
     assert gaps == pytest.approx({"dog": 0.5, "dog+cat": 0.25})
+
+
+def _attacked_by(rows: list[dict], attack: str, attacker: str, worse: float) -> list[dict]:
+    """Return the attacked rows under another attack; the defended values are greater by so much."""
+    return [
+        {**r, "attack": attack, "attacker": attacker, "n_probes": 4 * (attacker == "adaptive"),
+         "value": r["value"] + worse * (r["method"] == "imma")}
+        for r in rows
+        if r["attack"]
+    ]  # fmt: skip
+
+
+def test_worst_case_is_the_attack_that_is_withstood_least():
+    """Of each defense and step; the line names attack, attacker and how often it tried."""
+    rows = small() + _attacked_by(small(), "tuned", "adaptive", 0.1) + _attacked_by(small(), "weak", "honest", -0.1)
+    lines = leaderboard(rows, GATES)
+    worst = {line["defense"]: line for line in worst_case(lines)}
+
+    assert len(lines) == 6
+    assert (worst["mine"]["attack"], worst["mine"]["attacker"], worst["mine"]["n_probes"]) == ("tuned", "adaptive", 4)
+    assert worst["mine"]["sgr"] == min(line["sgr"] for line in lines if line["defense"] == "mine")
+    assert worst["none"]["sgr"] == 0.0
+
+
+def test_an_attack_that_does_not_count_is_no_worst_case():
+    """One that regains nothing on the undefended model cannot be what a defense is judged by."""
+    failing = [
+        {**r, "value": 0.1 if r["method"] == "none" else 0.2} for r in _attacked_by(small(), "failing", "honest", 0)
+    ]
+    lines = leaderboard(small() + failing, GATES)
+    worst = {line["defense"]: line["attack"] for line in worst_case(lines)}
+
+    assert min(line["sgr"] for line in lines if line["attack"] == "failing") < 0
+    assert worst["mine"] == "lora"
+
+
+def test_there_is_no_worst_of_one_attack():
+    """Its own lines say it all."""
+    assert worst_case(leaderboard(small(), GATES)) == []
+
+
+def test_nearest_training_images_stand_beside_the_score():
+    """Of the defended attack, and of real images that were not trained on; they make no lines of their own."""
+    guard = {"metric": "nearest", "direction": "none"}
+    rows = small()
+    rows += [{**r, **guard, "value": 0.7} for r in rows if r["role"] == "target" and r["attack"]]
+    rows += [{**r, **guard, "value": 0.5} for r in rows if r["role"] == "real" and r["metric"] == "clip"]
+    lines = leaderboard(rows, GATES)
+
+    assert {line["metric"] for line in lines} == {"clip"}
+    assert all(line["nearest_training"] == pytest.approx(0.7) for line in lines)
+    assert all(line["nearest_training_real"] == pytest.approx(0.5) for line in lines)
+    assert leaderboard(small(), GATES)[0]["nearest_training"] is None

@@ -28,7 +28,9 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "fraction for a count": (("rounds: 3", "rounds: 2.5"), 12, "defenses[2].rounds: must be a whole number"),
     "number for text": (("label: purse", "label: 12"), 5, "concepts.purse.label: must be text (got 12); put it in"),
     "list for a mapping": (("sampling: {steps: 3, images_per_prompt: 2}", "sampling: [3]"), 19, "must be a mapping"),
-    "text for a list": (("steps: [2, 4]", "steps: 2"), 15, "attacks[0].steps: must be a list (got 2)"),
+    "text for a step": (("steps: [2, 4]", "steps: many"), 15, "attacks[0].steps: must be a whole number, or a"),
+    "fraction of the usual steps": (("[2, 4]", "[2, 0.5x]"), 15, "a multiple of the usual number such as 10x"),
+    "multiples that do not increase": (("[2, 4]", "[2000, 1x]"), 15, "increase without repeats; they come to [2000,"),
     "nothing": (("seeds: 2", "seeds:"), 3, "seeds: must be a list (got nothing)"),
     "unknown key": (("seeds: 2", "sedes: 2"), 3, "sedes: unknown key; did you mean 'seeds'?"),
     "unknown key of a task": (("innocents: [lamp]}\ndef", "inocents: [lamp]}\ndef"), 11, "did you mean 'innocents'?"),
@@ -43,7 +45,6 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "unknown preset": (("rounds: 3", "preset: papr"), 12, "defenses[2].preset: imma has no preset 'papr'"),
     "method without a name": (("method: imma, ", ""), 12, "defenses[2]: the key 'method' is missing"),
     "number for a method": (("[none, uce,", "[none, 7,"), 12, "expected the name of a method"),
-    "missing steps": (("    steps: [2, 4]\n", ""), 14, "attacks[0]: the key 'steps' is missing"),
     "empty grid": ((DEFENSES, "defenses: []"), 12, "defenses: must hold at least 1 (got 0)"),
     "no tasks": (
         (SUITE[SUITE.index("  relearning") : SUITE.index("defenses:")], "  {}\n"),
@@ -60,8 +61,34 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "huge number of seeds": (("seeds: 2", "seeds: 1000000000000"), 3, "must be from 1 to 1000"),
     "number beyond 64 bits": (("seeds: 2", f"seeds: [{10**30}]"), 3, "seeds[0]: a number beyond 64 bits"),
     "number of 5000 digits": (("rounds: 3", f"rounds: 0x{'f' * 5000}"), 12, "a number beyond 64 bits"),
-    "huge steps": (("[2, 4]", "[2, 4000000000]"), 15, "attacks[0].steps[1]: must be at most 1000000"),
-    "negative steps": (("[2, 4]", "[-2, 4]"), 15, "attacks[0].steps[0]: must be at least 1 (got -2)"),
+    "huge steps": (("[2, 4]", "[2, 4000000000]"), 15, "attacks[0].steps[1]: must be from 1 to 1000000"),
+    "negative steps": (("[2, 4]", "[-2, 4]"), 15, "attacks[0].steps[0]: must be from 1 to 1000000 (got -2)"),
+    "search by an honest attacker": (("batch_size: 2", "search: {probes: 2}"), 14, "add attacker: adaptive"),
+    "search without probes": (
+        ("batch_size: 2", "attacker: adaptive\n    search: {}"), 17, "attacks[0].search: the key 'probes' is missing"
+    ),
+    "search of an unknown parameter": (
+        ("batch_size: 2", "attacker: adaptive\n    search: {probes: 2, space: {rnk: [1, 2]}}"),
+        17,
+        "attacks[0].search.space.rnk: 'rnk' is not a parameter of lora; did you mean 'rank'?",
+    ),
+    "search beyond what a parameter takes": (
+        ("batch_size: 2", "attacker: adaptive\n    search: {probes: 2, space: {rank: [1, 0]}}"),
+        17,
+        "attacks[0].search.space.rank: must be at least 1",
+    ),
+    "search by an unknown metric": (
+        ("batch_size: 2", "attacker: adaptive\n    search: {probes: 2, metric: clip}"), 17, "unknown metric 'clip'"
+    ),
+    "search by a metric without a direction": (
+        (
+            "batch_size: 2\nmetrics: [clip_image, clip_text]",
+            "attacker: adaptive\n    search: {probes: 2, metric: nearest_training_image}\n"
+            "metrics: [clip_image, nearest_training_image]",
+        ),
+        17,
+        "attacks[0].search: the attacker needs a metric with a direction",
+    ),
     "steps that do not increase": (("[2, 4]", "[4, 2]"), 15, "must increase without repeats"),
     "not a number": (("rounds: 3", "rounds: .nan"), 12, "defenses[2].rounds: must be finite"),
     "infinity": (("rounds: 3", "upper_learning_rate: .inf"), 12, "upper_learning_rate: must be finite"),

@@ -12,6 +12,9 @@ COLOURS = (
     "#882255", "#999933", "#332288", "#44AA99",
 )  # fmt: skip
 
+DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 3), (1, 3), (9, 3))
+"""Attacks are told apart by dashes, defenses by colour."""
+
 
 def recovery_curves(rows: Sequence[Mapping[str, Any]], path: Path, role: str = "target") -> bool:
     """Draw `path` (PNG), a panel for each task and metric; return False when there is nothing to draw.
@@ -68,7 +71,9 @@ def _panel(axis, rows: Sequence[Mapping[str, Any]], role: str) -> None:
             means = {step: sum(v.values()) / len(v) for step, v in curve.items()}
             ordered = sorted(means)
             label = defense if len(attacks) == 1 else f"{defense} / {attack}"
-            axis.plot([places[s] for s in ordered], [means[s] for s in ordered], color=colour, label=label, lw=1.6)
+            dashes = DASHES[attacks.index(attack) % len(DASHES)]
+            xs, ys = [places[s] for s in ordered], [means[s] for s in ordered]
+            axis.plot(xs, ys, color=colour, label=label, lw=1.6, dashes=dashes)
             for step, values in curve.items():
                 axis.plot([places[step]] * len(values), list(values.values()), ".", color=colour, ms=4, alpha=0.6)
     concepts = {r["concept"] for r in attacked}

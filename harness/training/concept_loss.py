@@ -6,8 +6,9 @@ L(instance) + weight * L(class). Everything is encoded once; what a step draws d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from harness.models import DiffusionModel
 from harness.run import Run
 from harness.seeds import mix
 from harness.training import diffusion
-from harness.training.diffusion import Draw, EncodedImages, LossPart, denoising_loss, encode_images
-from harness.training.token_embedding import LearnedWord
+from harness.training.diffusion import Draw, EncodedImages, LossPart, TextSource, Weigh, denoising_loss, encode_images
+
+if TYPE_CHECKING:
+    from harness.protection import AdaptationHook
 
 
 class ConceptLoss:
@@ -34,23 +37,26 @@ class ConceptLoss:
         flip: bool,
         seed: int,
         prior: EncodedImages | None = None,
-        word: LearnedWord | None = None,
+        text: TextSource | None = None,
         templates: Sequence[str] = (),
+        hooks: Sequence[AdaptationHook] = (),
     ):
-        """PIL images and one caption each; with `word`, a template drawn at each step takes the captions' place.
+        """PIL images and one caption each; a template drawn at each step takes the captions' place where there are any.
 
         `batch_size` counts images of the concept, over all processes; as many class images (`prior`, encoded by the
-        caller, since concepts may share them) come on top. Raises ValueError when there are no images.
+        caller, since concepts may share them) come on top. `text` makes embeddings of the captions at each step;
+        templates need it. `hooks` weigh every example. Raises ValueError when there are no images.
         """
         self._model, self._run = model, run
         self._scheduler = model.noise_scheduler()
         self._batch_size, self._seed = batch_size, seed
-        self._images = encode_images(model, run, images, captions, flip=flip)
+        self._hooks = hooks
+        self._templates: Tensor | None = None
+        if templates:
+            captions = [templates[0]] * len(images)  # each step draws others
+            self._templates = text.ids(templates)
+        self._images = encode_images(model, run, images, captions, flip=flip, text=text)
         self._prior = prior
-        self._embed: Callable[[Draw], Tensor] | None = None
-        if word is not None:
-            self._ids = word.ids(templates)
-            self._embed = lambda batch: word.encode(batch.embeddings)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -61,18 +67,38 @@ class ConceptLoss:
         Raises ValueError when class images are weighed that there are not.
         """
         batch = self._draw(self._images, step, self._seed)
-        if self._embed is not None:
+        if self._templates is not None:
             source = torch.Generator().manual_seed(mix(self._seed, "template", step))
-            which = torch.randint(len(self._ids), (len(batch),), generator=source)
-            batch = replace(batch, embeddings=self._ids[which])
-        parts = denoising_loss(self._model, self._run, self._scheduler, batch, weight=weight, embed=self._embed)
+            which = torch.randint(len(self._templates), (len(batch),), generator=source)
+            batch = replace(batch, embeddings=self._templates[which])
+        parts = self._parts(batch, weight, self._images.text, step)
         if prior_weight:
             if self._prior is None:
                 raise ValueError("prior preservation is weighed, but there are no class images")
             batch = self._draw(self._prior, step, mix(self._seed, "prior"))
-            parts += denoising_loss(self._model, self._run, self._scheduler, batch, weight=prior_weight)
+            parts += self._parts(batch, prior_weight, self._prior.text, step)
         return parts
 
     def _draw(self, encoded: EncodedImages, step: int, seed: int) -> Draw:
         timesteps = self._scheduler.config.num_train_timesteps
         return diffusion.draw(encoded, self._batch_size, timesteps, seed=seed, step=step, device=self._model.device)
+
+    def _parts(self, batch: Draw, weight: float, text: TextSource | None, step: int) -> list[LossPart]:
+        return denoising_loss(
+            self._model, self._run, self._scheduler, batch, weight=weight, text=text, weigh=self._weigh(step)
+        )
+
+    def _weigh(self, step: int) -> Weigh | None:
+        """Return the product of what the publisher's hooks say of each example of a step."""
+        if not self._hooks:
+            return None
+        from harness.protection import Batch
+
+        def weigh(batch: Draw, noisy: Tensor, prediction: Tensor, losses: Tensor) -> Tensor:
+            seen = Batch(step, noisy, batch.timesteps, batch.embeddings, prediction, losses)
+            weights = torch.ones_like(losses.detach())
+            for hook in self._hooks:
+                weights = weights * hook.weigh(self._model, seen)
+            return weights
+
+        return weigh

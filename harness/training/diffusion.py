@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from harness.models import DiffusionModel
 from harness.run import Run
+
+
+class TextSource(Protocol):
+    """Text embeddings that are made anew at each step, since what they depend on is being trained."""
+
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids [texts, tokens]."""
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Return embeddings [texts, tokens, width] with a graph to what is trained."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +32,9 @@ class EncodedImages:
 
     mean: Tensor  # [flips, images, channels, height, width]; flips: as given, and mirrored
     deviation: Tensor  # same shape; standard deviation of the posterior
-    embeddings: Tensor  # [images, tokens, width]
+    embeddings: Tensor  # [images, tokens, width]; with `text`, token ids [images, tokens]
     scaling: float  # the VAE's scaling factor
+    text: TextSource | None = None  # what makes embeddings of the ids at each step
 
     def __len__(self) -> int:
         return self.mean.shape[1]
@@ -41,9 +53,18 @@ def pixels(images: Sequence, size: int) -> Tensor:
 
 
 def encode_images(
-    model: DiffusionModel, run: Run, images: Sequence, captions: Sequence[str], *, flip: bool
+    model: DiffusionModel,
+    run: Run,
+    images: Sequence,
+    captions: Sequence[str],
+    *,
+    flip: bool,
+    text: TextSource | None = None,
 ) -> EncodedImages:
-    """Encode PIL images and their captions. Raises ValueError when there are none or their numbers differ."""
+    """Encode PIL images, and their captions unless `text` is to do that at each step.
+
+    Raises ValueError when there are none or their numbers differ.
+    """
     if not images or len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
     with run.ledger.phase("encode"), torch.no_grad():  # fp32 also under bf16: once a stage, and sampling does so
@@ -53,8 +74,8 @@ def encode_images(
             posteriors = [model.vae.encode(part.to(model.device)).latent_dist for part in batch.split(8)]
             means.append(torch.cat([p.mean.float() for p in posteriors]))
             deviations.append(torch.cat([p.std.float() for p in posteriors]))
-        embeddings = model.encode_text(captions).float()
-    return EncodedImages(torch.stack(means), torch.stack(deviations), embeddings, model.vae.config.scaling_factor)
+        embeddings = text.ids(captions).to(model.device) if text else model.encode_text(captions).float()
+    return EncodedImages(torch.stack(means), torch.stack(deviations), embeddings, model.vae.config.scaling_factor, text)
 
 
 @dataclass(frozen=True)
@@ -64,7 +85,7 @@ class Draw:
     latents: Tensor  # [batch, channels, height, width]
     noise: Tensor  # same shape
     timesteps: Tensor  # [batch], uniform over the schedule
-    embeddings: Tensor  # [batch, tokens, width]
+    embeddings: Tensor  # [batch, tokens, width], or token ids [batch, tokens]
     chosen: Tensor  # [batch], which of the encoded images; on the CPU
 
     def __len__(self) -> int:
@@ -131,6 +152,10 @@ def denoising_losses(model: DiffusionModel, run: Run, scheduler, batch: Draw) ->
     return (prediction.float() - target.float()).square().flatten(1).mean(1), noisy, prediction
 
 
+Weigh = Callable[["Draw", Tensor, Tensor, Tensor], Tensor]
+"""(batch, noisy latents, prediction, losses [batch]) -> a weight for each example, [batch], without a graph."""
+
+
 @dataclass
 class LossPart:
     """One micro-batch of a denoising loss: called, it reads the installed weights."""
@@ -140,16 +165,19 @@ class LossPart:
     scheduler: object
     batch: Draw
     weight: float  # of the sum of its examples' losses
-    embed: Callable[[Draw], Tensor] | None = None  # text embeddings with a graph, in place of the drawn
+    text: TextSource | None = None  # makes text embeddings with a graph of the batch's token ids
+    weigh: Weigh | None = None  # weights of the examples, one by one
     value: float = field(default=float("nan"))  # mean loss of its examples when it was last called
 
     def __call__(self) -> Tensor:
         """Return the weighted loss, with its graph."""
         batch = self.batch
-        if self.embed is not None:
-            batch = Draw(batch.latents, batch.noise, batch.timesteps, self.embed(batch), batch.chosen)
-        losses, _, _ = denoising_losses(self.model, self.run, self.scheduler, batch)
+        if self.text is not None:
+            batch = replace(batch, embeddings=self.text.encode(batch.embeddings))
+        losses, noisy, prediction = denoising_losses(self.model, self.run, self.scheduler, batch)
         self.value = losses.detach().mean()
+        if self.weigh is not None:
+            losses = losses * self.weigh(batch, noisy, prediction, losses)
         return self.weight * losses.sum()
 
 
@@ -160,7 +188,8 @@ def denoising_loss(
     batch: Draw,
     *,
     weight: float = 1.0,
-    embed: Callable[[Draw], Tensor] | None = None,
+    text: TextSource | None = None,
+    weigh: Weigh | None = None,
 ) -> list[LossPart]:
     """Return `weight` times the mean denoising loss of a global batch as the sum of this process's parts.
 
@@ -172,10 +201,8 @@ def denoising_loss(
         raise ValueError(f"{run.world.size} processes do not divide a global batch of {len(batch)}")
     first = run.world.rank * share
     size = run.sharding.micro_batch_size or share
-    return [
-        LossPart(model, run, scheduler, batch.rows(start, min(start + size, first + share)), weight / share, embed)
-        for start in range(first, first + share, size)
-    ]
+    rows = [batch.rows(start, min(start + size, first + share)) for start in range(first, first + share, size)]
+    return [LossPart(model, run, scheduler, part, weight / share, text, weigh) for part in rows]
 
 
 def mean_value(parts: Sequence[LossPart]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from harness.run import Run
 from harness.training.weights import Weights
@@ -15,20 +15,36 @@ def train(run: Run, weights: Weights, steps: int, step: Callable[[int], Mapping[
     Draws must be functions of the index, so that nothing but the weights and their optimizer is kept. The last value of
     each number goes to the ledger. Raises FloatingPointError, naming `what`, when one is not finite any more.
     """
+    for _ in trajectory(run, weights, [steps], step, what):
+        pass
+
+
+def trajectory(
+    run: Run, weights: Weights, stops: Sequence[int], step: Callable[[int], Mapping[str, float]], what: str
+) -> Iterator[int]:
+    """Do as `train` does up to the last of `stops`; yield each of them when so many steps are done.
+
+    State is kept after a stop was dealt with, so that what the caller made of it is there when a kill is survived;
+    stops before the state that is gone on from are not yielded again.
+    """
     last: dict[str, float] = {}
-    with run.ledger.phase("train"):
-        start = 0
-        kept = run.load_state()
-        if kept is not None:
-            start, tensors, last = kept
-            weights.load_state(tensors)
-        for index in range(start, steps):
+    start, steps = 0, stops[-1]
+    kept = run.load_state()
+    if kept is not None:
+        start, tensors, last = kept
+        weights.load_state(tensors)
+    for index in range(start, steps):
+        with run.ledger.phase("train"):
             for name, value in step(index).items():
                 last[name] = run.world.mean(float(value))
                 if not math.isfinite(last[name]):
                     raise FloatingPointError(f"{what}'s {name} is {last[name]} at step {index}: the training diverged")
                 run.track(name, last[name], index)
-            run.report(index + 1, steps)
-            if run.is_checkpoint_due() or (index + 1 == steps and run.keeps_end):
+        run.report(index + 1, steps)
+        run.ledger.numbers.update(last)
+        if index + 1 in stops:
+            yield index + 1
+        if run.is_checkpoint_due() or (index + 1 == steps and run.keeps_end):
+            with run.ledger.phase("train"):
                 run.save_state(index + 1, weights.state(), last)
     run.ledger.numbers.update(last)

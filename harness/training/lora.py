@@ -1,18 +1,48 @@
-"""LoRA adapters on the attention projections of a UNet, through peft; used by the attack and by IMMA's lower level."""
+"""Adapters of the LoRA family on a UNet's projections (and a text encoder's), through peft.
+
+Used by the attacks `lora` and `dreambooth_lora` and by IMMA's lower level. LoRA and DoRA leave a file that diffusers
+loads as an adapter. LoHa, LoKr and OFT have no such loader; what is saved of them is the adapted UNet, whole.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.models import DiffusionModel
 
+Variant = Literal["lora", "dora", "loha", "lokr", "oft"]
+
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"
+TEXT = "text_encoder."
+"""Stands before the names of the text encoder's adapter, where it has one."""
+
+
+def configuration(variant: Variant, rank: int, alpha: float, modules: Sequence[str]) -> Any:
+    """Return peft's configuration of an adapter of these modules, with peft's own beginning for the variant.
+
+    `rank` is the number of blocks for OFT, whose matrices are divided into as many.
+    """
+    import peft
+
+    common = {"target_modules": list(modules)}
+    if variant in ("lora", "dora"):
+        return peft.LoraConfig(
+            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", use_dora=variant == "dora", **common
+        )
+    if variant == "loha":
+        return peft.LoHaConfig(r=rank, alpha=alpha, init_weights=True, **common)
+    if variant == "lokr":
+        return peft.LoKrConfig(r=rank, alpha=alpha, init_weights=True, **common)
+    return peft.OFTConfig(r=rank, oft_block_size=0, init_weights=True, **common)
 
 
 @contextlib.contextmanager
@@ -24,57 +54,113 @@ def injected(
     target_modules: Sequence[str],
     seed: int,
     skip: frozenset[str] = frozenset(),
+    variant: Variant = "lora",
+    text_encoder: bool = False,
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Inject a LoRA adapter into the UNet; yield its trainable parameters by name; remove it on leaving.
+    """Inject an adapter into the UNet; yield its trainable parameters by name; remove it on leaving.
 
-    A is drawn from a Gaussian with deviation 1/rank and B is zero (peft's "gaussian"), under `seed`. `skip` names base
-    weights ("unet.….weight") that may not be adapted. Raises ValueError when nothing is left to adapt.
+    LoRA's A is drawn from a Gaussian with deviation 1/rank and B is zero (peft's "gaussian"), under `seed`. `skip`
+    names base weights ("unet.….weight") that may not be adapted. With `text_encoder`, the projections of its attention
+    get one too. Raises ValueError when nothing is left to adapt.
     """
-    from peft import LoraConfig
-
-    modules = [
-        name
-        for name, module in model.unet.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-        and any(name == t or name.endswith(f".{t}") for t in target_modules)
-        and f"unet.{name}.weight" not in skip
-    ]
+    modules = _modules(model.unet, "unet", target_modules, skip)
     if not modules:
         raise ValueError(f"no module of the UNet is left to adapt (target_modules {', '.join(target_modules)})")
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=modules)
+    text_modules = _modules(model.text_encoder, "text_encoder", TEXT_PROJECTIONS, skip) if text_encoder else []
     training = model.unet.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.unet.add_adapter(config, adapter_name=ADAPTER)
+        model.unet.add_adapter(configuration(variant, rank, alpha, modules), adapter_name=ADAPTER)
+        if text_modules:
+            model.text_encoder.add_adapter(configuration(variant, rank, alpha, text_modules), adapter_name=ADAPTER)
     try:
-        yield {n: p for n, p in model.unet.named_parameters() if ".lora_" in n}
+        yield {n: p for n, p in model.unet.named_parameters() if p.requires_grad} | {
+            f"{TEXT}{n}": p for n, p in model.text_encoder.named_parameters() if text_modules and p.requires_grad
+        }
     finally:
-        model.unet.unload_lora()
+        _remove(model.unet)
         model.unet.train(training)
-        if hasattr(model.unet, "peft_config"):
-            del model.unet.peft_config
-        model.unet._hf_peft_config_loaded = False
-        model.unet.requires_grad_(False)
+        if text_modules:
+            _remove(model.text_encoder)
 
 
-def save(model: DiffusionModel, folder) -> None:
-    """Write the injected adapter as diffusers loads it with `pipeline.load_lora_weights(folder)`."""
+def _modules(module: nn.Module, component: str, targets: Sequence[str], skip: frozenset[str]) -> list[str]:
+    return [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, (nn.Linear, nn.Conv2d))
+        and any(name == t or name.endswith(f".{t}") for t in targets)
+        and f"{component}.{name}.weight" not in skip
+    ]
+
+
+def _remove(module: nn.Module) -> None:
+    """Take every adapter layer out, whatever its variant, and what diffusers or transformers noted of it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(module, "peft_config"):
+        del module.peft_config
+    module._hf_peft_config_loaded = False
+    module.requires_grad_(False)
+
+
+def save(model: DiffusionModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the injected LoRA or DoRA as diffusers loads it with `pipeline.load_lora_weights(folder)`.
+
+    `tensors` are the adapter's whole weights by the names that `injected` gave.
+    """
     from diffusers import StableDiffusionPipeline
     from diffusers.training_utils import _collate_lora_metadata
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.unet, adapter_name=ADAPTER))
-    layers = {name: tensor.detach().to("cpu").contiguous() for name, tensor in layers.items()}
+    text = {name.removeprefix(TEXT): tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(TEXT)}
+    adapted = {"unet": model.unet, **({"text_encoder": model.text_encoder} if text else {})}
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=layers,
+        unet_lora_layers=_layers(model.unet, own),
+        text_encoder_lora_layers=_layers(model.text_encoder, text) if text else None,
         safe_serialization=True,
-        **_collate_lora_metadata({"unet": model.unet}),
+        **_collate_lora_metadata(adapted),
     )
 
 
-def fuse(model: DiffusionModel, folder) -> dict[str, torch.Tensor]:
+def _layers(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(
+        get_peft_model_state_dict(module, state_dict=dict(tensors), adapter_name=ADAPTER)
+    )
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in layers.items()}
+
+
+@torch.no_grad()
+def merged(model: DiffusionModel) -> dict[str, Tensor]:
+    """Return the UNet's tensors with the injected adapter in its weights, by their own names, on the CPU.
+
+    The weights below the adapter are as before, bit for bit.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from harness.training import components
+
+    layers = [layer for layer in model.unet.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+    for layer in layers:
+        layer.merge()
+    try:
+        return components.state(model, "unet")
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.get_base_layer().weight.copy_(weight)
+            layer.merged_adapters.clear()
+
+
+def fuse(model: DiffusionModel, folder: Path) -> dict[str, Tensor]:
     """Load the adapter in `folder` by diffusers' loader and add it to the base weights; return those before.
 
     The weights are declared to `model` as changed. No adapter layer is left.
@@ -82,10 +168,12 @@ def fuse(model: DiffusionModel, folder) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     with safe_open(folder / FILE, framework="pt") as file:
-        modules = {name.partition(".lora")[0] for name in list(file.keys())}
-    changed = model.change(f"{module}.weight" for module in sorted(modules))
+        names = {name.partition(".lora")[0] for name in list(file.keys())}
+    known = model.parameters()
+    components = sorted({name.partition(".")[0] for name in names})
+    changed = model.change(name for name in known if name.removesuffix(".weight") in names)
     before = {name: parameter.detach().clone() for name, parameter in changed.items()}
     model.pipeline.load_lora_weights(folder, weight_name=FILE)
-    model.pipeline.fuse_lora(components=["unet"])
+    model.pipeline.fuse_lora(components=components)
     model.pipeline.unload_lora_weights()
     return before

@@ -63,7 +63,7 @@ def _work(stage, workplace, work_folder, rank: int) -> None:
             world=world,
             checkpoint_interval_s=workplace.checkpoint_interval_s,
         )
-        stages.protect_here(stage, workplace, Store(workplace.store), run, folder)
+        stages.share_here(stage, workplace, Store(workplace.store), run, folder)
         run.ledger.peak_memory_bytes = stages.peak_memory_bytes(device)
         gathered = [None] * world.size
         torch.distributed.all_gather_object(gathered, run.ledger.as_json())

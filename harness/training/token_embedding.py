@@ -7,7 +7,10 @@ the encoder looks at ids.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +41,16 @@ STYLE_TEMPLATES = (
 """The style templates of the released Textual Inversion code, without its repeats."""
 
 
-class LearnedWord:
-    """A word of `vectors` embeddings that begins as an existing word."""
+FILE = "learned_embeds.safetensors"
 
-    def __init__(self, model: DiffusionModel, begin_as: str, vectors: int = 1):
-        """Raises ValueError when the tokenizer knows no token of `begin_as`."""
+
+class LearnedWord:
+    """A word of `vectors` embeddings that begins as an existing word; a `TextSource`."""
+
+    def __init__(self, model: DiffusionModel, begin_as: str, vectors: int = 1, called: str = "{}"):
+        """`called` is how the word stands in texts. Raises ValueError when `begin_as` is nothing to the tokenizer."""
         self.model = model
+        self._called = called
         tokens = model.tokenizer(begin_as, add_special_tokens=False).input_ids
         if not tokens:
             raise ValueError(f"'{begin_as}' is no word to the tokenizer")
@@ -51,30 +58,30 @@ class LearnedWord:
         row = model.text_encoder.get_input_embeddings().weight[self._stand_in]
         self.vectors = nn.Parameter(row.detach().clone().repeat(vectors, 1))  # [vectors, width]
 
-    def ids(self, templates: Sequence[str]) -> Tensor:
-        """Return token ids [templates, tokens] with SLOT where the word stands for {}. Padded, cut to full length.
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids [texts, tokens] with SLOT where the word stands. Padded, cut to full length.
 
-        Raises ValueError when a template has no {} or the word does not fit in.
+        Raises ValueError when a text does not hold the word or it does not fit in.
         """
         tokenizer = self.model.tokenizer
         length = tokenizer.model_max_length
         rows = []
-        for template in templates:
-            before, hole, after = template.partition("{}")
+        for text in texts:
+            before, hole, after = text.partition(self._called)
             if not hole:
-                raise ValueError(f"template '{template}' has no {{}}")
+                raise ValueError(f"'{text}' has no {self._called}")
             left, right = (
-                tokenizer(text, add_special_tokens=False).input_ids if text.strip() else [] for text in (before, after)
+                tokenizer(part, add_special_tokens=False).input_ids if part.strip() else [] for part in (before, after)
             )
             row = [tokenizer.bos_token_id, *left, *[SLOT] * len(self.vectors), *right][: length - 1]
             if row.count(SLOT) < len(self.vectors):
-                raise ValueError(f"template '{template}' leaves no room for the word in {length} tokens")
+                raise ValueError(f"'{text}' leaves no room for the word in {length} tokens")
             row.append(tokenizer.eos_token_id)
             rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
         return torch.tensor(rows)
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Return text embeddings [prompts, tokens, width], with a graph to `vectors`."""
+        """Return text embeddings [texts, tokens, width], with a graph to `vectors`."""
         ids = ids.to(self.model.device)
         slots = ids == SLOT
 
@@ -88,3 +95,29 @@ class LearnedWord:
             return self.model.text_encoder(ids.masked_fill(slots, self._stand_in))[0]
         finally:
             handle.remove()
+
+
+def save(called: str, vectors: Tensor, folder: Path) -> None:
+    """Write a word as `pipeline.load_textual_inversion(folder, weight_name=FILE)` loads it."""
+    from safetensors.torch import save_file
+
+    save_file({called: vectors.detach().to("cpu").contiguous()}, folder / FILE, {"format": "pt"})
+
+
+def load(model: DiffusionModel, folder: Path) -> tuple[Any, nn.Module]:
+    """Add a saved word to the pipeline by diffusers' loader; return what `unload` needs."""
+    text_encoder, tokenizer = model.text_encoder, model.tokenizer
+    before = tokenizer, text_encoder.get_input_embeddings()
+    model.pipeline.tokenizer = copy.deepcopy(tokenizer)
+    # the loader resizes the table in place or not, by the library's version: it gets a copy
+    text_encoder.set_input_embeddings(copy.deepcopy(before[1]))
+    model.pipeline.load_textual_inversion(folder, weight_name=FILE)
+    text_encoder.requires_grad_(False)
+    return before
+
+
+def unload(model: DiffusionModel, before: tuple[Any, nn.Module]) -> None:
+    """Put back tokenizer and embeddings as they were before `load`."""
+    model.pipeline.tokenizer, table = before
+    model.text_encoder.set_input_embeddings(table)
+    model.text_encoder.config.vocab_size = table.num_embeddings

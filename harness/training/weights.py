@@ -51,6 +51,7 @@ class Level:
     learning_rate: float
     weight_decay: float = 0.0
     clip_norm: float | None = None  # of the gradient over all its weights; None: not clipped
+    momentum: float | None = None  # SGD with so much momentum in AdamW's place; None: AdamW
 
 
 class Weights(Protocol):
@@ -144,6 +145,9 @@ class LevelAdamW(torch.optim.AdamW):
         """Take a step of `level`."""
         groups, state = self.param_groups, self.state
         level = self._levels[self.level]
+        if level.momentum is not None:
+            self._descend(level)
+            return
         rates = {"lr": level.learning_rate, "weight_decay": level.weight_decay}
         try:
             self.param_groups = [{**g, **rates} for g in groups if self.level in g["levels"]]
@@ -151,6 +155,20 @@ class LevelAdamW(torch.optim.AdamW):
             super().step(closure)
         finally:
             self.param_groups, self.state = groups, state
+
+
+    def _descend(self, level: Level) -> None:
+        """Take a step of SGD with momentum, as torch's, with AdamW's weight decay."""
+        for group in self.param_groups:
+            for weight in group["params"] if self.level in group["levels"] else ():
+                if weight.grad is None:
+                    continue
+                slot = self.slots[self.level][weight]
+                if "momentum" not in slot:
+                    slot["momentum"] = torch.zeros_like(weight)
+                slot["momentum"].mul_(level.momentum).add_(weight.grad)
+                weight.mul_(1 - level.learning_rate * level.weight_decay)
+                weight.add_(slot["momentum"], alpha=-level.learning_rate)
 
 
 def grouped(levels: Mapping[str, Level]) -> list[tuple[frozenset[str], list[str]]]:

@@ -77,7 +77,7 @@ def test_adapter_loads_with_diffusers_alone_and_draws_the_same(model, make_run, 
 
 
 def test_losses_equal_a_plain_loop_with_diffusers_and_peft(model, make_run, purse_files, tmp_path):
-    """The same draws through a loop written without our attack end in the same adapter."""
+    """Twenty steps: the same draws through a loop written without our attack have the same losses and adapter."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -86,7 +86,9 @@ def test_losses_equal_a_plain_loop_with_diffusers_and_peft(model, make_run, purs
     from harness.training import diffusion
 
     run = make_run(3)
-    ours = _tensors(_adapt(model, run, purse_files, tmp_path, steps=(5,))[5])
+    losses, plain_losses = [], []
+    run.track = lambda name, value, step: losses.append(value)
+    ours = _tensors(_adapt(model, run, purse_files, tmp_path, steps=(20,))[20])
 
     images = [Image.open(f) for f in purse_files]
     encoded = diffusion.encode_images(model, run, images, ["a purse"] * 4, flip=True)
@@ -97,11 +99,13 @@ def test_losses_equal_a_plain_loop_with_diffusers_and_peft(model, make_run, purs
         trained = [p for p in model.unet.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
         scheduler = model.noise_scheduler()
-        for step in range(5):
+        for step in range(20):
             batch = diffusion.draw(encoded, 2, 1000, seed=run.seed_for("noise"), step=step, device="cpu")
             noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
             said = model.unet(noisy, batch.timesteps, batch.embeddings).sample
-            torch.nn.functional.mse_loss(said, batch.noise).backward()
+            loss = torch.nn.functional.mse_loss(said, batch.noise)
+            plain_losses.append(float(loss.detach()))
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -112,6 +116,7 @@ def test_losses_equal_a_plain_loop_with_diffusers_and_peft(model, make_run, purs
         model.unet.requires_grad_(False)
 
     norm = torch.cat([t.flatten() for t in plain.values()]).norm()
+    assert max(abs(a - b) / b for a, b in zip(losses, plain_losses, strict=True)) < 1e-4
     assert plain.keys() == ours.keys()
     assert torch.cat([(plain[n] - ours[n]).flatten() for n in plain]).norm() < 1e-4 * norm
 

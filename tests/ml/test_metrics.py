@@ -72,3 +72,15 @@ def test_backbone_in_a_folder_is_a_file_of_the_metric_and_a_name_is_not(backbone
     assert ClipImage.files(ImageParameters(backbone, None)) == {"backbone": tiny_folder / "clip"}
     assert ClipImage.files(ImageParameters("ViT-B-32", weights)) == {"pretrained": tmp_path / "weights.safetensors"}
     assert ClipImage.files(ImageParameters()) == {}
+
+
+def test_nearest_training_image_is_the_greatest_cosine(monkeypatch):
+    """A drawn image that is a training image scores one, whatever the others are like."""
+    from metrics import nearest_training_image as module
+
+    vectors = {"a": (1.0, 0.0), "b": (0.0, 1.0), "c": (0.6, 0.8)}
+    monkeypatch.setattr(module, "vision", lambda backbone, device: (None, None))
+    monkeypatch.setattr(module, "encode_images", lambda e, t, images, d: torch.tensor([vectors[i] for i in images]))
+    metric = module.NearestTrainingImage(module.Parameters("testbed"))
+
+    assert metric.score([["a"], ["c", "b"]], ["a", "c"], ["x", "y"], CPU) == pytest.approx([1.0, (1.0 + 0.8) / 2])

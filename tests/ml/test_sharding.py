@@ -112,6 +112,53 @@ resources: {{workers: 2, zero_stage: 2}}
 """
 
 
+ATTACKS = (
+    "attacks=[{method: lora, steps: [1, 6], batch_size: 2, prior_weight: 1.0, prior_images: 2, learning_rate: 1e-3}, "
+    "{method: full_finetune, steps: [1, 6], batch_size: 2, learning_rate: 1e-4}, "
+    "{method: textual_inversion, steps: [1], batch_size: 2}]"
+)
+
+
+@pytest.fixture(scope="module")
+def adapted_alone(tiny_folder, tmp_path_factory):
+    """The suite file and the checkpoints of its attacks in one process, without DeepSpeed."""
+    folder = tmp_path_factory.mktemp("attacks")
+    suite = folder / "shared.yaml"
+    suite.write_text(SUITE.format(folder=tiny_folder), encoding="utf-8")
+    return suite, _adapted(suite, folder / "alone", "resources={}")
+
+
+def _adapted(suite: Path, folder: Path, resources: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the last checkpoint of each attack on the undefended model, by label."""
+    settings = [ATTACKS, "defenses=[none]", "tasks.personalization.targets=[purse]", resources]
+    command = [sys.executable, "-m", "tests.ml.sharded_run", str(suite), str(folder), *settings]
+    subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
+    found = {}
+    for path in (folder / "store" / "adapt").glob("*/record.json"):
+        record = json.loads(path.read_text("utf-8"))
+        last = sorted((path.parent / "checkpoints").iterdir())[-1]
+        found[record["label"]] = {n: t for f in sorted(last.rglob("*.safetensors")) for n, t in load_file(f).items()}
+        workers = record["provenance"]["sharding"].get("workers", 1)
+        assert workers == (2 if "workers: 2" in resources and "textual" not in record["label"] else 1)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [3])
+def test_two_processes_adapt_as_one_does(adapted_alone, tmp_path, zero_stage):
+    """LoRA with class images and full fine-tuning, to the order of sums; what cannot be shared is done by one."""
+    suite, alone = adapted_alone
+    shared = _adapted(suite, tmp_path, f"resources={{workers: 2, zero_stage: {zero_stage}}}")
+
+    assert shared.keys() == alone.keys()
+    assert len(alone) == 3
+    for label, whole in alone.items():
+        norm = torch.cat([t.flatten() for t in whole.values()]).norm()
+        apart = torch.cat([(whole[n] - shared[label][n]).flatten() for n in whole]).norm()
+        print(f"ZeRO {zero_stage}, {label}: {apart / norm:.1e}")
+        assert apart <= 1e-5 * norm
+
+
 @pytest.mark.slow
 def test_killed_in_a_shared_immunization_it_goes_on_to_the_same_weights(tiny_folder, tmp_path):
     """SIGKILL to the process that started the two: both end by themselves; the next run ends the same, to the bit."""
@@ -145,7 +192,7 @@ def _wait_for_state(folder: Path, process: subprocess.Popen) -> dict:
     """Return what is kept of the shared stage once there is something."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        for path in folder.glob("store/**/state.json"):
+        for path in folder.glob("store/.work/immunize-*/state.json"):
             state = json.loads(path.read_text("utf-8"))
             if state["workers"] == 2 and state["step"] >= 3:
                 return state

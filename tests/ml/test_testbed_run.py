@@ -44,6 +44,19 @@ def test_rows_name_the_encoders_and_the_prompts(runs):
     assert all(row["library"] and row["unit"] and row["range"] for row in rows)
 
 
+def test_nearest_training_images_are_compared_with_the_attack_split(runs):
+    """Real images of the other split come close without being the same; every attacked line tells how close."""
+    with open(runs / "smoke" / "rows.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "nearest_training_image"]
+    with open(runs / "smoke" / "leaderboard.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+
+    real = [float(row["value"]) for row in rows if row["role"] == "real"]
+    assert real and all(0.0 < value < 0.999 for value in real)
+    assert all(float(line["nearest_training_real"]) < 0.999 for line in lines)
+    assert all(math.isfinite(float(line["nearest_training"])) for line in lines)
+
+
 NEEDS_PHOTOGRAPHS = {"mima_full": ["--set", "tasks.personalization=null"]}
 """Suites with a task on images that do not ship, and the option that leaves it out."""
 

@@ -1,0 +1,142 @@
+"""Custom Diffusion: train the key and value projections of cross-attention and a modifier word (Kumari et al. 2023).
+
+The word ("<new1>") takes the place of the concept's identifier, or stands before its name where it has none; class
+images hold the model back. Saved as diffusers loads it: `pipeline.unet.load_attn_procs(folder)` with weight_name
+"pytorch_custom_diffusion_weights.safetensors", and `pipeline.load_textual_inversion(folder)` with
+"learned_embeds.safetensors".
+
+Differences from the diffusers example (`train_custom_diffusion.py`): class images are drawn by the base model (its
+README retrieves real ones); images are not rescaled at random beside words that say so ("zoomed in"; the example's
+`--noaug`); the modifier begins as `begin_as`, by its first token; rows of the vocabulary are not trained and put back;
+latents are encoded once. `scale_lr` is not an option: the default is 1e-5 times batch 2 times 2 for prior preservation.
+With safetensors the example loses the entries of self-attention and its file cannot be loaded again; here they are kept
+as empty tensors. An honest attacker leaves frozen projections alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from attacks.base import Attack, Checkpoint, UsualBudget
+from harness.registry import register
+from harness.search import Choice, around
+
+WORD = "word"
+"""The name of the modifier's embedding among the trained parameters."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Defaults: the diffusers example as its README runs it."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 4e-5
+    modifier: Annotated[str, Field(pattern=r"^<[A-Za-z0-9*_-]{1,30}>$")] = "<new1>"
+    """The word that is learned."""
+    begin_as: Annotated[str, Field(min_length=1, max_length=200)] = "ktn"
+    """The word that it begins as: a rare token."""
+    prior_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Weight of the loss on class images."""
+    prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
+    """How many class images, where they are weighed."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd: with momentum 0.9, which an adaptive attacker may prefer."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    flip: bool = True
+    """Mirror half of the images at random."""
+
+
+@register("attack")
+class CustomDiffusion(Attack):
+    """Key and value projections of cross-attention, and the embedding of a modifier word."""
+
+    name = "custom_diffusion"
+    version = 1
+    Parameters = Parameters
+    budgets = {
+        "": UsualBudget(250, 2),
+        "testbed": UsualBudget(120, 4),
+    }
+    presets = {
+        "testbed": {"learning_rate": 2e-3, "begin_as": "sk", "prior_images": 24},
+    }
+
+    @classmethod
+    def called(cls, parameters, words):
+        """The concept's name with the modifier for its identifier."""
+        return words.with_identifier(parameters.modifier)
+
+    @classmethod
+    def prior_images(cls, parameters):
+        """Class images, where they are weighed."""
+        return parameters.prior_images if parameters.prior_weight else 0
+
+    @classmethod
+    def search_space(cls, parameters):
+        """The rate, with and without class images."""
+        return {"learning_rate": around(parameters.learning_rate), "prior_weight": Choice((0.0, 1.0))}
+
+    @classmethod
+    def passes_an_example(cls, parameters):
+        """Twice as many with a class image beside each."""
+        return 6.0 if parameters.prior_weight else 3.0
+
+    def adapt(self, model, concept, protection, budget, run):
+        """Yield projections and word at each step of the budget."""
+        from harness.training import adaptation
+        from harness.training.selection import select
+        from harness.training.token_embedding import LearnedWord
+
+        p = self.parameters
+        names = adaptation.trainable(select(model.parameters(), "cross_attention_kv"), protection, budget)
+        word = LearnedWord(model, p.begin_as, 1, p.modifier)
+        trained = {**model.change(names), WORD: word.vectors}
+        recipe = adaptation.Recipe.of(p)
+        for step, weights in adaptation.adapt(
+            model, concept, protection, budget, run, trained, recipe, text=word
+        ):
+            yield Checkpoint(step, partial(_save, model, p.modifier, weights.whole(list(trained))))
+
+    def load(self, model, folder) -> None:
+        """Load projections and word through diffusers."""
+        from harness.training import token_embedding
+
+        self._processors = dict(model.unet.attn_processors)
+        self._before = token_embedding.load(model, folder)
+        model.unet.load_attn_procs(folder, weight_name=FILE)
+
+    def unload(self, model) -> None:
+        """Put back the attention processors, and tokenizer and embeddings without the word."""
+        from harness.training import token_embedding
+
+        model.unet.set_attn_processor(self._processors)
+        token_embedding.unload(model, self._before)
+
+
+FILE = "pytorch_custom_diffusion_weights.safetensors"
+
+
+def _save(model, modifier, tensors, folder) -> None:
+    """Write what `load_attn_procs` reads: a processor for every attention, those of self-attention empty."""
+    import torch
+    from safetensors.torch import save_file
+
+    from harness.training import token_embedding
+
+    parameters = model.parameters()
+    entries = {}
+    for processor in model.unet.attn_processors:
+        attention = processor.removesuffix(".processor")
+        if ".attn2" not in attention:
+            entries[processor] = torch.zeros(0)
+            continue
+        for projection in ("to_k", "to_v"):
+            name = f"unet.{attention}.{projection}.weight"
+            weight = tensors.get(name, parameters[name])  # one that the publisher froze goes along as it is
+            entries[f"{processor}.{projection}_custom_diffusion.weight"] = weight.detach().to("cpu").contiguous()
+    save_file(entries, folder / FILE, {"format": "pt"})
+    token_embedding.save(modifier, tensors[WORD], folder)

@@ -1,0 +1,129 @@
+"""DreamBooth: fine-tune the whole UNet on a few images of an instance, beside images of its class (Ruiz et al. 2023).
+
+Captions are the instance prompt ("a photo of sks dog"); the class images that hold the model back were drawn once by
+the base model, for every trial. AdamW, constant rate, gradients clipped to norm 1. What is left is the UNet (and the
+text encoder, where it is trained), as `from_pretrained` loads it.
+
+Differences from the diffusers example (`train_dreambooth.py`): latents are encoded once (the posterior is still sampled
+at each step), text embeddings too unless the text encoder is trained; draws depend on (seed, step) alone; class images
+come from the base model under this suite's sampling settings, not from the model that is attacked. Differences from
+IMMA's attack script (preset `imma`): fp32 weights. An honest attacker leaves frozen tensors alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from attacks.base import Attack, Checkpoint, UsualBudget
+from harness.registry import register
+from harness.search import Choice, around
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Defaults: the diffusers example as its README runs it with prior preservation."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-6
+    text_encoder: bool = False
+    """Train the text encoder too."""
+    prior_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Weight of the loss on class images."""
+    prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
+    """How many class images, where they are weighed."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd: with momentum 0.9, which an adaptive attacker may prefer."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    flip: bool = False
+    """Mirror half of the images at random."""
+
+
+@register("attack")
+class Dreambooth(Attack):
+    """Fine-tuning of all UNet weights on an instance, with prior preservation."""
+
+    name = "dreambooth"
+    version = 1
+    Parameters = Parameters
+    budgets = {
+        "": UsualBudget(800, 1),  # the example's README, with prior preservation
+        "imma": UsualBudget(500, 1),
+        "testbed": UsualBudget(120, 4),
+    }
+    presets = {
+        # IMMA's attack script: 500 steps of one image, no prior
+        "imma": {"prior_weight": 0.0},
+        # the rate of full fine-tuning on the embedded testbed (its feasibility run)
+        "testbed": {"learning_rate": 3e-4, "prior_images": 24, "flip": True},
+    }
+
+    @classmethod
+    def prior_images(cls, parameters):
+        """Class images, where they are weighed."""
+        return parameters.prior_images if parameters.prior_weight else 0
+
+    @classmethod
+    def search_space(cls, parameters):
+        """The rate, the decay, with and without class images."""
+        return {
+            "learning_rate": around(parameters.learning_rate),
+            "weight_decay": Choice((0.0, 1e-2)),
+            "prior_weight": Choice((0.0, 1.0)),
+        }
+
+    @classmethod
+    def passes_an_example(cls, parameters):
+        """Twice as many with a class image beside each."""
+        return 6.0 if parameters.prior_weight else 3.0
+
+    @classmethod
+    def can_share(cls, parameters):
+        """In the UNet alone."""
+        return not parameters.text_encoder
+
+    def adapt(self, model, concept, protection, budget, run):
+        """Yield the fine-tuned components at each step of the budget."""
+        from harness.training import adaptation, components, text_encoder
+        from harness.training.selection import select
+
+        p = self.parameters
+        recipe = adaptation.Recipe.of(p)
+        known = model.parameters()
+        wanted = select(known, "unet")
+        if p.text_encoder:
+            wanted += [name for name in known if name.startswith("text_encoder.")]
+        names = adaptation.trainable(wanted, protection, budget)
+        text = text_encoder.TrainedTextEncoder(model) if p.text_encoder else None
+        trained = model.change(names)
+        parts = ["unet", "text_encoder"] if p.text_encoder else ["unet"]
+        untrained = {part: components.state(model, part, beside=frozenset(trained)) for part in parts}
+        for step, weights in adaptation.adapt(
+            model, concept, protection, budget, run, trained, recipe, text=text, prior_text=text
+        ):
+            whole = weights.whole(names)
+            yield Checkpoint(step, partial(_save, model, untrained, whole))
+
+    def load(self, model, folder) -> None:
+        """Load the components through their own libraries, over the model's."""
+        from harness.training import components
+
+        self._before = {}
+        for part in sorted(path.name for path in folder.iterdir() if path.is_dir()):
+            self._before |= components.load(model, part, folder)
+
+    def unload(self, model) -> None:
+        """Put back the weights from before, bit for bit."""
+        model.overlay(self._before)
+
+
+def _save(model, untrained, whole, folder) -> None:
+    """Write each component: what was trained over what was not."""
+    from harness.training import components
+
+    for part, rest in untrained.items():
+        own = {n.removeprefix(f"{part}."): t for n, t in whole.items() if n.startswith(f"{part}.")}
+        components.save(model, part, {**rest, **own}, folder)

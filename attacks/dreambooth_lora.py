@@ -1,0 +1,50 @@
+"""DreamBooth through LoRA: an adapter trained on the instance prompt, with or without prior preservation.
+
+The attack is `lora` under DreamBooth's settings: captions are the instance prompt, class images that the base model
+drew weigh beside them (`prior_weight`; Ruiz et al. 2023, Eq. 2).
+
+Differences from the diffusers example (`train_dreambooth_lora.py`): those of `lora`; `to_add_k`/`to_add_v`, which SD's
+UNet does not have, are not named. Differences from IMMA's script: none in settings (preset `released`); its rate of
+5e-6 is a hundredth of the example's and adapts weakly, so immunity against it says little (papers' facts: imma.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from attacks import lora
+from attacks.base import UsualBudget
+from attacks.lora import Lora
+from harness.registry import register
+
+
+@dataclass(frozen=True)
+class Parameters(lora.Parameters):
+    """Defaults: the diffusers example script, with prior preservation as its README runs DreamBooth."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-4
+    prior_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    flip: bool = False
+
+
+@register("attack")
+class DreamboothLora(Lora):
+    """DreamBooth with the UNet's attention adapted by LoRA."""
+
+    name = "dreambooth_lora"
+    version = 1
+    Parameters = Parameters
+    budgets = {
+        "": UsualBudget(500, 1),
+        "released": UsualBudget(500, 1),
+        "testbed": UsualBudget(120, 4),
+    }
+    presets = {
+        # IMMA's attack script: rate 5e-6, no prior, 500 steps of one image
+        "released": {"learning_rate": 5e-6, "prior_weight": 0.0},
+        # rates as of the lora attack; 24 class images are one of each object that stands for the class
+        "testbed": {**Lora.presets["testbed"], "prior_images": 24},
+    }

@@ -1,0 +1,47 @@
+"""Full fine-tuning: all UNet weights on the attacker's images under their own captions (FreezeAsGuard's user).
+
+AdamW at 1e-5, batch 4, 2000 steps, VAE and text encoder frozen (Huang et al., papers' facts: freezeasguard.md). The
+strongest thing that an attacker with enough memory does, and the setting in which FreezeAsGuard masks tensors: an
+honest attacker leaves those alone.
+
+Differences from the diffusers example (`train_text_to_image.py`): those of `dreambooth`; no EMA, no SNR weights.
+Differences from FreezeAsGuard's code: an optimizer step there accumulates four batches of one image; here it is one
+global batch of four.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from attacks import dreambooth
+from attacks.base import UsualBudget
+from attacks.dreambooth import Dreambooth
+from harness.registry import register
+
+
+@dataclass(frozen=True)
+class Parameters(dreambooth.Parameters):
+    """Defaults: FreezeAsGuard's."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-5
+    prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+
+@register("attack")
+class FullFinetune(Dreambooth):
+    """Fine-tuning of all UNet weights, nothing held back."""
+
+    name = "full_finetune"
+    version = 1
+    Parameters = Parameters
+    budgets = {
+        "": UsualBudget(2000, 4),
+        "testbed": UsualBudget(120, 4),
+    }
+    presets = {
+        # the rate of full fine-tuning on the embedded testbed (its feasibility run)
+        "testbed": {"learning_rate": 3e-4, "flip": True},
+    }

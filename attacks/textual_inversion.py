@@ -1,0 +1,112 @@
+"""Textual Inversion: learn the embedding of a new word for the concept, and nothing else (Gal et al. 2022).
+
+The word stands in template prompts ("a photo of a <concept>"), one drawn for each example, and in the evaluation
+prompts in the place of the concept's name. As *concept inversion* (Pham et al. 2023) the same attack brings an erased
+concept back without changing a weight. Only the new rows exist as trained parameters; the encoder's own embeddings are
+not touched at all.
+
+Saved as `pipeline.load_textual_inversion(folder, weight_name="learned_embeds.safetensors")` loads it.
+
+Differences from the diffusers example (`textual_inversion.py`): no row of the vocabulary is trained and then put back;
+a word that begins as one of several tokens begins as the first of them; latents are encoded once; batches are of
+exactly the stated size; images are cropped at the centre. `scale_lr` is not an option: presets state the product.
+Nothing that a publisher can freeze is trained, so an honest attacker differs by training hooks alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from attacks.base import Attack, Checkpoint, UsualBudget
+from harness.registry import register
+from harness.search import Choice, around
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Defaults: the diffusers example as its README runs it."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-4
+    vectors: Annotated[int, Field(ge=1, le=64)] = 1
+    """Embeddings of the word, which stand side by side."""
+    placeholder: Annotated[str, Field(pattern=r"^<[A-Za-z0-9*_-]{1,30}>$")] = "<concept>"
+    """The word."""
+    begin_as: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """The word that the embeddings begin as; None: the concept's class word."""
+    prompts: Literal["templates", "captions"] = "templates"
+    """What the word is trained in: the released code's templates of the concept's kind, or the images' captions."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd: with momentum 0.9, which an adaptive attacker may prefer."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
+    flip: bool = True
+    """Mirror half of the images at random."""
+
+
+@register("attack")
+class TextualInversion(Attack):
+    """A new word's embedding; the model's weights stay as they are."""
+
+    name = "textual_inversion"
+    version = 1
+    uses_words = True
+    Parameters = Parameters
+    budgets = {
+        "": UsualBudget(3000, 4),  # the example's README: batch 1, four accumulated
+        "imma": UsualBudget(2000, 1),
+        "concept_inversion": UsualBudget(5000, 16),
+        "testbed": UsualBudget(120, 4),
+    }
+    presets = {
+        # IMMA's attack script: rate 5e-4 (its scale_lr multiplies by one)
+        "imma": {},
+        # Pham et al., esd/train.sh: 5e-3 times batch 4 times accumulation 4, "art" to begin with for a style
+        "concept_inversion": {"learning_rate": 8e-2},
+        "testbed": {"learning_rate": 2e-2, "vectors": 2, "prompts": "captions"},
+    }
+
+    @classmethod
+    def called(cls, parameters, words):
+        """The new word."""
+        return parameters.placeholder
+
+    @classmethod
+    def search_space(cls, parameters):
+        """The rate, the number of vectors, what the word is trained in."""
+        return {
+            "learning_rate": around(parameters.learning_rate),
+            "vectors": Choice((1, 2, 4)),
+            "prompts": Choice(("templates", "captions")),
+        }
+
+    def adapt(self, model, concept, protection, budget, run):
+        """Yield the word's embeddings at each step of the budget."""
+        from harness.training import adaptation
+        from harness.training.token_embedding import OBJECT_TEMPLATES, STYLE_TEMPLATES, LearnedWord, save
+
+        p = self.parameters
+        word = LearnedWord(model, p.begin_as or concept.words.class_word or concept.kind, p.vectors, p.placeholder)
+        templates = ()
+        if p.prompts == "templates":
+            chosen = OBJECT_TEMPLATES if concept.kind == "object" else STYLE_TEMPLATES
+            templates = tuple(template.replace("{}", p.placeholder) for template in chosen)
+        recipe = adaptation.Recipe.of(p)
+        for step, weights in adaptation.adapt(
+            model, concept, protection, budget, run, {"word": word.vectors}, recipe, text=word, templates=templates
+        ):
+            yield Checkpoint(step, partial(save, p.placeholder, weights.whole(["word"])["word"]))
+
+    def load(self, model, folder) -> None:
+        """Add the word to tokenizer and text encoder through diffusers."""
+        from harness.training import token_embedding
+
+        self._before = token_embedding.load(model, folder)
+
+    def unload(self, model) -> None:
+        """Put back the tokenizer and the embeddings without the word."""
+        from harness.training import token_embedding
+
+        token_embedding.unload(model, self._before)

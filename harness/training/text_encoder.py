@@ -1,0 +1,24 @@
+"""Text embeddings from a text encoder that is being trained: made anew at each step, with a graph to its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from harness.models import DiffusionModel
+
+
+class TrainedTextEncoder:
+    """A `TextSource` over the whole text encoder, or over an adapter in it."""
+
+    def __init__(self, model: DiffusionModel):
+        self._model = model
+
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids [texts, tokens], padded and cut to full length."""
+        return self._model.tokenize(texts)
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Return the last hidden states [texts, tokens, width], with a graph."""
+        return self._model.text_encoder(ids.to(self._model.device))[0]

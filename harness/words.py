@@ -1,0 +1,24 @@
+"""What a concept is called by one side: its name in captions and prompts, and what that name is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a concept. Personalization: "sk object"; re-learning: the concept's own, "strawberry"."""
+
+    name: str  # as it stands in captions and evaluation prompts
+    identifier: str = ""  # the part of the name that means nothing before, "sk"; "" where it goes by its own words
+    class_word: str = ""  # what kind of thing it is, "object"
+
+    def renamed(self, text: str, called: str) -> str:
+        """Return a text with the name replaced."""
+        return text if called == self.name else text.replace(self.name, called)
+
+    def with_identifier(self, token: str) -> str:
+        """Return the name with another identifier, before the name where it has none."""
+        if self.identifier:
+            return self.name.replace(self.identifier, token, 1)
+        return f"{token} {self.name}"

@@ -1,0 +1,59 @@
+"""Memorization guard: how close drawn images come to the attacker's own training images (self-supervised encoder).
+
+For each drawn image the greatest cosine to any image of the attack split. It stands beside the scores and is no score:
+an attack that copies its training images has learned less than one that scores the same without. What unseen images of
+the concept get (`nearest_training_real`: the reference split against the attack split) is the level to compare with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.registry import register
+from metrics.base import Metric
+from metrics.encoders import encode_images, fetched, library, local_files, vision
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Defaults: the backbone of `self_supervised_image`."""
+
+    backbone: str = "vit_small_patch16_224.dino"
+    """A timm model, "hf-hub:…", "local-dir:…", or "testbed"."""
+
+
+@register("metric")
+class NearestTrainingImage(Metric):
+    """Cosine between features of a generated image and the nearest training image of the attack."""
+
+    name = "nearest_training_image"
+    version = 1
+    direction = "none"
+    compares_with = "attack"
+    unit = "cosine"
+    range = (-1.0, 1.0)
+    Parameters = Parameters
+    presets = {"testbed": {"backbone": "testbed"}}
+
+    @classmethod
+    def files(cls, parameters):
+        return local_files(parameters.backbone, "vit")
+
+    @classmethod
+    def fetches(cls, parameters):
+        return fetched(parameters.backbone, "vit")
+
+    def about(self):
+        return {
+            "backbone": self.parameters.backbone,
+            "preprocessing": "the backbone's own",
+            "library": library("timm"),
+        }
+
+    def score(self, images, references, descriptions, device):
+        """Return, for each prompt, the mean over its images of the cosine with the nearest training image."""
+        model, transform = vision(self.parameters.backbone, device)
+        known = encode_images(model, transform, references, device)
+        drawn = encode_images(model, transform, [image for group in images for image in group], device)
+        nearest = (drawn @ known.T).double().max(dim=1).values.split([len(group) for group in images])
+        return [float(part.mean()) for part in nearest]

@@ -1,0 +1,90 @@
+"""An adaptive attacker's search: proposals are functions of what was found, and lead somewhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from harness import search
+from harness.search import Choice, Probe, Range
+
+SPACE = search.as_json({"learning_rate": Range(1e-5, 1e-1), "rank": Choice((1, 4, 16))})
+
+
+def _score(values) -> float:
+    """Best at a rate of 1e-3 and rank 16."""
+    return -abs(math.log10(values["learning_rate"]) + 3) + (1.0 if values["rank"] == 16 else 0.0)
+
+
+def _search(seed: int, probes: int, at_once: int = 1) -> list[Probe]:
+    found: list[Probe] = []
+    for first in range(0, probes, at_once):
+        told = list(found)
+        for index in range(first, min(first + at_once, probes)):
+            values = search.propose(SPACE, seed, told, index - first)
+            found.append(Probe(values, _score(values) if values else -9.0))
+    return found
+
+
+def test_the_first_probe_changes_nothing():
+    """So that a search never finds less than the attack as it stands, by its own measure."""
+    assert search.propose(SPACE, 0, [], 0) == {}
+
+
+def test_probes_stay_in_the_space():
+    """Rates within their range, ranks of the choice."""
+    for probe in _search(1, 30)[1:]:
+        assert 1e-5 <= probe.values["learning_rate"] <= 1e-1
+        assert probe.values["rank"] in (1, 4, 16)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_the_same_seed_and_findings_give_the_same_probes(at_once):
+    """Whoever asks: a probe is a function of its place, the seed and what was told."""
+    assert _search(3, 12, at_once) == _search(3, 12, at_once)
+    assert _search(3, 12, at_once) != _search(4, 12, at_once)
+
+
+def test_probes_of_a_batch_differ():
+    """They know nothing of each other's results, and do not repeat each other."""
+    batch = [search.propose(SPACE, 0, [], place)["learning_rate"] for place in range(1, 5)]
+
+    assert len(set(batch)) == 4
+
+
+def test_a_search_comes_closer_than_chance():
+    """Over twenty seeds: the second half of forty probes scores better than the first."""
+    gain = 0.0
+    for seed in range(20):
+        scores = [probe.score for probe in _search(seed, 40)[1:]]
+        gain += sum(scores[20:]) / len(scores[20:]) - sum(scores[:19]) / 19
+
+    assert gain / 20 > 0.3
+
+
+def test_the_best_is_the_highest_and_the_earliest_of_equals():
+    """Probes that diverged do not count."""
+    probes = [Probe({}, 0.2), Probe({"rank": 1}, None), Probe({"rank": 4}, 0.5), Probe({"rank": 16}, 0.5)]
+
+    assert search.best(probes).values == {"rank": 4}
+    with pytest.raises(ValueError, match="each of 1 probes diverged"):
+        search.best(probes[1:2])
+
+
+def test_a_probe_that_diverged_is_told_as_the_worst():
+    """The search goes on, and away from it."""
+    told = [Probe({}, 0.1), Probe({"learning_rate": 0.09, "rank": 1}, None)]
+
+    assert search.propose(SPACE, 0, told, 0).keys() == SPACE.keys()
+
+
+def test_a_space_as_a_suite_writes_it():
+    """Two fractions are a range; anything else is a list of values."""
+    space = search.given({"learning_rate": [1e-4, 1e-2], "rank": [4, 16], "prior_weight": [0.0, 1.0]})
+
+    assert space == {
+        "learning_rate": Range(1e-4, 1e-2),
+        "rank": Choice((4, 16)),
+        "prior_weight": Choice((0.0, 1.0)),
+    }
