@@ -6,12 +6,13 @@ each step asked for, what diffusers loads without our code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from harness import pictures
 from harness.method import Method
 from harness.search import Space
 from harness.words import Words
@@ -39,18 +40,12 @@ class AttackedConcept:
     @cached_property
     def images(self) -> list[Image]:
         """The images, RGB."""
-        return _open(self.files)
+        return pictures.read(self.files)
 
     @cached_property
     def prior_images(self) -> list[Image]:
         """The images of the class that `Attack.prior_images` asked for, RGB."""
-        return _open(self.prior_files)
-
-
-def _open(files: Sequence[Path]) -> list[Image]:
-    from PIL import Image
-
-    return [Image.open(file).convert("RGB") for file in files]
+        return pictures.read(self.prior_files)
 
 
 @dataclass(frozen=True)

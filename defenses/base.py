@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from harness import pictures
 from harness.method import Method
 from harness.protection import Protection, ThreatModel
 
@@ -42,18 +43,12 @@ class ProtectedConcept:
     @cached_property
     def images(self) -> list[Image]:
         """The images of the defense split, RGB."""
-        return _open(self.files)
+        return pictures.read(self.files)
 
     @cached_property
     def prior_images(self) -> list[Image]:
         """The images of the class that `Defense.prior_images` asked for, RGB."""
-        return _open(self.prior_files)
-
-
-def _open(files: Sequence[Path]) -> list[Image]:
-    from PIL import Image
-
-    return [Image.open(file).convert("RGB") for file in files]
+        return pictures.read(self.prior_files)
 
 
 class Defense(Method):

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from harness import parameters, provenance, registry, search
+from harness import parameters, pictures, provenance, registry, search
 from harness.concepts import PRIOR, SPLITS
 from harness.errors import StageFailure, one_line
 from harness.identity import Stage, describe
@@ -421,8 +421,6 @@ def _adapt(s: _Stage) -> None:
 
 def _probe(s: _Stage) -> None:
     """Try other settings of an attack on a part of the attacker's images: probe.json says which, and how it went."""
-    from PIL import Image
-
     from harness.sampling import sample
 
     described = s.stage.parameters
@@ -437,7 +435,7 @@ def _probe(s: _Stage) -> None:
         return
     metric = s.method("metric", described["metric"], s.stage.local.get("metric", {}))
     count = described["budget"]["images"]
-    own = [Image.open(f).convert("RGB") for f in s.files("images", "attack")[:count][-described["held_out"] :]]
+    own = pictures.read(s.files("images", "attack")[:count][-described["held_out"] :])
     model, protection = s.released()
     hooks = _sampling_hooks(protection)
     scores = {}
@@ -578,15 +576,13 @@ def _sampling_hooks(protection: Protection) -> list[Any]:
 
 def _score(s: _Stage) -> None:
     """Score images against references: scores.json with one value a step and prompt."""
-    from PIL import Image
-
     metric = s.method("metric")
-    references = [Image.open(f).convert("RGB") for f in s.files("references", metric.compares_with)]
+    references = pictures.read(s.files("references", metric.compares_with))
     descriptions = s.stage.parameters["descriptions"]
     values = []
     with s.run.ledger.phase("score"):
         for step, groups in _groups(s, len(descriptions), metric.compares_with):
-            opened = [[Image.open(f).convert("RGB") for f in group] for group in groups]
+            opened = [pictures.read(group) for group in groups]
             scored = metric.score(opened, references, descriptions, s.run.device)
             if len(scored) != len(opened):
                 raise ValueError(f"{metric.name} gave {len(scored)} values for {len(opened)} prompts")

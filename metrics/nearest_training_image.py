@@ -7,48 +7,19 @@ the concept get (`nearest_training_real`: the reference split against the attack
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from harness.registry import register
-from metrics.base import Metric
-from metrics.encoders import encode_images, fetched, library, local_files, vision
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Defaults: the backbone of `self_supervised_image`."""
-
-    backbone: str = "vit_small_patch16_224.dino"
-    """A timm model, "hf-hub:…", "local-dir:…", or "testbed"."""
+from metrics.encoders import encode_images, vision
+from metrics.self_supervised_image import SelfSupervisedImage
 
 
 @register("metric")
-class NearestTrainingImage(Metric):
+class NearestTrainingImage(SelfSupervisedImage):
     """Cosine between features of a generated image and the nearest training image of the attack."""
 
     name = "nearest_training_image"
     version = 1
     direction = "none"
     compares_with = "attack"
-    unit = "cosine"
-    range = (-1.0, 1.0)
-    Parameters = Parameters
-    presets = {"testbed": {"backbone": "testbed"}}
-
-    @classmethod
-    def files(cls, parameters):
-        return local_files(parameters.backbone, "vit")
-
-    @classmethod
-    def fetches(cls, parameters):
-        return fetched(parameters.backbone, "vit")
-
-    def about(self):
-        return {
-            "backbone": self.parameters.backbone,
-            "preprocessing": "the backbone's own",
-            "library": library("timm"),
-        }
 
     def score(self, images, references, descriptions, device):
         """Return, for each prompt, the mean over its images of the cosine with the nearest training image."""

@@ -81,6 +81,6 @@ def test_nearest_training_image_is_the_greatest_cosine(monkeypatch):
     vectors = {"a": (1.0, 0.0), "b": (0.0, 1.0), "c": (0.6, 0.8)}
     monkeypatch.setattr(module, "vision", lambda backbone, device: (None, None))
     monkeypatch.setattr(module, "encode_images", lambda e, t, images, d: torch.tensor([vectors[i] for i in images]))
-    metric = module.NearestTrainingImage(module.Parameters("testbed"))
+    metric = module.NearestTrainingImage(module.NearestTrainingImage.Parameters("testbed"))
 
     assert metric.score([["a"], ["c", "b"]], ["a", "c"], ["x", "y"], CPU) == pytest.approx([1.0, (1.0 + 0.8) / 2])
