@@ -63,8 +63,10 @@ class TextualInversion(Attack):
     presets = {
         # IMMA's attack script: rate 5e-4 (its scale_lr multiplies by one)
         "imma": {},
-        # Pham et al., esd/train.sh: 5e-3 times batch 4 times accumulation 4, "art" to begin with for a style
+        # Pham et al., esd/train.sh: 5e-3 times batch 4 times accumulation 4. It begins a style as "art"; here
+        # `begin_as` is left to the concept's class word
         "concept_inversion": {"learning_rate": 8e-2},
+        # a first guess: on the undefended testbed it regains little within its budget
         "testbed": {"learning_rate": 2e-2, "vectors": 2, "prompts": "captions"},
     }
 

@@ -189,7 +189,7 @@ class Mima(Defense):
             "upper_learning_rate": 2.2e-4,
             "prior_on_upper": 1.0,
         },
-        # Likewise, of six settings (prior 1, 3, 4 and 6; rates 1.5e-4 to 2.5e-4) the greatest delay that kept 0.9 of
+        # Likewise, of seven settings (prior 1, 3, 4 and 6; rates 1.5e-4 to 2.5e-4) the greatest delay that kept 0.9 of
         # the utility by every metric.
         "testbed_released": {
             **_TESTBED,

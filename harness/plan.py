@@ -60,7 +60,6 @@ class Plan:
     stages: dict[str, Stage] = field(default_factory=dict)
     units: list[Unit] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
-    descriptions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # concept -> evaluation prompts
 
 
 def make(loaded: LoadedSuite) -> Plan:
@@ -313,7 +312,6 @@ class _Planner:
 
     def plan(self) -> Plan:
         suite = self.suite
-        self.result.descriptions = {n: tuple(e.prompt for e in c.evaluations) for n, c in self.concepts.items()}
         for task_name, task in suite.tasks.items():
             for together in task.targets:
                 self._protected_set(task_name, task, tuple(together))

@@ -23,7 +23,7 @@ def collect(plan: Plan, store: Store, model_name: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     read: dict[str, dict[str, Any] | None] = {}
     for trial in plan.trials:
-        prompts = plan.descriptions[trial.concept]
+        prompts = plan.stages[trial.sample].parameters.get("prompts", ())  # as they were asked: attacks have own words
         for metric, key in trial.scores.items():
             if key not in read:
                 path = store.path("score", key) / "scores.json"

@@ -131,5 +131,9 @@ def test_dress_rehearsal(tiny_folder, tmp_path, photographs, capsys):
     assert prompts == ["artwork", "cat", "pot", "sofa"]
     attacks = {line["attack"] for line in table if line["task"] == "personalization"}
     assert attacks == {"lora_40", "dreambooth", "textual_inversion", "custom_diffusion"}
+    with open(runs / "rehearsal" / "rows.csv", encoding="utf-8") as file:
+        asked = {(row["attack"], row["concept"]): row["prompt"] for row in csv.DictReader(file)}
+    assert asked["textual_inversion", "pet_cat1"] == "a <concept>"  # what was asked for, in the attack's own words
+    assert asked["custom_diffusion", "pet_cat1"] == "a <new1> cat"
     assert main(["run", str(SUITE), "--executor", "serial", "--runs", str(runs), *options]) == 0
     assert any(line.startswith("nothing to do: ") for line in told(capsys)[0])
