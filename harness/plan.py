@@ -41,6 +41,7 @@ class Trial:
     sample: str  # key of the sample stage; of the images stage for role "real"
     scores: Mapping[str, str]  # metric label -> key of the score stage
     probes: int = 0  # how often an adaptive attacker tried before
+    is_weak: bool = False  # the defense was made weak on purpose
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class _Released:
     seed: int
     weights: Mapping[str, str]  # the stages whose changes lie over the base model
     label: str
+    is_weak: bool = False
 
 
 class _Planner:
@@ -351,11 +353,15 @@ class _Planner:
                     seed=seed,
                     weights={"immunize": immunized, **({"erase": erased} if erased else {})},
                     label=f"{spec.name}, {'+'.join(targets)}, seed {seed}",
+                    is_weak=spec.weak,
                 )
                 for name, role in roles:
+                    if spec.weak and role != "target":
+                        continue
                     self._before(released, name, role)
-                    for attack_index, _ in loaded.attacks_on(task_name):
-                        self._attacked(released, name, role, attack_index)
+                    for attack_index, attack in loaded.attacks_on(task_name):
+                        if role == "target" or attack.innocents:
+                            self._attacked(released, name, role, attack_index)
                 for name in suite.utility:
                     self._before(released, name, "utility")
 
@@ -526,6 +532,7 @@ class _Planner:
                 sample=sample,
                 scores=scores,
                 probes=attack.search.probes if attack and attack.search else 0,
+                is_weak=released.is_weak,
             )
         )
 

@@ -12,7 +12,7 @@ from harness.plan import Plan
 from harness.store import Store, write_text
 
 COLUMNS = (
-    "suite", "model", "task", "defense", "method", "profile", "protected", "attack", "attacker", "n_probes",
+    "suite", "model", "task", "defense", "method", "profile", "is_weak", "protected", "attack", "attacker", "n_probes",
     "concept", "role", "seed", "step", "prompt_index", "prompt", "metric", "value", "direction", "unit", "range",
     "backbone", "preprocessing", "library", "sample_key", "score_key",
 )  # fmt: skip
@@ -38,6 +38,7 @@ def collect(plan: Plan, store: Store, model_name: str) -> list[dict[str, Any]]:
                 "defense": trial.defense,
                 "method": trial.method,
                 "profile": trial.profile,
+                "is_weak": trial.is_weak,
                 "protected": "+".join(trial.protected),
                 "attack": trial.attack,
                 "attacker": trial.attacker,

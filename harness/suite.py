@@ -138,6 +138,15 @@ class DefenseSpec(MethodSpec):
     protects: Literal["all", "first"] = "all"
     """first: only the first concept of each set, while all of them are attacked: how a defense of one concept is
     compared on sets of several."""
+    weak: bool = False
+    """Made weak on purpose: every attack should succeed on it, and one that does not says nothing of other defenses
+    (Zimmermann et al. 2022). Attacked on targets alone."""
+
+    @model_validator(mode="after")
+    def _weak_is_a_defense(self) -> DefenseSpec:
+        if self.weak and self.method == "none":
+            raise ValueError("'weak' is for a defense; the undefended model tests attacks by itself")
+        return self
 
 
 class SearchSpec(_Strict):
@@ -168,6 +177,9 @@ class AttackSpec(MethodSpec):
     changed: what FreezeAsGuard and weight edits cannot prevent where the base model is public."""
     tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
     """The tasks that it is made in; None: all."""
+    innocents: bool = True
+    """Whether innocent concepts are adapted by it too. What a defense costs those who mean no harm is told by one
+    attack as by several, and they do not tune theirs on each model."""
 
     @model_validator(mode="after")
     def _adaptive_alone(self) -> AttackSpec:

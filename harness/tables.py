@@ -117,6 +117,8 @@ def cells(line: dict[str, Any]) -> list[str]:
             texts.append(f"{100 * low:.0f} to {100 * high:.0f}" if is_known else "–")
         elif column in ("sgr", "innocent_sgr", "relative_gap"):
             texts.append("–" if line[column] is None else f"{100 * line[column]:+.1f}")
+        elif column == "defense":
+            texts.append(line["defense"] + (" (weak)" if line["is_weak"] else ""))
         elif column == "attacker":
             texts.append(line["attacker"] + (f", {line['n_probes']} probes" if line["n_probes"] else ""))
         elif column in ("valid",):

@@ -19,10 +19,10 @@ Definitions, with M the metric averaged over a concept's evaluation prompts and 
 
 A cell is valid when every trial of the undefended model has its counterpart; when, on the undefended model and for
 *every* target, real images score clearly more than the model before the attack (`min_headroom`, a share of their
-score) and the attack regained at least `min_recovery` of that way; when an eraser, if the task has one, took away at
-least that headroom; and when the released model kept `min_utility` of its utility by *every* metric of the suite.
-Otherwise `reason` says why. `innocent_valid` says the same of the attack on every innocent concept. Metrics of which
-less means more similarity have rows, but no lines here.
+score) and the attack regained at least `min_recovery` of that way, there and on every defense that the suite made weak
+on purpose; when an eraser, if the task has one, took away at least that headroom; and when the released model kept
+`min_utility` of its utility by *every* metric of the suite. Otherwise `reason` says why. `innocent_valid` says the same
+of the attack on every innocent concept. Metrics of which less means more similarity have rows, but no lines here.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from typing import Any
 
 COLUMNS = (
-    "suite", "model", "task", "defense", "method", "profile", "attack", "attacker", "n_probes", "metric", "step",
-    "n_targets", "n_innocents", "n_seeds", "target_original", "target_before", "target_none", "target_defended",
+    "suite", "model", "task", "defense", "method", "profile", "is_weak", "attack", "attacker", "n_probes", "metric",
+    "step", "n_targets", "n_innocents", "n_seeds", "target_original", "target_before", "target_none", "target_defended",
     "target_real", "sgr", "sgr_low", "sgr_high", "innocent_none", "innocent_defended", "innocent_sgr",
     "innocent_sgr_low", "innocent_sgr_high", "relative_gap", "recovery", "utility", "nearest_training",
     "nearest_training_real", "valid", "innocent_valid", "reason", "direction", "unit", "backbone",
@@ -85,11 +85,11 @@ def worst_case(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Of lines that count (`valid`), or of all where none does: the one with the least sgr. Attacks differ in what their
     steps are worth, so a step compares what was stated as a budget, not work. Only where two attacks or more were made
-    at a step; each line names its attack and attacker.
+    at a step; each line names its attack and attacker. Defenses made weak on purpose are left out.
     """
     groups: dict[tuple, dict[str, list[Mapping[str, Any]]]] = {}
     for line in lines:
-        if line["sgr"] is not None:
+        if line["sgr"] is not None and not line["is_weak"]:
             group = groups.setdefault((line["task"], line["metric"], line["step"]), {})
             group.setdefault(line["defense"], []).append(line)
     worst = []
@@ -171,6 +171,7 @@ class _Table:
         self.groups: list[tuple[str, str, str, str, int]] = []
         self.defenses: dict[str, dict[str, Mapping[str, Any]]] = {}
         self.undefended: dict[str, str | None] = {}
+        self.weak: dict[str, list[str]] = {}  # by task
         self.about: dict[str, Mapping[str, Any]] = {}
         self.probes: dict[tuple[str, str, str], int] = {}
         self.guard: str | None = None  # the metric that tells copying from learning
@@ -195,6 +196,8 @@ class _Table:
             self.undefended.setdefault(task, None)
             if row["method"] == "none":
                 self.undefended[task] = defense
+            if row.get("is_weak") in (True, "true") and defense not in self.weak.setdefault(task, []):
+                self.weak[task].append(defense)
             if row["attack"]:
                 self.probes[task, row["attack"], row["attacker"]] = int(row.get("n_probes", 0))
                 seen[task, row["attack"], row["attacker"], row["metric"], int(row["step"])] = None
@@ -234,7 +237,16 @@ def _line(table: _Table, group: tuple, defense: str, gates: Gates) -> dict[str, 
         else []
         for role in ("target", "innocent")
     )
+    is_weak = defense in table.weak.get(task, ())
+    if is_weak:  # attacked on targets alone
+        innocent_reasons = []
     reasons += _failures(sides["target"], before["target"], real, gates, "target")
+    for weak in table.weak.get(task, ()):
+        on_weak = _paired(undefended["target"], table.means(task, weak, attack, attacker, metric, step, "target"))
+        if len(on_weak) < len(undefended["target"]):
+            wanted = len(undefended["target"])
+            reasons.append(f"incomplete: {len(on_weak)} of {wanted} trials on {weak}, a weak defense")
+        reasons += _failures(on_weak, before["target"], real, gates, "target", weak)
     reasons += _unerased(original, before["target"], gates)
     innocent_reasons += _failures(sides["innocent"], before["innocent"], real, gates, "innocent")
     for name, (value, reason) in utilities.items():
@@ -252,6 +264,7 @@ def _line(table: _Table, group: tuple, defense: str, gates: Gates) -> dict[str, 
         "defense": defense,
         "method": first["method"],
         "profile": first["profile"],
+        "is_weak": is_weak,
         "attack": attack,
         "attacker": attacker,
         "n_probes": table.probes.get((task, attack, attacker), 0),
@@ -382,12 +395,17 @@ def _failures(
     real: Mapping[tuple[str, str, int], float],
     gates: Gates,
     role: str,
+    weak: str = "",
 ) -> list[str]:
-    """Return why the undefended attack does not count, a text for each concept on which it fails."""
+    """Return why the attack on the undefended model does not count, a text for each concept on which it fails.
+
+    `weak`: the defense on the other side of `pairs`, on which the attack is looked at instead.
+    """
     reasons = []
+    where = f"the attack on {weak}, a weak defense," if weak else "the undefended attack"
     for (protected, concept), values in _by_concept(pairs).items():
         start = _mean(before[protected, concept, s] for s, _, _ in values if (protected, concept, s) in before)
-        end = _mean(none for _, none, _ in values)
+        end = _mean(defended if weak else none for _, none, defended in values)
         ceiling = _mean(v for key, v in real.items() if key[:2] == (protected, concept))
         if start is None or ceiling is None:
             reasons.append(f"{role} {concept}: no rows before the attack or of real images")
@@ -397,7 +415,7 @@ def _failures(
             )
         elif (share := (end - start) / (ceiling - start)) < gates.min_recovery:
             reasons.append(
-                f"{role} {concept}: the undefended attack regains {100 * share:.0f} % of the way to real images, "
+                f"{role} {concept}: {where} regains {100 * share:.0f} % of the way to real images, "
                 f"less than {100 * gates.min_recovery:.0f} %"
             )
     return reasons

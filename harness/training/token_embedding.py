@@ -45,7 +45,7 @@ FILE = "learned_embeds.safetensors"
 
 
 class LearnedWord:
-    """A word of `vectors` embeddings that begins as an existing word; a `TextSource`."""
+    """A word of `vectors` embeddings that begin as an existing word's tokens, in turn; a `TextSource`."""
 
     def __init__(self, model: DiffusionModel, begin_as: str, vectors: int = 1, called: str = "{}"):
         """`called` is how the word stands in texts. Raises ValueError when `begin_as` is nothing to the tokenizer."""
@@ -54,9 +54,10 @@ class LearnedWord:
         tokens = model.tokenizer(begin_as, add_special_tokens=False).input_ids
         if not tokens:
             raise ValueError(f"'{begin_as}' is no word to the tokenizer")
-        self._stand_in = tokens[0]  # what several-token words begin as is their first token, as in the released code
-        row = model.text_encoder.get_input_embeddings().weight[self._stand_in]
-        self.vectors = nn.Parameter(row.detach().clone().repeat(vectors, 1))  # [vectors, width]
+        self._stand_in = tokens[0]
+        rows = [tokens[i % len(tokens)] for i in range(vectors)]
+        table = model.text_encoder.get_input_embeddings().weight
+        self.vectors = nn.Parameter(table[rows].detach().clone())  # [vectors, width]
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Return token ids [texts, tokens] with SLOT where the word stands. Padded, cut to full length.

@@ -48,9 +48,10 @@ def _concept(attack, files, tiny_folder):
 
 
 def _adapt(
-    case, model, run, files, tiny_folder, folder, *, steps=(2, 4), protection=None, attacker="honest", **changes
-):
-    """Run an attack; return it and the folders of its checkpoints by step."""
+    case, model, run, files, tiny_folder, folder,
+    *, steps=(2, 4), protection=None, attacker="honest", look=lambda: None, **changes,
+):  # fmt: skip
+    """Run an attack; return it and the folders of its checkpoints by step. `look` is called where each is saved."""
     attack = _make(case, **changes)
     concept = _concept(attack, files, tiny_folder)
     saved = {}
@@ -58,6 +59,7 @@ def _adapt(
         saved[checkpoint.step] = folder / f"{checkpoint.step}"
         saved[checkpoint.step].mkdir(parents=True)
         checkpoint.save(saved[checkpoint.step])
+        look()
     return attack, saved
 
 
@@ -75,6 +77,37 @@ def _draw(pipeline, prompt):
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.Generator().manual_seed(0)
     return pipeline(prompt, num_inference_steps=2, output_type="np", generator=noise).images
+
+
+@torch.no_grad()
+def _predicted(model, states):
+    """Return what the UNet makes of fixed latents under some text embeddings."""
+    noise = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, *[model.unet.config.sample_size] * 2, generator=noise)
+    return model.unet(latents, torch.tensor([500]), states).sample.clone()
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_what_is_loaded_is_what_was_trained(case, model, make_run, purse_files, tiny_folder, tmp_path):
+    """The UNet predicts and the text encoder says the same as in training, not the same as before."""
+    known = "a photo of sk purse"
+    states = model.encode_text([known])
+    trained = []
+
+    def look():
+        trained.append((_predicted(model, states), model.encode_text([known]).detach()))
+
+    before = _predicted(model, states)
+    attack, saved = _adapt(case, model, make_run(), purse_files, tiny_folder, tmp_path, look=look)
+    model.restore()
+    for step, (prediction, encoded) in zip(saved, trained, strict=True):
+        attack.load(model, saved[step])
+        assert torch.allclose(_predicted(model, states), prediction, atol=1e-5)
+        assert torch.allclose(model.encode_text([known]), encoded, atol=1e-5)
+        attack.unload(model)
+        is_unet_trained = not case.startswith("textual_inversion")
+        assert torch.allclose(prediction, before, atol=1e-4) != is_unet_trained
+        assert torch.allclose(encoded, states, atol=1e-4) == (not case.endswith("-text"))
 
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -117,7 +150,9 @@ def _by_diffusers(base, folder, called):
     if (folder / "learned_embeds.safetensors").exists():
         fresh.load_textual_inversion(folder, weight_name="learned_embeds.safetensors")
     if (folder / "pytorch_custom_diffusion_weights.safetensors").exists():
-        fresh.unet.load_attn_procs(folder, weight_name="pytorch_custom_diffusion_weights.safetensors")
+        fresh.unet.load_attn_procs(
+            folder, weight_name="pytorch_custom_diffusion_weights.safetensors", _pipeline=fresh
+        )
     embeddings, _ = fresh.encode_prompt([f"a photo of {called}"], "cpu", 1, False)
     return fresh, embeddings.detach()
 
