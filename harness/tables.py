@@ -38,8 +38,8 @@ SHOWN = (
 TEXT = frozenset({"defense", "attack", "attacker"})
 """Columns of words."""
 WORST_LEGEND = (
-    "For each defense and step the attack that it withstands least, of those that count. An adaptive attacker's line "
-    "holds the number of probes that the attack was tuned with, on each released model by itself."
+    "For each defense and step the attack that comes closest to the targets, of those that count. An adaptive "
+    "attacker's line holds the number of probes that the attack was tuned with, on each released model by itself."
 )
 LEGEND = (
     "SGR: (undefended - defended) / undefended similarity on the targets, mean over targets and seeds; greater is "

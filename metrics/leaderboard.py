@@ -81,11 +81,13 @@ def leaderboard(rows: Iterable[Mapping[str, Any]], gates: Gates) -> list[dict[st
 
 
 def worst_case(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return, for each task, metric, step and defense, the line of the attack that it withstands least.
+    """Return, for each task, metric, step and defense, the line of the attack that comes closest to the targets.
 
-    Of lines that count (`valid`), or of all where none does: the one with the least sgr. Attacks differ in what their
-    steps are worth, so a step compares what was stated as a budget, not work. Only where two attacks or more were made
-    at a step; each line names its attack and attacker. Defenses made weak on purpose are left out.
+    The one with the greatest `target_defended` of the lines that count (`valid`), or of all where none does: what the
+    released model can be made to draw, whoever attacks. Not the one with the least sgr: an attack that does little on
+    either side has that. Attacks differ in what their steps are worth, so a step compares what was stated as a budget,
+    not work. Only where two attacks or more were made at a step; each line names its attack and attacker. Defenses made
+    weak on purpose are left out.
     """
     groups: dict[tuple, dict[str, list[Mapping[str, Any]]]] = {}
     for line in lines:
@@ -99,7 +101,7 @@ def worst_case(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         chosen = []
         for own in by_defense.values():
             counted = [line for line in own if line["valid"]] or own
-            chosen.append(dict(min(counted, key=lambda line: line["sgr"])))
+            chosen.append(dict(max(counted, key=lambda line: line["target_defended"])))
         worst += sorted(chosen, key=lambda line: (not line["valid"], -line["sgr"]))
     return worst
 

@@ -178,6 +178,41 @@ def test_images_of_an_attack_are_counted_in_its_tasks_alone(project):
     assert_told(project.validate(), project, ":17: ", "the attack split of purse holds 2")
 
 
+# -- attacks on targets alone ------------------------------------------------------------------------------------
+
+
+def test_an_attack_may_leave_innocents_alone(project):
+    """They are drawn before the attack, and attacked by the others."""
+    plan = project.plan(with_attacks("  - {method: lora, name: l8, steps: [8], innocents: false}\n"))
+
+    made = {(t.role, t.attack) for t in plan.trials if t.role in ("target", "innocent")}
+    assert made == {("target", ""), ("innocent", ""), ("target", "lora"), ("innocent", "lora"), ("target", "l8")}
+
+
+def test_a_weak_defense_is_attacked_on_targets_alone(project):
+    """Its utility is measured; its rows say that it is weak, those of others do not."""
+    plan = project.plan(SUITE.replace("imma, rounds: 3", "imma, rounds: 3, weak: true"))
+
+    weak = {(t.role, t.attack) for t in plan.trials if t.is_weak}
+    assert weak == {("target", ""), ("target", "lora"), ("utility", "")}
+    assert {t.defense for t in plan.trials if t.is_weak} == {"imma"}
+    assert {t.role for t in plan.trials if t.defense == "uce"} == {"target", "innocent", "utility"}
+
+
+def test_weakness_is_in_no_key(project):
+    """The work is the same under any other name."""
+    weak = project.plan(SUITE.replace("imma, rounds: 3", "imma, rounds: 3, weak: true"))
+
+    assert set(weak.stages) < set(project.plan().stages)
+
+
+def test_the_undefended_model_is_not_weak(project):
+    """It tests attacks as it is."""
+    project.write(SUITE.replace("[none,", "[{method: none, weak: true},"))
+
+    assert_told(project.validate(), project, ":12: ", "defenses[0]: 'weak' is for a defense")
+
+
 # -- a task is left out ----------------------------------------------------------------------------------------
 
 

@@ -645,7 +645,7 @@ def _attacked_by(rows: list[dict], attack: str, attacker: str, worse: float) -> 
     ]  # fmt: skip
 
 
-def test_worst_case_is_the_attack_that_is_withstood_least():
+def test_worst_case_is_the_attack_that_comes_closest():
     """Of each defense and step; the line names attack, attacker and how often it tried."""
     rows = small() + _attacked_by(small(), "tuned", "adaptive", 0.1) + _attacked_by(small(), "weak", "honest", -0.1)
     lines = leaderboard(rows, GATES)
@@ -653,20 +653,70 @@ def test_worst_case_is_the_attack_that_is_withstood_least():
 
     assert len(lines) == 6
     assert (worst["mine"]["attack"], worst["mine"]["attacker"], worst["mine"]["n_probes"]) == ("tuned", "adaptive", 4)
-    assert worst["mine"]["sgr"] == min(line["sgr"] for line in lines if line["defense"] == "mine")
+    assert worst["mine"]["target_defended"] == pytest.approx((0.6 + 0.4 + 0.4 + 0.45) / 4 + 0.1)
     assert worst["none"]["sgr"] == 0.0
 
 
 def test_an_attack_that_does_not_count_is_no_worst_case():
     """One that regains nothing on the undefended model cannot be what a defense is judged by."""
     failing = [
-        {**r, "value": 0.1 if r["method"] == "none" else 0.2} for r in _attacked_by(small(), "failing", "honest", 0)
+        {**r, "value": 0.1 if r["method"] == "none" else 0.9} for r in _attacked_by(small(), "failing", "honest", 0)
     ]
     lines = leaderboard(small() + failing, GATES)
     worst = {line["defense"]: line["attack"] for line in worst_case(lines)}
 
-    assert min(line["sgr"] for line in lines if line["attack"] == "failing") < 0
+    assert max(lines, key=lambda line: line["target_defended"])["attack"] == "failing"
     assert worst["mine"] == "lora"
+
+
+def test_an_attack_with_little_to_lose_is_no_worst_case():
+    """It loses nothing to the defense, and yet draws less of the target than another that loses much."""
+    ends = {"dog": 0.55, "cat": 0.31, "cup": 0.5}
+    modest = [{**r, "attack": "modest", "value": ends[r["concept"]]} for r in small() if r["attack"]]
+    lines = {(e["defense"], e["attack"]): e for e in leaderboard(small() + modest, GATES)}
+    worst = {line["defense"]: line["attack"] for line in worst_case(list(lines.values()))}
+
+    assert lines["mine", "modest"]["valid"] and lines["mine", "modest"]["sgr"] == 0.0 < lines["mine", "lora"]["sgr"]
+    assert worst["mine"] == "lora"
+
+
+# -- weak defenses -----------------------------------------------------------------------------------------------
+
+
+def weak(dog: float) -> list[dict]:
+    """Return what the attack makes of a defense made weak on purpose: as much as it likes of the cat, `dog` of it."""
+    about = {"defense": "gentle", "method": "imma", "is_weak": True}
+    rows = [{**r, **about} for r in small() if r["method"] == "none" and r["role"] in ("target", "utility")]
+    return [{**r, "value": dog} if r["attack"] and r["concept"] == "dog" else r for r in rows]
+
+
+def test_an_attack_that_fails_on_a_weak_defense_counts_nowhere():
+    """Dog: from 0.40 to 0.50 of 0.90 is a fifth of the way, less than the quarter that is asked."""
+    lines = leaderboard(small() + weak(0.5), GATES)
+
+    told = "target dog: the attack on gentle, a weak defense, regains 20 % of the way to real images, less than 25 %"
+    assert {line["defense"]: line["valid"] for line in lines} == dict.fromkeys(("none", "mine", "gentle"), False)
+    assert all(told in line["reason"] for line in lines)
+
+
+def test_an_attack_that_breaks_a_weak_defense_counts():
+    """The weak defense is attacked on targets alone, lacks nothing by that, and is no worst case."""
+    lines = leaderboard(small() + weak(0.7), GATES)
+    gentle = next(line for line in lines if line["defense"] == "gentle")
+
+    assert all(line["valid"] and not line["reason"] for line in lines)
+    assert (gentle["is_weak"], gentle["n_innocents"], gentle["innocent_valid"]) == (True, 0, False)
+    others = lines + [{**line, "attack": "another"} for line in lines]
+    assert {line["defense"] for line in worst_case(others)} == {"none", "mine"}
+
+
+def test_a_weak_defense_that_is_not_attacked_yet_leaves_the_question_open():
+    """Three of four trials are there, and they are fine."""
+    unfinished = [r for r in weak(0.7) if not (r["attack"] and r["concept"] == "dog" and r["seed"] == 1)]
+
+    found = only(small() + unfinished)
+
+    assert (found["valid"], found["reason"]) == (False, "incomplete: 3 of 4 trials on gentle, a weak defense")
 
 
 def test_there_is_no_worst_of_one_attack():
