@@ -15,7 +15,8 @@ from harness.errors import ExitCode, UserMistake
 from harness.executors.base import EventLog, Walk
 from harness.identity import KINDS
 from harness.model_source import has_sd1_shape, preflight
-from harness.stages import Workplace, failure_path
+from harness.stages.execution import failure_path
+from harness.stages.workplace import Workplace
 from harness.store import RECORD, write_text
 
 

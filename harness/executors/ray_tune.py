@@ -21,7 +21,8 @@ from typing import Any
 from harness.errors import StageFailure, UserMistake, one_line
 from harness.executors.base import Listener, Summary, Walk
 from harness.identity import Stage
-from harness.stages import Workplace, execute_unit
+from harness.stages.execution import execute_unit
+from harness.stages.workplace import Workplace
 from harness.store import is_alive, write_json
 
 _LONE_RETRIES = 1

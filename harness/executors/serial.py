@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from harness.errors import StageFailure
 from harness.executors.base import Listener, Summary, Walk
-from harness.stages import Workplace, execute_unit
+from harness.stages.execution import execute_unit
+from harness.stages.workplace import Workplace
 
 
 def run(walk: Walk, workplace: Workplace, listen: Listener) -> Summary:

@@ -39,15 +39,18 @@ def _end_with_parent() -> None:
 def _work(stage, workplace, work_folder, rank: int) -> None:
     import torch
 
-    from harness import registry, stages
+    from harness import registry
     from harness.run import Run
+    from harness.stages.at_work import StageAtWork
+    from harness.stages.kinds import DO
+    from harness.stages.workplace import peak_memory_bytes, prepare_device
     from harness.store import Store, write_json
     from harness.training import ranks, sharding
 
     registry.load_plugins(workplace.plugins)
     printed = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)  # libraries print too
     os.dup2(2, 1)
-    device = stages.prepare_device(workplace, int(os.environ["LOCAL_RANK"]))
+    device = prepare_device(workplace, int(os.environ["LOCAL_RANK"]))
     folder = work_folder / ranks.RELEASED
     if rank == 0:
         folder.mkdir()
@@ -63,8 +66,8 @@ def _work(stage, workplace, work_folder, rank: int) -> None:
             world=world,
             checkpoint_interval_s=workplace.checkpoint_interval_s,
         )
-        stages.share_here(stage, workplace, Store(workplace.store), run, folder)
-        run.ledger.peak_memory_bytes = stages.peak_memory_bytes(device)
+        DO[stage.kind](StageAtWork(stage, workplace, Store(workplace.store), run, folder))
+        run.ledger.peak_memory_bytes = peak_memory_bytes(device)
         gathered = [None] * world.size
         torch.distributed.all_gather_object(gathered, run.ledger.as_json())
         if rank == 0:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.identity import Stage
-    from harness.stages import Workplace
+    from harness.stages.workplace import Workplace
 
 RELEASED, OUTCOME = "released", "outcome.json"
 

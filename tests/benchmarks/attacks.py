@@ -4,8 +4,9 @@
     python -m tests.benchmarks.attacks --store runs/store   # and where the time of finished stages went
 
 The plain loop reads, resizes and encodes its images at every step, tokenizes and encodes their captions, and otherwise
-does what ours does: same weights, same optimizer, same clipping, class images beside where ours has them. A process a
-measurement; memory is the peak above the loaded model.
+does what ours does: same weights, same optimizer, same clipping. Class images go through the UNet in one batch with the
+concept's, as in the example scripts; ours take a pass of their own. A process a measurement; memory is the peak above
+the loaded model.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _measure(given) -> dict[str, float]:
     from harness.model_source import resolve_model
     from harness.models import warm
     from harness.run import Run
-    from harness.stages import _reset_peak_memory, peak_memory_bytes
+    from harness.stages.workplace import peak_memory_bytes, reset_peak_memory
     from harness.suite import ModelSpec
     from tests.benchmarks.bilevel import _resident_bytes
 
@@ -80,7 +81,7 @@ def _measure(given) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         concept = _concept(attack, model, Path(folder))
         run = Run(0, device, "fp32", Path(folder))
-        _reset_peak_memory()
+        reset_peak_memory()
         idle = _resident_bytes()
         clock = []
         stops = (3, 3 + given.steps)
@@ -156,23 +157,24 @@ def _plain(attack, model, concept, run, stops, batch_size):
         scheduler = model.noise_scheduler()
         generator = torch.Generator().manual_seed(0)
 
-        def loss(files, captions, encode):
+        def drawn(files, captions, encode):
             chosen = torch.randint(len(files), (batch_size,), generator=generator).tolist()
-            with torch.no_grad():
-                images = _pixels([files[i] for i in chosen], model.image_size)
-                latents = model.vae.encode(images).latent_dist.sample() * model.vae.config.scaling_factor
-            states = encode([captions[i] for i in chosen])
-            noise = torch.randn(latents.shape, generator=generator)
-            steps = torch.randint(1000, (batch_size,), generator=generator)
-            said = model.unet(scheduler.add_noise(latents, noise, steps), steps, states).sample
-            return torch.nn.functional.mse_loss(said, noise)
+            return _pixels([files[i] for i in chosen], model.image_size), encode([captions[i] for i in chosen])
 
         own = model.encode_text if word is None else (lambda captions: word.encode(word.ids(captions)))
         for step in range(1, stops[-1] + 1):
-            total = loss(concept.files, concept.captions, own)
+            batches = [drawn(concept.files, concept.captions, own)]
             if prior_weight:
-                total = total + prior_weight * loss(concept.prior_files, concept.prior_captions, model.encode_text)
-            total.backward()
+                batches.append(drawn(concept.prior_files, concept.prior_captions, model.encode_text))
+            images, states = (torch.cat(each) for each in zip(*batches, strict=True))
+            with torch.no_grad():
+                latents = model.vae.encode(images).latent_dist.sample() * model.vae.config.scaling_factor
+            noise = torch.randn(latents.shape, generator=generator)
+            steps = torch.randint(1000, (len(latents),), generator=generator)
+            said = model.unet(scheduler.add_noise(latents, noise, steps), steps, states).sample
+            pairs = zip(said.split(batch_size), noise.split(batch_size), strict=True)
+            losses = [torch.nn.functional.mse_loss(*pair) for pair in pairs]
+            (losses[0] + (prior_weight * losses[1] if prior_weight else 0.0)).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()

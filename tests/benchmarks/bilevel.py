@@ -201,7 +201,7 @@ def _measure(given, model, count: int, folder: Path) -> dict[str, float]:
     import torch
 
     from harness.run import Run
-    from harness.stages import _reset_peak_memory, peak_memory_bytes
+    from harness.stages.workplace import peak_memory_bytes, reset_peak_memory
 
     work = folder / f"work{count}"
     work.mkdir(exist_ok=True)
@@ -213,7 +213,7 @@ def _measure(given, model, count: int, folder: Path) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         idle = torch.cuda.memory_allocated()
     else:
-        _reset_peak_memory()
+        reset_peak_memory()
         idle = _resident_bytes()
     update = (_released if given.mode == "released" else _ours)(given, model, run, concepts)
     update(0)

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from harness import plan, registry, suite
-from harness.stages import Workplace, execute_unit
+from harness.stages.execution import execute_unit
+from harness.stages.workplace import Workplace
 
 
 def main(path: str, folder: Path, settings: list[str]) -> None:

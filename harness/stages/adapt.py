@@ -1,0 +1,145 @@
+"""Attacks: an adaptive attacker's probes, and the adaptation whose trajectory is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import parameters, pictures, search
+from harness.concepts import PRIOR
+from harness.stages.at_work import StageAtWork, step_folder
+from harness.stages.sample import sampling_hooks
+from harness.store import sync_files, write_json
+from harness.words import Words
+
+if TYPE_CHECKING:
+    from attacks.base import Checkpoint
+
+log = logging.getLogger("immunitybench")
+
+
+def adapt(s: StageAtWork) -> None:
+    """Run an attack, tuned where probes went before, and keep the adapted model at each step of its trajectory."""
+    attack = s.method("attack")
+    probes = _probes(s)
+    if probes:
+        chosen = search.best(probes)
+        attack = _with(attack, chosen.values)
+        found = {"chosen": chosen.values, "score": chosen.score, "probes": [asdict(probe) for probe in probes]}
+        if s.run.world.rank == 0:
+            write_json(s.folder / "search.json", found)
+    saved = _trajectory(s, attack)
+    if s.run.world.rank == 0:
+        shutil.copytree(saved, s.folder / "checkpoints", copy_function=os.link)
+
+
+def probe(s: StageAtWork) -> None:
+    """Try other settings of an attack on a part of the attacker's images: probe.json says which, and how it went."""
+    from harness.sampling import sample
+
+    described = s.stage.parameters
+    attack = s.method("attack")
+    values = search.propose(described["space"], s.run.seed_for("study"), _probes(s), described["place"])
+    attack = _with(attack, values)
+    try:
+        saved = _trajectory(s, attack, described["held_out"])
+    except FloatingPointError as error:
+        log.info("diverged: %s", error)
+        write_json(s.folder / "probe.json", {"values": values, "score": None, "scores": {}})
+        return
+    metric = s.method("metric", described["metric"], s.stage.local.get("metric", {}))
+    count = described["budget"]["images"]
+    own = pictures.read(s.files("images", "attack")[:count][-described["held_out"] :])
+    model, protection = s.released()
+    hooks = sampling_hooks(protection)
+    scores = {}
+    for step in described["budget"]["steps"]:
+        attack.load(model, saved / step_folder(step))
+        try:
+            with s.run.ledger.phase("sample"):
+                drawn = [
+                    [image]
+                    for _, _, image in sample(
+                        model, s.run, described["prompts"], described["sampling"],
+                        images_per_prompt=1, seed=s.run.seed_for("sampling"), hooks=hooks,
+                    )
+                ]  # fmt: skip
+        finally:
+            attack.unload(model)
+        with s.run.ledger.phase("score"):
+            scored = metric.score(drawn, own, described["descriptions"], s.run.device)
+        scores[step] = (1 if metric.direction == "higher" else -1) * sum(scored) / len(scored)
+    mean = sum(scores.values()) / len(scores)
+    write_json(s.folder / "probe.json", {"values": values, "score": mean, "scores": scores})
+
+
+def _probes(s: StageAtWork) -> list[search.Probe]:
+    """Return the probes that the stage knows of, in order."""
+    roles = sorted((r for r in s.stage.inputs if r.startswith("probe.")), key=lambda r: int(r.partition(".")[2]))
+    found = [json.loads((s.input(role, "probe") / "probe.json").read_text(encoding="utf-8")) for role in roles]
+    return [search.Probe(each["values"], each["score"]) for each in found]
+
+
+def _with(attack: Any, values: Mapping[str, Any]) -> Any:
+    """Return an attack with some parameters changed."""
+    given = {**parameters.as_json(attack.parameters), **values}
+    resolved, mistakes = parameters.resolve(type(attack), given)
+    if mistakes:
+        raise ValueError("; ".join(message for _, message in mistakes))
+    return type(attack)(resolved)
+
+
+def _trajectory(s: StageAtWork, attack: Any, held_out: int = 0) -> Path:
+    """Run an attack on all but the last `held_out` images; return the folder with a folder of each step."""
+    from attacks.base import AttackedConcept, Budget
+
+    described = s.stage.parameters
+    budget, known = described["budget"], described["concept"]
+    files = s.files("images", "attack")[: budget["images"]]
+    files = files[: len(files) - held_out]
+    prior = attack.prior_images(attack.parameters)
+    concept = AttackedConcept(
+        kind=known["kind"],
+        captions=tuple(known["captions"][: len(files)]),
+        files=tuple(files),
+        words=Words(**known.get("words", {"name": known["called"]})),
+        called=known["called"],
+        prior_captions=tuple(known["prior_captions"][:prior]) if prior else (),
+        prior_files=tuple(s.files("prior", PRIOR)[:prior]) if prior else (),
+    )
+    model, protection = s.released()
+    saved = s.run.folder / "checkpoints"  # survives a kill, like the state that training goes on from
+    saved.mkdir(exist_ok=True)
+    steps = tuple(budget["steps"])
+    kept = s.run.load_state()
+    if kept is not None and any(step <= kept[0] and not (saved / step_folder(step)).is_dir() for step in steps):
+        s.run.drop_state()  # a checkpoint that was passed is gone: only a fresh start can give it again
+    s.run.world.wait()  # before any process saves one
+    for checkpoint in attack.adapt(
+        model, concept, protection, Budget(steps, budget["batch_size"], described["attacker"]), s.run
+    ):
+        if s.run.world.rank == 0:
+            _keep(checkpoint, saved)
+        s.run.world.wait()
+    missing = [step for step in steps if not (saved / step_folder(step)).is_dir()]
+    if missing:
+        raise RuntimeError(f"{attack.name} yielded no checkpoint at steps {missing}")
+    return saved
+
+
+def _keep(checkpoint: Checkpoint, saved: Path) -> None:
+    """Save a checkpoint into a folder of its step, whole or not at all."""
+    final = saved / step_folder(checkpoint.step)
+    temporary = saved / f".{final.name}"
+    for folder in (temporary, final):
+        shutil.rmtree(folder, ignore_errors=True)
+    temporary.mkdir()
+    checkpoint.save(temporary)
+    sync_files(temporary)  # before the state that is beyond this step is kept
+    temporary.rename(final)

@@ -1,0 +1,189 @@
+"""Doing a stage and committing it: what every executor calls, in whichever process.
+
+The same stage gives the same result under the same key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from harness import parameters, provenance, registry
+from harness.errors import StageFailure, one_line
+from harness.identity import Stage, describe
+from harness.run import Run
+from harness.stages.at_work import StageAtWork
+from harness.stages.kinds import DO
+from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
+from harness.store import Store, write_json
+from harness.tracking import tracker
+
+log = logging.getLogger("immunitybench")
+
+
+def execute(
+    key: str, stage: Stage, workplace: Workplace, report: Callable[[int, int], None] = lambda done, total: None
+) -> bool:
+    """Do one stage and commit it; return whether there was something to do.
+
+    Raises StageFailure after recording what went wrong in the run's failures folder. KeyboardInterrupt passes through.
+    """
+    store = Store(workplace.store)
+    redo = key in workplace.redo
+    if not redo and store.has(stage.kind, key):
+        return False
+    failure = failure_path(workplace.run_folder, stage.kind, key)
+    with (
+        _logged(workplace.run_folder / "logs" / f"{stage.kind}-{key}.log"),
+        store.locked_work_folder(stage.kind, key) as work_folder,
+    ):
+        if not redo and store.has(stage.kind, key):  # another process did it while we waited for the lock
+            return False
+        try:
+            _execute_locked(key, stage, workplace, store, work_folder, report, redo)
+        except Exception as error:
+            log.exception("stage failed: %s", stage.label)
+            _forget_model()
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            write_json(
+                failure,
+                {
+                    "key": key,
+                    "kind": stage.kind,
+                    "label": stage.label,
+                    "error": f"{type(error).__name__}: {one_line(error, 500)}",
+                    "traceback": traceback.format_exc(),
+                    "time": time.time(),
+                },
+            )
+            raise StageFailure(f"{stage.label}: {type(error).__name__}: {one_line(error)}") from error
+    failure.unlink(missing_ok=True)
+    return True
+
+
+def _forget_model() -> None:
+    """Drop the warm model: a method that raised may have left anything behind."""
+    models = sys.modules.get("harness.models")
+    if models is not None:
+        models.forget()
+
+
+def execute_unit(
+    stages: Mapping[str, Stage], workplace: Workplace, report: Callable[[int, int], None] = lambda done, total: None
+) -> int:
+    """Do the stages of a unit in order, each committed by itself; return how many there were to do.
+
+    A stage that fails does not stop those of the unit that do not need it. Raises StageFailure at the end when any
+    failed.
+    """
+    done = 0
+    failed: dict[str, str] = {}
+    for key, stage in stages.items():
+        if failed.keys() & set(stage.inputs.values()):
+            failed[key] = ""
+            continue
+        try:
+            done += execute(key, stage, workplace, report)
+        except StageFailure as failure:
+            failed[key] = str(failure)
+    if failed:
+        raise StageFailure("; ".join(message for message in failed.values() if message))
+    return done
+
+
+def failure_path(run_folder: Path, kind: str, key: str) -> Path:
+    """Return where the failure of a stage is recorded; failures are never part of the store."""
+    return run_folder / "failures" / f"{kind}-{key}.json"
+
+
+def _execute_locked(
+    key: str, stage: Stage, workplace: Workplace, store: Store, work_folder: Path, report, redo: bool
+) -> None:
+    import torch
+
+    device = prepare_device(workplace)
+    log.info("%s %s: %s", stage.kind, key, stage.label)
+    started = time.time()
+    clock = time.perf_counter()
+    curves = workplace.run_folder / "tensorboard" / f"{stage.kind}-{key}" if workplace.is_tracked else None
+    with tracker(curves) as track, store.writing(stage.kind, key, replace=redo) as (folder, record):
+        run = Run(
+            stage.seed,
+            device,
+            stage.precision,
+            work_folder,
+            report=report,
+            track=track,
+            checkpoint_interval_s=workplace.checkpoint_interval_s,
+        )
+        if _is_shared(stage, workplace):
+            from harness.training import ranks
+
+            _forget_model()  # it would stand beside those of the processes
+            ledger = ranks.run(stage, workplace, work_folder, folder, report)
+        else:
+            run.sharding = replace(workplace.sharding, workers=1, offload="none")
+            DO[stage.kind](StageAtWork(stage, workplace, store, run, folder))
+            run.ledger.peak_memory_bytes = peak_memory_bytes(device)
+            ledger = run.ledger.as_json()
+        seconds = time.perf_counter() - clock
+        record.update(
+            identity=describe(stage),
+            key=key,
+            label=stage.label,
+            work=stage.work,
+            seconds=round(seconds, 4),
+            started=started,
+            finished=time.time(),
+            ledger=ledger,
+            provenance={
+                **provenance.describe(),
+                "executor": workplace.executor,
+                "threads": workplace.cpus,
+                "sharding": asdict(workplace.sharding) if _is_shared(stage, workplace) else {},
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            },
+        )
+    log.info("done in %.1f s", seconds)
+
+
+def _is_shared(stage: Stage, workplace: Workplace) -> bool:
+    """Tell whether several processes do the stage: one that trains, by a method that can be spread."""
+    sharding = workplace.sharding
+    if not sharding.needs_deepspeed or stage.workers != sharding.workers:
+        return False
+    name = stage.component.partition("@")[0]
+    if stage.kind in ("erase", "immunize"):
+        return registry.get("defense", name).can_shard
+    if stage.kind != "adapt":
+        return False
+    cls = registry.get("attack", name)
+    given = {**stage.parameters["parameters"], **stage.local.get("parameters", {})}
+    values, mistakes = parameters.resolve(cls, given)
+    return not mistakes and cls.can_share(values)
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Send logging, stdout and stderr of the block to a file of the stage's own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", buffering=1) as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger()
+        level, propagate = log.level, root.level
+        root.addHandler(handler)
+        log.setLevel(logging.INFO)
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            root.removeHandler(handler)
+            log.setLevel(level)
+            root.setLevel(propagate)

@@ -1,0 +1,70 @@
+"""What a process needs to do stages of a run, and the device that it does them on."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.model_source import ModelSource
+from harness.run import CHECKPOINT_INTERVAL_S, Sharding
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a process needs to do stages of a run; plain data, so that it can be sent to workers."""
+
+    store: Path
+    run_folder: Path  # logs/ and failures/ lie here
+    source: ModelSource
+    plugins: tuple[str, ...] = ()
+    cpus: int = 1
+    gpus: float = 0.0
+    redo: frozenset[str] = field(default_factory=frozenset)  # keys to do anew although committed (--cache never)
+    executor: str = "serial"
+    is_tracked: bool = False  # write training curves for TensorBoard
+    sharding: Sharding = field(default_factory=Sharding)  # of the stages that can be shared by processes
+    checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
+
+
+def prepare_device(workplace: Workplace, local_rank: int = 0):
+    """Return the torch device of a stage (or of one of its processes), set up so that results can be repeated.
+
+    Raises RuntimeError when the suite gives stages a GPU and there is none here.
+    """
+    import torch
+
+    torch.set_num_threads(workplace.cpus)  # of this thread: results depend on how sums are split
+    if workplace.gpus <= 0:
+        reset_peak_memory()
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= local_rank:
+        raise RuntimeError("the suite gives each stage a GPU, but this worker sees too few")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    torch.cuda.reset_peak_memory_stats(device)
+    return device
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak of this process's memory where the system can (Linux); elsewhere it stays the process's."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_bytes(device) -> int:
+    """Return the stage's peak of the device's memory, or on a CPU of this process's."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
