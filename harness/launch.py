@@ -90,6 +90,7 @@ def run(opened, given, console) -> ExitCode:
         executor=given.executor,
         is_tracked=given.track,
         sharding=resources.sharding(),
+        keep_checkpoint_mb=resources.keep_checkpoint_mb,
     )
     events = EventLog(opened.folder / "events.jsonl")
     console.print(

@@ -301,6 +301,9 @@ class ResourcesSpec(_Strict):
     offload: Literal["none", "cpu"] = "none"  # where optimizer states (ZeRO 3: weights too) lie between uses
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None  # examples in memory at a time; None: all
     gradient_checkpointing: bool = False  # recompute the UNet's activations instead of keeping them
+    keep_checkpoint_mb: Annotated[float, Field(ge=0)] | None = 512.0
+    """An adapted model that takes more is deleted when its images are drawn, and made anew should it be wanted again: a
+    fine-tuned UNet of SD 1.x has 3.4 GB at each step that is read. None: all are kept."""
 
     @model_validator(mode="after")
     def _offload_is_zero(self) -> ResourcesSpec:

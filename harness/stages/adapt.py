@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness import parameters, pictures, search
 from harness.concepts import PRIOR
 from harness.stages.at_work import StageAtWork, step_folder
+from harness.stages.checkpoints import CHECKPOINTS
 from harness.stages.sample import sampling_hooks
 from harness.store import sync_files, write_json
 from harness.words import Words
@@ -36,7 +37,7 @@ def adapt(s: StageAtWork) -> None:
             write_json(s.folder / "search.json", found)
     saved = _trajectory(s, attack)
     if s.run.world.rank == 0:
-        shutil.copytree(saved, s.folder / "checkpoints", copy_function=os.link)
+        shutil.copytree(saved, s.folder / CHECKPOINTS, copy_function=os.link)
 
 
 def probe(s: StageAtWork) -> None:

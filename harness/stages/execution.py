@@ -18,6 +18,7 @@ from harness import parameters, provenance, registry
 from harness.errors import StageFailure, one_line
 from harness.identity import Stage, describe
 from harness.run import Run
+from harness.stages import checkpoints
 from harness.stages.at_work import StageAtWork
 from harness.stages.kinds import DO
 from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
@@ -82,6 +83,8 @@ def execute_unit(
     A stage that fails does not stop those of the unit that do not need it. Raises StageFailure at the end when any
     failed.
     """
+    store = Store(workplace.store)
+    workplace = replace(workplace, redo=workplace.redo | checkpoints.gone_but_needed(stages, store))
     done = 0
     failed: dict[str, str] = {}
     for key, stage in stages.items():
@@ -92,6 +95,7 @@ def execute_unit(
             done += execute(key, stage, workplace, report)
         except StageFailure as failure:
             failed[key] = str(failure)
+    checkpoints.thin(stages, store, workplace.keep_checkpoint_mb)
     if failed:
         raise StageFailure("; ".join(message for message in failed.values() if message))
     return done

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import registry
 from harness.stages.at_work import StageAtWork, step_folder
+from harness.stages.checkpoints import CHECKPOINTS
 
 if TYPE_CHECKING:
     from harness.protection import Protection
@@ -25,7 +26,7 @@ def draw(s: StageAtWork) -> None:
     if "adapt" in s.stage.inputs:
         record = s.store.record("adapt", s.stage.inputs["adapt"])
         attack = registry.get("attack", record["identity"]["component"].partition("@")[0])(None)
-        checkpoints = s.input("adapt", "adapt") / "checkpoints"
+        checkpoints = s.input("adapt", "adapt") / CHECKPOINTS
     saved = s.run.folder / "images"
     saved.mkdir(exist_ok=True)
     total = len(described["steps"]) * len(described["prompts"]) * settings["images_per_prompt"]

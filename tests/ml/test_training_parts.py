@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from harness.run import Run
-from harness.training import words
+from harness.training import token_embedding, words
 from harness.training.loop import train
 from harness.training.token_embedding import OBJECT_TEMPLATES, STYLE_TEMPLATES, LearnedWord
 from harness.training.weights import Level, LocalWeights, grouped, installed
@@ -114,6 +114,36 @@ def test_a_learned_word_that_has_not_learned_is_the_word_it_began_as(model):
     assert torch.allclose(ours, model.encode_text(["a photo of a x", "x on the beach"]), atol=1e-6)
     word.vectors.data[0, ::2] += 1.0  # not a constant: layer norms take that away
     assert not torch.allclose(word.encode(ids), ours, atol=1e-3)
+
+
+def test_a_word_of_several_vectors_begins_as_the_tokens_of_its_words(model):
+    """In turn, and coming round; so it says what those words say."""
+    words = "x k"
+    tokens = model.tokenizer(words, add_special_tokens=False).input_ids
+    table = model.text_encoder.get_input_embeddings().weight
+    word = LearnedWord(model, words, vectors=len(tokens) + 1)
+
+    assert len(tokens) > 1
+    assert torch.equal(word.vectors, table[[*tokens, tokens[0]]])
+    exact = LearnedWord(model, words, vectors=len(tokens))
+    with torch.no_grad():
+        ours = exact.encode(exact.ids(["a photo of {} here"]))
+    assert torch.allclose(ours, model.encode_text([f"a photo of {words} here"]), atol=1e-6)
+
+
+def test_a_saved_word_says_what_it_said_in_training(model, tmp_path):
+    """Through diffusers' loader, several vectors side by side; unloading takes it away."""
+    text = "a photo of <word> here"
+    word = LearnedWord(model, "x", 3, "<word>")
+    word.vectors.data += torch.randn(word.vectors.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        trained = word.encode(word.ids([text]))
+    token_embedding.save("<word>", word.vectors, tmp_path)
+
+    before = token_embedding.load(model, tmp_path)
+    assert torch.allclose(model.encode_text([text]), trained, atol=1e-6)
+    token_embedding.unload(model, before)
+    assert not torch.allclose(model.encode_text([text]), trained, atol=1e-3)
 
 
 def test_only_the_vectors_of_a_learned_word_get_a_gradient(model):
