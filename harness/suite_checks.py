@@ -311,17 +311,20 @@ def _grid_size(loaded: LoadedSuite) -> list[Mistake]:
 
 
 def attack_images(loaded: LoadedSuite) -> list[Mistake]:
-    """Find attacks that ask for more images than an attacked concept has."""
+    """Find attacks that ask for more images than an attacked concept has, or search with too few to hold any out."""
     mistakes: list[Mistake] = []
     for index, attack in enumerate(loaded.suite.attacks):
-        if attack is None or attack.images is None:
+        if attack is None or (attack.images is None and attack.search is None):
             continue
         attacked = [name for name in _attacked(loaded, attack) if name in loaded.concepts]
         counts = {name: loaded.concepts[name].count("attack") for name in attacked}
         for name, count in counts.items():
-            if attack.images > count:
+            if attack.images is not None and attack.images > count:
                 what = f"{attack.images} asked for, but the attack split of {name} holds {count}"
                 mistakes.append((("attacks", index, "images"), f"{what}; leave it out to use all"))
+            elif attack.search is not None and (attack.images or count) < 2:
+                what = f"probes are judged on images that they did not train on, but {name} has one"
+                mistakes.append((("attacks", index, "search"), f"{what}; give two or more"))
     return mistakes
 
 
@@ -361,7 +364,10 @@ def _attacked(loaded: LoadedSuite, attack: AttackSpec) -> list[str]:
             name
             for task_name, task in loaded.suite.tasks.items()
             if task_name in (attack.tasks or [task_name])
-            for name in (*(concept for together in task.targets for concept in together), *task.innocents)
+            for name in (
+                *(concept for together in task.targets for concept in together),
+                *(task.innocents if attack.innocents else ()),
+            )
         )
     )
 

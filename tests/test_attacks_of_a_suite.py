@@ -178,6 +178,19 @@ def test_images_of_an_attack_are_counted_in_its_tasks_alone(project):
     assert_told(project.validate(), project, ":17: ", "the attack split of purse holds 2")
 
 
+# -- searches --------------------------------------------------------------------------------------------------
+
+
+def test_a_search_needs_two_images(project):
+    """One to train on and one to be judged by; the dog and the lamp have two."""
+    tuned = "  - {method: lora, name: tuned, steps: [8], attacker: adaptive, search: {probes: 2}, images: 1}\n"
+    project.write(with_attacks(tuned.replace("images: 1", "images: 2")))
+    assert project.validate().code == 0
+
+    project.write(with_attacks(tuned))
+    assert_told(project.validate(), project, ":17: ", "attacks[1].search: probes are judged on images that")
+
+
 # -- attacks on targets alone ------------------------------------------------------------------------------------
 
 
