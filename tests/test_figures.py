@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from harness.report.figures import _panel, recovery_curves
+from harness.report.figures import _grid, _panel, recovery_curves
 
 
 def row(value: float, **changes) -> dict:
     """Return one row: the undefended model, attacked, target dog, seed 0, step 10."""
     return {
         "task": "t", "metric": "clip", "role": "target", "defense": "none", "attack": "lora", "concept": "dog",
-        "seed": 0, "step": 10, "value": value, **changes,
+        "seed": 0, "step": 10, "value": value, "direction": "higher", **changes,
     }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ ROWS = [
 def panel(role: str) -> dict[str, list[float]]:
     """Return the heights of each named line of a panel."""
     axis = Figure().add_subplot()
-    _panel(axis, ROWS, role)
+    _panel(axis, ROWS, role, "lora", {"none": "#000000"})
     return {line.get_label(): list(line.get_ydata()) for line in axis.lines if not line.get_label().startswith("_")}
 
 
@@ -49,3 +49,28 @@ def test_figure_is_drawn_only_when_there_is_something(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert recovery_curves([r for r in ROWS if not r["attack"]], tmp_path / "b.png") is False
     assert not (tmp_path / "b.png").exists()
+
+
+def test_several_attacks_have_a_column_each():
+    """One has the metrics side by side instead."""
+    scales = [("t", "clip"), ("t", "dino"), ("u", "clip")]
+
+    lines, columns, panels = _grid(scales, ["lora", "ti"])
+    assert (lines, columns) == (["t\nclip", "t\ndino", "u\nclip"], ["lora", "ti"])
+    assert panels[1, 1] == ("t", "dino", "ti")
+    assert len(panels) == 6
+    _, columns, panels = _grid(scales, ["lora"])
+    assert columns == ["clip", "dino"]
+    assert panels == {(0, 0): ("t", "clip", "lora"), (0, 1): ("t", "dino", "lora"), (1, 0): ("u", "clip", "lora")}
+
+
+def test_an_attack_that_a_task_lacks_leaves_its_panel_empty(tmp_path):
+    """The others are drawn."""
+    rows = [*ROWS, row(0.5, task="u"), row(0.5, task="u", attack="ti")]
+
+    assert recovery_curves(rows, tmp_path / "a.png") is True
+
+
+def test_metrics_without_a_direction_are_not_drawn(tmp_path):
+    """How close images come to the training images is no recovery."""
+    assert recovery_curves([row(0.5, direction="none")], tmp_path / "a.png") is False

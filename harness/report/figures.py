@@ -1,4 +1,4 @@
-"""Recovery curves: similarity to the concept before, erased, and along the attack, for each defense."""
+"""Recovery curves: similarity to the concept before, erased, and along each attack, for each defense."""
 
 from __future__ import annotations
 
@@ -12,70 +12,81 @@ COLOURS = (
     "#882255", "#999933", "#332288", "#44AA99",
 )  # fmt: skip
 
-DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 3), (1, 3), (9, 3))
-"""Attacks are told apart by dashes, defenses by colour."""
-
 
 def recovery_curves(rows: Sequence[Mapping[str, Any]], path: Path, role: str = "target") -> bool:
-    """Draw `path` (PNG), a panel for each task and metric; return False when there is nothing to draw.
+    """Draw `path` (PNG); return False when there is nothing to draw.
 
+    Panels: tasks by metrics; where there are several attacks, a row for each task and metric and a column an attack.
     Lines are means over concepts, prompts and seeds; dots are seeds. Step 0 is the released model before the attack.
-    Dashed: real images of the attack split. Dotted: the model before erasure.
+    Dashed: real images of the attack split. Dotted: the model before erasure. Metrics without a direction are left out.
     """
-    panels = list(dict.fromkeys((r["task"], r["metric"]) for r in rows if r["role"] == role and r["attack"]))
-    if not panels:
+    rows = [r for r in rows if r["direction"] != "none"]
+    attacked = [r for r in rows if r["role"] == role and r["attack"]]
+    if not attacked:
         return False
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = list(dict.fromkeys(task for task, _ in panels))
-    metrics = list(dict.fromkeys(metric for _, metric in panels))
+    attacks = list(dict.fromkeys(r["attack"] for r in attacked))
+    defenses = list(dict.fromkeys((r["task"], r["defense"]) for r in attacked))
+    colours = {defense: COLOURS[i % len(COLOURS)] for i, defense in enumerate(dict.fromkeys(d for _, d in defenses))}
+    made = {(r["task"], r["metric"], r["attack"]) for r in attacked}
+    lines, columns, panels = _grid(list(dict.fromkeys((r["task"], r["metric"]) for r in attacked)), attacks)
     figure, axes = pyplot.subplots(
-        len(tasks), len(metrics), figsize=(3.6 * len(metrics), 3.0 * len(tasks)), squeeze=False, layout="constrained"
-    )
-    for task, metric in panels:
-        axis = axes[tasks.index(task)][metrics.index(metric)]
-        mine = [r for r in rows if r["task"] == task and r["metric"] == metric]
-        _panel(axis, mine, role)
-        axis.set_title(f"{task}: {metric}", fontsize=9)
-    for row in axes:
-        row[0].set_ylabel("similarity to the references", fontsize=8)
+        len(lines), len(columns), figsize=(max(5.0, 3.0 * len(columns)), 2.6 * len(lines)), squeeze=False,
+        sharey="row" if len(attacks) > 1 else False, layout="constrained",
+    )  # fmt: skip
+    handles: dict[str, Any] = {}
+    for (line, column), (task, metric, attack) in panels.items():
+        axis = axes[line][column]
+        if (task, metric, attack) not in made:
+            axis.set_axis_off()
+            continue
+        mine = [r for r in rows if r["task"] == task and r["metric"] == metric and r["attack"] in ("", attack)]
+        _panel(axis, mine, role, attack, colours)
+        drawn, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))
+        axis.set_title(attack if len(attacks) > 1 else f"{task}: {metric}", fontsize=9)
+    for line, label in zip(axes, lines, strict=True):
+        line[0].set_ylabel(label, fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("attack step", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(2 * len(metrics), len(labels)), fontsize=8, frameon=False
-    )
+        list(handles.values()), list(handles), loc="outside lower center", ncols=min(2 * len(columns), len(handles)),
+        fontsize=8, frameon=False,
+    )  # fmt: skip
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
 
 
-def _panel(axis, rows: Sequence[Mapping[str, Any]], role: str) -> None:
-    """Draw one task and metric."""
-    attacked = [r for r in rows if r["role"] == role and r["attack"]]
-    steps = sorted({int(r["step"]) for r in attacked})
-    places = {step: index for index, step in enumerate([0, *steps])}
-    defenses = list(dict.fromkeys(r["defense"] for r in attacked))
-    attacks = list(dict.fromkeys(r["attack"] for r in attacked))
-    for index, defense in enumerate(defenses):
-        for attack in attacks:
-            curve = _seed_means(
-                r for r in rows if r["role"] == role and r["defense"] == defense and r["attack"] in ("", attack)
-            )
-            if not curve:
-                continue
-            colour = COLOURS[index % len(COLOURS)]
-            means = {step: sum(v.values()) / len(v) for step, v in curve.items()}
-            ordered = sorted(means)
-            label = defense if len(attacks) == 1 else f"{defense} / {attack}"
-            dashes = DASHES[attacks.index(attack) % len(DASHES)]
-            xs, ys = [places[s] for s in ordered], [means[s] for s in ordered]
-            axis.plot(xs, ys, color=colour, label=label, lw=1.6, dashes=dashes)
-            for step, values in curve.items():
-                axis.plot([places[step]] * len(values), list(values.values()), ".", color=colour, ms=4, alpha=0.6)
+def _grid(
+    scales: Sequence[tuple[str, str]], attacks: Sequence[str]
+) -> tuple[list[str], list[str], dict[tuple[int, int], tuple[str, str, str]]]:
+    """Return (labels of lines, labels of columns, (line, column) -> (task, metric, attack)) of (task, metric) pairs."""
+    if len(attacks) > 1:
+        lines = [f"{task}\n{metric}" for task, metric in scales]
+        panels = {(i, j): (*scale, attack) for i, scale in enumerate(scales) for j, attack in enumerate(attacks)}
+        return lines, list(attacks), panels
+    tasks, metrics = (list(dict.fromkeys(each)) for each in zip(*scales, strict=True))
+    panels = {(tasks.index(task), metrics.index(metric)): (task, metric, attacks[0]) for task, metric in scales}
+    return ["similarity to the references"] * len(tasks), metrics, panels
+
+
+def _panel(axis, rows: Sequence[Mapping[str, Any]], role: str, attack: str, colours: Mapping[str, str]) -> None:
+    """Draw one task, metric and attack."""
+    attacked = [r for r in rows if r["role"] == role and r["attack"] == attack]
+    places = {step: index for index, step in enumerate([0, *sorted({int(r["step"]) for r in attacked})])}
+    for defense in dict.fromkeys(r["defense"] for r in attacked):
+        curve = _seed_means(r for r in rows if r["role"] == role and r["defense"] == defense)
+        colour = colours[defense]
+        means = {step: sum(v.values()) / len(v) for step, v in curve.items()}
+        ordered = sorted(means)
+        axis.plot([places[s] for s in ordered], [means[s] for s in ordered], color=colour, label=defense, lw=1.6)
+        for step, values in curve.items():
+            axis.plot([places[step]] * len(values), list(values.values()), ".", color=colour, ms=4, alpha=0.6)
     concepts = {r["concept"] for r in attacked}
     real = [r for r in rows if r["role"] == "real" and r["concept"] in concepts]
     original = [r for r in rows if r["role"] == role and r["defense"] == "original"]
