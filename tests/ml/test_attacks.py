@@ -14,6 +14,7 @@ from harness.words import Words
 
 SETTINGS = {
     "lora": {},
+    "lora-alpha": {"alpha": 8.0},
     "lora-dora": {"variant": "dora"},
     "lora-loha": {"variant": "loha"},
     "lora-lokr": {"variant": "lokr"},
