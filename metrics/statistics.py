@@ -1,0 +1,172 @@
+"""Intervals and tests for paired measurements: how sure is a difference, and of what? No torch, no files.
+
+Every defense meets the same concepts, prompts and seeds, so what is compared is paired in all three. Concepts are the
+ones that were chosen: nothing here speaks of others. Prompts and seeds are drawn, crossed with each other (each prompt
+is asked in each seed), and both bring chance of their own:
+
+    seeds    another run of defense, attack and sampling, under the same prompts
+    prompts  other evaluation prompts of the same kind, asked of the same adapted models
+
+The variance that seeds bring is estimated by a bootstrap over seeds (Efron and Tibshirani 1993); what prompts bring
+beside it, by one over prompts within concepts, less what stays in the cells when both are taken out, which the one over
+seeds holds already (crossed factors: Owen 2007). One unit less than there are is drawn each time, which makes the
+variance of a mean unbiased (Rao and Wu 1988). Percentiles of a bootstrap of three seeds are far too narrow, so limits
+are those of Student's t of each part, put together as squares (Zou and Donner 2008):
+
+    half width^2 = t(seeds - 1)^2 V_seeds + t(prompts - 1)^2 V_prompts
+
+`tests/benchmarks/coverage.py` measures how often they hold the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""[draws, concepts, quantities, seeds], means over prompts -> [draws]."""
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic, how far it may be off, and by what."""
+
+    value: float
+    variance_seeds: float | None  # None: fewer than two seeds, which tell nothing of another run
+    variance_prompts: float | None  # beside the seeds'; None: fewer than two prompts of a concept
+    seeds: int
+    prompts: int  # beyond the first of each concept
+
+    @property
+    def covers(self) -> str:
+        """What the interval covers, in words."""
+        if self.variance_seeds is None:
+            return "nothing: one seed"
+        return "seeds" if self.variance_prompts is None else "seeds and prompts"
+
+    def interval(self, level: float = 0.95) -> tuple[float | None, float | None]:
+        """Return the interval of a level; (None, None) for one seed."""
+        if self.variance_seeds is None:
+            return None, None
+        half = self._reach(lambda degrees: _quantile(degrees, 0.5 + level / 2))
+        return self.value - half, self.value + half
+
+    def p_value(self) -> float | None:
+        """Return the least p at which the interval of level 1 - p leaves zero out.
+
+        None for one seed; 1 where nothing differs at all.
+        """
+        if self.variance_seeds is None:
+            return None
+        if self._reach(lambda degrees: 1.0) == 0.0:
+            return 1.0 if self.value == 0.0 else 0.0
+        low, high = -40.0, 0.0  # of ln p
+        for _ in range(60):
+            middle = (low + high) / 2
+            tail = math.exp(middle) / 2
+            half = self._reach(lambda degrees, tail=tail: -_quantile(degrees, tail))
+            low, high = (middle, high) if half > abs(self.value) else (low, middle)
+        return math.exp(high)
+
+    def detectable(self, seeds: int | None = None, power: float = 0.8, level: float = 0.95) -> float | None:
+        """Return the least difference that a test at `level` finds with probability `power`, with so many seeds."""
+        if self.variance_seeds is None or (seeds or self.seeds) < 2:
+            return None
+        return self._reach(lambda degrees: _quantile(degrees, 0.5 + level / 2) + _quantile(degrees, power), seeds)
+
+    def seeds_for(self, difference: float, power: float = 0.8, level: float = 0.95, most: int = 1000) -> int | None:
+        """Return how many seeds find a difference; None: not even `most` do, so that more prompts are needed."""
+        for seeds in range(2, most + 1):
+            found = self.detectable(seeds, power, level)
+            if found is None or found <= abs(difference):
+                return seeds if found is not None else None
+        return None
+
+    def _reach(self, multiple: Callable[[int], float], seeds: int | None = None) -> float:
+        """Return the root of the sum of (multiple of a part's degrees of freedom)^2 * its variance."""
+        seeds = seeds or self.seeds
+        square = multiple(seeds - 1) ** 2 * self.variance_seeds * self.seeds / seeds
+        if self.variance_prompts:  # does not shrink with more seeds
+            square += multiple(self.prompts) ** 2 * self.variance_prompts
+        return math.sqrt(square)
+
+
+def estimate(cells: Sequence[np.ndarray], statistic: Statistic, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """Estimate a statistic of measurements.
+
+    `cells` holds for each concept an array [quantities, prompts, seeds]: the same quantities and seeds for every
+    concept, prompts of its own. `draws` bootstrap samples of each kind come from `seed`.
+    """
+    seeds = cells[0].shape[2]
+    fewest = min(x.shape[1] for x in cells)
+    source = np.random.default_rng(seed)
+    value = float(statistic(_averaged(cells))[0])
+    prompts = sum(x.shape[1] - 1 for x in cells)
+    if seeds < 2:
+        return Estimate(value, None, None, seeds, prompts)
+    by_seeds = _over_seeds(cells, statistic, source, draws)
+    if fewest < 2:
+        return Estimate(value, by_seeds, None, seeds, prompts)
+    own = _over_prompts(cells, statistic, source, draws) - _over_cells(cells, statistic, source, draws)
+    return Estimate(value, by_seeds, max(own, 0.0), seeds, prompts)
+
+
+def _averaged(cells: Sequence[np.ndarray]) -> np.ndarray:
+    return np.stack([x.mean(axis=1) for x in cells])[None]
+
+
+def _over_seeds(cells: Sequence[np.ndarray], statistic: Statistic, source, draws: int) -> float:
+    means = _averaged(cells)[0]  # [concepts, quantities, seeds]
+    seeds = means.shape[2]
+    chosen = source.integers(seeds, size=(draws, seeds - 1))
+    return float(np.var(statistic(np.moveaxis(means[:, :, chosen], 2, 0)), ddof=1))
+
+
+def _over_prompts(cells: Sequence[np.ndarray], statistic: Statistic, source, draws: int) -> float:
+    drawn = []
+    for x in cells:
+        prompts = x.shape[1]
+        chosen = source.integers(prompts, size=(draws, prompts - 1))
+        weights = np.zeros((draws, prompts))
+        np.add.at(weights, (np.arange(draws)[:, None], chosen), 1.0 / (prompts - 1))
+        drawn.append(np.einsum("dp,qps->dqs", weights, x))
+    return float(np.var(statistic(np.stack(drawn, axis=1)), ddof=1))
+
+
+def _over_cells(cells: Sequence[np.ndarray], statistic: Statistic, source, draws: int) -> float:
+    """Draw what is left in the cells, once seeds and prompts are taken out, anew beside what they explain."""
+    drawn = []
+    for x in cells:
+        quantities, prompts, seeds = x.shape
+        by_seed, by_prompt = x.mean(axis=1, keepdims=True), x.mean(axis=2, keepdims=True)
+        left = x - by_seed - by_prompt + x.mean(axis=(1, 2), keepdims=True)
+        left = left * math.sqrt(prompts * seeds / ((prompts - 1) * (seeds - 1)))
+        flat = left.reshape(quantities, prompts * seeds)
+        chosen = source.integers(prompts * seeds, size=(draws, prompts, seeds))
+        noise = flat[:, chosen].mean(axis=2)  # [quantities, draws, seeds]
+        drawn.append(by_seed[:, 0][None] + np.moveaxis(noise, 1, 0))
+    return float(np.var(statistic(np.stack(drawn, axis=1)), ddof=1))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return Holm's (1979) corrected p-values: the chance that any of the tests calls chance a difference is kept.
+
+    What was not tested (None) stays so and does not count.
+    """
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    greatest = 0.0
+    for rank, (p, index) in enumerate(known):
+        greatest = max(greatest, min(1.0, (len(known) - rank) * p))
+        corrected[index] = greatest
+    return corrected
+
+
+def _quantile(degrees: float, probability: float) -> float:
+    from scipy.special import stdtrit  # the quantile alone: scipy.stats takes a second to import
+
+    return float(stdtrit(degrees, probability))

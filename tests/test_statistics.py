@@ -1,0 +1,176 @@
+"""Intervals and tests for paired measurements, against scipy, closed forms and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from metrics.statistics import Estimate, estimate, holm
+
+DRAWS = 20_000
+NOISE = 0.05
+"""A variance from 20,000 draws is off by 1 % (one standard deviation): five times that."""
+
+
+def difference(means: np.ndarray) -> np.ndarray:
+    """Return the first quantity less the second, averaged over concepts and seeds."""
+    return (means[:, :, 0] - means[:, :, 1]).mean(axis=(1, 2))
+
+
+def drawn(seed: int, *shape: int) -> np.ndarray:
+    """Return normal numbers."""
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def components(x: np.ndarray) -> tuple[float, float, float]:
+    """Return the variances of a mean of [prompts, seeds] by seeds, prompts and cells: two-way analysis of variance."""
+    prompts, seeds = x.shape
+    left = x - x.mean(axis=0) - x.mean(axis=1, keepdims=True) + x.mean()
+    return (
+        x.mean(axis=0).var(ddof=1) / seeds,
+        x.mean(axis=1).var(ddof=1) / prompts,
+        (left**2).sum() / ((prompts - 1) * (seeds - 1)) / (prompts * seeds),
+    )
+
+
+# -- the variance ------------------------------------------------------------------------------------------------
+
+
+def test_variances_of_a_mean_difference_are_those_of_the_analysis_of_variance():
+    """One concept; the bootstrap, which knows nothing of means, finds them."""
+    x = drawn(0, 2, 6, 4) + 3.0 * drawn(10, 2, 6, 1)
+    found = estimate([x], difference, draws=DRAWS)
+
+    by_seeds, by_prompts, by_cells = components(x[0] - x[1])
+    assert found.value == pytest.approx((x[0] - x[1]).mean())
+    assert found.variance_seeds == pytest.approx(by_seeds, rel=NOISE)
+    assert found.variance_prompts == pytest.approx(by_prompts - by_cells, rel=NOISE)
+
+
+def test_concepts_share_seeds_and_have_prompts_of_their_own():
+    """Seeds: the variance of the concepts' joint mean; prompts: theirs, a quarter of the sum for two."""
+    x, y = (drawn(i, 2, n, 4) + 3.0 * drawn(i + 10, 2, n, 1) for i, n in ((1, 6), (2, 3)))
+    found = estimate([x, y], difference, draws=DRAWS)
+
+    a, b = x[0] - x[1], y[0] - y[1]
+    joint = (a.mean(axis=0) + b.mean(axis=0)) / 2
+    assert found.value == pytest.approx((a.mean() + b.mean()) / 2)
+    assert found.variance_seeds == pytest.approx(joint.var(ddof=1) / 4, rel=NOISE)
+    own = sum(by_prompts - by_cells for _, by_prompts, by_cells in (components(a), components(b))) / 4
+    assert found.variance_prompts == pytest.approx(own, rel=NOISE)
+
+
+def test_prompts_that_differ_less_than_cells_do_add_nothing():
+    """By chance their part comes out below zero; a variance is none."""
+    x = drawn(0, 2, 6, 4)
+    x -= x.mean(axis=2, keepdims=True)
+
+    assert estimate([x], difference).variance_prompts == 0.0
+
+
+def test_what_both_sides_share_does_not_count():
+    """Prompts and seeds that are hard for both are paired away."""
+    x = drawn(3, 2, 6, 4)
+    shared = 100.0 * drawn(4, 6, 4)
+
+    plain, hard = estimate([x], difference), estimate([x + shared], difference)
+    assert hard.value == pytest.approx(plain.value)
+    assert hard.interval() == pytest.approx(plain.interval())
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    """And the order of draws is no part of the data."""
+    x = drawn(5, 2, 6, 4)
+
+    assert estimate([x], difference, seed=1) == estimate([x], difference, seed=1)
+
+
+# -- intervals and p-values --------------------------------------------------------------------------------------
+
+
+def test_without_prompts_to_vary_it_is_scipys_paired_t_test():
+    """One prompt (a distance between sets of images): chance in seeds is all that can be told."""
+    x = drawn(6, 2, 1, 5)
+    found = estimate([x], difference, draws=200_000)
+    exact = Estimate(found.value, (x[0, 0] - x[1, 0]).var(ddof=1) / 5, None, 5, 0)
+    theirs = stats.ttest_rel(x[0, 0], x[1, 0])
+
+    assert found.covers == "seeds"
+    assert found.variance_seeds == pytest.approx(exact.variance_seeds, rel=0.02)
+    assert exact.p_value() == pytest.approx(theirs.pvalue)
+    assert exact.interval() == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+
+
+def test_an_interval_by_hand():
+    """t(2) = 4.3027, t(10) = 2.2281: the root of 4.3027^2 x 0.04 + 2.2281^2 x 0.02 is 0.9165."""
+    found = Estimate(1.0, 0.04, 0.02, seeds=3, prompts=10)
+
+    assert found.interval() == pytest.approx((0.0835, 1.9165), abs=1e-4)
+    assert found.covers == "seeds and prompts"
+
+
+@pytest.mark.parametrize("value", [1.0, 0.2, -3.0, 30.0])
+def test_the_p_value_is_where_the_interval_touches_zero(value):
+    """At the level of one less the p-value."""
+    found = Estimate(value, 0.04, 0.02, seeds=3, prompts=10)
+
+    low, high = found.interval(1.0 - found.p_value())
+    assert min(abs(low), abs(high)) == pytest.approx(0.0, abs=1e-6 * abs(value))
+
+
+def test_one_seed_has_no_interval():
+    """However many prompts there are: it says nothing of another run."""
+    found = estimate([drawn(7, 2, 6, 1)], difference)
+
+    assert (found.interval(), found.p_value(), found.detectable()) == ((None, None), None, None)
+    assert found.covers == "nothing: one seed"
+
+
+def test_no_difference_at_all_is_no_finding():
+    """Two names of one thing, measured under the same draws."""
+    x = drawn(8, 1, 6, 3)
+
+    found = estimate([np.concatenate([x, x])], difference)
+    assert (found.value, found.interval(), found.p_value()) == (0.0, (0.0, 0.0), 1.0)
+
+
+# -- how many seeds ----------------------------------------------------------------------------------------------
+
+
+def test_detectable_difference_is_found_as_often_as_promised():
+    """Of 2,000 runs of five seeds with a true difference of that size: 80 %, give or take three standard deviations."""
+    deviation, seeds = 1.0, 5
+    known = Estimate(0.0, deviation**2 / seeds, None, seeds, 0)
+    runs = np.random.default_rng(9).normal(known.detectable(), deviation, size=(2000, seeds))
+
+    found = np.mean([stats.ttest_1samp(run, 0.0).pvalue < 0.05 for run in runs])
+    # the sum of the two quantiles is an approximation of the noncentral t, good to 2 % from five seeds on
+    assert found == pytest.approx(0.8, abs=0.02 + 3 * math.sqrt(0.16 / 2000))
+
+
+def test_more_seeds_find_less():
+    """By their own part of the variance; the prompts' part stays."""
+    pilot = Estimate(0.5, 0.04, 0.02, seeds=3, prompts=10)
+
+    needed = pilot.seeds_for(0.5)
+    assert pilot.detectable(needed) <= 0.5 < pilot.detectable(needed - 1)
+    assert pilot.detectable(1000) > (stats.t.ppf(0.975, 10) + stats.t.ppf(0.8, 10)) * math.sqrt(0.02)
+    assert pilot.seeds_for(0.3) is None
+
+
+# -- Holm --------------------------------------------------------------------------------------------------------
+
+
+def test_holm_by_hand():
+    """0.01 x 4; 0.02 x 3; 0.03 x 2 which 0.06 holds up; 0.5 x 1."""
+    assert holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])
+
+
+def test_holm_leaves_out_what_was_not_tested():
+    """Two tests are two tests."""
+    assert holm([None, 0.04, None, 0.9]) == [None, pytest.approx(0.08), None, pytest.approx(0.9)]
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
