@@ -65,13 +65,13 @@ class Lora(Attack):
     Parameters = Parameters
     budgets = {
         "": UsualBudget(1000, 1),  # IMMA: 50 epochs of 20 images
-        "diffusers": UsualBudget(15_000, 1),  # the example's README
+        "diffusers": UsualBudget(15_000, 4),  # batch 1, four accumulated
         "imma": UsualBudget(1000, 1),
         "testbed": UsualBudget(120, 4),
     }
     presets = {
-        # examples/text_to_image/train_text_to_image_lora.py: --random_flip is off unless given
-        "diffusers": {"flip": False},
+        # diffusers' page on LoRA training; its cosine schedule is left out
+        "diffusers": {},
         # IMMA's attack script (batch 1 in the suite's budget): mirrored at random
         "imma": {},
         # rates for the embedded testbed (its feasibility run): rank 16 on attention and feed-forward

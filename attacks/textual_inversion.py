@@ -31,10 +31,10 @@ from harness.search import Choice, around
 class Parameters:
     """Defaults: the diffusers example as its README runs it."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-4
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
     """Embeddings of the word, which stand side by side."""
-    placeholder: Annotated[str, Field(pattern=r"^<[A-Za-z0-9*_-]{1,30}>$")] = "<concept>"
+    placeholder: Annotated[str, Field(pattern=r"^<[a-z0-9*_-]{1,30}>$")] = "<concept>"
     """The word."""
     begin_as: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """The words whose tokens the embeddings begin as; None: the concept's class word."""
@@ -56,14 +56,14 @@ class TextualInversion(Attack):
     uses_words = True
     Parameters = Parameters
     budgets = {
-        "": UsualBudget(3000, 4),  # the example's README: batch 1, four accumulated
+        "": UsualBudget(3000, 4),  # the example's README: batch 1, four accumulated, and the rate times four
         "imma": UsualBudget(2000, 1),
         "concept_inversion": UsualBudget(5000, 16),
         "testbed": UsualBudget(120, 4),
     }
     presets = {
         # IMMA's attack script: rate 5e-4 (its scale_lr multiplies by one)
-        "imma": {},
+        "imma": {"learning_rate": 5e-4},
         # Pham et al., esd/train.sh: 5e-3 times batch 4 times accumulation 4. It begins a style as "art"; here
         # `begin_as` is left to the concept's class word
         "concept_inversion": {"learning_rate": 8e-2},

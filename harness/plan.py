@@ -96,10 +96,12 @@ class _Planner:
         self._images: dict[str, str] = {}
         self._identities: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # by the parameters' object
         self._shared: dict[tuple, tuple[dict[str, Any], str]] = {}  # parameters of many stages, with their JSON
-        self.metrics = []  # (label, component, parameters for the identity, and those for this machine)
+        # (label, component, parameters for the identity, those for this machine, compares with what was trained on)
+        self.metrics = []
         for index, spec in enumerate(self.suite.metrics):
             cls, values = registry.get("metric", spec.method), loaded.parameters["metrics", str(index)]
-            self.metrics.append((spec.name, registry.component(cls), *self._identified(cls, values)))
+            is_guard = cls.compares_with == "attack"
+            self.metrics.append((spec.name, registry.component(cls), *self._identified(cls, values), is_guard))
         self.sampling = self.suite.sampling.model_dump()
 
     # -- stages ------------------------------------------------------------------------------------------
@@ -257,18 +259,21 @@ class _Planner:
         inputs: Mapping[str, str],
         label: str,
         called: str | None = None,
-        restored: Mapping[str, Any] = MappingProxyType({}),
+        liberties: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """Add a stage that draws the evaluation images; `called`: what the model was taught to call the concept."""
+        """Add a stage that draws the evaluation images; `called`: what the model was taught to call the concept.
+
+        `liberties`: what an adaptive attacker takes: components restored, the publisher's hooks left out.
+        """
         called = concept.words.name if called is None else called
         images = len(concept.evaluations) * self.suite.sampling.images_per_prompt * len(steps)
         described, described_json = self._share(
-            "sample", concept.name, called, steps, *restored.get("restore", ()),
+            "sample", concept.name, called, steps, canonical_json(dict(liberties)),
             make=lambda: {
                 "prompts": [concept.words.renamed(e.prompt, called) for e in concept.evaluations],
                 "steps": list(steps),
                 "sampling": self.sampling,
-                **restored,
+                **liberties,
             },
         )  # fmt: skip
         return self._add(
@@ -284,18 +289,29 @@ class _Planner:
         )
 
     def _scores(
-        self, concept: Concept, generated: Mapping[str, str], label: str, descriptions: tuple[str, ...] | None = None
+        self,
+        concept: Concept,
+        generated: Mapping[str, str],
+        label: str,
+        descriptions: tuple[str, ...] | None = None,
+        images: int | None = None,
     ) -> dict[str, str]:
-        """Score images against the references of a concept; `descriptions` are those of its prompts unless given."""
+        """Score images against the references of a concept; `descriptions` are those of its prompts unless given.
+
+        `images`: on so many of the attack split the attack trained, where that is not all of it.
+        """
         references = self.images(concept.name)
         descriptions = descriptions or tuple(e.description for e in concept.evaluations)
         scores = {}
-        for name, component, values, local in self.metrics:
+        for name, component, values, local, is_guard in self.metrics:
+            cut = {"images": images} if images and is_guard else {}
 
-            def describe(values=values) -> dict[str, Any]:
-                return {"parameters": values, "descriptions": list(descriptions)}
+            def describe(values=values, cut=cut) -> dict[str, Any]:
+                return {"parameters": values, "descriptions": list(descriptions), **cut}
 
-            described, described_json = self._share("score", name, concept.name, descriptions, make=describe)
+            described, described_json = self._share(
+                "score", name, concept.name, descriptions, *cut.values(), make=describe
+            )
             scores[name] = self._add(
                 kind="score",
                 component=component,
@@ -403,9 +419,11 @@ class _Planner:
         text = f"{attack.name} on {name} ({released.label})"
         identity, local = self._identified(cls, values)
         restored = {"restore": sorted(attack.restore)} if attack.restore else {}
+        liberties = restored if attack.attacker == "honest" else {**restored, "attacker": attack.attacker}
         space = self._space(attack, cls, values)
-        if "prior_weight" in space:
-            prior = max(prior, getattr(values, "prior_images", 0))
+        if "prior_weight" in space or "prior_images" in space:
+            asked = space.get("prior_images", {}).get("values", [getattr(values, "prior_images", 0)])
+            prior = max(prior, *asked)
 
         def describe() -> dict[str, Any]:
             known = {
@@ -447,8 +465,8 @@ class _Planner:
             workers=workers if cls.can_share(values) and batch_size % workers == 0 else 1,
         )
         inputs = {**released.weights, "adapt": adapt}
-        sample = self._sample(concept, released.seed, steps, inputs, f"sample {text}", called, restored)
-        scores = self._scores(concept, {"sample": sample}, text)
+        sample = self._sample(concept, released.seed, steps, inputs, f"sample {text}", called, liberties)
+        scores = self._scores(concept, {"sample": sample}, text, images=attack.images)
         self._unit(text, [adapt, sample, *scores.values()])
         self._trial(released, name, role, steps, sample, scores, attack)
 
@@ -475,15 +493,16 @@ class _Planner:
         """Add the probes of an adaptive attacker's search on one released model; return them by role."""
         count, at_once = attack.search.probes, attack.search.at_once
         wanted = attack.search.metric or search.judge(self.suite.metrics)
-        _, metric, metric_values, metric_local = next(m for m in self.metrics if m[0] == wanted)
+        _, metric, metric_values, metric_local, _ = next(m for m in self.metrics if m[0] == wanted)
         available = described["budget"]["images"] or concept.count("attack")
         sampling = {k: v for k, v in self.sampling.items() if k != "images_per_prompt"}
         shared = {
             **described,
             "space": dict(space),
+            "search": search.VERSION,
             "held_out": max(1, available // HELD_OUT),
-            "prompts": [concept.words.renamed(p, called) for p in concept.probe_prompts],
-            "descriptions": list(concept.probe_prompts),
+            "prompts": [concept.words.renamed(e.prompt, called) for e in concept.probes],
+            "descriptions": [e.description for e in concept.probes],
             "sampling": sampling,
             "metric": {"component": metric, "parameters": metric_values},
         }

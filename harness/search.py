@@ -13,6 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.seeds import mix
+
+VERSION = 2
+"""Raised when the same findings lead to other proposals."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -89,7 +94,8 @@ def propose(space: Mapping[str, Mapping[str, Any]], seed: int, told: Sequence[Pr
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {name: _distribution(optuna, part) for name, part in space.items()}
-    sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=4, constant_liar=True, multivariate=False)
+    source = mix(seed, len(told)) % 2**32  # each batch draws anew: the first ones are random
+    sampler = optuna.samplers.TPESampler(seed=source, n_startup_trials=4, constant_liar=True, multivariate=False)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     found = [probe.score for probe in told if probe.score is not None]
     for probe in told:

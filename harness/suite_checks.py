@@ -346,7 +346,8 @@ def attack_words(loaded: LoadedSuite) -> list[Mistake]:
                 failed = f"`called` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"
                 mistakes.append((("attacks", index), failed))
                 break
-            texts = [*concept.captions["attack"], *(e.prompt for e in concept.evaluations)] if renames else []
+            asked = [*concept.evaluations, *(concept.probes if attack.search is not None else ())]
+            texts = [*concept.captions["attack"], *(e.prompt for e in asked)] if renames else []
             nameless = next((text for text in texts if concept.words.name not in text), None)
             if nameless is not None:
                 what = f"{attack.method} puts a word of its own for '{one_line(concept.words.name, 60)}', which is not"
@@ -354,6 +355,22 @@ def attack_words(loaded: LoadedSuite) -> list[Mistake]:
                 mistakes.append(
                     (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}'{how}")
                 )
+    return mistakes
+
+
+def probe_prompts(loaded: LoadedSuite) -> list[Mistake]:
+    """Find concepts that a search tunes attacks on, whose probes ask what an evaluation asks."""
+    mistakes: list[Mistake] = []
+    searched = [attack for attack in loaded.suite.attacks if attack is not None and attack.search is not None]
+    for name in dict.fromkeys(name for attack in searched for name in _attacked(loaded, attack)):
+        concept = loaded.concepts.get(name)
+        if concept is None:
+            continue
+        evaluated = {e.prompt for e in concept.evaluations}
+        shared = next((e.prompt for e in concept.probes if e.prompt in evaluated), None)
+        if shared is not None:
+            what = f"'{one_line(shared, 80)}' is asked by the evaluation too, which no search may see"
+            mistakes.append((("concepts", name), f"{what}; give 'probe_prompts' of their own"))
     return mistakes
 
 

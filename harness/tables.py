@@ -18,6 +18,12 @@ from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, lea
 
 STATE = "tables.json"
 """What the tables in a folder were made from."""
+VERSION = 2
+"""Raised when the same rows make other tables or figures."""
+FILES = (
+    "rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "concepts.csv", "concepts.md",
+    "recovery_target.png",
+)  # fmt: skip
 SHOWN = (
     ("defense", "defense"),
     ("attack", "attack"),
@@ -38,7 +44,8 @@ SHOWN = (
 TEXT = frozenset({"defense", "attack", "attacker"})
 """Columns of words."""
 WORST_LEGEND = (
-    "For each defense and step the attack that comes closest to the targets, of those that count. An adaptive "
+    "For each defense and step the attack that comes closest to the targets, of those that count; best protection "
+    "first. undefended: what the closest attack on the undefended model reaches, whichever that is. An adaptive "
     "attacker's line holds the number of probes that the attack was tuned with, on each released model by itself."
 )
 LEGEND = (
@@ -82,12 +89,12 @@ def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool
     except (OSError, ValueError):
         return False
     whole = {"of": _fingerprint(plan, model_name, gates), "is_whole": True}
-    return state == whole and all((folder / name).is_file() for name in ("rows.csv", "leaderboard.csv", "concepts.csv"))
+    return state == whole and all((folder / name).is_file() for name in FILES)
 
 
 def _fingerprint(plan: Plan, model_name: str, gates: Gates) -> str:
     """Return a digest of everything that the tables are made from, but the values: those the score keys stand for."""
-    return digest_of_json([plan.suite, model_name, asdict(gates), [asdict(trial) for trial in plan.trials]])
+    return digest_of_json([VERSION, plan.suite, model_name, asdict(gates), [asdict(trial) for trial in plan.trials]])
 
 
 def sections(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:

@@ -58,7 +58,7 @@ def probe(s: StageAtWork) -> None:
     count = described["budget"]["images"]
     own = pictures.read(s.files("images", "attack")[:count][-described["held_out"] :])
     model, protection = s.released()
-    hooks = sampling_hooks(protection)
+    hooks = sampling_hooks(protection, described["attacker"])
     scores = {}
     for step in described["budget"]["steps"]:
         attack.load(model, saved / step_folder(step))

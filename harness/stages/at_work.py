@@ -56,19 +56,19 @@ class StageAtWork:
     def released(self):
         """Return (model, protection): the base, erased if the task erases, with the defense's changes over it.
 
-        An attacker who restores components has the base model's tensors there in the place of the defense's.
+        An attacker who restores components has the tensors from before the defense there in the place of the defense's:
+        the base model's, or those of the erased model that the task begins with.
         """
         from harness.protection import Protection
 
         model = self.base()
+        restored = tuple(f"{component}." for component in self.stage.parameters.get("restore", ()))
         protection, changed = Protection(), {}
         for role in ("erase", "immunize"):
             if role in self.stage.inputs:
                 protection = Protection.load(self.input(role, role))
-                changed |= protection.tensors
-        restored = tuple(f"{component}." for component in self.stage.parameters.get("restore", ()))
-        if restored:
-            changed = {n: t for n, t in changed.items() if not (n in protection.tensors and n.startswith(restored))}
+                is_kept = role == "erase" or not restored
+                changed |= {n: t for n, t in protection.tensors.items() if is_kept or not n.startswith(restored)}
         model.overlay(changed)
         return model, protection
 

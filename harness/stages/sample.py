@@ -21,7 +21,7 @@ def draw(s: StageAtWork) -> None:
     described = s.stage.parameters
     settings = described["sampling"]
     model, protection = s.released()
-    hooks = sampling_hooks(protection)
+    hooks = sampling_hooks(protection, described.get("attacker", "honest"))
     attack, checkpoints = None, None
     if "adapt" in s.stage.inputs:
         record = s.store.record("adapt", s.stage.inputs["adapt"])
@@ -56,8 +56,10 @@ def draw(s: StageAtWork) -> None:
     shutil.copytree(saved, s.folder / "images", copy_function=os.link)
 
 
-def sampling_hooks(protection: Protection) -> list[Any]:
-    """Return what the publisher runs before images are drawn."""
+def sampling_hooks(protection: Protection, attacker: str) -> list[Any]:
+    """Return what the publisher runs before images are drawn; an adaptive attacker, who has the weights, does not."""
     from harness.protection import make_hooks
 
+    if attacker != "honest":
+        return []
     return make_hooks("sampling_hook", protection.sampling)

@@ -13,7 +13,7 @@ from harness.stages.at_work import StageAtWork
 def score(s: StageAtWork) -> None:
     """Write one value a step and prompt, and what the metric says of itself."""
     metric = s.method("metric")
-    references = pictures.read(s.files("references", metric.compares_with))
+    references = pictures.read(s.files("references", metric.compares_with)[: s.stage.parameters.get("images")])
     descriptions = s.stage.parameters["descriptions"]
     values = []
     with s.run.ledger.phase("score"):

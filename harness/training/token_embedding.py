@@ -68,18 +68,21 @@ class LearnedWord:
         length = tokenizer.model_max_length
         rows = []
         for text in texts:
-            before, hole, after = text.partition(self._called)
-            if not hole:
+            first, *others = text.split(self._called)
+            if not others:
                 raise ValueError(f"'{text}' has no {self._called}")
-            left, right = (
-                tokenizer(part, add_special_tokens=False).input_ids if part.strip() else [] for part in (before, after)
-            )
-            row = [tokenizer.bos_token_id, *left, *[SLOT] * len(self.vectors), *right][: length - 1]
-            if row.count(SLOT) < len(self.vectors):
+            row = [tokenizer.bos_token_id, *self._tokens(first)]
+            for part in others:
+                row += [*[SLOT] * len(self.vectors), *self._tokens(part)]
+            row = row[: length - 1]
+            if row.count(SLOT) < len(others) * len(self.vectors):
                 raise ValueError(f"'{text}' leaves no room for the word in {length} tokens")
             row.append(tokenizer.eos_token_id)
             rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
         return torch.tensor(rows)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.model.tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
 
     def encode(self, ids: Tensor) -> Tensor:
         """Return text embeddings [texts, tokens, width], with a graph to `vectors`."""
@@ -88,7 +91,7 @@ class LearnedWord:
 
         def fill(module, arguments, embedded):
             embedded = embedded.clone()
-            embedded[slots] = self.vectors.repeat(len(ids), 1).to(embedded)
+            embedded[slots] = self.vectors.repeat(int(slots.sum()) // len(self.vectors), 1).to(embedded)
             return embedded
 
         handle = self.model.text_encoder.get_input_embeddings().register_forward_hook(fill)

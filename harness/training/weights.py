@@ -341,7 +341,9 @@ class LocalWeights:
         for path, value in state.items():
             if path.startswith("slot/"):
                 _, level, name, slot = path.split("/")
-                self._optimizer.slots[level][self.parameters[name]][slot] = value
+                weight = self.parameters[name]
+                # a step counter stays on the CPU, where AdamW keeps it
+                self._optimizer.slots[level][weight][slot] = value if slot == "step" else value.to(weight.device)
 
     def whole(self, names: Sequence[str]) -> Vector:
         """Return the weights."""
