@@ -173,8 +173,9 @@ class AttackSpec(MethodSpec):
     images: Count | None = None  # how many of the attack split are used; None: all
     search: SearchSpec | None = None  # of an adaptive attacker
     restore: list[Literal["unet", "text_encoder", "vae"]] = []
-    """Components of which an adaptive attacker puts the public base weights in the place of those that the defense
-    changed: what FreezeAsGuard and weight edits cannot prevent where the base model is public."""
+    """Components of which an adaptive attacker puts the weights from before the defense in the place of those that it
+    changed: what FreezeAsGuard and weight edits cannot prevent where the base model is public. Where the task erases
+    first, these are the erased model's: undoing the erasure would be another question."""
     tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
     """The tasks that it is made in; None: all."""
     innocents: bool = True

@@ -191,6 +191,82 @@ def test_a_search_needs_two_images(project):
     assert_told(project.validate(), project, ":17: ", "attacks[1].search: probes are judged on images that")
 
 
+TUNED_WORD = (
+    "  - {method: textual_inversion, name: ti, steps: [8], attacker: adaptive, search: {probes: 2}, "
+    "tasks: [personalization], innocents: false}\n"
+)
+NAMED = "{kind: object, label: purse, attack_name: sks purse, attack_captions: [sks purse], "
+
+
+def named(more: str) -> str:
+    """Return the suite with a purse that has a name of its own for the attacker."""
+    text = with_attacks(TUNED_WORD).replace("{kind: object, label: purse, ", NAMED)
+    return text.replace("[a purse on the beach, a purse]}", f"[a sks purse on the beach, a sks purse]{more}}}")
+
+
+def test_probe_prompts_must_name_the_concept(project):
+    """Otherwise a word that is learned is in no image that the probes are judged by."""
+    project.write(named(", probe_prompts: [a sks purse on grass]"))
+    assert project.validate().code == 0
+
+    project.write(named(", probe_prompts: [a purse on grass]"))
+    assert_told(project.validate(), project, ":17: ", "which is not in 'a purse on grass' of concept 'purse'")
+
+
+def test_probe_prompts_are_none_of_the_evaluations(project):
+    """A search that sees the evaluation finds what was not to be found."""
+    project.write(named(", probe_prompts: [a sks purse]"))
+
+    assert_told(project.validate(), project, ":5: ", "'a sks purse' is asked by the evaluation too")
+
+
+def test_probes_are_judged_by_plain_words(project):
+    """Text alignment with the attacker's identifier would mean nothing."""
+    plan = project.plan(named(", probe_prompts: [a sks purse on grass]"))
+
+    probe = next(stage for stage in plan.stages.values() if stage.kind == "probe")
+    assert probe.parameters["prompts"] == ["a <concept> on grass"]
+    assert probe.parameters["descriptions"] == ["a purse on grass"]
+
+
+def test_class_images_suffice_for_every_probe(project):
+    """For the greatest number that may be tried."""
+    tuned = (
+        "  - {method: dreambooth, name: tuned, steps: [8], attacker: adaptive, prior_images: 2, "
+        "search: {probes: 2, space: {prior_images: [2, 5]}}}\n"
+    )
+    plan = project.plan(with_attacks(tuned))
+
+    probe = next(stage for stage in plan.stages.values() if stage.kind == "probe")
+    assert len(probe.parameters["concept"]["prior_captions"]) == 5
+
+
+# -- what an attack is scored against ----------------------------------------------------------------------------
+
+
+def test_the_guard_compares_with_the_images_that_were_trained_on(project):
+    """With so many of the attack split as the attack was given, and no other score is touched by it."""
+    guard = "metrics: [nearest_training_image, "
+    few = with_attacks("  - {method: lora, name: few, steps: [2, 4], batch_size: 2, images: 1}\n")
+    plan = project.plan(few.replace("metrics: [", guard))
+
+    cut = {
+        (trial.attack, name, plan.stages[k].parameters["images"])
+        for trial in plan.trials
+        for name, k in trial.scores.items()
+        if "images" in plan.stages[k].parameters
+    }
+    assert cut == {("few", "nearest_training_image", 1)}
+
+
+def test_an_adaptive_attacker_draws_without_the_publishers_hooks(project):
+    """It has the weights: no one runs anything in between."""
+    plan = project.plan(with_attacks("  - {method: lora, name: free, steps: [2, 4], attacker: adaptive}\n"))
+
+    drawn = {(t.attack, plan.stages[t.sample].parameters.get("attacker")) for t in plan.trials if t.attack}
+    assert drawn == {("lora", None), ("free", "adaptive")}
+
+
 # -- attacks on targets alone ------------------------------------------------------------------------------------
 
 

@@ -118,3 +118,17 @@ def test_common_image_formats_are_taken(concept, project, suffix):
         path.rename(path.with_suffix(suffix))
 
     assert concept("lamp", ("folder: lamp", "folder: mixed")).count("attack") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "class_word"),
+    [
+        ("purse", ("label: purse,", "label: handbag, attack_name: sks handbag,"), "handbag"),
+        ("purse", ("label: purse,", "label: purse, class_prompt: a photo of a bag,"), "purse"),
+        ("dog", ("seeds: 2", "seeds: 2"), "object"),
+        ("vangogh", ("seeds: 2", "seeds: 2"), "style"),
+    ],
+)
+def test_class_words_are_words(concept, name, change, class_word):
+    """What a learned word may begin as: the label of what has images, and no word that may have been erased."""
+    assert concept(name, change).words.class_word == class_word

@@ -719,6 +719,34 @@ def test_a_weak_defense_that_is_not_attacked_yet_leaves_the_question_open():
     assert (found["valid"], found["reason"]) == (False, "incomplete: 3 of 4 trials on gentle, a weak defense")
 
 
+def test_the_worst_case_compares_the_closest_attacks_of_both_sides():
+    """Whichever they are: what a modest attack keeps is no measure of a defense that stopped a strong one."""
+    stopped = [{**r, "value": 0.05} if r["method"] == "imma" and r["attack"] else r for r in small()]
+    ends = {"dog": 0.55, "cat": 0.31, "cup": 0.5}
+    modest = [{**r, "attack": "modest", "value": ends[r["concept"]]} for r in small() if r["attack"]]
+    none, defended = (0.8 + 0.5) / 2, (0.55 + 0.31) / 2
+
+    worst = {line["defense"]: line for line in worst_case(leaderboard(stopped + modest, GATES))}
+
+    assert (worst["mine"]["attack"], worst["none"]["attack"]) == ("modest", "lora")
+    assert (worst["mine"]["target_none"], worst["mine"]["target_defended"]) == pytest.approx((none, defended))
+    assert worst["mine"]["sgr"] == pytest.approx((none - defended) / none)
+    assert worst["mine"]["recovery"] is worst["mine"]["sgr_low"] is worst["mine"]["innocent_sgr"] is None
+
+
+def test_the_worst_case_ranks_by_what_can_be_drawn():
+    """The defense of which least can be had comes first."""
+    other = [
+        {**r, "defense": "other", "value": r["value"] - 0.2 * bool(r["attack"])}
+        for r in small()
+        if r["defense"] == "mine"
+    ]
+    rows = small() + other
+    rows += [{**r, "attack": "second"} for r in rows if r["attack"]]
+
+    assert [line["defense"] for line in worst_case(leaderboard(rows, GATES))] == ["other", "mine", "none"]
+
+
 def test_there_is_no_worst_of_one_attack():
     """Its own lines say it all."""
     assert worst_case(leaderboard(small(), GATES)) == []

@@ -53,6 +53,14 @@ def test_probes_of_a_batch_differ():
     assert len(set(batch)) == 4
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_no_probe_repeats_another(at_once):
+    """Whether or not they were told of it: the first ones are drawn at random, each anew."""
+    rates = [probe.values["learning_rate"] for probe in _search(0, 13, at_once) if probe.values]
+
+    assert len(set(rates)) == len(rates) == 12
+
+
 def test_a_search_comes_closer_than_chance():
     """Over twenty seeds: the second half of forty probes scores better than the first."""
     gain = 0.0

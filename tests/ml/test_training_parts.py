@@ -146,6 +146,19 @@ def test_a_saved_word_says_what_it_said_in_training(model, tmp_path):
     assert not torch.allclose(model.encode_text([text]), trained, atol=1e-3)
 
 
+def test_a_word_stands_wherever_a_text_names_it(model):
+    """As often as diffusers would put it there."""
+    word = LearnedWord(model, "x", 2)
+    word.vectors.data[0, ::2] += 1.0
+    twice = word.ids(["{} and {} here", "one {}"])
+
+    assert (twice == -1).sum(dim=1).tolist() == [4, 2]
+    with torch.no_grad():
+        assert torch.allclose(word.encode(twice)[1], word.encode(word.ids(["one {}"]))[0], atol=1e-6)
+    with pytest.raises(ValueError, match="no room"):
+        word.ids(["{} " + "a " * 200 + "{}"])
+
+
 def test_only_the_vectors_of_a_learned_word_get_a_gradient(model):
     """Several vectors stand side by side; the encoder itself is not trained and keeps no hook."""
     word = LearnedWord(model, "x", vectors=3)
@@ -220,3 +233,15 @@ def test_state_replaces_what_was_kept_before(make_run):
     assert len(list(run.folder.glob("state.*.safetensors"))) == 1
     step, tensors, _ = run.load_state()
     assert (step, tensors["x"].tolist()) == (3, [3.0, 3.0])
+
+
+def test_resumed_optimizer_state_lies_where_the_weights_do():
+    """State is read on the CPU; AdamW keeps nothing but its step counter there. "meta" stands for any other device."""
+    weights = LocalWeights({"a": torch.nn.Parameter(torch.zeros(2, device="meta"))}, {"one": Level(("a",), 1e-3)})
+    slots = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    weights.load_state({f"slot/one/a/{name}": value for name, value in slots.items()})
+
+    kept = weights.state()
+    assert {name.split("/")[-1]: value.device.type for name, value in kept.items() if name.startswith("slot/")} == {
+        "step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta",
+    }  # fmt: skip
