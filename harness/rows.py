@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def collect(plan: Plan, store: Store, model_name: str) -> list[dict[str, Any]]:
-    """Return the rows of every committed score stage of the plan; what is not committed is left out."""
-    rows: list[dict[str, Any]] = []
+def collect(plan: Plan, store: Store, model_name: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of every committed score stage of the plan; what is not committed is left out."""
     read: dict[str, dict[str, Any] | None] = {}
     for trial in plan.trials:
         prompts = plan.stages[trial.sample].parameters.get("prompts", ())  # as they were asked: attacks have own words
@@ -53,16 +54,30 @@ def collect(plan: Plan, store: Store, model_name: str) -> list[dict[str, Any]]:
             }
             for entry in scores["values"]:
                 is_real = trial.role in ("real", "floor")
-                rows.append(
-                    {
-                        **shared,
-                        "step": entry["step"],
-                        "prompt_index": entry["prompt"],
-                        "prompt": "" if is_real else prompts[entry["prompt"]],
-                        "value": entry["value"],
-                    }
-                )
-    return rows
+                yield {
+                    **shared,
+                    "step": entry["step"],
+                    "prompt_index": entry["prompt"],
+                    "prompt": "" if is_real else prompts[entry["prompt"]],
+                    "value": entry["value"],
+                }
+
+
+def write_through(path: Path, rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the rows, each written as CSV before; the file is there when the last one was taken."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            for row in rows:
+                writer.writerow({c: _cell(row[c]) for c in columns})
+                yield row
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:

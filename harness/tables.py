@@ -12,16 +12,19 @@ from harness.identity import digest_of_json
 from harness.plan import Plan
 from harness.report.figures import recovery_curves
 from harness.rows import COLUMNS as ROW_COLUMNS
-from harness.rows import collect, write_csv
+from harness.rows import collect, write_csv, write_through
 from harness.store import Store, write_json, write_text
+from metrics.curves import COLUMNS as CURVE_COLUMNS
+from metrics.curves import curves
 from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, leaderboard, worst_case
+from metrics.measurements import Measurements
 
 STATE = "tables.json"
 """What the tables in a folder were made from."""
 VERSION = 2
 """Raised when the same rows make other tables or figures."""
 FILES = (
-    "rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "concepts.csv", "concepts.md",
+    "rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "curves.csv", "concepts.csv", "concepts.md",
     "recovery_target.png",
 )  # fmt: skip
 SHOWN = (
@@ -48,6 +51,10 @@ WORST_LEGEND = (
     "first. undefended: what the closest attack on the undefended model reaches, whichever that is. An adaptive "
     "attacker's line holds the number of probes that the attack was tuned with, on each released model by itself."
 )
+SOON_LEGEND = (
+    "Steps until the attack is half way from the undefended model before it to real images; in brackets how far it is "
+    "on that way on average, over the logarithm of the step: small is strong protection. Means over targets and seeds."
+)
 LEGEND = (
     "SGR: (undefended - defended) / undefended similarity on the targets, mean over targets and seeds; greater is "
     "stronger protection. innocent SGR: the same on innocent concepts; near 0 is good. gap: their difference. "
@@ -64,20 +71,21 @@ CONCEPTS_LEGEND = (
 
 def write(plan: Plan, store: Store, folder: Path, model_name: str, gates: Gates) -> list[dict[str, Any]]:
     """Write the tables of a run from what is committed; return the leaderboard's lines."""
-    rows = collect(plan, store, model_name)
-    lines = leaderboard(rows, gates)
+    is_whole = all(store.has("score", key) for trial in plan.trials for key in trial.scores.values())
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "rows.csv", rows, ROW_COLUMNS)
+    table = Measurements(write_through(folder / "rows.csv", collect(plan, store, model_name), ROW_COLUMNS))
+    lines = leaderboard(table, gates)
     write_csv(folder / "leaderboard.csv", lines, COLUMNS)
     worst = worst_case(lines)
     write_csv(folder / "worst_case.csv", worst, COLUMNS)
-    write_text(folder / "leaderboard.md", markdown(lines, worst))
-    concepts = by_concept(rows)
+    soon = curves(table)
+    write_csv(folder / "curves.csv", soon, CURVE_COLUMNS)
+    write_text(folder / "leaderboard.md", markdown(lines, worst, soon))
+    concepts = by_concept(table)
     write_csv(folder / "concepts.csv", concepts, CONCEPT_COLUMNS)
     write_text(folder / "concepts.md", concepts_markdown(concepts))
     for role in ("target", "innocent"):
-        recovery_curves(rows, folder / f"recovery_{role}.png", role)
-    is_whole = {r["score_key"] for r in rows} >= {k for trial in plan.trials for k in trial.scores.values()}
+        recovery_curves(table, folder / f"recovery_{role}.png", role)
     write_json(folder / STATE, {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole})
     return lines
 
@@ -147,13 +155,17 @@ def _notes(lines: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{reason} ({', '.join(where)})" for reason, where in notes.items()]
 
 
-def markdown(lines: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]] = ()) -> str:
-    """Return the leaderboard as Markdown, a table for each task and metric; then the worst case over attacks."""
+def markdown(
+    lines: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]] = (), soon: Sequence[dict[str, Any]] = ()
+) -> str:
+    """Return the leaderboard as Markdown, a table for each task and metric; then the worst case, and how soon."""
     if not lines:
         return "No rows yet.\n"
     parts = _markdown_tables(lines)
     if worst:
         parts += ["## Worst case over attacks\n", f"{WORST_LEGEND}\n", *_markdown_tables(worst, with_notes=False)]
+    if soon:
+        parts += ["## How soon\n", f"{SOON_LEGEND}\n", *_soon_tables(soon)]
     return "\n".join([*parts, LEGEND, ""])
 
 
@@ -166,6 +178,29 @@ def _markdown_tables(lines: Sequence[dict[str, Any]], with_notes: bool = True) -
         parts += ["| " + " | ".join(cells(line)) + " |" for line in group]
         parts += ["", *(f"- {note}" for note in _notes(group) if with_notes), ""]
     return parts
+
+
+def _soon_tables(soon: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a table for each task and metric: attacks by defenses, steps to half and area."""
+    parts = []
+    for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in soon):
+        group = [line for line in soon if (line["task"], line["metric"]) == (task, metric)]
+        defenses = list(dict.fromkeys(line["defense"] for line in group))
+        parts.append(f"### {task} / {metric}\n")
+        parts.append("| attack | " + " | ".join(defenses) + " |")
+        parts.append("| --- |" + " ---: |" * len(defenses))
+        for attack in dict.fromkeys(line["attack"] for line in group):
+            found = {line["defense"]: line for line in group if line["attack"] == attack}
+            parts.append(f"| {attack} | " + " | ".join(_soon_text(found.get(defense)) for defense in defenses) + " |")
+        parts.append("")
+    return parts
+
+
+def _soon_text(line: dict[str, Any] | None) -> str:
+    if line is None:
+        return "–"
+    steps = f"> {line['last_step']}" if line["steps_to_half"] is None else f"{line['steps_to_half']:.0f}"
+    return f"{steps} ({line['area']:.2f})"
 
 
 def concepts_markdown(lines: Sequence[dict[str, Any]]) -> str:

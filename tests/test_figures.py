@@ -6,13 +6,15 @@ import pytest
 from matplotlib.figure import Figure
 
 from harness.report.figures import _grid, _panel, recovery_curves
+from metrics.measurements import Measurements
 
 
 def row(value: float, **changes) -> dict:
     """Return one row: the undefended model, attacked, target dog, seed 0, step 10."""
     return {
-        "task": "t", "metric": "clip", "role": "target", "defense": "none", "attack": "lora", "concept": "dog",
-        "seed": 0, "step": 10, "value": value, "direction": "higher", **changes,
+        "task": "t", "metric": "clip", "role": "target", "defense": "none", "method": "none", "attack": "lora",
+        "attacker": "honest" if changes.get("attack", "lora") else "", "protected": "dog", "concept": "dog", "seed": 0,
+        "step": 10, "value": value, "direction": "higher", **changes,
     }  # fmt: skip
 
 
@@ -33,7 +35,7 @@ ROWS = [
 def panel(role: str) -> dict[str, list[float]]:
     """Return the heights of each named line of a panel."""
     axis = Figure().add_subplot()
-    _panel(axis, ROWS, role, "lora", {"none": "#000000"})
+    _panel(axis, Measurements(ROWS), ("t", "clip", "lora"), "honest", [10], role, {"none": "#000000"})
     return {line.get_label(): list(line.get_ydata()) for line in axis.lines if not line.get_label().startswith("_")}
 
 

@@ -583,12 +583,46 @@ def test_rows_of_the_original_model_are_no_defense():
     assert {e["defense"] for e in leaderboard(rows, GATES)} == {"none", "mine"}
 
 
-def test_metrics_of_which_less_is_more_are_left_out():
-    """A ratio of distances would read the wrong way round; they are no gate of the other metrics either."""
-    lower = [{**r, "metric": "distance", "direction": "lower"} for r in small() if r["role"] != "utility"]
+def test_a_distance_reads_the_right_way_round(line):
+    """Two less the similarity: what is a share of a way is the same; the gap is of the distance itself."""
+    lower = [{**r, "direction": "lower", "value": 2.0 - r["value"]} for r in small()]
+    found = only(lower)
 
-    assert leaderboard(lower, GATES) == []
-    assert leaderboard(lower + small(), GATES) == leaderboard(small(), GATES)
+    same = ("recovery", "utility", "valid", "innocent_valid", "reason")
+    assert [found[k] for k in same] == [pytest.approx(line[k]) if line[k] is not True else True for k in same]
+    # seed 0: dog 0.2 / 1.2, cat 0.1 / 1.5, mean 0.116667; seed 1: dog 0.4 / 1.2, cat 0.05 / 1.5, mean 0.183333
+    assert found["sgr"] == pytest.approx(0.15)
+    assert found["innocent_sgr"] == pytest.approx(0.06 / 1.4 / 2)
+
+
+def test_an_attack_that_makes_a_distance_greater_fails():
+    """From 0.9 to 1.0 where real images have 0.2."""
+    rows = [before(0.9), row(1.0), mine(1.1), real(0.2), before(0.9, role="utility", concept="sky"), floor(1.5)]
+    rows.append(before(0.9, role="utility", concept="sky", defense="mine", method="imma"))
+    found = only([{**r, "direction": "lower"} for r in rows])
+
+    assert (found["valid"], found["recovery"]) == (False, None)
+    assert "target dog: the undefended attack regains -14 % of the way" in found["reason"]
+
+
+def test_the_worst_case_of_a_distance_is_the_least():
+    """The attack that brings images closest."""
+    rows = [{**r, "direction": "lower", "value": 2.0 - r["value"]} for r in small()]
+    rows += [{**r, "attack": "closer", "value": r["value"] - 0.1} for r in rows if r["attack"]]
+    worst = {line["defense"]: line for line in worst_case(leaderboard(rows, GATES))}
+
+    assert worst["mine"]["attack"] == "closer"
+    none, defended = 2.0 - 0.65 - 0.1, 2.0 - 0.4625 - 0.1
+    assert worst["mine"]["sgr"] == pytest.approx((defended - none) / none)
+
+
+def test_metrics_without_a_direction_have_no_lines():
+    """They stand beside the scores, and are no gate of the other metrics either."""
+    guard = [{**r, "metric": "nearest", "direction": "none"} for r in small() if r["role"] != "utility"]
+
+    assert leaderboard(guard, GATES) == []
+    nothing = {"nearest_training": None, "nearest_training_real": None}
+    assert [{**e, **nothing} for e in leaderboard(guard + small(), GATES)] == leaderboard(small(), GATES)
 
 
 def test_no_rows_give_no_lines():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from metrics.measurements import Measurements, Trial, measured
 
 # Okabe and Ito's palette, told apart by readers who do not see all colours, and four of Tol's muted one after it
 COLOURS = (
@@ -13,42 +15,43 @@ COLOURS = (
 )  # fmt: skip
 
 
-def recovery_curves(rows: Sequence[Mapping[str, Any]], path: Path, role: str = "target") -> bool:
+def recovery_curves(rows: Iterable[Mapping[str, Any]] | Measurements, path: Path, role: str = "target") -> bool:
     """Draw `path` (PNG); return False when there is nothing to draw.
 
     Panels: tasks by metrics; where there are several attacks, a row for each task and metric and a column an attack.
     Lines are means over concepts, prompts and seeds; dots are seeds. Step 0 is the released model before the attack.
     Dashed: real images of the attack split. Dotted: the model before erasure. Metrics without a direction are left out.
     """
-    rows = [r for r in rows if r["direction"] != "none"]
-    attacked = [r for r in rows if r["role"] == role and r["attack"]]
-    if not attacked:
+    table = measured(rows)
+    made: dict[tuple[str, str, str], tuple[str, list[int]]] = {}  # (task, metric, attack) -> attacker, steps
+    for task, attack, attacker, metric, step in table.groups:
+        if any(table.means(task, d, attack, attacker, metric, step, role) for d in table.defenses[task]):
+            made.setdefault((task, metric, attack), (attacker, []))[1].append(step)
+    if not made:
         return False
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    attacks = list(dict.fromkeys(r["attack"] for r in attacked))
-    defenses = list(dict.fromkeys((r["task"], r["defense"]) for r in attacked))
-    colours = {defense: COLOURS[i % len(COLOURS)] for i, defense in enumerate(dict.fromkeys(d for _, d in defenses))}
-    made = {(r["task"], r["metric"], r["attack"]) for r in attacked}
-    lines, columns, panels = _grid(list(dict.fromkeys((r["task"], r["metric"]) for r in attacked)), attacks)
+    attacks = list(dict.fromkeys(attack for _, _, attack in made))
+    defenses = dict.fromkeys(defense for known in table.defenses.values() for defense in known)
+    colours = {defense: COLOURS[i % len(COLOURS)] for i, defense in enumerate(defenses)}
+    lines, columns, panels = _grid(list(dict.fromkeys(key[:2] for key in made)), attacks)
     figure, axes = pyplot.subplots(
         len(lines), len(columns), figsize=(max(5.0, 3.0 * len(columns)), 2.6 * len(lines)), squeeze=False,
         sharey="row" if len(attacks) > 1 else False, layout="constrained",
     )  # fmt: skip
     handles: dict[str, Any] = {}
-    for (line, column), (task, metric, attack) in panels.items():
+    for (line, column), key in panels.items():
         axis = axes[line][column]
-        if (task, metric, attack) not in made:
+        if key not in made:
             axis.set_axis_off()
             continue
-        mine = [r for r in rows if r["task"] == task and r["metric"] == metric and r["attack"] in ("", attack)]
-        _panel(axis, mine, role, attack, colours)
+        _panel(axis, table, key, *made[key], role, colours)
         drawn, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, drawn, strict=True))
-        axis.set_title(attack if len(attacks) > 1 else f"{task}: {metric}", fontsize=9)
+        axis.set_title(key[2] if len(attacks) > 1 else f"{key[0]}: {key[1]}", fontsize=9)
     for line, label in zip(axes, lines, strict=True):
         line[0].set_ylabel(label, fontsize=8)
     for axis in axes[-1]:
@@ -75,34 +78,54 @@ def _grid(
     return ["similarity to the references"] * len(tasks), metrics, panels
 
 
-def _panel(axis, rows: Sequence[Mapping[str, Any]], role: str, attack: str, colours: Mapping[str, str]) -> None:
+def _panel(
+    axis,
+    table: Measurements,
+    key: tuple[str, str, str],
+    attacker: str,
+    steps: Sequence[int],
+    role: str,
+    colours: Mapping[str, str],
+) -> None:
     """Draw one task, metric and attack."""
-    attacked = [r for r in rows if r["role"] == role and r["attack"] == attack]
-    places = {step: index for index, step in enumerate([0, *sorted({int(r["step"]) for r in attacked})])}
-    for defense in dict.fromkeys(r["defense"] for r in attacked):
-        curve = _seed_means(r for r in rows if r["role"] == role and r["defense"] == defense)
-        colour = colours[defense]
-        means = {step: sum(v.values()) / len(v) for step, v in curve.items()}
+    task, metric, attack = key
+    places = {step: index for index, step in enumerate([0, *sorted(steps)])}
+    concepts = set()
+    for defense in table.defenses[task]:
+        attacked = {step: table.means(task, defense, attack, attacker, metric, step, role) for step in steps}
+        if not any(attacked.values()):
+            continue
+        concepts |= {concept for found in attacked.values() for _, concept, _ in found}
+        attacked[0] = table.means(task, defense, "", "", metric, 0, role)
+        curve = {step: _by_seed(found) for step, found in attacked.items() if found}
+        means = {step: _mean(by_seed.values()) for step, by_seed in curve.items()}
         ordered = sorted(means)
+        colour = colours[defense]
         axis.plot([places[s] for s in ordered], [means[s] for s in ordered], color=colour, label=defense, lw=1.6)
-        for step, values in curve.items():
-            axis.plot([places[step]] * len(values), list(values.values()), ".", color=colour, ms=4, alpha=0.6)
-    concepts = {r["concept"] for r in attacked}
-    real = [r for r in rows if r["role"] == "real" and r["concept"] in concepts]
-    original = [r for r in rows if r["role"] == role and r["defense"] == "original"]
-    for chosen, style, label in ((real, "--", "real images"), (original, ":", "before erasure")):
-        if chosen:
-            level = sum(float(r["value"]) for r in chosen) / len(chosen)
-            axis.axhline(level, color="#777777", ls=style, lw=1, label=label)
+        for step, by_seed in curve.items():
+            axis.plot([places[step]] * len(by_seed), list(by_seed.values()), ".", color=colour, ms=4, alpha=0.6)
+    real = table.means(task, "", "", "", metric, 0, "real")
+    levels = (
+        ([value for (_, concept, _), value in real.items() if concept in concepts], "--", "real images"),
+        (list(table.means(task, "original", "", "", metric, 0, role).values()), ":", "before erasure"),
+    )
+    for values, style, label in levels:
+        if values:
+            axis.axhline(_mean(values), color="#777777", ls=style, lw=1, label=label)
     axis.set_xticks(list(places.values()), [str(s) for s in places])
     axis.tick_params(labelsize=7)
     axis.grid(axis="y", color="#dddddd", lw=0.5)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _seed_means(rows) -> dict[int, dict[int, float]]:
-    """Return step -> seed -> mean over concepts and prompts."""
-    values: dict[int, dict[int, list[float]]] = {}
-    for row in rows:
-        values.setdefault(int(row["step"]), {}).setdefault(int(row["seed"]), []).append(float(row["value"]))
-    return {step: {s: sum(v) / len(v) for s, v in by_seed.items()} for step, by_seed in values.items()}
+def _by_seed(values: Mapping[Trial, float]) -> dict[int, float]:
+    """Return seed -> mean over concepts."""
+    grouped: dict[int, list[float]] = {}
+    for (_, _, seed), value in values.items():
+        grouped.setdefault(seed, []).append(value)
+    return {seed: _mean(listed) for seed, listed in grouped.items()}
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
