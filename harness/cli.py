@@ -218,7 +218,7 @@ def _table(given: argparse.Namespace) -> ExitCode:
     opened.make_folder()
     lines = opened.write_tables()
     tables.show(lines, _console())
-    print(f"written: {opened.folder}/rows.csv, leaderboard.csv, leaderboard.md, concepts.csv, concepts.md")
+    print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more")
     return ExitCode.DONE
 
 

@@ -162,7 +162,7 @@ def _finish(opened, console) -> None:
     lines = opened.write_tables()
     tables.show(lines, console)
     console.print(
-        f"written: {opened.folder}/rows.csv, leaderboard.csv, leaderboard.md, concepts.csv, concepts.md",
+        f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more",
         highlight=False,
     )
 
