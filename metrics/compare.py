@@ -1,0 +1,185 @@
+"""Two defenses side by side: is one stronger than the other, and how sure is that? Pure arithmetic, no torch, no files.
+
+    stronger_by    what the attack reaches on the baseline less what it reaches on the defense, in the metric's unit
+                   (of a distance the other way round), mean over targets. Above 0: the defense protects more.
+    low, high      its 95 % interval; `covers` says of what chance (`metrics.statistics`). Paired by concept, prompt and
+                   seed.
+    p, p_corrected of no difference; corrected by Holm over the attacks and the worst case of a task, metric and step.
+    detectable     the least difference that so many seeds and prompts find in four of five runs.
+    retained_by    the same on innocent concepts, the other way round: above 0: they are learned better.
+    verdict        stronger | weaker: p_corrected below 0.05; unclear: not told apart; not tested: one seed.
+
+Worst case: what the most successful attack reaches on each of the two, whichever it is; drawn anew with every bootstrap
+sample, so that the choice of the attack is part of the chance. An attack that some target lacks is no part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from metrics.measurements import Cell, Measurements, measured
+from metrics.statistics import Estimate, estimate, holm
+
+COLUMNS = (
+    "task", "metric", "step", "attack", "attacker", "defense", "baseline", "n_targets", "n_seeds", "n_prompts",
+    "reached_defense", "reached_baseline", "reached_none", "stronger_by", "low", "high", "covers", "p", "p_corrected",
+    "detectable", "n_innocents", "retained_by", "retained_low", "retained_high", "retained_p", "verdict", "unit",
+)  # fmt: skip
+WORST = "worst case"
+LEVEL = 0.05
+
+Key = tuple[str, str, str, str, int]
+"""(task, attack, attacker, metric, step)."""
+
+
+def compare(
+    rows: Iterable[Mapping[str, Any]] | Measurements, defense: str, baselines: Sequence[str], draws: int = 1000
+) -> list[dict[str, Any]]:
+    """Return a line for each baseline, task, metric, step and attack, and the worst case over attacks.
+
+    Tasks that lack one of the two are left out. Raises ValueError, naming what there is, for an unknown defense.
+    """
+    table = measured(rows)
+    known = list(dict.fromkeys(name for of in table.defenses.values() for name in of))
+    for name in (defense, *baselines):
+        if name not in known:
+            raise ValueError(f"no defense '{name}' among these rows; there are {', '.join(known) or 'none'}")
+    lines = []
+    for baseline in baselines:
+        families: dict[tuple[str, str, int], list[Key]] = {}
+        for key in table.groups:
+            task, _, _, metric, step = key
+            if defense in table.defenses[task] and baseline in table.defenses[task]:
+                families.setdefault((task, metric, step), []).append(key)
+        for keys in families.values():
+            lines += _family(table, keys, defense, baseline, draws)
+    return lines
+
+
+def _family(table: Measurements, keys: Sequence[Key], defense: str, baseline: str, draws: int) -> list[dict[str, Any]]:
+    """Return the lines of the attacks of one task, metric and step, and their worst case, corrected together."""
+    sides = (defense, baseline)
+    lines = [line for key in keys if (line := _line(table, [key], sides, draws))]
+    if len(lines) > 1:
+        lines.append(_line(table, keys, sides, draws))
+    for line, corrected in zip(lines, holm([line["p"] for line in lines]), strict=True):
+        line["p_corrected"] = corrected
+        line["verdict"] = _verdict(line)
+    return lines
+
+
+def _line(table: Measurements, keys: Sequence[Key], sides: tuple[str, str], draws: int) -> dict[str, Any] | None:
+    """Return the line of an attack, or of the worst case of several; None where the two share no target."""
+    task, attack, attacker, metric, step = keys[0]
+    sign = table.sign(metric)
+    statistic = _gap_of_greatest(len(keys), sign)
+    cells, seeds = _cells(table, keys, sides, "target")
+    if not cells:
+        return None
+    found = estimate(cells, statistic, draws=draws)
+    # innocents meet the attacks one by one: a worst case is none of theirs
+    innocents, _ = _cells(table, keys, sides, "innocent") if len(keys) == 1 else ([], 0)
+    kept = estimate(innocents, statistic, draws=draws) if innocents else None
+    reached = [_greatest(_reached(cells, side, len(keys)), sign) for side in (0, 1)]
+    none = table.undefended[task]
+    bare, _ = _cells(table, keys, (none, none), "target") if none else ([], 0)
+    low, high = found.interval()
+    return {
+        "task": task,
+        "metric": metric,
+        "step": step,
+        "attack": attack if len(keys) == 1 else WORST,
+        "attacker": attacker if len(keys) == 1 else "",
+        "defense": sides[0],
+        "baseline": sides[1],
+        "n_targets": len(cells),
+        "n_seeds": seeds,
+        "n_prompts": sum(x.shape[1] for x in cells),
+        "reached_defense": reached[0],
+        "reached_baseline": reached[1],
+        "reached_none": _greatest(_reached(bare, 0, len(keys)), sign) if bare else None,
+        "stronger_by": found.value,
+        "low": low,
+        "high": high,
+        "covers": found.covers,
+        "p": found.p_value(),
+        "p_corrected": None,
+        "detectable": found.detectable(),
+        "n_innocents": len(innocents),
+        **_retained(kept),
+        "verdict": "",
+        "unit": table.about[metric]["unit"],
+    }
+
+
+def _retained(found: Estimate | None) -> dict[str, float | None]:
+    """Return what is said of innocents: the same gap the other way round."""
+    names = ("retained_by", "retained_low", "retained_high", "retained_p")
+    if found is None:
+        return dict.fromkeys(names)
+    low, high = found.interval()
+    turned = (None, None) if low is None else (-high, -low)
+    return dict(zip(names, (-found.value, *turned, found.p_value()), strict=True))
+
+
+def _verdict(line: Mapping[str, Any]) -> str:
+    if line["p_corrected"] is None:
+        return "not tested"
+    if line["p_corrected"] >= LEVEL:
+        return "unclear"
+    return "stronger" if line["stronger_by"] > 0 else "weaker"
+
+
+def _cells(
+    table: Measurements, keys: Sequence[Key], sides: tuple[str, str], role: str
+) -> tuple[list[np.ndarray], int]:
+    """Return ([2 x attacks, prompts, seeds] of each concept, number of seeds): the defense's attacks, the baseline's.
+
+    Concepts and seeds that were measured throughout: in every attack, on both sides, with the same number of prompts.
+    """
+    found = [
+        table.values(task, side, attack, attacker, metric, step, role)
+        for side in sides
+        for task, attack, attacker, metric, step in keys
+    ]
+    if not all(found):
+        return [], 0
+    shared = set.intersection(*(set(values) for values in found))
+    by_cell: dict[Cell, set[int]] = {}
+    for protected, concept, seed in shared:
+        by_cell.setdefault((protected, concept), set()).add(seed)
+    order = [cell for cell in dict.fromkeys(trial[:2] for trial in found[0]) if cell in by_cell]
+    if not order:
+        return [], 0
+    # seeds that most concepts have: one that few lack must not take it from the others
+    seeds = sorted(max((frozenset(by_cell[cell]) for cell in order), key=lambda s: (len(s), sorted(s))))
+    arrays = []
+    for cell in order:
+        listed = [[values[(*cell, seed)] for seed in seeds] for values in found if set(seeds) <= by_cell[cell]]
+        lengths = {len(values) for of in listed for values in of}
+        if listed and len(lengths) == 1:
+            arrays.append(np.asarray(listed, dtype=float).swapaxes(1, 2))
+    return arrays, len(seeds)
+
+
+def _gap_of_greatest(attacks: int, sign: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the statistic: what the closest attack reaches on the baseline less that on the defense."""
+
+    def gap(means: np.ndarray) -> np.ndarray:
+        of_attack = sign * means.mean(axis=(1, 3))  # [draws, 2 x attacks]
+        return of_attack[:, attacks:].max(axis=1) - of_attack[:, :attacks].max(axis=1)
+
+    return gap
+
+
+def _reached(cells: Sequence[np.ndarray], side: int, attacks: int) -> list[float]:
+    """Return what each attack reaches on one side, mean over concepts, prompts and seeds."""
+    means = np.mean([x.mean(axis=(1, 2)) for x in cells], axis=0)
+    return [float(value) for value in means[side * attacks : (side + 1) * attacks]]
+
+
+def _greatest(values: Sequence[float], sign: int) -> float:
+    return max(values, key=lambda value: sign * value)

@@ -1,0 +1,189 @@
+"""Two defenses side by side, against numbers worked out by hand, scipy, and simulated runs without a difference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from metrics.compare import COLUMNS, WORST, compare
+from tests.test_leaderboard import row
+
+
+def rows(values: dict[str, np.ndarray], **changes) -> list[dict]:
+    """Return rows of defenses: [prompts, seeds] each, of one attack, concept and step."""
+    methods = {"none": "none", "mine": "imma", "theirs": "uce"}
+    return [
+        row(float(value), defense=name, method=methods[name], seed=seed, prompt_index=prompt, **changes)
+        for name, array in values.items()
+        for prompt, of_prompt in enumerate(array)
+        for seed, value in enumerate(of_prompt)
+    ]
+
+
+def noise(seed: int, prompts: int = 4, seeds: int = 3) -> np.ndarray:
+    """Return normal numbers."""
+    return np.random.default_rng(seed).normal(size=(prompts, seeds))
+
+
+def only(lines: list[dict], attack: str = "lora") -> dict:
+    """Return the line of an attack."""
+    (found,) = [line for line in lines if line["attack"] == attack]
+    return found
+
+
+# -- a difference ------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_that_of_means():
+    """Over prompts and seeds; the undefended model stands beside."""
+    values = {"none": noise(0) + 3, "mine": noise(1), "theirs": noise(2) + 2}
+    line = only(compare(rows(values), "mine", ["theirs"]))
+
+    assert tuple(line) == COLUMNS
+    assert line["stronger_by"] == pytest.approx(values["theirs"].mean() - values["mine"].mean())
+    assert [line[f"reached_{side}"] for side in ("defense", "baseline", "none")] == pytest.approx(
+        [values[side].mean() for side in ("mine", "theirs", "none")]
+    )
+    assert (line["n_targets"], line["n_seeds"], line["n_prompts"], line["covers"]) == (1, 3, 4, "seeds and prompts")
+    assert line["low"] < line["stronger_by"] < line["high"]
+
+
+def test_with_one_value_a_seed_it_is_scipys_paired_test():
+    """A distance between sets of images, five seeds."""
+    values = {"mine": noise(1, 1, 5), "theirs": noise(2, 1, 5) + 1}
+    line = only(compare(rows(values), "mine", ["theirs"], draws=100_000))
+    theirs = stats.ttest_rel(values["theirs"][0], values["mine"][0])
+
+    assert line["p"] == pytest.approx(theirs.pvalue, rel=0.05)
+    assert (line["low"], line["high"]) == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=0.02)
+    assert line["covers"] == "seeds"
+
+
+def test_a_clear_difference_is_called_by_its_side():
+    """And turns with the sides."""
+    values = {"mine": 0.01 * noise(1), "theirs": 0.01 * noise(2) + 1}
+
+    assert only(compare(rows(values), "mine", ["theirs"]))["verdict"] == "stronger"
+    assert only(compare(rows(values), "theirs", ["mine"]))["verdict"] == "weaker"
+
+
+def test_of_a_distance_the_greater_one_is_stronger():
+    """The attack stays further away."""
+    values = {"mine": 0.01 * noise(1) + 1, "theirs": 0.01 * noise(2)}
+    line = only(compare([{**r, "direction": "lower"} for r in rows(values)], "mine", ["theirs"]))
+
+    assert (line["verdict"], line["stronger_by"] > 0) == ("stronger", True)
+
+
+def test_innocents_are_told_the_other_way_round():
+    """Greater is better there."""
+    values = {"mine": 0.01 * noise(1), "theirs": 0.01 * noise(2) + 1}
+    innocent = rows({"mine": noise(3), "theirs": noise(4)}, role="innocent", concept="cup")
+    line = only(compare(rows(values) + innocent, "mine", ["theirs"]))
+
+    assert line["retained_by"] == pytest.approx(noise(3).mean() - noise(4).mean())
+    assert line["retained_low"] < line["retained_by"] < line["retained_high"]
+    assert line["n_innocents"] == 1
+
+
+def test_one_seed_is_not_tested():
+    """There is a difference, and nothing to hold it against."""
+    line = only(compare(rows({"mine": noise(1, 4, 1), "theirs": noise(2, 4, 1)}), "mine", ["theirs"]))
+
+    assert (line["verdict"], line["p"], line["low"], line["detectable"]) == ("not tested", None, None, None)
+
+
+# -- what is compared --------------------------------------------------------------------------------------------
+
+
+def test_what_one_side_lacks_is_left_out():
+    """A seed of one concept; the other concept keeps all of its own."""
+    whole = rows({"mine": noise(1), "theirs": noise(2)})
+    cat = rows({"mine": noise(3), "theirs": noise(4)}, concept="cat", protected="cat")
+    cat = [r for r in cat if not (r["defense"] == "mine" and r["seed"] == 2)]
+    line = only(compare(whole + cat, "mine", ["theirs"]))
+
+    assert (line["n_targets"], line["n_seeds"]) == (1, 3)
+
+
+def test_concepts_count_alike_whatever_their_prompts():
+    """The mean over concepts of their means."""
+    few = rows({"mine": noise(1, 2), "theirs": noise(2, 2)})
+    many = rows({"mine": noise(3, 8), "theirs": noise(4, 8)}, concept="cat", protected="cat")
+    line = only(compare(few + many, "mine", ["theirs"]))
+
+    gaps = [noise(2, 2).mean() - noise(1, 2).mean(), noise(4, 8).mean() - noise(3, 8).mean()]
+    assert line["stronger_by"] == pytest.approx(sum(gaps) / 2)
+
+
+def test_the_worst_case_is_of_the_closest_attack_on_either_side():
+    """Mine is broken by the second attack, theirs by the first."""
+    first = rows({"mine": 0.01 * noise(1), "theirs": 0.01 * noise(2) + 0.5})
+    second = rows({"mine": 0.01 * noise(3) + 0.8, "theirs": 0.01 * noise(4) + 0.1}, attack="dreambooth")
+    lines = compare(first + second, "mine", ["theirs"])
+    worst = only(lines, WORST)
+
+    assert [line["attack"] for line in lines] == ["lora", "dreambooth", WORST]
+    assert worst["reached_defense"] == pytest.approx(0.8 + 0.01 * noise(3).mean())
+    assert worst["reached_baseline"] == pytest.approx(0.5 + 0.01 * noise(2).mean())
+    assert worst["stronger_by"] == pytest.approx(worst["reached_baseline"] - worst["reached_defense"])
+    assert [line["verdict"] for line in lines] == ["stronger", "weaker", "weaker"]
+
+
+def test_p_values_are_corrected_within_a_task_metric_and_step():
+    """Three tests each: two attacks and the worst case."""
+    lines = compare(
+        [
+            r
+            for step in (10, 20)
+            for attack in ("lora", "ti")
+            for r in rows({"mine": noise(step), "theirs": noise(step + len(attack)) + 0.8}, attack=attack, step=step)
+        ],
+        "mine",
+        ["theirs"],
+    )
+
+    for step in (10, 20):
+        family = [line for line in lines if line["step"] == step]
+        smallest = min(family, key=lambda line: line["p"])
+        assert len(family) == 3
+        assert smallest["p_corrected"] == pytest.approx(min(1.0, 3 * smallest["p"]))
+
+
+def test_several_baselines_have_lines_of_their_own():
+    """In the order asked for."""
+    values = {"none": noise(0), "mine": noise(1), "theirs": noise(2)}
+
+    assert [line["baseline"] for line in compare(rows(values), "mine", ["theirs", "none"])] == ["theirs", "none"]
+
+
+def test_an_unknown_defense_is_told_with_those_that_there_are():
+    """A slip of the pen."""
+    with pytest.raises(ValueError, match="no defense 'mima' among these rows; there are mine, theirs"):
+        compare(rows({"mine": noise(1), "theirs": noise(2)}), "mine", ["mima"])
+
+
+# -- a false claim -----------------------------------------------------------------------------------------------
+
+
+def test_one_defense_under_two_names_is_not_told_apart():
+    """Of 200 leaderboards of three attacks, concepts and seeds no more than 5 % + 3 sd claim a difference.
+
+    Both sides have chance of their own, and share prompts that differ. Any verdict of any attack or
+    of the worst case counts as a claim.
+    """
+    source = np.random.default_rng(0)
+    claimed = 0
+    for _ in range(200):
+        made = []
+        for concept in ("dog", "cat", "cow"):
+            level = source.normal(size=(6, 1))
+            for attack in ("lora", "ti", "db"):
+                chance = {
+                    name: level + 0.5 * source.normal(size=(1, 3)) + 0.5 * source.normal(size=(6, 3))
+                    for name in ("mine", "theirs")
+                }
+                made += rows(chance, concept=concept, protected=concept, attack=attack)
+        claimed += any(line["verdict"] in ("stronger", "weaker") for line in compare(made, "mine", ["theirs"], 300))
+    assert claimed / 200 <= 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5
