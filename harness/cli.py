@@ -1,4 +1,4 @@
-"""The command line: run, plan, validate, status, table, list, doctor. Imports nothing heavy until a verb needs it."""
+"""The command line. Imports nothing heavy until a verb needs it."""
 
 from __future__ import annotations
 
@@ -73,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     verb("validate", "check a suite and say all that is wrong with it")
     verb("status", "show how far a suite is and what failed")
     verb("table", "write and show the tables from what is committed")
+    compare = verbs.add_parser(
+        "compare", help="set a defense of a run beside others: differences, intervals, corrected tests",
+        description="set a defense of a run beside others: differences, intervals, corrected tests",
+    )  # fmt: skip
+    compare.add_argument("folder", help="the folder of a run, such as runs/quickstart")
+    compare.add_argument("--defense", required=True, metavar="LABEL", help="the defense, as the suite labels it")
+    compare.add_argument(
+        "--baseline", required=True, action="append", metavar="LABEL", dest="baselines",
+        help="what it is compared with; may be given several times",
+    )  # fmt: skip
     verb("list", "show the registered defenses, attacks and metrics, and the bundled suites", suite=False)
     verb("doctor", "check this installation: packages, testbed, device, Ray", suite=False)
     return parser
@@ -222,6 +232,15 @@ def _table(given: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE
 
 
+def _compare(given: argparse.Namespace) -> ExitCode:
+    from harness import comparison
+
+    folder = Path(given.folder)
+    lines = comparison.make(folder, given.defense, given.baselines)
+    comparison.show(lines, _console())
+    return ExitCode.DONE
+
+
 def _list(given: argparse.Namespace) -> ExitCode:
     from harness import registry, suite
 
@@ -252,6 +271,7 @@ _VERBS = {
     "validate": _validate,
     "status": _status,
     "table": _table,
+    "compare": _compare,
     "list": _list,
     "doctor": _doctor,
 }

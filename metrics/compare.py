@@ -85,7 +85,7 @@ def _line(table: Measurements, keys: Sequence[Key], sides: tuple[str, str], draw
     kept = estimate(innocents, statistic, draws=draws) if innocents else None
     reached = [_greatest(_reached(cells, side, len(keys)), sign) for side in (0, 1)]
     none = table.undefended[task]
-    bare, _ = _cells(table, keys, (none, none), "target") if none else ([], 0)
+    beside, _ = _cells(table, keys, (*sides, none), "target") if none else ([], 0)
     low, high = found.interval()
     return {
         "task": task,
@@ -100,7 +100,7 @@ def _line(table: Measurements, keys: Sequence[Key], sides: tuple[str, str], draw
         "n_prompts": sum(x.shape[1] for x in cells),
         "reached_defense": reached[0],
         "reached_baseline": reached[1],
-        "reached_none": _greatest(_reached(bare, 0, len(keys)), sign) if bare else None,
+        "reached_none": _greatest(_reached(beside, 2, len(keys)), sign) if beside else None,
         "stronger_by": found.value,
         "low": low,
         "high": high,
@@ -134,11 +134,11 @@ def _verdict(line: Mapping[str, Any]) -> str:
 
 
 def _cells(
-    table: Measurements, keys: Sequence[Key], sides: tuple[str, str], role: str
+    table: Measurements, keys: Sequence[Key], sides: Sequence[str], role: str
 ) -> tuple[list[np.ndarray], int]:
-    """Return ([2 x attacks, prompts, seeds] of each concept, number of seeds): the defense's attacks, the baseline's.
+    """Return ([sides x attacks, prompts, seeds] of each concept, number of seeds): a side's attacks, then the next's.
 
-    Concepts and seeds that were measured throughout: in every attack, on both sides, with the same number of prompts.
+    Concepts and seeds that were measured throughout: in every attack, on all sides, with the same number of prompts.
     """
     found = [
         table.values(task, side, attack, attacker, metric, step, role)
