@@ -29,10 +29,10 @@ SHOWN = (
 )
 LEGEND = (
     "stronger by: how much less the attack reaches on the defense than on the baseline, mean over targets; above 0 "
-    "the defense protects more. 95 %: covers chance in seeds and prompts (where it says seeds: in these alone) for these "
-    "concepts; paired by concept, prompt and seed. p corrected: Holm over the attacks and the worst case of a task, "
-    "metric and step. unclear: not told apart; in brackets the least difference that would have been seen in four of "
-    "five runs."
+    "the defense protects more. 95 %: covers chance in seeds and prompts (where it says seeds: in these alone) for "
+    "these concepts; paired by concept, prompt and seed. p corrected: Holm over the attacks and the worst case of a "
+    "task, metric and step. unclear: not told apart; in brackets the least difference that would have been seen in "
+    "four of five runs."
 )
 
 
