@@ -83,6 +83,17 @@ class _Released:
     is_weak: bool = False
 
 
+@dataclass(frozen=True)
+class _Metric:
+    """A metric of the suite."""
+
+    name: str  # label in the suite
+    cls: type
+    component: str
+    parameters: Mapping[str, Any]  # for the identity
+    local: Mapping[str, Any]  # those for this machine
+
+
 class _Planner:
     """Builds one plan; every method adds stages and returns their keys."""
 
@@ -96,12 +107,10 @@ class _Planner:
         self._images: dict[str, str] = {}
         self._identities: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # by the parameters' object
         self._shared: dict[tuple, tuple[dict[str, Any], str]] = {}  # parameters of many stages, with their JSON
-        # (label, component, parameters for the identity, those for this machine, compares with what was trained on)
-        self.metrics = []
+        self.metrics: list[_Metric] = []
         for index, spec in enumerate(self.suite.metrics):
             cls, values = registry.get("metric", spec.method), loaded.parameters["metrics", str(index)]
-            is_guard = cls.compares_with == "attack"
-            self.metrics.append((spec.name, registry.component(cls), *self._identified(cls, values), is_guard))
+            self.metrics.append(_Metric(spec.name, cls, registry.component(cls), *self._identified(cls, values)))
         self.sampling = self.suite.sampling.model_dump()
 
     # -- stages ------------------------------------------------------------------------------------------
@@ -300,31 +309,55 @@ class _Planner:
 
         `images`: on so many of the attack split the attack trained, where that is not all of it.
         """
-        references = self.images(concept.name)
         descriptions = descriptions or tuple(e.description for e in concept.evaluations)
         scores = {}
-        for name, component, values, local, is_guard in self.metrics:
-            cut = {"images": images} if images and is_guard else {}
+        for metric in self.metrics:
+            cut = {"images": images} if images and metric.cls.compares_with == "attack" else {}
 
-            def describe(values=values, cut=cut) -> dict[str, Any]:
-                return {"parameters": values, "descriptions": list(descriptions), **cut}
+            def describe(metric=metric, cut=cut) -> dict[str, Any]:
+                return {"parameters": metric.parameters, "descriptions": list(descriptions), **cut}
 
             described, described_json = self._share(
-                "score", name, concept.name, descriptions, *cut.values(), make=describe
+                "score", metric.name, concept.name, descriptions, *cut.values(), make=describe
             )
-            scores[name] = self._add(
+            scores[metric.name] = self._add(
                 kind="score",
-                component=component,
+                component=metric.component,
                 parameters=described,
                 parameters_json=described_json,
                 model={},
-                inputs={**generated, "references": references},
+                inputs={**generated, "references": self._references(concept, metric)},
                 data={},
                 seed=None,
-                label=f"{name} of {label}",
-                local={"parameters": local} if local else {},
+                label=f"{metric.name} of {label}",
+                local={"parameters": metric.local} if metric.local else {},
             )
         return scores
+
+    def _references(self, concept: Concept, metric: _Metric) -> str:
+        """Add what a metric compares images of a concept with: its images, or their features."""
+        images = self.images(concept.name)
+        cls = metric.cls
+        if cls.encoder is None:
+            return images
+        split = cls.compares_with
+        k = self._add(
+            kind="features",
+            component=cls.encoder,
+            parameters={"parameters": {n: metric.parameters[n] for n in cls.encoder_parameters}, "split": split},
+            model={},
+            inputs={"images": images},
+            data={},
+            seed=None,
+            label=f"features of {concept.name} ({split}) for {metric.name}",
+            # any metric of the encoder gives the same
+            local={
+                "metric": {"component": metric.component, "parameters": dict(metric.parameters)},
+                "parameters": dict(metric.local),
+            },
+        )
+        self._unit(self.result.stages[k].label, [k])
+        return k
 
     # -- trials ------------------------------------------------------------------------------------------
 
@@ -493,7 +526,7 @@ class _Planner:
         """Add the probes of an adaptive attacker's search on one released model; return them by role."""
         count, at_once = attack.search.probes, attack.search.at_once
         wanted = attack.search.metric or search.judge(self.suite.metrics)
-        _, metric, metric_values, metric_local, _ = next(m for m in self.metrics if m[0] == wanted)
+        metric = next(m for m in self.metrics if m.name == wanted)
         available = described["budget"]["images"] or concept.count("attack")
         sampling = {k: v for k, v in self.sampling.items() if k != "images_per_prompt"}
         shared = {
@@ -504,7 +537,7 @@ class _Planner:
             "prompts": [concept.words.renamed(e.prompt, called) for e in concept.probes],
             "descriptions": [e.description for e in concept.probes],
             "sampling": sampling,
-            "metric": {"component": metric, "parameters": metric_values},
+            "metric": {"component": metric.component, "parameters": metric.parameters},
         }
         probes: dict[str, str] = {}
         for first in range(0, count, at_once):
@@ -517,7 +550,7 @@ class _Planner:
                     parameters={**shared, "place": index - first},
                     inputs={**inputs, **told},
                     data={},
-                    local={"parameters": dict(local), "metric": metric_local},
+                    local={"parameters": dict(local), "metric": metric.local},
                     seed=seeds.derive("search", released.seed, concept.name),
                     label=label,
                     work=work + len(shared["prompts"]) * len(shared["budget"]["steps"]) * sampling["steps"] * 2.0,

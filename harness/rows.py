@@ -53,12 +53,12 @@ def collect(plan: Plan, store: Store, model_name: str) -> Iterator[dict[str, Any
                 **scores["about"],
             }
             for entry in scores["values"]:
-                is_real = trial.role in ("real", "floor")
+                is_asked = entry["prompt"] is not None and trial.role not in ("real", "floor")
                 yield {
                     **shared,
                     "step": entry["step"],
-                    "prompt_index": entry["prompt"],
-                    "prompt": "" if is_real else prompts[entry["prompt"]],
+                    "prompt_index": entry["prompt"],  # None, and so empty, of a metric of whole sets
+                    "prompt": prompts[entry["prompt"]] if is_asked else "",
                     "value": entry["value"],
                 }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import clip, fetched, library, local_files, mean_similarity_by_prompt
+from metrics.encoders import by_prompt, clip, encode_images, fetched, flat, library, local_files
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class ClipImage(Metric):
     direction = "higher"
     unit = "cosine"
     range = (-1.0, 1.0)
+    encoder = "open_clip@1"
+    encoder_parameters = ("backbone", "pretrained")
     Parameters = Parameters
     presets = {"testbed": {"backbone": "testbed", "pretrained": None}}
 
@@ -51,7 +53,11 @@ class ClipImage(Metric):
             "library": library("open_clip_torch"),
         }
 
-    def score(self, images, references, descriptions, device):
-        """Return the mean cosine of each prompt's images with all references."""
+    def encode(self, images, device):
+        """Return unit vectors."""
         model, transform, _ = clip(self.parameters.backbone, self.parameters.pretrained, device)
-        return mean_similarity_by_prompt(model.encode_image, transform, images, references, device)
+        return encode_images(model.encode_image, transform, images, device)
+
+    def score(self, images, references, descriptions, device):
+        """Return the mean cosine of each prompt's images with all references, over all pairs (IMMA's code)."""
+        return by_prompt((self.encode(flat(images), device) @ references.T).double().mean(dim=1), images)

@@ -117,19 +117,14 @@ def encode_images(encode, transform, images: Sequence[Image], device: torch.devi
     return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
 
 
-def mean_similarity_by_prompt(
-    encode, transform, images: Sequence[Sequence[Image]], references: Sequence[Image], device: torch.device
-) -> list[float]:
-    """Return, for each prompt, the cosine averaged over all pairs of its images and the references (IMMA's code)."""
-    flat = [image for group in images for image in group]
-    drawn = encode_images(encode, transform, flat, device)
-    known = encode_images(encode, transform, references, device)
-    pairs = (drawn @ known.T).double().mean(dim=1)
-    values, start = [], 0
-    for group in images:
-        values.append(float(pairs[start : start + len(group)].mean()))
-        start += len(group)
-    return values
+def by_prompt(values: Tensor, images: Sequence[Sequence[Image]]) -> list[float]:
+    """Return the mean for each prompt of one value an image, in order."""
+    return [float(part.mean()) for part in values.double().split([len(group) for group in images])]
+
+
+def flat(images: Sequence[Sequence[Image]]) -> list[Image]:
+    """Return the images of all prompts, in order."""
+    return [image for group in images for image in group]
 
 
 def library(name: str) -> str:

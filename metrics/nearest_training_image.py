@@ -8,7 +8,7 @@ the concept get (`nearest_training_real`: the reference split against the attack
 from __future__ import annotations
 
 from harness.registry import register
-from metrics.encoders import encode_images, vision
+from metrics.encoders import by_prompt, flat
 from metrics.self_supervised_image import SelfSupervisedImage
 
 
@@ -23,8 +23,4 @@ class NearestTrainingImage(SelfSupervisedImage):
 
     def score(self, images, references, descriptions, device):
         """Return, for each prompt, the mean over its images of the cosine with the nearest training image."""
-        model, transform = vision(self.parameters.backbone, device)
-        known = encode_images(model, transform, references, device)
-        drawn = encode_images(model, transform, [image for group in images for image in group], device)
-        nearest = (drawn @ known.T).double().max(dim=1).values.split([len(group) for group in images])
-        return [float(part.mean()) for part in nearest]
+        return by_prompt((self.encode(flat(images), device) @ references.T).max(dim=1).values, images)

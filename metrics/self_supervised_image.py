@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.registry import register
 from metrics.base import Metric
-from metrics.encoders import fetched, library, local_files, mean_similarity_by_prompt, vision
+from metrics.encoders import by_prompt, encode_images, fetched, flat, library, local_files, vision
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class SelfSupervisedImage(Metric):
     direction = "higher"
     unit = "cosine"
     range = (-1.0, 1.0)
+    encoder = "timm@1"
+    encoder_parameters = ("backbone",)
     Parameters = Parameters
     presets = {"testbed": {"backbone": "testbed"}}
 
@@ -48,7 +50,11 @@ class SelfSupervisedImage(Metric):
             "library": library("timm"),
         }
 
-    def score(self, images, references, descriptions, device):
-        """Return the mean cosine of each prompt's images with all references."""
+    def encode(self, images, device):
+        """Return unit vectors."""
         model, transform = vision(self.parameters.backbone, device)
-        return mean_similarity_by_prompt(model, transform, images, references, device)
+        return encode_images(model, transform, images, device)
+
+    def score(self, images, references, descriptions, device):
+        """Return the mean cosine of each prompt's images with all references, over all pairs."""
+        return by_prompt((self.encode(flat(images), device) @ references.T).double().mean(dim=1), images)

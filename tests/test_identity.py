@@ -143,7 +143,7 @@ def test_digest_of_file_is_that_of_its_content(tmp_path):
 
 # -- whole plans -----------------------------------------------------------------------------------------------
 
-ALL = {"images", "erase", "immunize", "adapt", "sample", "score"}
+ALL = {"images", "erase", "immunize", "adapt", "sample", "features", "score"}
 
 
 def changed_kinds(before, after) -> set[str]:
@@ -180,18 +180,21 @@ EDITS = {
     "first of sets of one": (("rounds: 3", "rounds: 3, protects: first"), set()),
     "evaluation prompt": (("a purse on the beach", "a purse on the moon"), {"sample", "score"}),
     "images a prompt": (("images_per_prompt: 2", "images_per_prompt: 3"), {"sample", "score"}),
-    "metric parameter": (("[clip_image,", "[{method: clip_image, pretrained: null},"), {"score"}),
+    "metric parameter": (("[clip_image,", "[{method: clip_image, pretrained: null},"), {"features", "score"}),
     "added metric": (("[clip_image,", "[self_supervised_image, clip_image,"), set()),
     "added seed": (("seeds: 2", "seeds: 3"), set()),
     "added defense": (("[none, uce, {", "[none, uce, {method: uce, name: uce2, ridge: 2}, {"), set()),
     "added attack": (("metrics:", "  - {method: lora, name: l8, steps: [2], rank: 8}\nmetrics:"), set()),
     "seed": (("seeds: 2", "seeds: [5, 6]"), {"immunize", "adapt", "sample", "score"}),
     "precision": (("model: model", "model: {id: model, precision: bf16}"), ALL),
-    "eraser": (("erase: uce", "erase: {method: uce, ridge: 2.0}"), ALL - {"images"}),
-    "generating prompts": (("{per_split: 3}", "{per_split: 4}"), {"images", "immunize", "adapt", "sample", "score"}),
+    "eraser": (("erase: uce", "erase: {method: uce, ridge: 2.0}"), ALL - {"images", "features"}),
+    "generating prompts": (
+        ("{per_split: 3}", "{per_split: 4}"),
+        {"images", "immunize", "adapt", "sample", "features", "score"},
+    ),
     "seed of generated images": (
         ("utility: [dog]", "utility: [dog]\nimages: {seed: 1}"),
-        {"images", "immunize", "adapt", "sample", "score"},
+        {"images", "immunize", "adapt", "sample", "features", "score"},
     ),
     "description of an evaluation prompt": (
         ("a purse]}", "a purse], descriptions: [a purse by the sea, a purse]}"),
@@ -317,7 +320,7 @@ def test_files_of_a_metric_change_its_scores(project):
 
     after = project.plan(text)
 
-    assert changed_kinds(before, after) == {"score"}
+    assert changed_kinds(before, after) == {"features", "score"}
     assert all(label.startswith("clip_image") for label in labels(before, "score", gone_in=after))
 
 
@@ -352,7 +355,7 @@ def test_every_file_of_a_metric_counts(project):
     before = project.plan(with_backbone(project, folder))
     (folder / "open_clip_pytorch_model.bin").write_bytes(b"two")
 
-    assert changed_kinds(before, project.plan(with_backbone(project, folder))) == {"score"}
+    assert changed_kinds(before, project.plan(with_backbone(project, folder))) == {"features", "score"}
 
 
 def test_single_file_of_a_metric_is_known_by_its_content(project):

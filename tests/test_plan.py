@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from harness.identity import describe
 from tests.conftest import SUITE
 
 DEFENSES, SEEDS, ATTACKS, METRICS = 3, 2, 1, 2
@@ -175,9 +176,10 @@ def test_floor_of_utility_is_images_of_the_target_as_if_of_the_utility_concept(p
     for trial in floors:
         (target,) = trial.protected
         for key in trial.scores.values():
-            assert plan.stages[key].inputs == {
-                "images": images[f"images of {target}"], "references": images["images of dog"],
-            }  # fmt: skip
+            inputs = plan.stages[key].inputs
+            known = plan.stages[inputs["references"]]
+            assert inputs["images"] == images[f"images of {target}"]
+            assert images["images of dog"] in (inputs["references"], known.inputs.get("images"))
 
 
 def test_floor_has_a_description_for_each_image(project):
@@ -278,3 +280,50 @@ def test_single_seed_is_the_first_of_many(project):
     few = project.plan(SUITE, ["seeds=1"])
 
     assert set(few.stages) <= set(project.plan().stages)
+
+
+# -- features of references --------------------------------------------------------------------------------------
+
+
+def _features(plan) -> dict[str, list]:
+    """Return the stages of features by what encodes."""
+    found: dict[str, list] = {}
+    for stage in plan.stages.values():
+        if stage.kind == "features":
+            found.setdefault(stage.component, []).append(stage)
+    return found
+
+
+def test_references_are_encoded_once_for_all_that_are_compared_with_them(project):
+    """Four concepts, and every score of a metric that encodes compares with features of the concept's images."""
+    plan = project.plan()
+
+    (stages,) = _features(plan).values()
+    concepts = {stage.inputs["images"] for stage in stages}
+    assert len(stages) == len(concepts) == 4
+    for trial in plan.trials:
+        known = plan.stages[plan.stages[trial.scores["clip_image"]].inputs["references"]]
+        assert known.kind == "features"
+        assert plan.stages[plan.stages[trial.scores["clip_text"]].inputs["references"]].kind == "images"
+
+
+def test_metrics_with_the_same_encoder_share_features(project):
+    """Under another label; not with another backbone, nor with another split."""
+    plain = _features(project.plan())
+    text = SUITE.replace("metrics: [clip_image,", "metrics: [clip_image, {method: clip_image, name: again},")
+    assert {k: len(v) for k, v in _features(project.plan(text)).items()} == {k: len(v) for k, v in plain.items()}
+
+    other = text.replace("name: again", "name: again, backbone: ViT-L-14-quickgelu")
+    assert len(_features(project.plan(other))["open_clip@1"]) == 8
+    guarded = SUITE.replace("metrics: [", "metrics: [self_supervised_image, nearest_training_image, ")
+    assert sorted(s.parameters["split"] for s in _features(project.plan(guarded))["timm@1"]) == (
+        ["attack"] * 4 + ["reference"] * 4
+    )
+
+
+def test_which_metric_encodes_is_in_no_key(project):
+    """What it does is."""
+    text = SUITE.replace("metrics: [clip_image,", "metrics: [{method: clip_image, name: again},")
+    ours, theirs = _features(project.plan()), _features(project.plan(text))
+
+    assert [describe(s) for s in ours["open_clip@1"]] == [describe(s) for s in theirs["open_clip@1"]]

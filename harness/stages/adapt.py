@@ -56,7 +56,7 @@ def probe(s: StageAtWork) -> None:
         return
     metric = s.method("metric", described["metric"], s.stage.local.get("metric", {}))
     count = described["budget"]["images"]
-    own = pictures.read(s.files("images", "attack")[:count][-described["held_out"] :])
+    own = metric.known(pictures.read(s.files("images", "attack")[:count][-described["held_out"] :]), s.run.device)
     model, protection = s.released()
     hooks = sampling_hooks(protection, described["attacker"])
     scores = {}

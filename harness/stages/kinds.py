@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from harness.stages.adapt import adapt, probe
 from harness.stages.at_work import StageAtWork
+from harness.stages.features import encode
 from harness.stages.images import lay_out
 from harness.stages.protect import protect
 from harness.stages.sample import draw
@@ -18,6 +19,7 @@ DO: dict[str, Callable[[StageAtWork], None]] = {
     "adapt": adapt,
     "probe": probe,
     "sample": draw,
+    "features": encode,
     "score": score,
 }
 """Each fills the folder of a stage."""

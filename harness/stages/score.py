@@ -1,31 +1,38 @@
-"""Scoring images against references: scores.json."""
+"""Scoring images against references: scores.json, one value a step and prompt, or a step."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from harness import pictures
+from harness.stages import features
 from harness.stages.at_work import StageAtWork
+
+if TYPE_CHECKING:
+    from metrics.base import Metric
 
 
 def score(s: StageAtWork) -> None:
     """Write one value a step and prompt, and what the metric says of itself."""
     metric = s.method("metric")
-    references = pictures.read(s.files("references", metric.compares_with)[: s.stage.parameters.get("images")])
+    references = _references(s, metric)[: s.stage.parameters.get("images")]
     descriptions = s.stage.parameters["descriptions"]
     values = []
     with s.run.ledger.phase("score"):
         for step, groups in _groups(s, len(descriptions), metric.compares_with):
             opened = [pictures.read(group) for group in groups]
             scored = metric.score(opened, references, descriptions, s.run.device)
-            if len(scored) != len(opened):
+            of_a_set = metric.scope == "set"
+            if len(scored) != (1 if of_a_set else len(opened)):
                 raise ValueError(f"{metric.name} gave {len(scored)} values for {len(opened)} prompts")
             for prompt, value in enumerate(scored):
                 if not math.isfinite(value):
-                    raise ValueError(f"{metric.name} is {value} for '{descriptions[prompt]}' at step {step}")
-                values.append({"step": step, "prompt": prompt, "value": value})
+                    what = "the images" if of_a_set else f"'{descriptions[prompt]}'"
+                    raise ValueError(f"{metric.name} is {value} for {what} at step {step}")
+                values.append({"step": step, "prompt": None if of_a_set else prompt, "value": value})
     about = {
         "direction": metric.direction,
         "unit": metric.unit,
@@ -33,6 +40,13 @@ def score(s: StageAtWork) -> None:
         **metric.about(),
     }
     (s.folder / "scores.json").write_text(json.dumps({"about": about, "values": values}), encoding="utf-8")
+
+
+def _references(s: StageAtWork, metric: Metric) -> Any:
+    """Return what is compared with, as the metric takes it."""
+    if metric.encoder is not None:
+        return features.read(s.input("references", "features"), s.run.device)
+    return pictures.read(s.files("references", metric.compares_with))
 
 
 def _groups(s: StageAtWork, prompts: int, compared_with: str) -> list[tuple[int, list[list[Path]]]]:

@@ -38,7 +38,7 @@ def test_image_similarity_is_the_mean_cosine_over_all_pairs(images, backbone):
     """Written out pair by pair, for two prompts with different numbers of images."""
     metric = ClipImage(ImageParameters(backbone, None))
     groups, references = [images[:2], images[2:5]], images[5:8]
-    values = metric.score(groups, references, ["x", "y"], CPU)
+    values = metric.score(groups, metric.known(references, CPU), ["x", "y"], CPU)
     known = _features(backbone, references)
     for value, group in zip(values, groups, strict=True):
         pairs = [float(a @ b) for a in _features(backbone, group) for b in known]
@@ -50,7 +50,8 @@ def test_image_similarity_of_an_image_with_itself_is_one(images, backbone):
     """The upper end of the range."""
     metric = ClipImage(ImageParameters(backbone, None))
 
-    assert metric.score([images[:1]], images[:1], ["x"], CPU)[0] == pytest.approx(1.0, abs=1e-5)
+    known = metric.known(images[:1], CPU)
+    assert metric.score([images[:1]], known, ["x"], CPU)[0] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_text_alignment_is_a_hundred_times_the_cosine(images, backbone):
@@ -76,11 +77,11 @@ def test_backbone_in_a_folder_is_a_file_of_the_metric_and_a_name_is_not(backbone
 
 def test_nearest_training_image_is_the_greatest_cosine(monkeypatch):
     """A drawn image that is a training image scores one, whatever the others are like."""
-    from metrics import nearest_training_image as module
+    from metrics.nearest_training_image import NearestTrainingImage
 
     vectors = {"a": (1.0, 0.0), "b": (0.0, 1.0), "c": (0.6, 0.8)}
-    monkeypatch.setattr(module, "vision", lambda backbone, device: (None, None))
-    monkeypatch.setattr(module, "encode_images", lambda e, t, images, d: torch.tensor([vectors[i] for i in images]))
-    metric = module.NearestTrainingImage(module.NearestTrainingImage.Parameters("testbed"))
+    metric = NearestTrainingImage(NearestTrainingImage.Parameters("testbed"))
+    monkeypatch.setattr(metric, "encode", lambda images, device: torch.tensor([vectors[i] for i in images]))
 
-    assert metric.score([["a"], ["c", "b"]], ["a", "c"], ["x", "y"], CPU) == pytest.approx([1.0, (1.0 + 0.8) / 2])
+    known = metric.known(["a", "c"], CPU)
+    assert metric.score([["a"], ["c", "b"]], known, ["x", "y"], CPU) == pytest.approx([1.0, (1.0 + 0.8) / 2])

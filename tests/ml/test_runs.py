@@ -74,7 +74,7 @@ def test_every_committed_stage_has_its_provenance(finished):
 
     records = [json.loads(p.read_text()) for p in (finished[1] / "store").glob("*/*/record.json")]
 
-    assert {r["identity"]["kind"] for r in records} == {"images", "erase", "immunize", "adapt", "sample", "score"}
+    assert {r["identity"]["kind"] for r in records} == {"images", "erase", "immunize", "adapt", "sample", "features", "score"}
     for record in records:
         assert digest_of_json(record["identity"])[:32] == record["key"]
         assert record["provenance"]["packages"]["torch"]
@@ -251,6 +251,33 @@ def test_failing_metric_leaves_the_other_metrics_rows(suite_file, tmp_path):
 
     assert code == ExitCode.TRIALS_FAILED
     assert metrics == {"clip_image"}
+
+
+def test_a_metric_of_whole_sets_has_one_row_a_step(suite_file, tmp_path):
+    """Of no prompt; it has its lines in the leaderboard, a distance among similarities."""
+    plugin = tmp_path / "set_metric.py"
+    plugin.write_text(
+        "from metrics.base import Metric\nfrom harness.registry import register\n"
+        "@register('metric')\nclass Sets(Metric):\n"
+        "    name = 'sets'\n    version = 1\n    direction = 'lower'\n    unit = ''\n    range = (0.0, 9.0)\n"
+        "    scope = 'set'\n"
+        "    def about(self):\n        return {'backbone': '', 'preprocessing': '', 'library': ''}\n"
+        "    def score(self, images, references, descriptions, device):\n"
+        "        return [sum(len(group) for group in images) / len(references)]\n",
+        encoding="utf-8",
+    )
+    runs = tmp_path / "runs"
+    text = suite_file.read_text()
+    suite_file.write_text(text.replace("metrics: [", "metrics: [sets, "), encoding="utf-8")
+    code = _run(suite_file, "--runs", runs, "--plugin", plugin, "--set", "seeds=1", "--set", "defenses=[none]",
+                "--set", "tasks.relearning=null")  # fmt: skip
+    rows = [r for r in csv.DictReader(_rows(runs).splitlines()) if r["metric"] == "sets"]
+    attacked = [r for r in rows if r["attack"] and r["role"] == "target"]
+
+    assert code == ExitCode.DONE
+    assert {(r["prompt_index"], r["prompt"]) for r in rows} == {("", "")}
+    assert [(r["step"], r["value"]) for r in attacked] == [("2", "0.6666666666666666"), ("4", "0.6666666666666666")]
+    assert {line["metric"] for line in _leaderboard(runs)} == {"sets", "clip_image"}
 
 
 def _start(suite: Path, runs: Path, executor: str) -> subprocess.Popen:
