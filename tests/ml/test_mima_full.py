@@ -127,7 +127,7 @@ def test_dress_rehearsal(tiny_folder, tmp_path, photographs, capsys):
     records = [json.loads(p.read_text()) for p in (runs / "store").glob("*/*/record.json")]
     assert {r["identity"]["kind"] for r in records} == {
         "images", "erase", "immunize", "adapt", "sample", "features", "score"
-    }
+    }  # fmt: skip
     classes = [r for r in records if "prior" in r["identity"]["parameters"].get("prompts", {})]
     prompts = sorted({p for r in classes for p in r["identity"]["parameters"]["prompts"]["prior"]})
     assert prompts == ["artwork", "cat", "pot", "sofa"]

@@ -74,7 +74,9 @@ def test_every_committed_stage_has_its_provenance(finished):
 
     records = [json.loads(p.read_text()) for p in (finished[1] / "store").glob("*/*/record.json")]
 
-    assert {r["identity"]["kind"] for r in records} == {"images", "erase", "immunize", "adapt", "sample", "features", "score"}
+    assert {r["identity"]["kind"] for r in records} == {
+        "images", "erase", "immunize", "adapt", "sample", "features", "score"
+    }  # fmt: skip
     for record in records:
         assert digest_of_json(record["identity"])[:32] == record["key"]
         assert record["provenance"]["packages"]["torch"]
