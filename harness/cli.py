@@ -83,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", required=True, action="append", metavar="LABEL", dest="baselines",
         help="what it is compared with; may be given several times",
     )  # fmt: skip
+    merging = verbs.add_parser(
+        "merge", help="copy the stages of several results folders into one",
+        description="copy the stages of several results folders into one; a stage with two results is refused",
+    )  # fmt: skip
+    merging.add_argument("sources", nargs="+", metavar="FOLDER", help="a results folder (runs), or a store")
+    merging.add_argument("--into", default="runs", metavar="FOLDER", help="the results folder to fill (default: runs)")
     verb("list", "show the registered defenses, attacks and metrics, and the bundled suites", suite=False)
     verb("doctor", "check this installation: packages, testbed, device, Ray", suite=False)
     return parser
@@ -241,6 +247,17 @@ def _compare(given: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE
 
 
+def _merge(given: argparse.Namespace) -> ExitCode:
+    from harness import merge
+
+    try:
+        merged = merge.merge(given.sources, given.into)
+    except OSError as error:
+        raise UserMistake(f"--into {one_line(given.into)}: {one_line(error.strerror or error)}") from None
+    print(f"{merged.copied} stages copied into {one_line(given.into)}, {merged.known} were there already")
+    return ExitCode.DONE
+
+
 def _list(given: argparse.Namespace) -> ExitCode:
     from harness import registry, suite
 
@@ -272,6 +289,7 @@ _VERBS = {
     "status": _status,
     "table": _table,
     "compare": _compare,
+    "merge": _merge,
     "list": _list,
     "doctor": _doctor,
 }
