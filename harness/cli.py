@@ -72,7 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     verb("validate", "check a suite and say all that is wrong with it")
     verb("status", "show how far a suite is and what failed")
-    verb("table", "write and show the tables from what is committed")
+    table = verb("table", "write and show the tables from what is committed")
+    table.add_argument(
+        "--with-paper", action="store_true",
+        help="also write what papers print of the same tasks and defenses, apart from what was measured",
+    )  # fmt: skip
     compare = verbs.add_parser(
         "compare", help="set a defense of a run beside others: differences, intervals, corrected tests",
         description="set a defense of a run beside others: differences, intervals, corrected tests",
@@ -235,6 +239,11 @@ def _table(given: argparse.Namespace) -> ExitCode:
     lines = opened.write_tables()
     tables.show(lines, _console())
     print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more")
+    if given.with_paper:
+        from harness import papers
+
+        count = papers.write(opened.loaded.suite, opened.folder)
+        print(f"papers' numbers: {count} rows in {opened.folder}/{papers.FILE}.md and .csv")
     return ExitCode.DONE
 
 

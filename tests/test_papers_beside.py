@@ -1,0 +1,41 @@
+"""Papers' numbers beside a run: which rows, in files of their own, as printed."""
+
+from __future__ import annotations
+
+import csv
+
+from tests.test_cli import arguments, commit_all
+
+
+def test_rows_of_the_suites_tasks_and_defenses_stand_beside_it(project):
+    """Of UCE and IMMA, in re-learning and in adaptation; the measured tables do not change."""
+    commit_all(project)
+    assert project.cli("table", *arguments(project)).code == 0
+    folder = project.runs / "small"
+    measured = (folder / "leaderboard.csv").read_bytes()
+    assert not (folder / "paper_rows.csv").exists()
+
+    outcome = project.cli("table", *arguments(project), "--with-paper")
+
+    with open(folder / "paper_rows.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert outcome.code == 0 and f"papers' numbers: {len(rows)} rows" in outcome.out
+    assert {row["defense"] for row in rows} <= {"", "none", "uce", "imma"}
+    assert {row["task"] for row in rows} == {"relearning", "adaptation"}
+    assert {row["paper"] for row in rows} >= {"imma", "freezeasguard"}
+    assert "18.40" in {row["value"] for row in rows}
+    text = (folder / "paper_rows.md").read_text()
+    assert "### imma, table 1 (second-hand): " in text and "| 17.61 |" in text
+    assert (folder / "leaderboard.csv").read_bytes() == measured
+
+
+def test_a_task_without_erasure_has_no_rows_of_relearning(project):
+    """And none of defenses that the suite does not measure."""
+    commit_all(project)
+    away = ("--set", "tasks.relearning=null", "--set", "defenses=[none]")
+    assert project.cli("table", *arguments(project), *away, "--with-paper").code == 0
+
+    with open(project.runs / "small" / "paper_rows.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["task"] for row in rows} == {"adaptation"}
+    assert {row["defense"] for row in rows} <= {"", "none"}
