@@ -1,0 +1,58 @@
+"""What the numbers mean: complete, and the same in the module as on the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.comparison import SHOWN as SHOWN_OF_COMPARISON
+from harness.tables import SHOWN
+from metrics import compare, curves, definitions, leaderboard
+from tests.conftest import run_python
+
+PAGE = Path(definitions.__file__).with_name("DEFINITIONS.md")
+NOT_COLUMNS = {
+    "direction_higher", "direction_lower", "direction_none", "interval_over_seeds", "interval_over_seeds_and_prompts",
+}  # fmt: skip
+
+
+def test_the_page_is_made_of_the_definitions():
+    """Else: python -m metrics.definitions > metrics/DEFINITIONS.md."""
+    assert PAGE.read_text(encoding="utf-8") == definitions.markdown()
+
+
+@pytest.mark.parametrize("columns", [leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, curves.COLUMNS, compare.COLUMNS])
+def test_every_column_has_a_definition(columns):
+    """Of leaderboard.csv and worst_case.csv, concepts.csv, curves.csv and what `compare` writes."""
+    assert [name for name in columns if name not in definitions.BY_NAME] == []
+
+
+def test_every_definition_is_of_something_and_stands_there_once():
+    """A column that is gone leaves no definition behind."""
+    columns = {*leaderboard.COLUMNS, *leaderboard.CONCEPT_COLUMNS, *curves.COLUMNS, *compare.COLUMNS}
+
+    assert sorted(found.name for found in definitions.DEFINITIONS) == sorted(columns | NOT_COLUMNS)
+
+
+def test_nothing_is_left_unsaid():
+    """Title, meaning and source of each; a formula of each that is shown as a number and is not only a count."""
+    assert all(d.title and d.meaning.endswith(".") and d.source for d in definitions.DEFINITIONS)
+    shown = {name for name, _ in (*SHOWN, *SHOWN_OF_COMPARISON)} & set(definitions.BY_NAME)
+    words = {"defense", "attack", "attacker", "step", "valid", "verdict"}
+    assert [name for name in sorted(shown - words) if not definitions.BY_NAME[name].formula] == []
+
+
+def test_our_reading_is_told_as_ours():
+    """The papers' own formula was not found."""
+    found = definitions.BY_NAME["relative_gap"]
+
+    assert "our reading" in found.title and found.source.startswith("ours")
+
+
+def test_printing_imports_nothing_heavy():
+    """The page on standard output."""
+    code = "import sys, metrics.definitions; print(sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
+
+    assert run_python("-c", code).stdout == "[]\n"
+    assert run_python("-m", "metrics.definitions").stdout == definitions.markdown()
