@@ -21,7 +21,7 @@ from metrics.measurements import Measurements
 
 STATE = "tables.json"
 """What the tables in a folder were made from."""
-VERSION = 2
+VERSION = 3
 """Raised when the same rows make other tables or figures."""
 FILES = (
     "rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "curves.csv", "concepts.csv", "concepts.md",
@@ -38,7 +38,7 @@ SHOWN = (
     ("sgr", "SGR %"),
     ("interval", "95 %"),
     ("innocent_sgr", "innocent SGR %"),
-    ("relative_gap", "gap %"),
+    ("relative_gap", "RSGR (our reading) %"),
     ("recovery", "recovery"),
     ("utility", "utility"),
     ("nearest_training", "nearest training image"),
@@ -57,10 +57,12 @@ SOON_LEGEND = (
 )
 LEGEND = (
     "SGR: (undefended - defended) / undefended similarity on the targets, mean over targets and seeds; greater is "
-    "stronger protection. innocent SGR: the same on innocent concepts; near 0 is good. gap: their difference. "
+    "stronger protection. innocent SGR: the same on innocent concepts; near 0 is good. RSGR (our reading): their "
+    "difference; the papers' own formula was not found, so it is not to be set beside theirs. "
     "recovery: the defended attack's gain over the undefended one's. utility: the released model's score before any "
     "attack over the undefended model's, both above what images of another concept score. 95 %: Student t over seeds; "
-    "covers chance in defense, attack and sampling for these concepts and prompts."
+    "covers chance in defense, attack and sampling for these concepts and prompts. Every column: "
+    "python -m metrics.definitions."
 )
 
 CONCEPTS_LEGEND = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.comparison import SHOWN as SHOWN_OF_COMPARISON
-from harness.tables import SHOWN
+from harness.tables import LEGEND, SHOWN
 from metrics import compare, curves, definitions, leaderboard
 from tests.conftest import run_python
 
@@ -48,6 +48,8 @@ def test_our_reading_is_told_as_ours():
     found = definitions.BY_NAME["relative_gap"]
 
     assert "our reading" in found.title and found.source.startswith("ours")
+    assert "our reading" in dict(SHOWN)["relative_gap"]
+    assert "RSGR (our reading): their difference; the papers' own formula was not found" in LEGEND
 
 
 def test_printing_imports_nothing_heavy():
