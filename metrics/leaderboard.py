@@ -1,7 +1,7 @@
 """The leaderboard: pure arithmetic from rows to one line a defense, attack, metric and step. No torch, no files.
 
-`metrics.definitions` says of every column what it means. How the main ones are computed, with M the metric averaged over
-a concept's evaluation prompts and images, for one seed:
+`metrics.definitions` says of every column what it means. How the main ones are computed, with M the metric averaged
+over a concept's evaluation prompts and images, for one seed:
 
     sgr            (M_none - M_defense) / M_none, per target and seed, then the mean over targets (MSGR), then over
                    seeds; of a distance (direction "lower") M_defense - M_none over M_none. Greater: stronger
