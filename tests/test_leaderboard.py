@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from scipy import stats
 
 from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, interval, leaderboard, worst_case
 
@@ -205,6 +206,15 @@ def test_interval_by_hand(values, half):
     mean = sum(values) / len(values)
 
     assert interval(values) == pytest.approx((mean - half, mean + half), abs=1e-5)
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.4], [0.3, -0.2, 0.9], [1.5, 1.25, 0.5, 2.0, -1.0, 3.0, 0.0]])
+def test_interval_is_scipys(values):
+    """Student's t with the standard error of the mean."""
+    mean = sum(values) / len(values)
+
+    theirs = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
+    assert interval(values) == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("values", [[], [0.3]])
