@@ -1,13 +1,14 @@
 # make quickstart   set up once (own virtual environment), then run suites/quickstart.yaml
 # make test         set up once, then run the tests
 # make setup        only set up
+# make browser      install the browser that the report's tests drive (Debian and Ubuntu, as root); without one they skip
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test lint setup browser clean
 
 quickstart: setup
 	$(BIN)/python -m harness run suites/quickstart.yaml
@@ -29,6 +30,10 @@ $(STAMP): setup.cfg pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[test]'
 	@touch $(STAMP)
+
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -87,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", required=True, action="append", metavar="LABEL", dest="baselines",
         help="what it is compared with; may be given several times",
     )  # fmt: skip
+    report = verbs.add_parser(
+        "report", help="make the page of a run: leaderboard, curves, images, provenance",
+        description="make the page of a run: leaderboard, curves, images, provenance; a folder that a browser opens",
+    )  # fmt: skip
+    report.add_argument("folder", help="the folder of a run, such as runs/quickstart")
+    report.add_argument(
+        "--prompts", type=_count, default=3, metavar="N", help="prompts that an image sheet shows (default: 3)"
+    )
     merging = verbs.add_parser(
         "merge", help="copy the stages of several results folders into one",
         description="copy the stages of several results folders into one; a stage with two results is refused",
@@ -96,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     verb("list", "show the registered defenses, attacks and metrics, and the bundled suites", suite=False)
     verb("doctor", "check this installation: packages, testbed, device, Ray", suite=False)
     return parser
+
+
+def _count(text: str) -> int:
+    """Return an integer of at least 1, as argparse wants it told."""
+    if not (text.isascii() and text.isdigit() and int(text[:9]) > 0 and len(text) < 9):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1 (got '{one_line(text, 60)}')")
+    return int(text)
 
 
 def _throughput(text: str) -> float:
@@ -232,11 +247,12 @@ def _status(given: argparse.Namespace) -> ExitCode:
 
 
 def _table(given: argparse.Namespace) -> ExitCode:
-    from harness import tables
+    from harness import launch, tables
 
     opened = _Opened(given)
     opened.make_folder()
     lines = opened.write_tables()
+    launch.write_resolved(opened)
     tables.show(lines, _console())
     print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more")
     if given.with_paper:
@@ -253,6 +269,14 @@ def _compare(given: argparse.Namespace) -> ExitCode:
     folder = Path(given.folder)
     lines = comparison.make(folder, given.defense, given.baselines)
     comparison.show(lines, _console())
+    return ExitCode.DONE
+
+
+def _report(given: argparse.Namespace) -> ExitCode:
+    from harness.report import page
+
+    made = page.make(Path(given.folder), given.prompts)
+    print(f"written: {one_line(made.page, 1000)} ({made.sheets} image sheets, {made.images} images)")
     return ExitCode.DONE
 
 
@@ -298,6 +322,7 @@ _VERBS = {
     "status": _status,
     "table": _table,
     "compare": _compare,
+    "report": _report,
     "merge": _merge,
     "list": _list,
     "doctor": _doctor,

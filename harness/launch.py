@@ -62,7 +62,7 @@ def run(opened, given, console) -> ExitCode:
         if not opened.has_tables():
             opened.make_folder()
             opened.write_tables()
-            _write_resolved(opened)
+            write_resolved(opened)
         console.print(
             f"nothing to do: all {len(opened.plan.stages)} stages of '{opened.plan.suite}' are committed; "
             f"the leaderboard is in {opened.folder}/leaderboard.csv",
@@ -77,7 +77,7 @@ def run(opened, given, console) -> ExitCode:
         _check_devices(opened)
     opened.make_folder()
     opened.store.sweep()
-    _write_resolved(opened)
+    write_resolved(opened)
     resources = opened.loaded.suite.resources
     workplace = Workplace(
         store=opened.store.root.resolve(),
@@ -177,7 +177,7 @@ def _tell_failures(opened, summary, console, given) -> ExitCode:
     return ExitCode.TRIALS_FAILED
 
 
-def _write_resolved(opened) -> None:
+def write_resolved(opened) -> None:
     """Keep the suite as it was resolved, defaults and overrides included."""
     import yaml
 

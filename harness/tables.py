@@ -193,12 +193,12 @@ def _soon_tables(soon: Sequence[dict[str, Any]]) -> list[str]:
         parts.append("| --- |" + " ---: |" * len(defenses))
         for attack in dict.fromkeys(line["attack"] for line in group):
             found = {line["defense"]: line for line in group if line["attack"] == attack}
-            parts.append(f"| {attack} | " + " | ".join(_soon_text(found.get(defense)) for defense in defenses) + " |")
+            parts.append(f"| {attack} | " + " | ".join(soon_text(found.get(defense)) for defense in defenses) + " |")
         parts.append("")
     return parts
 
 
-def _soon_text(line: dict[str, Any] | None) -> str:
+def soon_text(line: dict[str, Any] | None) -> str:
     if line is None:
         return "–"
     steps = f"> {line['last_step']}" if line["steps_to_half"] is None else f"{line['steps_to_half']:.0f}"

@@ -1,0 +1,175 @@
+"""Figures of the report as SVG files that follow the reader's colour scheme.
+
+Matplotlib draws them in stand-in colours, which are then replaced by CSS variables of the file's own: an image of a
+page follows `prefers-color-scheme` by itself, so that light, dark and paper are right without a script.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.report.figures import COLOURS
+from harness.report.views import ConceptCurves, CurvePoint, Plane
+
+DARK = (
+    "#f2f2f2", "#4aa8e0", "#ff8a3d", "#2fc79a", "#e39ac6", "#f0b429", "#8fd0f5", "#f5e96b",
+    "#d477a8", "#c9c95a", "#9a8cf0", "#7fd9c8",
+)  # fmt: skip
+"""The palette again, light enough for a dark ground."""
+INK, FAINT, GRID = "#010101", "#010102", "#010103"
+"""Stand-ins: no other line has them."""
+_INKS = {INK: ("#1c1c1c", "#e8e8e8"), FAINT: ("#6b6b6b", "#a0a0a0"), GRID: ("#dddddd", "#3a3a3a")}
+_STAND_INS = tuple(f"#0102{index:02x}" for index in range(len(COLOURS)))
+PANELS_A_ROW = 4
+MARKERS = "osD^vP*X<>hd"
+
+
+def palette(defenses: Sequence[str]) -> dict[str, str]:
+    """Return a stand-in colour for each defense."""
+    return {defense: _STAND_INS[index % len(_STAND_INS)] for index, defense in enumerate(defenses)}
+
+
+def recovery(path: Path, curves: ConceptCurves, colours: Mapping[str, str]) -> None:
+    """Draw a panel for each attack: scores by step, a line a defense, whiskers the 95 % interval over seeds."""
+    attacks = list(curves.attacks)
+    per_row = min(PANELS_A_ROW, len(attacks))
+    rows = -(-len(attacks) // per_row)
+    figure, axes = _figure(rows, per_row, 2.5, 1.75)
+    handles: dict[str, Any] = {}
+    for place, axis in enumerate(axes.flat):
+        if place >= len(attacks):
+            axis.set_axis_off()
+            continue
+        _panel(axis, curves, curves.attacks[attacks[place]], colours)
+        axis.set_title(attacks[place], fontsize=9, color=INK)
+        if place + per_row >= len(attacks):
+            axis.set_xlabel("attack step", fontsize=8, color=INK)
+        drawn, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))
+    for line in axes:
+        line[0].set_ylabel(curves.metric, fontsize=8, color=INK)
+    _legend(figure, handles)
+    _save(figure, path)
+
+
+def _panel(axis, curves: ConceptCurves, by_defense: Mapping[str, Sequence[CurvePoint]], colours) -> None:
+    steps = sorted({p.step for points in by_defense.values() for p in points})
+    places = {step: index for index, step in enumerate(steps)}
+    for index, (defense, points) in enumerate(by_defense.items()):
+        aside = 0.06 * (index - (len(by_defense) - 1) / 2)  # whiskers beside, not over each other
+        where, means = [places[p.step] + aside for p in points], [p.mean for p in points]
+        axis.plot(where, means, color=colours[defense], label=defense, lw=1.5, marker="o", ms=3)
+        known = [(x, p) for x, p in zip(where, points, strict=True) if p.low is not None]
+        if known:
+            low, high = [p.mean - p.low for _, p in known], [p.high - p.mean for _, p in known]
+            axis.errorbar(
+                [x for x, _ in known], [p.mean for _, p in known], [low, high], fmt="none", ecolor=colours[defense],
+                elinewidth=0.8, alpha=0.55, capsize=1.5,
+            )  # fmt: skip
+    for value, style, label in ((curves.real, "--", "real images"), (curves.original, ":", "before erasure")):
+        if value is not None:
+            axis.axhline(value, color=FAINT, ls=style, lw=1, label=label)
+    axis.set_xticks(list(places.values()), [str(step) for step in steps])
+    _plain(axis)
+
+
+def plane(path: Path, shown: Plane, colours: Mapping[str, str]) -> None:
+    """Draw immunity over retention: a colour a defense, a small marker an attack, large the worst case, the front."""
+    figure, axes = _figure(1, 1, 5.0, 3.6)
+    axis = axes[0][0]
+    attacks = list(dict.fromkeys(p.attack for p in shown.points if p.attack))
+    has_worst = any(not p.attack for p in shown.points)
+    for point in shown.points:
+        is_worst = not point.attack
+        marker = "o" if is_worst else MARKERS[attacks.index(point.attack) % len(MARKERS)]
+        face = colours[point.defense] if point.valid else "none"
+        size = 90 if is_worst or not has_worst else 22
+        alpha = 1.0 if is_worst or not has_worst else 0.6
+        axis.scatter(
+            100 * point.retention, 100 * point.immunity, s=size, marker=marker, facecolors=face,
+            edgecolors=colours[point.defense], linewidths=1.2, alpha=alpha, zorder=3 if is_worst else 2,
+        )  # fmt: skip
+    whole = {p.defense: p for p in shown.points if p.defense in shown.front and not (has_worst and p.attack)}
+    ordered = sorted(whole.values(), key=lambda p: p.retention)
+    if len(ordered) > 1:
+        axis.step(
+            [100 * p.retention for p in ordered], [100 * p.immunity for p in ordered], where="post", color=FAINT,
+            lw=1, ls="--", zorder=1, label="Pareto front",
+        )  # fmt: skip
+    for defense in dict.fromkeys(p.defense for p in shown.points):
+        axis.scatter([], [], color=colours[defense], s=40, label=defense)
+    for attack in attacks if has_worst else ():
+        marker = MARKERS[attacks.index(attack) % len(MARKERS)]
+        axis.scatter([], [], color=FAINT, marker=marker, s=22, label=attack)
+    axis.set_title(shown.metric, fontsize=9, color=INK)
+    axis.axvline(100, color=FAINT, lw=0.7)
+    axis.axhline(0, color=FAINT, lw=0.7)
+    axis.set_xlabel("retention: what innocents keep, %", fontsize=8, color=INK)
+    axis.set_ylabel("immunity: SGR on targets, %", fontsize=8, color=INK)
+    _plain(axis)
+    handles, labels = axis.get_legend_handles_labels()
+    _legend(figure, dict(zip(labels, handles, strict=True)))
+    _save(figure, path)
+
+
+def _figure(rows: int, per_row: int, width_in: float, height_in: float):
+    """Return a figure with panels of that size, at places of our own: layout engines draw everything twice."""
+    from matplotlib.figure import Figure
+
+    left, right, top, bottom, between = 0.6, 0.1, 0.3, 1.0, (0.15, 0.6)
+    width = left + right + per_row * width_in + (per_row - 1) * between[0]
+    height = top + bottom + rows * height_in + (rows - 1) * between[1]
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(
+        rows, per_row, squeeze=False, sharey=True,
+        gridspec_kw={
+            "left": left / width, "right": 1 - right / width, "top": 1 - top / height, "bottom": bottom / height,
+            "wspace": between[0] / width_in, "hspace": between[1] / height_in,
+        },
+    )  # fmt: skip
+    return figure, axes
+
+
+def _plain(axis) -> None:
+    axis.tick_params(labelsize=7, colors=INK)
+    axis.grid(axis="y", color=GRID, lw=0.5)
+    axis.set_axisbelow(True)
+    axis.set_facecolor("none")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(FAINT)
+
+
+def _legend(figure, handles: Mapping[str, Any]) -> None:
+    widest = max(len(label) for label in handles)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / (0.5 + 0.075 * widest))))
+    figure.legend(
+        list(handles.values()), list(handles), loc="lower center", ncols=columns, fontsize=8, frameon=False,
+        labelcolor=INK, borderaxespad=0.1,
+    )  # fmt: skip
+
+
+def _save(figure, path: Path) -> None:
+    """Write a figure; the same figure gives the same bytes."""
+    import matplotlib
+
+    text = io.StringIO()
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "immunitybench", "text.parse_math": False}
+    with matplotlib.rc_context(settings | {"font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    path.write_text(themed(text.getvalue()), encoding="utf-8")
+
+
+def themed(svg: str) -> str:
+    """Return an SVG with the stand-ins replaced by variables that have a light and a dark value."""
+    pairs = dict(_INKS) | dict(zip(_STAND_INS, zip(COLOURS, DARK, strict=True), strict=True))
+    names = {stand_in: f"--c{index}" for index, stand_in in enumerate(pairs)}
+    light = ";".join(f"{names[s]}:{values[0]}" for s, values in pairs.items())
+    dark = ";".join(f"{names[s]}:{values[1]}" for s, values in pairs.items())
+    style = f"<style>svg{{{light}}}@media (prefers-color-scheme: dark){{svg{{{dark}}}}}</style>"
+    found = re.compile("|".join(map(re.escape, pairs)))
+    svg = found.sub(lambda match: f"var({names[match[0]]})", svg)
+    return re.sub(r"(<svg\b[^>]*>)", lambda match: match[1] + style, svg, count=1)

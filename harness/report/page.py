@@ -1,0 +1,202 @@
+"""The page: what a run folder says, rendered through the templates, with its figures, images and tables beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from harness import report
+from harness.errors import UserMistake, one_line
+from harness.report import drawings, records, run_folder, sheets, views
+from harness.tables import SOON_LEGEND, soon_text
+from harness.version import __version__
+from metrics.curves import curves
+from metrics.definitions import BY_NAME, SECTIONS
+from metrics.leaderboard import by_concept, leaderboard
+
+FOLDER = "report"
+DATA = ("leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", run_folder.RESOLVED)
+TEMPLATES = Path(report.__file__).parent / "template"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written."""
+
+    page: Path
+    images: int
+    sheets: int
+    left_out: int
+
+
+def make(path: Path, prompts: int = sheets.PROMPTS) -> Made:
+    """Make the report of a run folder, in the place of an older one. Raises UserMistake when it cannot be made."""
+    run = run_folder.read(path)
+    if not run.rows:
+        raise UserMistake(f"{one_line(path)}: no rows yet; do some of the suite first")
+    final = path / FOLDER
+    temporary = path / f".{FOLDER}.{uuid.uuid4().hex[:8]}"
+    try:
+        for name in ("figures", "images", "data"):
+            (temporary / name).mkdir(parents=True)
+        made = _fill(run, temporary, prompts)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except OSError as error:
+        raise UserMistake(f"{one_line(final)}: cannot be written: {one_line(error.strerror or error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Made(final / "index.html", *made)
+
+
+def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, int, int]:
+    lines = leaderboard(run.table, run.gates)
+    defenses = list(dict.fromkeys(name for known in run.table.defenses.values() for name in known))
+    colours = drawings.palette(defenses)
+    gallery = sheets.Gallery(folder / "images")
+    shown, left_out = sheets.make(run, gallery, prompts)
+    for name in DATA:
+        if (run.path / name).is_file():
+            shutil.copyfile(run.path / name, folder / "data" / name)
+    context = {
+        "run": run,
+        "suite": run.suite,
+        "version": __version__,
+        "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "lines": lines,
+        "metrics": list(run.table.about),
+        "defenses": [{"name": name, "colour": index % len(drawings.COLOURS)} for index, name in enumerate(defenses)],
+        "columns": views.columns({name: _said(name) for name in BY_NAME}),
+        "tasks": _tasks(run, lines, curves(run.table), by_concept(run.table), shown, folder / "figures", colours),
+        "sheets_left_out": left_out,
+        "failures": run.failures,
+        "records": records.summary(run.store, run.scores),
+        "definitions": SECTIONS,
+        "data": [name for name in DATA if (folder / "data" / name).is_file()],
+        "soon_legend": SOON_LEGEND,
+        "palette": list(zip(drawings.COLOURS, drawings.DARK, strict=True)),
+    }
+    (folder / "index.html").write_text(_render(context), encoding="utf-8")
+    return sum(1 for _ in (folder / "images").iterdir()), len(shown), left_out
+
+
+def _said(name: str) -> str:
+    """Return what a column means, in one line for its header."""
+    found = BY_NAME[name]
+    return f"{found.formula}. {found.meaning}" if found.formula else found.meaning
+
+
+def _tasks(run, lines, soon, concepts, shown, figures: Path, colours) -> list[dict[str, Any]]:
+    """Return the sections of each task, with the figures drawn."""
+    planes, drawn = views.planes(lines), views.concept_curves(run.table)
+    found = []
+    for place, task in enumerate(views.tasks(lines)):
+        own = [line for line in lines if line["task"] == task]
+        found.append(
+            {
+                "id": f"task-{place}",
+                "name": task,
+                "setting": run.suite.get("tasks", {}).get(task, {}),
+                "short": [(metric, views.in_short(lines, task, metric)) for metric in run.table.about],
+                "lines": [views.table_line(line) for line in own],
+                "filters": [(name, views.distinct(own, name)) for name in ("metric", "attack", "attacker", "step")],
+                "last_step": max(line["step"] for line in own),
+                "reasons": views.reasons(lines, task),
+                "soon": _soon([line for line in soon if line["task"] == task]),
+                "planes": [
+                    (plane, _draw(drawings.plane, figures, f"plane-{place}-{i}", plane, colours))
+                    for i, plane in enumerate(p for p in planes if p.task == task)
+                ],
+                "concepts": _concepts(
+                    [c for c in drawn if c.task == task], [c for c in concepts if c["task"] == task], figures, place,
+                    colours,
+                ),
+                "sheets": _by_concept([sheet for sheet in shown if sheet.task == task]),
+            }
+        )  # fmt: skip
+    return found
+
+
+def _draw(draw, figures: Path, name: str, what, colours) -> str:
+    draw(figures / f"{name}.svg", what, colours)
+    return f"figures/{name}.svg"
+
+
+def _soon(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a table for each metric: attacks by defenses."""
+    tables = []
+    for metric in views.distinct(lines, "metric"):
+        own = [line for line in lines if line["metric"] == metric]
+        defenses = views.distinct(own, "defense")
+        by_attack = {}
+        for line in own:
+            by_attack.setdefault(line["attack"], {})[line["defense"]] = line
+        rows = [(attack, [soon_text(known.get(d)) for d in defenses]) for attack, known in by_attack.items()]
+        tables.append({"metric": metric, "defenses": defenses, "rows": rows})
+    return tables
+
+
+def _concepts(drawn, concepts, figures: Path, place: int, colours) -> list[dict[str, Any]]:
+    """Return each concept with a figure for each metric, and its numbers at the last step."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for index, curve in enumerate(drawn):
+        file = _draw(drawings.recovery, figures, f"recovery-{place}-{index}", curve, colours)
+        own = [
+            line for line in concepts
+            if (line["concept"], line["role"], line["metric"]) == (curve.concept, curve.role, curve.metric)
+        ]  # fmt: skip
+        last = max((line["step"] for line in own), default=0)
+        found.setdefault((curve.concept, curve.role), []).append(
+            {"curve": curve, "file": file, "step": last, "lines": [line for line in own if line["step"] == last]}
+        )
+    return [{"concept": concept, "role": role, "figures": figs} for (concept, role), figs in found.items()]
+
+
+def _by_concept(shown: Sequence[sheets.Sheet]) -> list[tuple[tuple[str, str], list[sheets.Sheet]]]:
+    grouped: dict[tuple[str, str], list[sheets.Sheet]] = {}
+    for sheet in shown:
+        grouped.setdefault((sheet.concept, sheet.role), []).append(sheet)
+    return list(grouped.items())
+
+
+def _render(context: dict[str, Any]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": _number, "percent": _percent, "duration": _duration, "plain": _plain}
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    return environment.get_template("index.html.jinja").render(
+        context, script=script, script_digest=digest, style=style
+    )
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None, sign: bool = False) -> str:
+    return "–" if value is None else f"{100 * value:{'+' if sign else ''}.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _plain(value: float) -> str:
+    """Return a count with thin groups of three."""
+    return f"{value:,.0f}"

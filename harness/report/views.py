@@ -1,0 +1,320 @@
+"""From the leaderboard's lines to what each section of the report says. Pure: no files, no HTML."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.tables import SHOWN, TEXT, cells
+from metrics.front import front
+from metrics.leaderboard import interval, worst_case
+from metrics.measurements import Measurements, Trial
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of the page."""
+
+    name: str
+    header: str
+    is_text: bool
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell of a table: what is read, and what it is sorted by."""
+
+    text: str
+    order: str
+
+
+@dataclass(frozen=True)
+class TableLine:
+    """A line of the leaderboard as the page shows it."""
+
+    line: Line
+    entries: list[Entry]
+
+
+def columns(definitions: Mapping[str, str]) -> list[Column]:
+    """Return the columns of the leaderboard: those of leaderboard.md, with the metric and the innocents' verdict."""
+    listed = [Column(name, header, name in TEXT, definitions.get(name, "")) for name, header in SHOWN]
+    listed.insert(3, Column("metric", "metric", True, definitions.get("metric", "")))
+    return listed
+
+
+def table_line(line: Line) -> TableLine:
+    """Return a line with its cells in the order of `columns`."""
+    entries = [
+        Entry(text, _order(line, name)) for (name, _), text in zip(SHOWN, cells(dict(line)), strict=True)
+    ]  # fmt: skip
+    entries.insert(3, Entry(line["metric"], line["metric"]))
+    return TableLine(line, entries)
+
+
+def _order(line: Line, column: str) -> str:
+    value = line["sgr_low"] if column == "interval" else line[column]
+    if column == "interval" and line["method"] == "none":
+        value = None
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return "" if value is None else str(value)
+
+
+def tasks(lines: Sequence[Line]) -> list[str]:
+    """Return the tasks in order."""
+    return list(dict.fromkeys(line["task"] for line in lines))
+
+
+def distinct(lines: Iterable[Line], column: str) -> list[Any]:
+    """Return the values of a column in order of first appearance."""
+    return list(dict.fromkeys(line[column] for line in lines))
+
+
+@dataclass(frozen=True)
+class InShort:
+    """A defense in one line: the closest attack at the last step, and what the defense costs."""
+
+    defense: str
+    attack: str
+    attacker: str
+    before: float | None
+    undefended: float | None
+    defended: float
+    real: float | None
+    sgr: float | None
+    retention: float | None
+    utility: float | None
+    valid: bool
+    on_front: bool
+    """Of defenses beside `none`."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A defense in the immunity-retention plane: of one attack, or the worst case over them."""
+
+    defense: str
+    attack: str  # "": the worst case
+    retention: float
+    immunity: float
+    valid: bool
+
+
+@dataclass
+class Plane:
+    """A task by one metric at its last step."""
+
+    task: str
+    metric: str
+    step: int
+    points: list[Point] = field(default_factory=list)
+    front: list[str] = field(default_factory=list)
+    """Defenses that no valid defense beats in both."""
+
+
+def planes(lines: Sequence[Line]) -> list[Plane]:
+    """Return a plane for each task and metric that measured innocents, at the last step."""
+    made = []
+    for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in lines):
+        plane = plane_of(lines, task, metric)
+        if plane.points:
+            made.append(plane)
+    return made
+
+
+def plane_of(lines: Sequence[Line], task: str, metric: str) -> Plane:
+    """Return the plane of a task and metric at the last step.
+
+    Immunity: SGR on targets, of the worst case by what the closest attack reaches. Retention: what innocents keep,
+    1 - SGR on innocents, mean over the attacks that count on them: of one that learns nothing on the undefended model
+    there is nothing to keep.
+    """
+    last = _at_last_step(lines, task, metric)
+    plane = Plane(task, metric, last[0]["step"])
+    worst = {line["defense"]: line for line in closest(last)}
+    for defense in distinct(last, "defense"):
+        own = [line for line in last if line["defense"] == defense]
+        kept = [line for line in own if line["innocent_valid"] and line["sgr"] is not None]
+        if own[0]["is_weak"] or not kept:
+            continue
+        plane.points += [
+            Point(defense, line["attack"], 1 - line["innocent_sgr"], line["sgr"], line["valid"]) for line in kept
+        ]
+        if len(distinct(last, "attack")) > 1 and worst[defense]["sgr"] is not None:
+            retention = math.fsum(1 - line["innocent_sgr"] for line in kept) / len(kept)
+            plane.points.append(Point(defense, "", retention, worst[defense]["sgr"], worst[defense]["valid"]))
+    whole = [p for p in plane.points if not p.attack] or plane.points
+    plane.front = front({p.defense: (p.retention, p.immunity) for p in whole if p.valid})
+    return plane
+
+
+def closest(lines: Sequence[Line]) -> list[Line]:
+    """Return the line of each defense's closest attack; of a single attack, its own lines."""
+    return worst_case(lines) or [line for line in lines if not line["is_weak"]]
+
+
+def in_short(lines: Sequence[Line], task: str, metric: str) -> list[InShort]:
+    """Return each defense of a task in a line, the best protection that counts first."""
+    last = _at_last_step(lines, task, metric)
+    if not last:
+        return []
+    plane = plane_of(lines, task, metric)
+    retained = {p.defense: p.retention for p in plane.points}  # the worst case's, which comes last, where there is one
+    return [
+        InShort(
+            defense=line["defense"],
+            attack=line["attack"],
+            attacker=line["attacker"],
+            before=line["target_before"],
+            undefended=line["target_none"],
+            defended=line["target_defended"],
+            real=line["target_real"],
+            sgr=line["sgr"],
+            retention=retained.get(line["defense"]),
+            utility=line["utility"],
+            valid=line["valid"],
+            on_front=line["defense"] in plane.front and line["method"] != "none",
+        )
+        for line in closest(last)
+    ]
+
+
+def _at_last_step(lines: Sequence[Line], task: str, metric: str) -> list[Line]:
+    own = [line for line in lines if (line["task"], line["metric"]) == (task, metric)]
+    last = max((line["step"] for line in own), default=None)
+    return [line for line in own if line["step"] == last]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why lines do not count, and which."""
+
+    text: str  # numbers that differ from line to line as a range
+    of_innocents: bool  # concerns what is said of innocents alone
+    where: list[str]
+
+
+def reasons(lines: Sequence[Line], task: str) -> list[Reason]:
+    """Return each reason of a task once, those that concern targets first, with the lines that it concerns."""
+    found: dict[str, list[tuple[str, Line]]] = {}
+    for line in lines:
+        if line["task"] == task:
+            for text in filter(None, line["reason"].split("; ")):
+                found.setdefault(_NUMBER.sub("#", text), []).append((text, line))
+    made = []
+    for cases in found.values():
+        texts = list(dict.fromkeys(text for text, _ in cases))
+        own: dict[str, list[tuple[int, str]]] = {}
+        for text, line in cases:
+            where = f"{line['defense']}, {line['attack']}, {line['metric']}"
+            own.setdefault(where, []).append((line["step"], text))
+        summed = _ranged(texts)
+        of_innocents = summed.startswith("innocent ") or summed.endswith(" trials on innocents")
+        listed = [_told(where, told, len(texts) > 1) for where, told in own.items()]
+        made.append(Reason(summed, of_innocents, listed))
+    return sorted(made, key=lambda reason: reason.of_innocents)
+
+
+_NUMBER = re.compile(r"(?<![\w:-])-?\d+(?:\.\d+)?(?!\w)")
+
+
+def _ranged(texts: Sequence[str]) -> str:
+    """Return texts that differ in numbers alone as one, with ranges."""
+    columns = list(zip(*(_NUMBER.findall(text) for text in texts), strict=True))
+    ranges = iter(
+        found[0] if len(set(found)) == 1 else f"{min(found, key=float)} to {max(found, key=float)}" for found in columns
+    )
+    return _NUMBER.sub(lambda match: next(ranges), texts[0])
+
+
+def _told(where: str, told: Sequence[tuple[int, str]], with_numbers: bool) -> str:
+    if not with_numbers:
+        return f"{where} at {_steps([step for step, _ in told])}"
+    return f"{where}: " + "; ".join(
+        f"step {step}: {', '.join(_NUMBER.findall(text))}" for step, text in dict.fromkeys(told)
+    )
+
+
+def _steps(steps: Sequence[int]) -> str:
+    listed = sorted(set(steps))
+    return ("step " if len(listed) == 1 else "steps ") + ", ".join(map(str, listed))
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A defense's images at a step: mean over seeds, with its interval."""
+
+    step: int
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass
+class ConceptCurves:
+    """Recovery of one concept by one metric: attack -> defense -> points by step, and the levels to compare with."""
+
+    task: str
+    concept: str
+    role: str
+    metric: str
+    attacks: dict[str, dict[str, list[CurvePoint]]]
+    real: float | None
+    original: float | None
+    """The model before erasure."""
+
+
+def concept_curves(table: Measurements) -> list[ConceptCurves]:
+    """Return the curves of every concept and metric; of innocents, means over the sets beside which they stand."""
+    made: dict[tuple[str, str, str, str], ConceptCurves] = {}
+    steps: dict[tuple[str, str, str, str], list[int]] = {}
+    for task, attack, attacker, metric, step in table.groups:
+        steps.setdefault((task, metric, attack, attacker), []).append(step)
+    for (task, metric, attack, attacker), read in steps.items():
+        for role in ("target", "innocent"):
+            for defense in table.defenses[task]:
+                _add_curves(made, table, (task, metric, role), (attack, attacker, sorted(read)), defense)
+    order = {"target": 0, "innocent": 1}
+    return sorted(made.values(), key=lambda c: (tasks_order(table, c.task), order[c.role]))
+
+
+def tasks_order(table: Measurements, task: str) -> int:
+    """Return the place of a task among the rows."""
+    return list(table.defenses).index(task)
+
+
+def _add_curves(made, table: Measurements, about: tuple, attacked: tuple, defense: str) -> None:
+    (task, metric, role), (attack, attacker, steps) = about, attacked
+    found = {step: table.means(task, defense, attack, attacker, metric, step, role) for step in steps}
+    before = table.means(task, defense, "", "", metric, 0, role)
+    for concept in dict.fromkeys(c for values in found.values() for _, c, _ in values):
+        points = [_point(0, before, concept), *(_point(step, found[step], concept) for step in steps)]
+        key = (task, role, concept, metric)
+        if key not in made:
+            real = _mean_of(table.means(task, "", "", "", metric, 0, "real"), concept)
+            original = _mean_of(table.means(task, "original", "", "", metric, 0, role), concept)
+            made[key] = ConceptCurves(task, concept, role, metric, {}, real, original)
+        made[key].attacks.setdefault(attack, {})[defense] = [p for p in points if p is not None]
+
+
+def _point(step: int, values: Mapping[Trial, float], concept: str) -> CurvePoint | None:
+    by_seed: dict[int, list[float]] = {}
+    for (_, name, seed), value in values.items():
+        if name == concept:
+            by_seed.setdefault(seed, []).append(value)
+    means = [math.fsum(listed) / len(listed) for listed in by_seed.values()]
+    if not means:
+        return None
+    return CurvePoint(step, math.fsum(means) / len(means), *interval(means))
+
+
+def _mean_of(values: Mapping[Trial, float], concept: str) -> float | None:
+    own = [value for (_, name, _), value in values.items() if name == concept]
+    return math.fsum(own) / len(own) if own else None

@@ -1,0 +1,330 @@
+"""The report: what its parts say of a run made by hand, and that nobody's words become markup, paths or scripts."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+from harness.errors import ExitCode
+from harness.report import drawings, page, records, run_folder, sheets, views
+from harness.store import Store
+from metrics.front import front
+from metrics.leaderboard import leaderboard
+from tests.report_run import PROMPTS, STEPS, key, make
+
+HOSTILE = "<script>hacked=1</script>\"'><img src=x onerror=hacked=2>{{7*7}}../..\u202e,\n$x$ü\N{SNOWMAN}"
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of a page: tags with their attributes, and the text between them."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def values(self, tag: str, attribute: str) -> list[str]:
+        """Return an attribute of all tags of a name that have it."""
+        return [attributes[attribute] for name, attributes in self.tags if name == tag and attribute in attributes]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run folder with its report."""
+    made = make(tmp_path_factory.mktemp("runs"))
+    page.make(made)
+    return made
+
+
+def read(folder: Path) -> Page:
+    """Return the page of a run."""
+    return Page((folder / "report" / "index.html").read_text(encoding="utf-8"))
+
+
+def run_of(folder: Path):
+    """Return what is read of a run folder, with the leaderboard's lines."""
+    run = run_folder.read(folder)
+    return run, leaderboard(run.table, run.gates)
+
+
+def test_front_holds_what_nothing_beats():
+    """By hand: b is beaten by a; d equals c; e is worse than all."""
+    points = {"a": (1.0, 3.0), "b": (1.0, 2.0), "c": (2.0, 1.0), "d": (2.0, 1.0), "e": (0.0, 0.0)}
+
+    assert front(points) == ["a", "c", "d"]
+    assert front({}) == []
+
+
+def test_in_short_names_the_closest_attack_and_what_it_costs(folder):
+    """LoRA reaches 0.1 + gain; innocents learn alike on every defense, so only the stronger is on the front."""
+    _, lines = run_of(folder)
+
+    found = {line.defense: line for line in views.in_short(lines, "relearning", "clip")}
+
+    offset = 0.005 + 0.0015  # means over two seeds and four prompts
+    assert {name: line.attack for name, line in found.items()} == dict.fromkeys(("none", "mine", "theirs"), "lora")
+    assert found["mine"].defended == pytest.approx(0.2 + offset)
+    assert found["mine"].undefended == pytest.approx(0.7 + offset)
+    assert found["mine"].sgr == pytest.approx(0.5 / (0.7 + offset), abs=1e-4)
+    assert found["mine"].retention == pytest.approx(1.0)
+    assert [name for name, line in found.items() if line.on_front] == ["mine"]
+
+
+def test_retention_is_of_attacks_that_count_on_innocents(folder):
+    """An attack that teaches the innocent nothing on the undefended model says nothing of what is kept."""
+    _, lines = run_of(folder)
+    changed = [
+        line | ({"innocent_valid": False, "innocent_sgr": 5.0} if line["attack"] == "dreambooth" else {})
+        for line in lines
+    ]
+
+    (mine,) = (line for line in views.in_short(changed, "relearning", "clip") if line.defense == "mine")
+
+    assert mine.retention == pytest.approx(1.0)
+    assert views.plane_of([line | {"innocent_valid": False} for line in lines], "relearning", "clip").points == []
+
+
+def test_reasons_that_differ_in_numbers_are_one(folder):
+    """With the range, and each line's own number beside it; those of innocents come last and say so."""
+    _, lines = run_of(folder)
+    told = {"lora": "target dog: regains 3 % of the way, less than 25 %; innocent cup: no rows",
+            "dreambooth": "target dog: regains -7 % of the way, less than 25 %"}  # fmt: skip
+    changed = [
+        line | {"reason": told[line["attack"]]} for line in lines if (line["metric"], line["step"]) == ("clip", 10)
+    ]
+
+    first, last = views.reasons(changed, "relearning")
+
+    assert first.text == "target dog: regains -7 to 3 % of the way, less than 25 %" and not first.of_innocents
+    assert {"mine, lora, clip: step 10: 3, 25", "mine, dreambooth, clip: step 10: -7, 25"} <= set(first.where)
+    assert last.of_innocents
+    assert sorted(last.where) == [f"{defense}, lora, clip at step 10" for defense in ("mine", "none", "theirs")]
+
+
+def test_curves_hold_means_and_intervals_of_seeds(folder):
+    """Two seeds 0.01 apart: t(1, 0.975) = 12.706 standard errors of 0.005 each way."""
+    run, _ = run_of(folder)
+
+    (curve,) = (c for c in views.concept_curves(run.table) if (c.concept, c.metric) == ("dog", "clip"))
+
+    points = curve.attacks["lora"]["none"]
+    assert [p.step for p in points] == [0, *STEPS]
+    assert points[-1].mean == pytest.approx(0.7065)
+    assert points[-1].high - points[-1].mean == pytest.approx(12.7062 * 0.005, rel=1e-4)
+    assert (curve.real, curve.original) == (pytest.approx(0.8015), pytest.approx(0.8015))
+
+
+def test_sheets_show_what_the_rule_says(folder, tmp_path):
+    """The first seed, prompts that stand evenly over the list, every defense and step, the images of their own key."""
+    run, _ = run_of(folder)
+    gallery = sheets.Gallery(tmp_path)
+
+    found, left_out = sheets.make(run, gallery, prompts=2)
+
+    assert left_out == 0
+    assert [(s.concept, s.role, s.attack) for s in found] == [
+        ("dog", "target", "lora"), ("dog", "target", "dreambooth"),
+        ("cup", "innocent", "lora"), ("cup", "innocent", "dreambooth"),
+    ]  # fmt: skip
+    first = found[0]
+    assert [block.prompt for block in first.blocks] == [PROMPTS[0], PROMPTS[2]]
+    assert [row.defense for row in first.blocks[0].rows] == ["none", "mine", "theirs"]
+    mine = first.blocks[1].rows[1].pictures
+    assert [dict(p.scores)["clip"] for p in mine] == pytest.approx([0.102, 0.152, 0.202])
+    sample = key("sample", "mine", "lora", "dog", "target", 0, STEPS)
+    source = run.store.path("sample", sample) / "images" / "step_0000040" / "002_000.png"
+    assert (tmp_path / mine[2].file.removeprefix("images/")).read_bytes() == source.read_bytes()
+
+
+def test_large_images_are_made_smaller(tmp_path):
+    """And keep their shape; what cannot be read is left out."""
+    from PIL import Image
+
+    Image.new("RGB", (1024, 512), "red").save(tmp_path / "large.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "out").mkdir()
+    gallery = sheets.Gallery(tmp_path / "out")
+
+    found = gallery.add(tmp_path / "large.png")
+
+    assert (found.width, found.height) == (sheets.LARGEST_PX, sheets.LARGEST_PX // 2)
+    assert gallery.add(tmp_path / "broken.png") is None and gallery.add(tmp_path / "none.png") is None
+
+
+def test_ledger_counts_each_stage_once(tmp_path):
+    """Two scores of one sample: three stages; one that is not in the store is missing."""
+    folder = make(tmp_path, images=True)
+    run = run_folder.read(folder)
+
+    found = records.summary(run.store, [*run.scores, "0" * 32])
+
+    counted = {(cost.kind, cost.component): cost.stages for cost in found.costs}
+    trials = len(list(Path(run.store.root, "score").iterdir())) // 3
+    assert counted[("score", "clip@1")] == trials
+    assert counted[("sample", "sample@1")] + counted[("images", "images@1")] == trials
+    assert found.missing == 1 and found.stages == 4 * trials and found.seconds == pytest.approx(8.0 * trials)
+    assert ("torch", [("2.15", 4 * trials)]) in found.provenance
+
+
+def test_figures_follow_the_colour_scheme_and_repeat(folder, tmp_path):
+    """Every stand-in is a variable with a light and a dark value; the same curves give the same bytes."""
+    run, lines = run_of(folder)
+    colours = drawings.palette(["none", "mine", "theirs"])
+    curve = views.concept_curves(run.table)[0]
+    for name in ("a.svg", "b.svg"):
+        drawings.recovery(tmp_path / name, curve, colours)
+    drawings.plane(tmp_path / "plane.svg", views.planes(lines)[0], colours)
+
+    for name in ("a.svg", "plane.svg"):
+        text = (tmp_path / name).read_text()
+        used = set(re.findall(r"var\((--c\d+)\)", text))
+        assert used and all(text.count(f"{variable}:") == 2 for variable in used)
+        assert "#0102" not in text and "#0101" not in text and "prefers-color-scheme: dark" in text
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_page_stands_alone(folder):
+    """All that it names lies beside it; nothing comes from elsewhere."""
+    found = read(folder)
+
+    named = [*found.values("img", "src"), *found.values("a", "href"), *found.values("link", "href")]
+    beside = [name for name in named if not name.startswith("#")]
+    assert len(beside) > 30
+    for name in beside:
+        assert re.fullmatch(r"(figures|images|data)/[a-z0-9_.-]+", name), name
+        assert (folder / "report" / name).is_file(), name
+    ids = {attributes["id"] for _, attributes in found.tags if "id" in attributes}
+    assert all(name[1:] in ids for name in named if name.startswith("#"))
+
+
+def test_every_image_has_words_in_its_place(folder):
+    """For readers who do not see them."""
+    assert all(read(folder).values("img", "alt"))
+
+
+def test_what_failed_is_told(folder):
+    """Failures stand beside the tables that lack them."""
+    assert "1 stage failed" in read(folder).text and "adapt lora" in read(folder).text
+
+
+def test_hostile_words_stay_words(tmp_path):
+    """In names, prompts, units, errors: no tag, no attribute, no template, no path of theirs; the text is there."""
+    folder = make(tmp_path, text=HOSTILE)
+
+    page.make(folder)
+
+    found = read(folder)
+    assert sum(1 for tag, _ in found.tags if tag == "script") == 1
+    assert not [a for _, attributes in found.tags for a in attributes if a.startswith("on")]
+    assert "x" not in found.values("img", "src") and "<script>hacked=1</script>" in found.text
+    assert "{{7*7}}" in found.text and "49../" not in found.text
+    names = [p.relative_to(folder / "report").as_posix() for p in (folder / "report").rglob("*") if p.is_file()]
+    assert all(re.fullmatch(r"((figures|images|data)/)?[a-z0-9_.-]+", name) for name in names)
+    for figure in (folder / "report" / "figures").iterdir():
+        assert "<script" not in figure.read_text()
+
+
+def test_foreign_keys_are_no_paths(tmp_path):
+    """A row whose key leads out of the store shows no image and reads no record."""
+    folder = make(tmp_path, images=False)
+    text = (folder / "rows.csv").read_text()
+    (folder / "rows.csv").write_text(re.sub(r"[0-9a-f]{32},[0-9a-f]{32}$", "../../x,../../y", text, flags=re.M))
+
+    run = run_folder.read(folder)
+
+    assert run.drawn == {} and run.scores == []
+    assert page.make(folder).images == 0
+
+
+def test_run_without_its_store_still_has_a_report(tmp_path):
+    """Tables and curves; it says that images and records are not there."""
+    folder = make(tmp_path / "one")
+    elsewhere = tmp_path / "two" / "small"
+    elsewhere.parent.mkdir()
+    folder.rename(elsewhere)
+
+    made = page.make(elsewhere)
+
+    assert made.images == 0 and made.sheets > 0
+    assert "are not in the store" in read(elsewhere).text
+
+
+def test_older_report_is_replaced_and_a_failure_keeps_it(tmp_path, monkeypatch):
+    """A reader never finds half a report."""
+    folder = make(tmp_path)
+    page.make(folder)
+    (folder / "report" / "mark").write_text("old")
+
+    def fail(context):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(page, "_render", fail)
+        assert main(["report", str(folder)]) == ExitCode.USER_MISTAKE
+    assert (folder / "report" / "mark").exists()
+
+    page.make(folder)
+
+    assert not (folder / "report" / "mark").exists()
+    assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        (None, "", "there is no suite.resolved.yaml; name the folder of a run"),
+        ("suite.resolved.yaml", "a: [", "write it anew with `table`"),
+        ("suite.resolved.yaml", "- 1", "not a suite; write it anew with `table`"),
+        ("suite.resolved.yaml", "name: x", "no seeds or gates in it"),
+        ("suite.resolved.yaml", "seeds: [0]\ngates: {min_beauty: 1}", "no seeds or gates in it"),
+        ("rows.csv", "a,b\n", "rows.csv:1: the column 'suite' is missing"),
+    ],
+)
+def test_bad_folders_are_told_in_a_line(tmp_path, capsys, name, text, words):
+    """With exit code 2, and nothing written."""
+    folder = tmp_path
+    if name:
+        folder = make(tmp_path)
+        (folder / name).write_text(text)
+
+    assert main(["report", str(folder)]) == ExitCode.USER_MISTAKE
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+    assert not (folder / "report").exists()
+
+
+def test_run_without_rows_is_told(tmp_path, capsys):
+    """There is nothing to show yet."""
+    folder = make(tmp_path)
+    (folder / "rows.csv").write_text((folder / "rows.csv").read_text().splitlines()[0] + "\n")
+
+    assert main(["report", str(folder)]) == ExitCode.USER_MISTAKE
+    assert "no rows yet" in capsys.readouterr().err
+
+
+def test_report_needs_no_torch(tmp_path):
+    """It is made where the run is looked at, not where it was done."""
+    folder = make(tmp_path)
+    code = (
+        "import sys; from harness.cli import main; "
+        f"code = main(['report', {str(folder)!r}]); sys.exit(code or ('torch' in sys.modules))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "written: " in done.stdout and Store(tmp_path / "store").root.is_dir()
