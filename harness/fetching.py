@@ -1,8 +1,8 @@
-"""What a suite takes from the Hugging Face hub, and whether it lies in the local cache. No network, no torch."""
+"""What a suite takes from the Hugging Face hub and other places, and whether it lies here. No network, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ class Fetched:
     """Of each part, one of these files must be in the cache (patterns); none: nobody knows where they lie."""
     revision: str | None = None  # a commit; None: what the library takes, the newest
     size: int | None = None  # bytes, about
+    file: Path | None = None  # where its library keeps it, when that is not the hub's cache
 
     def __str__(self) -> str:
         text = self.id + (f" at {self.revision}" if self.revision else "")
@@ -34,12 +35,22 @@ def _format(size: int) -> str:
 
 def of_suite(loaded: LoadedSuite) -> dict[Fetched, list[tuple]]:
     """Return all that the suite's model and methods fetch, and which entries of the suite ask for it."""
-    from harness import model_source, registry
-    from harness.suite import METHOD_SECTIONS
+    from harness import model_source
 
     asked: dict[Fetched, list[tuple]] = {}
     for fetched in model_source.fetches(loaded.model):
         asked.setdefault(fetched, []).append(("model",))
+    for path, cls, values in _methods(loaded):
+        for fetched in cls.fetches(values):
+            asked.setdefault(fetched, []).append(path)
+    return asked
+
+
+def _methods(loaded: LoadedSuite) -> Iterator[tuple[tuple, type, Any]]:
+    """Yield (path, class, parameters) of every method of the suite that is built."""
+    from harness import registry
+    from harness.suite import METHOD_SECTIONS
+
     entries: list[tuple[tuple, str, Any]] = [
         ((section, index), kind, spec)
         for section, kind in METHOD_SECTIONS.items()
@@ -48,15 +59,27 @@ def of_suite(loaded: LoadedSuite) -> dict[Fetched, list[tuple]]:
     entries += [(("tasks", name, "erase"), "defense", t.erase) for name, t in loaded.suite.tasks.items() if t.erase]
     for path, kind, spec in entries:
         values = loaded.parameters.get(tuple(map(str, path)))
-        if values is None:
-            continue  # announced, not built
-        for fetched in registry.get(kind, spec.method).fetches(values):
-            asked.setdefault(fetched, []).append(path)
-    return asked
+        if values is not None:  # None: announced, not built
+            yield path, registry.get(kind, spec.method), values
+
+
+def not_installed(loaded: LoadedSuite) -> list[str]:
+    """Return a line for each method that needs what is not installed here."""
+    told = ((path, cls.not_installed(values)) for path, cls, values in _methods(loaded))
+    return [f"{loaded.source.where(path)}: {message}" for path, message in told if message]
+
+
+def require_installed(loaded: LoadedSuite) -> None:
+    """Raise UserMistake for all that is not installed here, before any compute."""
+    lines = not_installed(loaded)
+    if lines:
+        raise UserMistake(lines)
 
 
 def is_cached(fetched: Fetched) -> bool | None:
     """Tell whether the local cache holds it; None when nobody can tell."""
+    if fetched.file is not None:
+        return fetched.file.exists()
     if not fetched.parts:
         return None
     folder = _snapshot(fetched.id, fetched.revision)

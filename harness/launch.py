@@ -69,6 +69,7 @@ def run(opened, given, console) -> ExitCode:
             highlight=False,
         )
         return ExitCode.DONE
+    fetching.require_installed(opened.loaded)
     fetching.require_offline(opened.loaded)
     preflight(opened.source)
     if given.track:

@@ -36,3 +36,8 @@ class Method:
     def fetches(cls, parameters: Any) -> Sequence[Fetched]:
         """Return the weights that it takes from the hub, so that `validate` can name what is not here yet."""
         return ()
+
+    @classmethod
+    def not_installed(cls, parameters: Any) -> str | None:
+        """Return what it needs that is not installed here, and what to do; None: nothing."""
+        return None

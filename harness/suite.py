@@ -432,7 +432,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
     try:
         loaded.concepts = concepts.resolve_all(loaded)
         mistakes += suite_checks.attack_images(loaded) + suite_checks.attack_words(loaded)
-        mistakes += suite_checks.probe_prompts(loaded)
+        mistakes += suite_checks.probe_prompts(loaded) + suite_checks.scored_concepts(loaded)
     except UserMistake as mistake:
         messages += mistake.messages
     messages += _lines(source, mistakes)

@@ -374,6 +374,23 @@ def probe_prompts(loaded: LoadedSuite) -> list[Mistake]:
     return mistakes
 
 
+def scored_concepts(loaded: LoadedSuite) -> list[Mistake]:
+    """Find concepts that a metric cannot score: all are scored by every metric."""
+    mistakes: list[Mistake] = []
+    sampling = loaded.suite.sampling
+    for index, spec in enumerate(loaded.suite.metrics if sampling is not None else ()):
+        values = loaded.parameters.get(("metrics", str(index)))
+        if spec is None or values is None:
+            continue
+        cls = registry.get("metric", spec.method)
+        for name, concept in loaded.concepts.items():
+            drawn = len(concept.evaluations) * sampling.images_per_prompt
+            found = _asked(cls, ("metrics", index), "check_concept", values, concept, drawn)
+            # no parameter is named where the fault is the concept's
+            mistakes += [(path if path[-1] != "" else path[:-1], f"concept '{name}': {text}") for path, text in found]
+    return mistakes
+
+
 def _attacked(loaded: LoadedSuite, attack: AttackSpec) -> list[str]:
     """Return the concepts that an attack is made on."""
     return list(

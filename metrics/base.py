@@ -7,14 +7,16 @@ metrics import torch inside their functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from harness.method import Method
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+    from harness.concepts import Concept
 
 
 class Metric(Method):
@@ -34,6 +36,11 @@ class Metric(Method):
     """The parameters that `encode` depends on."""
     unit: ClassVar[str]
     range: ClassVar[tuple[float, float]]
+
+    @classmethod
+    def check_concept(cls, parameters: Any, concept: Concept, drawn: int) -> Iterable[tuple[str, str]]:
+        """Return (parameter or "", why) for what keeps it from scoring a concept of which a step has `drawn` images."""
+        return ()
 
     def about(self) -> dict[str, str]:
         """Return backbone, preprocessing and library version, for each row."""
