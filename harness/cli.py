@@ -235,7 +235,8 @@ def _validate(given: argparse.Namespace) -> ExitCode:
         f"{one_line(given.suite)}: valid; {len(opened.plan.trials)} trials, {len(opened.plan.stages)} stages in "
         f"{len(opened.plan.units)} units"
     )
-    for line in (*launch.pending(opened.loaded), *fetching.lines(fetching.of_suite(opened.loaded))):
+    missing = fetching.not_installed(opened.loaded)
+    for line in (*launch.pending(opened.loaded), *fetching.lines(fetching.of_suite(opened.loaded)), *missing):
         print(line)
     return ExitCode.DONE
 
