@@ -1,0 +1,184 @@
+"""LPIPS (Zhang et al. 2018) as 1 - LPIPS: perceptual likeness of generated and reference images, over all pairs.
+
+Through the `lpips` library, version 0.1 of its calibrated heads, which ship with it; images enter as it asks for, in
+[-1, 1]. The network below the heads is torchvision's (see `metrics/torchvision_files.py`). The library compares images
+of one size, so both are resized to `size` pixels a side, without a crop.
+
+`net: testbed` is LPIPS' form without calibrated heads on the testbed's own encoder: unit-normalised maps of each block,
+squared differences summed over channels and averaged over places and blocks. Its numbers say nothing about LPIPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from harness.registry import register
+from metrics import torchvision_files
+from metrics.base import Metric
+from metrics.encoders import TESTBED, by_prompt, flat, library, vision
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+TRUNKS = {
+    "alex": "AlexNet_Weights.IMAGENET1K_V1",
+    "vgg": "VGG16_Weights.IMAGENET1K_V1",
+    "squeeze": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
+}
+"""What each network of the library loads from torchvision."""
+CHUNK = 16
+"""References whose maps are held at a time: VGG's of one image of 256 pixels take 33 MB."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Defaults: AlexNet, the library's recommendation for measuring and IMMA's."""
+
+    net: Literal["alex", "vgg", "squeeze", "testbed"] = "alex"
+    weights: str | None = None
+    """A local safetensors file with torchvision's tensors of the network; None: torchvision fetches them."""
+
+    def __post_init__(self) -> None:
+        """Refuse files that may hold code."""
+        torchvision_files.check_safetensors(self.weights)
+        if self.weights is not None and self.net == TESTBED:
+            raise ValueError("the testbed's encoder takes no weights; name alex, vgg or squeeze as net")
+
+
+@dataclass(frozen=True)
+class Parameters(Network):
+    """The network, and what it sees."""
+
+    size: Annotated[int, Field(ge=32, le=4096)] = 256
+    """Pixels a side at which images are compared."""
+
+
+@register("metric")
+class LpipsImage(Metric):
+    """1 - LPIPS between generated and reference images, averaged over all pairs."""
+
+    name = "lpips"
+    version = 1
+    direction = "higher"
+    unit = "1 - LPIPS"
+    range = (float("-inf"), 1.0)
+    Parameters = Parameters
+    presets = {"testbed": {"net": "testbed", "size": 64}}
+
+    @classmethod
+    def files(cls, parameters):
+        return torchvision_files.local_files(parameters.weights)
+
+    @classmethod
+    def fetches(cls, parameters):
+        p = parameters
+        return [] if p.net == TESTBED else torchvision_files.fetched(TRUNKS[p.net], p.weights)
+
+    def about(self):
+        p = self.parameters
+        return {
+            "backbone": "testbed, no calibrated heads" if p.net == TESTBED else f"{p.net}, heads 0.1",
+            "preprocessing": self.preprocessing(),
+            "library": library("lpips"),
+        }
+
+    def preprocessing(self) -> str:
+        """Return what `prepare` does, in words."""
+        return f"{self.parameters.size}x{self.parameters.size} bicubic, in [-1, 1]"
+
+    def prepare(self, image: Image) -> Tensor:
+        """Return an image [3, size, size] as the network takes it."""
+        from PIL.Image import Resampling
+        from torchvision.transforms.functional import to_tensor
+
+        size = (self.parameters.size, self.parameters.size)
+        return to_tensor(image.resize(size, Resampling.BICUBIC)) * 2 - 1
+
+    def score(self, images, references, descriptions, device):
+        """Return 1 - the mean distance of each prompt's images from all references."""
+        import torch
+
+        drawn = flat(images)
+        net = network(self.parameters.net, self.parameters.weights, device)
+        sums = torch.zeros(len(drawn), dtype=torch.float64)
+        with torch.no_grad():
+            for start in range(0, len(references), CHUNK):
+                known = net.maps(self._batch(references[start : start + CHUNK], device))
+                for index, image in enumerate(drawn):
+                    sums[index] += net.distance(net.maps(self._batch([image], device)), known).double().sum().cpu()
+        return by_prompt(1 - sums / len(references), images)
+
+    def _batch(self, images: Sequence[Image], device: torch.device) -> Tensor:
+        import torch
+
+        return torch.stack([self.prepare(image) for image in images]).to(device)
+
+
+class _Calibrated:
+    """A network of the library with its heads."""
+
+    def __init__(self, net: str, weights: str | None, device: torch.device):
+        import warnings
+
+        import lpips
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it asks torchvision in words that are deprecated
+            # a random trunk: the library would unpickle torchvision's file without `weights_only`
+            self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        tensors = torchvision_files.state_dict(TRUNKS[net], weights)
+        # the library cuts torchvision's `features` into slices and keeps the numbers of their modules
+        own = {key: "features." + key.split(".", 1)[1] for key in self.model.net.state_dict()}
+        lacking = sorted(set(own.values()) - set(tensors))
+        if lacking:
+            raise ValueError(f"{weights or TRUNKS[net]} has no tensor '{lacking[0]}': these are not weights of {net}")
+        self.model.net.load_state_dict({key: tensors[theirs] for key, theirs in own.items()})
+        self.model.eval().to(device)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the unit-normalised maps of each layer."""
+        import lpips
+
+        return [lpips.normalize_tensor(m) for m in self.model.net(self.model.scaling_layer(images))]
+
+    def distance(self, one: list[Tensor], others: list[Tensor]) -> Tensor:
+        """Return the LPIPS [n] of one image and n others."""
+        import lpips
+
+        heads = zip(self.model.lins, one, others, strict=True)
+        return sum(lpips.spatial_average(head((a - b) ** 2), keepdim=False)[:, 0] for head, a, b in heads)
+
+
+class _Testbed:
+    """The testbed's encoder in their place."""
+
+    def __init__(self, device: torch.device):
+        self.model, _ = vision(TESTBED, device)
+        self.input = self.model.pretrained_cfg["input_size"][-2:]
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the unit-normalised maps of each block; its mean and deviation ask for [-1, 1] too."""
+        import lpips
+        import torch
+
+        if images.shape[-2:] != self.input:
+            images = torch.nn.functional.interpolate(images, self.input, mode="bicubic", antialias=True)
+        return [lpips.normalize_tensor(m) for m in self.model.forward_intermediates(images, intermediates_only=True)]
+
+    def distance(self, one: list[Tensor], others: list[Tensor]) -> Tensor:
+        """Return the mean over blocks of the mean squared difference of n others from one image."""
+        parts = [((a - b) ** 2).sum(dim=1).mean(dim=(1, 2)) for a, b in zip(one, others, strict=True)]
+        return sum(parts) / len(parts)
+
+
+@lru_cache(maxsize=2)
+def network(net: str, weights: str | None, device: torch.device) -> _Calibrated | _Testbed:
+    """Return what maps images and measures between maps, loaded once."""
+    return _Testbed(device) if net == TESTBED else _Calibrated(net, weights, device)

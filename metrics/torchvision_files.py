@@ -1,0 +1,62 @@
+"""Weights of torchvision's networks: a safetensors file here, or those that torchvision fetches.
+
+Those are pickled: they are read with `weights_only`, which executes nothing, and checked against the hash in their
+names.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.fetching import Fetched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KNOWN = {
+    "AlexNet_Weights.IMAGENET1K_V1": ("alexnet-owt-7be5be79.pth", 244_408_911),
+    "VGG16_Weights.IMAGENET1K_V1": ("vgg16-397923af.pth", 553_433_881),
+    "SqueezeNet1_1_Weights.IMAGENET1K_V1": ("squeezenet1_1-b8a52dc0.pth", 4_958_839),
+    "ResNet50_Weights.IMAGENET1K_V1": ("resnet50-0676ba61.pth", 102_530_333),
+    "ResNet50_Weights.IMAGENET1K_V2": ("resnet50-11ad3fa6.pth", 102_540_417),
+}
+"""File and bytes (about) by torchvision's name; its own table needs torch to be read."""
+
+
+def hub_file(name: str) -> Path:
+    """Return where torch.hub keeps a file, by its documented layout."""
+    cache = os.getenv("XDG_CACHE_HOME", "~/.cache")
+    home = os.getenv("TORCH_HOME", os.path.join(cache, "torch"))
+    return Path(os.path.expanduser(home)) / "hub" / "checkpoints" / name
+
+
+def fetched(name: str, weights: str | None) -> list[Fetched]:
+    """Return what torchvision fetches for the weights of a name; [] for a file here."""
+    if weights is not None:
+        return []
+    file, size = KNOWN.get(name, (None, None))
+    return [Fetched(f"torchvision's {name}", size=size, file=hub_file(file) if file else None)]
+
+
+def local_files(weights: str | None) -> dict[str, Path]:
+    """Return the parameter `weights` when it names a file."""
+    return {} if weights is None else {"weights": Path(weights)}
+
+
+def check_safetensors(weights: str | None) -> None:
+    """Raise ValueError for a file of another format: the others may execute what is in them."""
+    if weights is not None and not weights.endswith(".safetensors"):
+        raise ValueError(f"weights must be a .safetensors file (got '{weights}')")
+
+
+def state_dict(name: str, weights: str | None) -> dict[str, Tensor]:
+    """Return the tensors of a file here, or of the weights that torchvision knows by `name`."""
+    if weights is not None:
+        from safetensors.torch import load_file
+
+        return load_file(weights)
+    from torchvision.models import get_weight
+
+    return get_weight(name).get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
