@@ -73,9 +73,10 @@ OPEN_CLIP_HUB = {
     ("ViT-B-32", "openai"): ("timm/vit_base_patch32_clip_224.openai", 151_277_313),
     ("ViT-L-14-quickgelu", "openai"): ("timm/vit_large_patch14_clip_224.openai", 427_616_513),
     ("ViT-L-14", "openai"): ("timm/vit_large_patch14_clip_224.openai", 427_616_513),
+    ("ViT-L-14-336-quickgelu", "openai"): ("timm/vit_large_patch14_clip_336.openai", 427_944_193),
 }
 """Where open_clip finds the weights of a backbone, and how many there are; its own table needs torch to be read."""
-TIMM_SIZES = {"vit_small_patch16_224.dino": 4 * 21_665_664}
+TIMM_SIZES = {"vit_small_patch16_224.dino": 4 * 21_665_664, "vit_small_patch14_dinov2.lvd142m": 4 * 22_056_192}
 """Bytes of weights, where they are known."""
 
 

@@ -33,7 +33,10 @@ class SelfSupervisedImage(Metric):
     encoder = "timm@1"
     encoder_parameters = ("backbone",)
     Parameters = Parameters
-    presets = {"testbed": {"backbone": "testbed"}}
+    presets = {
+        "dinov2": {"backbone": "vit_small_patch14_dinov2.lvd142m"},  # Oquab et al. 2023, ViT-S/14, at 518 pixels
+        "testbed": {"backbone": "testbed"},
+    }
 
     @classmethod
     def files(cls, parameters):
