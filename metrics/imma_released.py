@@ -1,0 +1,112 @@
+"""IMMA's released scorer, defects included, so that its numbers can be compared (papers' facts: imma.md, section 7).
+
+What it does otherwise than the proper metrics:
+
+- every image is shrunk to 64 x 64 pixels first (bilinear, whatever its aspect);
+- for CLIP and DINO values in [0, 1] are "un-normalised" once more, into [0.5, 1], then enlarged to the encoder's
+  input (bicubic without antialiasing, as its torchvision did by default) and normalised by CLIP's mean and
+  deviation, DINO too;
+- LPIPS gets [0, 1] where the library asks for [-1, 1].
+
+Two things are not as released: encoders run in fp32 (CLIP on a GPU ran in fp16), and LPIPS is averaged over all
+pairs, where the script compared by index and so ran for equal numbers of images alone; the published replication did
+the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from harness.registry import register
+from metrics.clip_image import ClipImage
+from metrics.encoders import clip, encode_images, vision
+from metrics.lpips_image import LpipsImage, Network
+from metrics.self_supervised_image import SelfSupervisedImage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+SHRUNK = 64
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+"""Of OpenAI's CLIP, for whatever encoder."""
+
+
+def shrink(image: Image) -> Tensor:
+    """Return an image of 64 x 64 pixels in [0, 1]."""
+    from PIL.Image import Resampling
+    from torchvision.transforms.functional import to_tensor
+
+    return to_tensor(image.resize((SHRUNK, SHRUNK), Resampling.BILINEAR))
+
+
+def preprocess(size: int) -> Callable[[Image], Tensor]:
+    """Return the transform for an encoder that takes `size` pixels a side."""
+    from torch.nn.functional import interpolate
+    from torchvision.transforms.functional import normalize
+
+    def transform(image: Image) -> Tensor:
+        lifted = (shrink(image) + 1) / 2
+        enlarged = interpolate(lifted[None], (size, size), mode="bicubic", align_corners=False)[0]
+        return normalize(enlarged, CLIP_MEAN, CLIP_DEVIATION)
+
+    return transform
+
+
+def _side(size: int | Sequence[int]) -> int:
+    return size if isinstance(size, int) else size[-1]
+
+
+@register("metric")
+class ClipImageImmaReleased(ClipImage):
+    """CLIP image similarity as IMMA's released script computes it, on images of 64 x 64."""
+
+    name = "clip_image_imma_released"
+    version = 1
+    encoder = "open_clip_imma_released@1"
+
+    def about(self):
+        return {**super().about(), "preprocessing": "IMMA's script: 64x64, values in [0.5, 1]"}
+
+    def encode(self, images, device):
+        """Return unit vectors."""
+        model, _, _ = clip(self.parameters.backbone, self.parameters.pretrained, device)
+        return encode_images(model.encode_image, preprocess(_side(model.visual.image_size)), images, device)
+
+
+@register("metric")
+class SelfSupervisedImageImmaReleased(SelfSupervisedImage):
+    """DINO similarity as IMMA's released script computes it: 64 x 64, with CLIP's mean and deviation."""
+
+    name = "self_supervised_image_imma_released"
+    version = 1
+    encoder = "timm_imma_released@1"
+
+    def about(self):
+        return {**super().about(), "preprocessing": "IMMA's script: 64x64, values in [0.5, 1], CLIP's mean"}
+
+    def encode(self, images, device):
+        """Return unit vectors."""
+        model, _ = vision(self.parameters.backbone, device)
+        return encode_images(model, preprocess(_side(model.pretrained_cfg["input_size"])), images, device)
+
+
+@register("metric")
+class LpipsImmaReleased(LpipsImage):
+    """1 - LPIPS as IMMA's released script computes it: 64 x 64, in the wrong range, over all pairs."""
+
+    name = "lpips_imma_released"
+    version = 1
+
+    Parameters = Network
+    presets = {"testbed": {"net": "testbed"}}
+
+    def preprocessing(self) -> str:
+        """Return what `prepare` does, in words."""
+        return "IMMA's script: 64x64, in [0, 1]"
+
+    def prepare(self, image: Image) -> Tensor:
+        """Return an image [3, 64, 64]."""
+        return shrink(image)
