@@ -1,7 +1,8 @@
 """CLIP text alignment: cosine of generated images with the description of what was asked for, times 100.
 
-The scale follows torchmetrics' CLIPScore, without its floor at zero (a mean of clipped values hides how far below an
-image is). The description holds plain words where the prompt holds an attacker's identifier.
+The scale follows torchmetrics' CLIPScore, but a prompt's value may be negative: torchmetrics raises a mean below
+zero to zero, which would hide how far below it is, and takes one mean over all pairs given to it. The description
+holds plain words where the prompt holds an attacker's identifier.
 """
 
 from __future__ import annotations

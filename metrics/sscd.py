@@ -1,0 +1,90 @@
+"""SSCD (Pizzi et al. 2022): is a drawn image a copy of one that the attack was trained on?
+
+The greatest cosine of copy-detection descriptors with any training image, which stands beside the scores, as
+`nearest_training_image` does. A model of Meta's release as TorchScript, by a local path: loading it executes its
+graph, not pickled Python, so take it from where you trust (its licence forbids commercial use). For sscd_disc_mixup
+its authors call pairs above 0.75 copies, with 90 % precision on DISC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from harness.registry import register
+from metrics.base import Metric
+from metrics.encoders import by_prompt, encode_images, flat, library
+
+if TYPE_CHECKING:
+    import torch
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The model, and its authors' preprocessing."""
+
+    weights: str
+    """A local TorchScript file, such as sscd_disc_mixup.torchscript.pt."""
+    resize: Literal["small_edge", "square"] = "small_edge"
+    """small_edge: to `size` pixels, for images of one aspect; square: both sides."""
+    size: Annotated[int, Field(ge=32, le=2048)] = 288
+    """Pixels; for squares the authors take 320."""
+
+
+@register("metric")
+class Sscd(Metric):
+    """Cosine between copy-detection features of a generated image and the nearest training image of the attack."""
+
+    name = "sscd"
+    version = 1
+    direction = "none"
+    compares_with = "attack"
+    unit = "cosine"
+    range = (-1.0, 1.0)
+    encoder = "sscd@1"
+    encoder_parameters = ("weights", "resize", "size")
+    Parameters = Parameters
+    presets = {"square": {"resize": "square", "size": 320}}  # its README, "skew_320"
+
+    @classmethod
+    def files(cls, parameters):
+        return {"weights": Path(parameters.weights)}
+
+    def about(self):
+        p = self.parameters
+        side = f"{p.size}x{p.size}" if p.resize == "square" else f"small edge {p.size}"
+        return {"backbone": Path(p.weights).name, "preprocessing": f"{side}, bilinear", "library": library("torch")}
+
+    def encode(self, images, device):
+        """Return unit vectors, of images one by one: they may differ in size."""
+        import torch
+        from torchvision import transforms
+
+        p = self.parameters
+        transform = transforms.Compose(
+            [
+                transforms.Resize([p.size, p.size] if p.resize == "square" else p.size),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, DEVIATION),
+            ]
+        )
+        model = script(p.weights, device)
+        return torch.cat([encode_images(model, transform, [image], device) for image in images])
+
+    def score(self, images, references, descriptions, device):
+        """Return, for each prompt, the mean over its images of the cosine with the nearest training image."""
+        return by_prompt((self.encode(flat(images), device) @ references.T).max(dim=1).values, images)
+
+
+@lru_cache(maxsize=1)
+def script(weights: str, device: torch.device):
+    """Return the model of a TorchScript file, loaded once."""
+    import torch
+
+    return torch.jit.load(weights, map_location=device).eval()

@@ -1,0 +1,126 @@
+"""TOPIQ (Chen et al. 2024) through pyiqa: image quality against a reference (fr) or without one (nr).
+
+An extra, `pip install 'immunitybench[quality]'`: pyiqa's licence (PolyForm Noncommercial) forbids commercial use.
+Its network is built by it, but its weights, which it would unpickle, are read with `weights_only`, or from a
+safetensors file.
+
+"fr" compares images of the same scene; generated and reference images are not that, so its values are low and small
+differences mean little. FreezeAsGuard reports it nevertheless.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from harness.fetching import Fetched
+from harness.registry import register
+from metrics import torchvision_files
+from metrics.base import Metric
+from metrics.encoders import by_prompt, flat, library
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+REPOSITORY = "chaofengc/IQA-PyTorch-Weights"
+FILES = {"fr": "cfanet_fr_kadid_res50-2c4cc61d.pth", "nr": "cfanet_nr_koniq_res50-9a73138b.pth"}
+"""What pyiqa takes for topiq_fr and topiq_nr, from that repository of the hub."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Defaults: pyiqa's models."""
+
+    variant: Literal["fr", "nr"] = "fr"
+    weights: str | None = None
+    """A local safetensors file with the network's tensors; None: from the hub."""
+    size: Annotated[int, Field(ge=64, le=4096)] | None = None
+    """Pixels a side that both images are resized to. None: as they are drawn, references resized to that."""
+
+    def __post_init__(self) -> None:
+        """Refuse files that may hold code."""
+        torchvision_files.check_safetensors(self.weights)
+
+
+@register("metric")
+class Topiq(Metric):
+    """Image quality by TOPIQ: against the references, over all pairs (fr), or of the drawn images alone (nr)."""
+
+    name = "topiq"
+    version = 1
+    direction = "higher"
+    unit = "quality"
+    range = (0.0, 1.0)
+    Parameters = Parameters
+    presets = {"nr": {"variant": "nr"}}
+
+    @classmethod
+    def files(cls, parameters):
+        return torchvision_files.local_files(parameters.weights)
+
+    @classmethod
+    def fetches(cls, parameters):
+        return [] if parameters.weights else [Fetched(REPOSITORY, ((FILES[parameters.variant],),))]
+
+    @classmethod
+    def not_installed(cls, parameters):
+        if importlib.util.find_spec("pyiqa") is None:
+            return "topiq needs pyiqa; install it with: pip install 'immunitybench[quality]' (non-commercial licence)"
+        return None
+
+    def about(self):
+        p = self.parameters
+        return {
+            "backbone": f"topiq_{p.variant}",
+            "preprocessing": f"{p.size}x{p.size} bicubic" if p.size else "as drawn",
+            "library": library("pyiqa"),
+        }
+
+    def score(self, images, references, descriptions, device):
+        """Return the mean quality of each prompt's images."""
+        import torch
+
+        drawn = flat(images)
+        model = network(self.parameters.variant, self.parameters.weights, device)
+        values = []
+        with torch.no_grad():
+            for image in drawn:
+                seen = self._tensor(image, image.size).to(device)
+                if self.parameters.variant == "nr":
+                    values.append(model(seen).double().mean().cpu())
+                    continue
+                pairs = [model(seen, self._tensor(known, image.size).to(device)).double() for known in references]
+                values.append(torch.stack(pairs).mean().cpu())
+        return by_prompt(torch.stack(values), images)
+
+    def _tensor(self, image, size: tuple[int, int]) -> Tensor:
+        """Return an image [1, 3, height, width] in [0, 1]."""
+        from PIL.Image import Resampling
+        from torchvision.transforms.functional import to_tensor
+
+        size = (self.parameters.size, self.parameters.size) if self.parameters.size else size
+        return to_tensor(image.resize(size, Resampling.BICUBIC))[None]
+
+
+@lru_cache(maxsize=2)
+def network(variant: str, weights: str | None, device: torch.device):
+    """Return pyiqa's model, loaded once."""
+    import pyiqa
+
+    model = pyiqa.create_metric(f"topiq_{variant}", device=device, pretrained=False, backbone_pretrain=False)
+    if weights is not None:
+        tensors = torchvision_files.state_dict("", weights)
+    else:
+        import torch
+        from huggingface_hub import hf_hub_download
+
+        file = hf_hub_download(REPOSITORY, FILES[variant])
+        tensors = torch.load(file, map_location="cpu", weights_only=True)["params"]
+    # saved from several GPUs
+    model.net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in tensors.items()})
+    return model.eval()
