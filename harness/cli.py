@@ -70,6 +70,20 @@ def _parser() -> argparse.ArgumentParser:
         "--tflops", type=_throughput, metavar="N",
         help="TFLOP/s that your GPU sustains, for the estimate of GPU-hours from UNet passes (SD 1.x)",
     )  # fmt: skip
+    plan.add_argument(
+        "--power", type=_difference, metavar="DIFFERENCE",
+        help="say instead how many seeds it takes to tell two defenses apart that differ by so much, judged by how "
+        "much a pilot run varied: 10%% is a tenth of what the attack reaches on the undefended model (ten points of "
+        "SGR), a bare number such as 0.05 is in each metric's own unit",
+    )  # fmt: skip
+    plan.add_argument(
+        "--pilot", metavar="FOLDER",
+        help="with --power: the folder of the pilot run, of two seeds and two defenses or more (default: this suite's)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--between", nargs=2, metavar="LABEL",
+        help="with --power: judge by these two defenses of the pilot alone (default: the mean over all pairs)",
+    )  # fmt: skip
     verb("validate", "check a suite and say all that is wrong with it")
     verb("status", "show how far a suite is and what failed")
     table = verb("table", "write and show the tables from what is committed")
@@ -122,6 +136,19 @@ def _throughput(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number greater than 0 (got '{one_line(text, 60)}')")
     return value
+
+
+def _difference(text: str) -> tuple[float, bool]:
+    """Return (number greater than 0, whether it is a share) of a text such as 0.05 or 10%, for argparse."""
+    is_share = text.rstrip().endswith("%")
+    try:
+        value = float(text.rstrip().removesuffix("%")) / (100 if is_share else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        what = "a number greater than 0 in the metric's unit, or a share such as 10%"
+        raise argparse.ArgumentTypeError(f"must be {what} (got '{one_line(text, 60)}')")
+    return value, is_share
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,6 +250,15 @@ def _run(given: argparse.Namespace) -> ExitCode:
 def _plan(given: argparse.Namespace) -> ExitCode:
     from harness import launch
 
+    if given.power is not None:
+        from harness import power
+
+        opened = _Opened(given)
+        power.show(opened.plan, len(opened.loaded.suite.seeds), given, opened.folder, _console())
+        return ExitCode.DONE
+    for option in ("pilot", "between"):
+        if getattr(given, option) is not None:
+            raise UserMistake(f"--{option}: says something with --power only")
     launch.show_plan(_Opened(given), _console(), given.tflops)
     return ExitCode.DONE
 

@@ -75,17 +75,17 @@ def _line(table: Measurements, keys: Sequence[Key], sides: tuple[str, str], draw
     """Return the line of an attack, or of the worst case of several; None where the two share no target."""
     task, attack, attacker, metric, step = keys[0]
     sign = table.sign(metric)
-    statistic = _gap_of_greatest(len(keys), sign)
-    cells, seeds = _cells(table, keys, sides, "target")
+    statistic = gap_of_greatest(len(keys), sign)
+    cells, seeds = paired_cells(table, keys, sides, "target")
     if not cells:
         return None
     found = estimate(cells, statistic, draws=draws)
     # innocents meet the attacks one by one: a worst case is none of theirs
-    innocents, _ = _cells(table, keys, sides, "innocent") if len(keys) == 1 else ([], 0)
+    innocents, _ = paired_cells(table, keys, sides, "innocent") if len(keys) == 1 else ([], 0)
     kept = estimate(innocents, statistic, draws=draws) if innocents else None
-    reached = [_greatest(_reached(cells, side, len(keys)), sign) for side in (0, 1)]
+    reached = [closest(cells, side, len(keys), sign) for side in (0, 1)]
     none = table.undefended[task]
-    beside, _ = _cells(table, keys, (*sides, none), "target") if none else ([], 0)
+    beside, _ = paired_cells(table, keys, (*sides, none), "target") if none else ([], 0)
     low, high = found.interval()
     return {
         "task": task,
@@ -100,7 +100,7 @@ def _line(table: Measurements, keys: Sequence[Key], sides: tuple[str, str], draw
         "n_prompts": sum(x.shape[1] for x in cells),
         "reached_defense": reached[0],
         "reached_baseline": reached[1],
-        "reached_none": _greatest(_reached(beside, 2, len(keys)), sign) if beside else None,
+        "reached_none": closest(beside, 2, len(keys), sign) if beside else None,
         "stronger_by": found.value,
         "low": low,
         "high": high,
@@ -133,7 +133,7 @@ def _verdict(line: Mapping[str, Any]) -> str:
     return "stronger" if line["stronger_by"] > 0 else "weaker"
 
 
-def _cells(
+def paired_cells(
     table: Measurements, keys: Sequence[Key], sides: Sequence[str], role: str
 ) -> tuple[list[np.ndarray], int]:
     """Return ([sides x attacks, prompts, seeds] of each concept, number of seeds): a side's attacks, then the next's.
@@ -165,7 +165,7 @@ def _cells(
     return arrays, len(seeds)
 
 
-def _gap_of_greatest(attacks: int, sign: int) -> Callable[[np.ndarray], np.ndarray]:
+def gap_of_greatest(attacks: int, sign: int) -> Callable[[np.ndarray], np.ndarray]:
     """Return the statistic: what the closest attack reaches on the baseline less that on the defense."""
 
     def gap(means: np.ndarray) -> np.ndarray:
@@ -175,11 +175,7 @@ def _gap_of_greatest(attacks: int, sign: int) -> Callable[[np.ndarray], np.ndarr
     return gap
 
 
-def _reached(cells: Sequence[np.ndarray], side: int, attacks: int) -> list[float]:
-    """Return what each attack reaches on one side, mean over concepts, prompts and seeds."""
+def closest(cells: Sequence[np.ndarray], side: int, attacks: int, sign: int) -> float:
+    """Return what the closest attack reaches on one side, mean over concepts, prompts and seeds."""
     means = np.mean([x.mean(axis=(1, 2)) for x in cells], axis=0)
-    return [float(value) for value in means[side * attacks : (side + 1) * attacks]]
-
-
-def _greatest(values: Sequence[float], sign: int) -> float:
-    return max(values, key=lambda value: sign * value)
+    return max((float(value) for value in means[side * attacks : (side + 1) * attacks]), key=lambda v: sign * v)

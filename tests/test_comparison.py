@@ -67,13 +67,19 @@ def test_names_that_are_not_there_are_told(run, capsys, arguments, words):
         (None, "there is no rows.csv; name the folder of a run"),
         ("", "rows.csv:1: the column 'suite' is missing"),
         ("suite,model\n1,2\n", "rows.csv:1: the column 'task' is missing"),
-        (",".join(COLUMNS) + "\n" + ",".join("x" for _ in COLUMNS) + "\n", "rows.csv:2: value, step and seed must be"),
+        (",".join(COLUMNS) + "\n" + ",".join("x" for _ in COLUMNS) + "\n", "rows.csv:2: value, step, seed and"),
+        (
+            ",".join(COLUMNS) + "\n" + ",".join("nan" if c == "value" else "0" for c in COLUMNS) + "\n",
+            "rows.csv:2: value",
+        ),
+        (",".join(COLUMNS) + "\n" + ",".join("0" for _ in COLUMNS[1:]) + "\n", "rows.csv:2: value"),
+        (b"\xff\xfe" * 9, "rows.csv: is no table: "),
     ],
 )
 def test_a_folder_that_is_no_run_is_told(tmp_path, capsys, content, words):
     """With the file and line."""
     if content is not None:
-        (tmp_path / "rows.csv").write_text(content)
+        (tmp_path / "rows.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
 
     assert main(["compare", str(tmp_path), "--defense", "mine", "--baseline", "none"]) == ExitCode.USER_MISTAKE
     (line,) = capsys.readouterr().err.splitlines()
