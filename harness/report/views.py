@@ -282,10 +282,10 @@ def concept_curves(table: Measurements) -> list[ConceptCurves]:
             for defense in table.defenses[task]:
                 _add_curves(made, table, (task, metric, role), (attack, attacker, sorted(read)), defense)
     order = {"target": 0, "innocent": 1}
-    return sorted(made.values(), key=lambda c: (tasks_order(table, c.task), order[c.role]))
+    return sorted(made.values(), key=lambda c: (_place(table, c.task), order[c.role]))
 
 
-def tasks_order(table: Measurements, task: str) -> int:
+def _place(table: Measurements, task: str) -> int:
     """Return the place of a task among the rows."""
     return list(table.defenses).index(task)
 
