@@ -15,7 +15,10 @@ are those of Student's t of each part, put together as squares (Zou and Donner 2
 
     half width^2 = t(seeds - 1)^2 V_seeds + t(prompts - 1)^2 V_prompts
 
-`tests/benchmarks/coverage.py` measures how often they hold the truth.
+`tests/benchmarks/coverage.py` measures how often they hold the truth. Where both parts matter and seeds are few they
+are wide rather than narrow (up to 97.5 % there). One t at Satterthwaite's (1946) degrees of freedom would be narrower,
+but holds 93 to 95.5 % there, and 88 % of runs of two seeds where seeds bring most: it takes a variance that came out
+small for one that is well known.
 """
 
 from __future__ import annotations
