@@ -539,23 +539,32 @@ class _Planner:
             "sampling": sampling,
             "metric": {"component": metric.component, "parameters": metric.parameters},
         }
+        new = search.explored(count)
         probes: dict[str, str] = {}
-        for first in range(0, count, at_once):
+
+        def add(index: int, told: dict[str, str], which: dict[str, int], seed: int) -> None:
+            label = f"probe {index + 1} of {count}: {text}"
+            probes[f"probe.{index}"] = self._add(
+                kind="probe",
+                component=registry.component(registry.get("attack", attack.method)),
+                parameters={**shared, **which},
+                inputs={**inputs, **told},
+                data={},
+                local={"parameters": dict(local), "metric": metric.local},
+                seed=seed,
+                label=label,
+                work=work + len(shared["prompts"]) * len(shared["budget"]["steps"]) * sampling["steps"] * 2.0,
+            )
+            self._unit(label, [probes[f"probe.{index}"]])
+
+        for first in range(0, new, at_once):
             told = dict(probes)
-            for index in range(first, min(first + at_once, count)):
-                label = f"probe {index + 1} of {count}: {text}"
-                probes[f"probe.{index}"] = self._add(
-                    kind="probe",
-                    component=registry.component(registry.get("attack", attack.method)),
-                    parameters={**shared, "place": index - first},
-                    inputs={**inputs, **told},
-                    data={},
-                    local={"parameters": dict(local), "metric": metric.local},
-                    seed=seeds.derive("search", released.seed, concept.name),
-                    label=label,
-                    work=work + len(shared["prompts"]) * len(shared["budget"]["steps"]) * sampling["steps"] * 2.0,
-                )
-                self._unit(label, [probes[f"probe.{index}"]])
+            for index in range(first, min(first + at_once, new)):
+                add(index, told, {"place": index - first}, seeds.derive("search", released.seed, concept.name))
+        told = dict(probes)
+        for place in range(count - new):
+            pair = place // 2 + 1  # both of a pair under one seed, so that they differ in their settings alone
+            add(new + place, told, {"repeat": place}, seeds.derive("search", released.seed, concept.name, pair))
         return probes
 
     def _trial(

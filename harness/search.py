@@ -3,8 +3,12 @@
 A *probe* is one try: the attack with other settings, on a part of the attacker's own images, judged on the rest of them
 with prompts that no evaluation asks. Probes come in batches; those of a batch know the results of all batches before.
 Optuna's TPE proposes (Bergstra et al. 2011), as a function of the seed and of what was found: a probe is a stage like
-others, so it is shared, kept and counted, whoever does it and in whatever order. The first probe is the attack as the
-suite states it, so a search cannot find less than that by its own measure.
+others, so it is shared, kept and counted, whoever does it and in whatever order.
+
+The best of several noisy scores flatters: what looks best on a few images under one seed may be worse than the attack
+as it stands. So the first probe is the attack as the suite states it, and of every six probes two repeat that one and
+the best of the others under another seed, with other images held out. Only settings that score higher each time are
+taken (a race of two, after Maron and Moore 1994); else the attack stays as it was stated.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ Space = Mapping[str, Range | Choice]
 class Probe:
     """What a probe tried and how it scored; a score of None: the training diverged."""
 
-    values: Mapping[str, Any]
+    values: Mapping[str, Any] | None  # None: a repeat that was not needed, as nothing had scored higher
     score: float | None
 
 
@@ -109,12 +113,45 @@ def propose(space: Mapping[str, Mapping[str, Any]], seed: int, told: Sequence[Pr
     return {name: _value(space[name], asked.params[name]) for name in space}
 
 
+def explored(probes: int) -> int:
+    """Return how many of a search's probes, the first of them, try something new; the rest repeat, in pairs."""
+    return probes - 2 * (probes // 6)
+
+
+def repeated(told: Sequence[Probe], place: int) -> Mapping[str, Any] | None:
+    """Return the values of a repeat: {} at even places, those of the best probe at odd ones; None: none is needed.
+
+    `told` are the probes that tried something new.
+    """
+    if all(probe.score is None for probe in told) or not best(told).values:
+        return None
+    return best(told).values if place % 2 else {}
+
+
 def best(probes: Sequence[Probe]) -> Probe:
     """Return the probe with the highest score, the earliest of equals. Raises ValueError when all diverged."""
     scored = [probe for probe in probes if probe.score is not None]
     if not scored:
         raise ValueError(f"each of {len(probes)} probes diverged")
     return max(scored, key=lambda probe: probe.score)
+
+
+def chosen(probes: Sequence[Probe]) -> Probe:
+    """Return the probe whose settings the attack is made with, of a whole search in order.
+
+    The best of those that tried something new, if it scored higher than the attack as it was stated in every repeat
+    too. Raises ValueError when all diverged.
+    """
+    count = explored(len(probes))
+    stated, contender = probes[0], best(probes[:count])
+    repeats = zip(probes[count::2], probes[count + 1 :: 2], strict=True)
+    if contender.values and not all(_beats(mine, theirs) for theirs, mine in repeats):
+        return stated if stated.score is not None else contender
+    return contender
+
+
+def _beats(one: Probe, other: Probe) -> bool:
+    return one.score is not None and (other.score is None or one.score > other.score)
 
 
 def _distribution(optuna: Any, part: Mapping[str, Any]) -> Any:

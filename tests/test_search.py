@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -78,6 +79,70 @@ def test_the_best_is_the_highest_and_the_earliest_of_equals():
     assert search.best(probes).values == {"rank": 4}
     with pytest.raises(ValueError, match="each of 1 probes diverged"):
         search.best(probes[1:2])
+
+
+def test_of_every_six_probes_two_repeat():
+    """Fewer than six are too few to repeat any."""
+    assert {n: search.explored(n) for n in (1, 3, 5, 6, 11, 12, 24)} == {1: 1, 3: 3, 5: 5, 6: 4, 11: 9, 12: 8, 24: 16}
+
+
+def test_repeats_are_of_the_attack_as_stated_and_of_the_best():
+    """In pairs; none is needed where nothing scored higher, or everything diverged."""
+    told = [Probe({}, 0.2), Probe({"rank": 4}, 0.5), Probe({"rank": 16}, 0.3), Probe({"rank": 1}, None)]
+
+    assert [search.repeated(told, place) for place in range(4)] == [{}, {"rank": 4}] * 2
+    assert search.repeated([Probe({}, 0.6), *told[1:]], 1) is None
+    assert search.repeated([Probe({}, None), told[3]], 0) is None
+
+
+@pytest.mark.parametrize(
+    ("stated", "mine", "chosen"),
+    [
+        ([0.2], [0.3], {"rank": 4}),
+        ([0.3], [0.2], {}),  # better once, worse when tried again
+        ([0.3], [0.3], {}),
+        ([0.2], [None], {}),
+        ([None], [0.1], {"rank": 4}),
+        ([0.2, 0.2], [0.3, 0.3], {"rank": 4}),
+        ([0.2, 0.3], [0.3, 0.2], {}),
+    ],
+)
+def test_settings_are_taken_that_are_better_each_time(stated, mine, chosen):
+    """Else the attack stays as it was stated."""
+    first = [Probe({}, 0.2), Probe({"rank": 4}, 0.5), Probe({"rank": 16}, 0.3), Probe({"rank": 1}, None)]
+    first += [Probe({"rank": 1}, 0.0)] * 4 * (len(stated) - 1)
+    repeats = [p for s, m in zip(stated, mine, strict=True) for p in (Probe({}, s), Probe({"rank": 4}, m))]
+
+    assert search.chosen([*first, *repeats]).values == chosen
+
+
+def test_a_stated_attack_that_leads_stays():
+    """Its repeats were not made; when it diverged, whatever did not is taken."""
+    nothing = [Probe(None, None)] * 2
+
+    assert search.chosen([Probe({}, 0.9), *[Probe({"rank": 4}, 0.5)] * 3, *nothing]).values == {}
+    assert search.chosen([Probe({}, None), *[Probe({"rank": 4}, 0.5)] * 3, Probe({}, None), Probe({"rank": 4}, None)]) == (
+        Probe({"rank": 4}, 0.5)
+    )
+
+
+def test_repeats_keep_chance_from_passing_for_skill():
+    """Of settings that are all as good as the stated one, scored with noise, few are taken; of better ones most are."""
+    generator = random.Random(0)
+
+    def share_taken(gain: float) -> float:
+        taken = 0
+        for _ in range(2000):
+            first = [Probe({}, generator.gauss(0, 1))]
+            first += [Probe({"rank": i + 1}, generator.gauss(gain, 1)) for i in range(3)]
+            repeats = [Probe({}, generator.gauss(0, 1)), Probe({"rank": 1}, generator.gauss(gain, 1))]
+            taken += bool(search.chosen([*first, *repeats]).values)
+        return taken / 2000
+
+    # equal: one in four stays for being first, half of the others by its repeat: 37.5 %, with a deviation of 1.1 %
+    assert abs(share_taken(0.0) - 0.375) < 0.035
+    assert share_taken(3.0) > 0.95
+    assert share_taken(-3.0) < 0.01
 
 
 def test_a_probe_that_diverged_is_told_as_the_worst():

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,12 @@ def adapt(s: StageAtWork) -> None:
     attack = s.method("attack")
     probes = _probes(s)
     if probes:
-        chosen = search.best(probes)
+        chosen = search.chosen(probes)
         attack = _with(attack, chosen.values)
         found = {"chosen": chosen.values, "score": chosen.score, "probes": [asdict(probe) for probe in probes]}
         if s.run.world.rank == 0:
             write_json(s.folder / "search.json", found)
-    saved = _trajectory(s, attack)
+    saved = _trajectory(s, attack, *_own(s))
     if s.run.world.rank == 0:
         shutil.copytree(saved, s.folder / CHECKPOINTS, copy_function=os.link)
 
@@ -46,17 +46,26 @@ def probe(s: StageAtWork) -> None:
 
     described = s.stage.parameters
     attack = s.method("attack")
-    values = search.propose(described["space"], s.run.seed_for("study"), _probes(s), described["place"])
+    fold = 0
+    if "repeat" in described:
+        values = search.repeated(_probes(s), described["repeat"])
+        fold = described["repeat"] // 2 + 1
+        if values is None:
+            write_json(s.folder / "probe.json", {"values": None, "score": None, "scores": {}})
+            return
+    else:
+        values = search.propose(described["space"], s.run.seed_for("study"), _probes(s), described["place"])
     attack = _with(attack, values)
+    own, captions = _own(s)
+    own, captions, judged = _split(own, captions, described["held_out"], fold)
     try:
-        saved = _trajectory(s, attack, described["held_out"])
+        saved = _trajectory(s, attack, own, captions)
     except FloatingPointError as error:
         log.info("diverged: %s", error)
         write_json(s.folder / "probe.json", {"values": values, "score": None, "scores": {}})
         return
     metric = s.method("metric", described["metric"], s.stage.local.get("metric", {}))
-    count = described["budget"]["images"]
-    own = metric.known(pictures.read(s.files("images", "attack")[:count][-described["held_out"] :]), s.run.device)
+    known = metric.known(pictures.read(judged), s.run.device)
     model, protection = s.released()
     hooks = sampling_hooks(protection, described["attacker"])
     scores = {}
@@ -74,7 +83,7 @@ def probe(s: StageAtWork) -> None:
         finally:
             attack.unload(model)
         with s.run.ledger.phase("score"):
-            scored = metric.score(drawn, own, described["descriptions"], s.run.device)
+            scored = metric.score(drawn, known, described["descriptions"], s.run.device)
         scores[step] = (1 if metric.direction == "higher" else -1) * sum(scored) / len(scored)
     mean = sum(scores.values()) / len(scores)
     write_json(s.folder / "probe.json", {"values": values, "score": mean, "scores": scores})
@@ -96,18 +105,32 @@ def _with(attack: Any, values: Mapping[str, Any]) -> Any:
     return type(attack)(resolved)
 
 
-def _trajectory(s: StageAtWork, attack: Any, held_out: int = 0) -> Path:
-    """Run an attack on all but the last `held_out` images; return the folder with a folder of each step."""
+def _own(s: StageAtWork) -> tuple[list[Path], list[str]]:
+    """Return the attacker's images, as many as the budget allows, and a caption for each."""
+    described = s.stage.parameters
+    files = s.files("images", "attack")[: described["budget"]["images"]]
+    return files, described["concept"]["captions"][: len(files)]
+
+
+def _split(
+    files: Sequence[Path], captions: Sequence[str], held_out: int, fold: int
+) -> tuple[list[Path], list[str], list[Path]]:
+    """Return what to train on, with its captions, and what to judge by: the last images; other ones in each fold."""
+    order = [(i - fold * held_out) % len(files) for i in range(len(files))]
+    trained, judged = order[: len(files) - held_out], order[len(files) - held_out :]
+    return [files[i] for i in trained], [captions[i] for i in trained], [files[i] for i in judged]
+
+
+def _trajectory(s: StageAtWork, attack: Any, files: Sequence[Path], captions: Sequence[str]) -> Path:
+    """Run an attack on images; return the folder with a folder of each step."""
     from attacks.base import AttackedConcept, Budget
 
     described = s.stage.parameters
     budget, known = described["budget"], described["concept"]
-    files = s.files("images", "attack")[: budget["images"]]
-    files = files[: len(files) - held_out]
     prior = attack.prior_images(attack.parameters)
     concept = AttackedConcept(
         kind=known["kind"],
-        captions=tuple(known["captions"][: len(files)]),
+        captions=tuple(captions),
         files=tuple(files),
         words=Words(**known.get("words", {"name": known["called"]})),
         called=known["called"],

@@ -10,12 +10,13 @@ import pytest
 
 from harness.cli import main
 from harness.errors import ExitCode
+from harness.stages.adapt import _split
 from tests.ml.conftest import SUITE
 
 HONEST = "{method: lora, steps: [2, 4], batch_size: 2}"
 TUNED = (
     "{method: lora, name: lora_tuned, attacker: adaptive, steps: [2, 4], batch_size: 2, "
-    "search: {probes: 3, at_once: 2}, tasks: [personalization]}"
+    "search: {probes: 6, at_once: 2}, tasks: [personalization]}"
 )
 RESTORED = "{method: lora, name: lora_restored, attacker: adaptive, restore: [unet], steps: [2, 4], batch_size: 2}"
 
@@ -40,34 +41,40 @@ def _records(runs: Path, kind: str) -> list[tuple[Path, dict]]:
 
 
 def test_every_released_model_is_searched_by_itself(finished):
-    """Two defenses, a target and an innocent: three probes each."""
+    """Two defenses, a target and an innocent: six probes each."""
     probes = _records(finished[1], "probe")
 
-    assert len(probes) == 2 * 2 * 3
+    assert len(probes) == 2 * 2 * 6
     assert all(set(json.loads((p / "probe.json").read_text())) == {"values", "score", "scores"} for p, _ in probes)
 
 
 def test_probes_of_a_batch_know_the_batches_before_alone(finished):
-    """Two at once, then one that was told of both."""
+    """Two at once, then two that were told of both, then two that repeat and were told of all four."""
     told = sorted(
         sum(role.startswith("probe.") for role in record["identity"]["inputs"])
         for _, record in _records(finished[1], "probe")
     )
 
-    assert told == [0] * 8 + [2] * 4
+    assert told == [0] * 8 + [2] * 8 + [4] * 8
 
 
-def test_the_tuned_attack_is_the_best_probe_and_no_worse_than_the_default(finished):
-    """By the attacker's own measure, on held-out images."""
+def test_the_tuned_attack_was_never_worse_than_the_default_where_both_were_tried(finished):
+    """By the attacker's own measure, on held-out images; the repeats are of these two, or were not needed."""
     tuned = [(p, r) for p, r in _records(finished[1], "adapt") if "probe.0" in r["identity"]["inputs"]]
 
     assert len(tuned) == 4
     for folder, record in tuned:
         found = json.loads((folder / "search.json").read_text())
-        scores = [probe["score"] for probe in found["probes"]]
-        assert found["score"] == max(scores)
-        assert found["probes"][0]["values"] == {}
-        assert len(scores) == 3
+        probes = found["probes"]
+        new, (stated, contender) = probes[:4], probes[4:]
+        best = max(new, key=lambda probe: probe["score"])
+        assert new[0]["values"] == {} and all(probe["values"] for probe in new[1:])
+        if best["values"]:
+            assert (stated["values"], contender["values"]) == ({}, best["values"])
+            is_better = contender["score"] > stated["score"]
+            assert found["chosen"] == (best["values"] if is_better else {})
+        else:
+            assert stated["values"] is contender["values"] is None and found["chosen"] == {}
         assert record["identity"]["parameters"]["attacker"] == "adaptive"
 
 
@@ -77,6 +84,19 @@ def test_probes_train_on_images_that_they_are_not_judged_on(finished):
 
     assert record["identity"]["parameters"]["held_out"] == 1
     assert not set(record["identity"]["parameters"]["prompts"]) & _evaluated(finished[1])
+
+
+def test_repeats_hold_out_other_images():
+    """Each image keeps its caption; what is judged by was not trained on."""
+    files, captions = [Path(f"{i}.png") for i in range(7)], [f"c{i}" for i in range(7)]
+
+    judged = []
+    for fold in range(3):
+        trained, texts, held = _split(files, captions, 2, fold)
+        assert [int(t[1:]) for t in texts] == [int(f.stem) for f in trained]
+        assert len(trained) == 5 and set(trained) | set(held) == set(files)
+        judged.append([f.stem for f in held])
+    assert judged == [["5", "6"], ["3", "4"], ["1", "2"]]
 
 
 def _evaluated(runs: Path) -> set[str]:
@@ -92,7 +112,7 @@ def test_the_table_counts_the_probes_and_shows_the_worst_case(finished):
         worst = list(csv.DictReader(file))
 
     assert {(line["attack"], line["attacker"], line["n_probes"]) for line in lines} == {
-        ("lora", "honest", "0"), ("lora_tuned", "adaptive", "3"), ("lora_restored", "adaptive", "0"),
+        ("lora", "honest", "0"), ("lora_tuned", "adaptive", "6"), ("lora_restored", "adaptive", "0"),
     }  # fmt: skip
     for line in worst:
         same = [other for other in lines if all(other[k] == line[k] for k in ("task", "metric", "step", "defense"))]
