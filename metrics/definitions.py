@@ -374,7 +374,7 @@ READINGS = (
     ),
     Definition(
         "interval_over_seeds_and_prompts", "95 % interval over seeds and prompts",
-        "value +- sqrt(t(seeds - 1)^2 V_seeds + t(prompts - 1)^2 V_prompts), the variances by a bootstrap",
+        "value +- sqrt(t(n_seeds - 1)^2 V_seeds + t(n_prompts - n_targets)^2 V_prompts), variances by a bootstrap",
         "Of `compare`. Covers other seeds and other evaluation prompts of the same kind, for these concepts. Where a "
         "concept has one value a seed (a distance between sets of images), it covers seeds alone, and says so. Empty "
         "for one seed.",

@@ -13,12 +13,12 @@ seeds holds already (crossed factors: Owen 2007). One unit less than there are i
 variance of a mean unbiased (Rao and Wu 1988). Percentiles of a bootstrap of three seeds are far too narrow, so limits
 are those of Student's t of each part, put together as squares (Zou and Donner 2008):
 
-    half width^2 = t(seeds - 1)^2 V_seeds + t(prompts - 1)^2 V_prompts
+    half width^2 = t(seeds - 1)^2 V_seeds + t(prompts - concepts)^2 V_prompts
 
 `tests/benchmarks/coverage.py` measures how often they hold the truth. Where both parts matter and seeds are few they
-are wide rather than narrow (up to 97.5 % there). One t at Satterthwaite's (1946) degrees of freedom would be narrower,
-but holds 93 to 95.5 % there, and 88 % of runs of two seeds where seeds bring most: it takes a variance that came out
-small for one that is well known.
+are wide rather than narrow (97.5 % at most there). One t at Satterthwaite's (1946) degrees of freedom would be
+narrower, but holds 93 to 95.5 % there, and 88 % with two seeds that bring most of the chance: it takes a variance that
+came out small for one that is well known.
 """
 
 from __future__ import annotations
