@@ -553,7 +553,7 @@ class _Planner:
                 local={"parameters": dict(local), "metric": metric.local},
                 seed=seed,
                 label=label,
-                work=work + len(shared["prompts"]) * len(shared["budget"]["steps"]) * sampling["steps"] * 2.0,
+                work=work + len(shared["prompts"]) * search.IMAGES * sampling["steps"] * 2.0,
             )
             self._unit(label, [probes[f"probe.{index}"]])
 

@@ -1,9 +1,9 @@
 """An adaptive attacker's search over an attack's own settings: what is tried next, and what was best. No torch.
 
-A *probe* is one try: the attack with other settings, on a part of the attacker's own images, judged on the rest of them
-with prompts that no evaluation asks. Probes come in batches; those of a batch know the results of all batches before.
-Optuna's TPE proposes (Bergstra et al. 2011), as a function of the seed and of what was found: a probe is a stage like
-others, so it is shared, kept and counted, whoever does it and in whatever order.
+A *probe* is one try: the attack with other settings, on a part of the attacker's own images, judged when its steps are
+spent by the rest of them, with prompts that no evaluation asks. Probes come in batches; those of a batch know the
+results of all batches before. Optuna's TPE proposes (Bergstra et al. 2011), as a function of the seed and of what was
+found: a probe is a stage like others, so it is shared, kept and counted, whoever does it and in whatever order.
 
 The best of several noisy scores flatters: what looks best on a few images under one seed may be worse than the attack
 as it stands. So the first probe is the attack as the suite states it, and of every six probes two repeat that one and
@@ -19,8 +19,10 @@ from typing import Any
 
 from harness.seeds import mix
 
-VERSION = 2
-"""Raised when the same findings lead to other proposals."""
+VERSION = 3
+"""Raised when the same findings lead to other proposals, or the same probe to another score."""
+IMAGES = 3
+"""Of each prompt, that a probe is judged by: one alone says little."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def probe(s: StageAtWork) -> None:
         values = search.repeated(_probes(s), described["repeat"])
         fold = described["repeat"] // 2 + 1
         if values is None:
-            write_json(s.folder / "probe.json", {"values": None, "score": None, "scores": {}})
+            write_json(s.folder / "probe.json", {"values": None, "score": None})
             return
     else:
         values = search.propose(described["space"], s.run.seed_for("study"), _probes(s), described["place"])
@@ -62,31 +62,27 @@ def probe(s: StageAtWork) -> None:
         saved = _trajectory(s, attack, own, captions)
     except FloatingPointError as error:
         log.info("diverged: %s", error)
-        write_json(s.folder / "probe.json", {"values": values, "score": None, "scores": {}})
+        write_json(s.folder / "probe.json", {"values": values, "score": None})
         return
     metric = s.method("metric", described["metric"], s.stage.local.get("metric", {}))
     known = metric.known(pictures.read(judged), s.run.device)
     model, protection = s.released()
     hooks = sampling_hooks(protection, described["attacker"])
-    scores = {}
-    for step in described["budget"]["steps"]:
-        attack.load(model, saved / step_folder(step))
-        try:
-            with s.run.ledger.phase("sample"):
-                drawn = [
-                    [image]
-                    for _, _, image in sample(
-                        model, s.run, described["prompts"], described["sampling"],
-                        images_per_prompt=1, seed=s.run.seed_for("sampling"), hooks=hooks,
-                    )
-                ]  # fmt: skip
-        finally:
-            attack.unload(model)
-        with s.run.ledger.phase("score"):
-            scored = metric.score(drawn, known, described["descriptions"], s.run.device)
-        scores[step] = (1 if metric.direction == "higher" else -1) * sum(scored) / len(scored)
-    mean = sum(scores.values()) / len(scores)
-    write_json(s.folder / "probe.json", {"values": values, "score": mean, "scores": scores})
+    attack.load(model, saved / step_folder(described["budget"]["steps"][-1]))
+    try:
+        with s.run.ledger.phase("sample"):
+            drawn: list[list[Any]] = [[] for _ in described["prompts"]]
+            for prompt, _, image in sample(
+                model, s.run, described["prompts"], described["sampling"],
+                images_per_prompt=search.IMAGES, seed=s.run.seed_for("sampling"), hooks=hooks,
+            ):  # fmt: skip
+                drawn[prompt].append(image)
+    finally:
+        attack.unload(model)
+    with s.run.ledger.phase("score"):
+        scored = metric.score(drawn, known, described["descriptions"], s.run.device)
+    score = (1 if metric.direction == "higher" else -1) * sum(scored) / len(scored)
+    write_json(s.folder / "probe.json", {"values": values, "score": score})
 
 
 def _probes(s: StageAtWork) -> list[search.Probe]:

@@ -45,7 +45,7 @@ def test_every_released_model_is_searched_by_itself(finished):
     probes = _records(finished[1], "probe")
 
     assert len(probes) == 2 * 2 * 6
-    assert all(set(json.loads((p / "probe.json").read_text())) == {"values", "score", "scores"} for p, _ in probes)
+    assert all(set(json.loads((p / "probe.json").read_text())) == {"values", "score"} for p, _ in probes)
 
 
 def test_probes_of_a_batch_know_the_batches_before_alone(finished):
