@@ -386,9 +386,10 @@ def scored_concepts(loaded: LoadedSuite) -> list[Mistake]:
         for name, concept in loaded.concepts.items():
             drawn = len(concept.evaluations) * sampling.images_per_prompt
             found = _asked(cls, ("metrics", index), "check_concept", values, concept, drawn)
-            # no parameter is named where the fault is the concept's
-            mistakes += [(path if path[-1] != "" else path[:-1], f"concept '{name}': {text}") for path, text in found]
-    return mistakes
+            for path, text in found:  # a parameter is named where the fault is not the concept's
+                is_of_concept = path[-1] in ("", index)
+                mistakes.append((path[:2], f"concept '{name}': {text}") if is_of_concept else (path, text))
+    return list(dict.fromkeys(mistakes))
 
 
 def _attacked(loaded: LoadedSuite, attack: AttackSpec) -> list[str]:

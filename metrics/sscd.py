@@ -8,6 +8,7 @@ its authors call pairs above 0.75 copies, with 90 % precision on DISC.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,8 +30,8 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Parameters:
     """The model, and its authors' preprocessing."""
 
-    weights: str
-    """A local TorchScript file, such as sscd_disc_mixup.torchscript.pt."""
+    weights: str | None = None
+    """A local TorchScript file, such as sscd_disc_mixup.torchscript.pt; a suite has to name one."""
     resize: Literal["small_edge", "square"] = "small_edge"
     """small_edge: to `size` pixels, for images of one aspect; square: both sides."""
     size: Annotated[int, Field(ge=32, le=2048)] = 288
@@ -54,7 +55,13 @@ class Sscd(Metric):
 
     @classmethod
     def files(cls, parameters):
-        return {"weights": Path(parameters.weights)}
+        return {} if parameters.weights is None else {"weights": Path(parameters.weights)}
+
+    @classmethod
+    def check_concept(cls, parameters, concept, drawn) -> Iterable[tuple[str, str]]:
+        """There is nothing to fetch."""
+        if parameters.weights is None:
+            yield "weights", "is missing; give the path of a TorchScript file, such as sscd_disc_mixup.torchscript.pt"
 
     def about(self):
         p = self.parameters

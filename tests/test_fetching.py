@@ -28,6 +28,7 @@ def cache(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     root = tmp_path / "hub"
+    monkeypatch.delenv("TORCH_HOME", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
@@ -146,6 +147,15 @@ ENCODERS = {
     "{method: self_supervised_image, backbone: 'hf-hub:some/vit'}": f"{MUST}some/vit (size unknown)",
     "{method: self_supervised_image, backbone: vit_tiny}":
         "may have to be fetched: timm's vit_tiny (size unknown); its library keeps it where it likes",
+    "{method: self_supervised_image, preset: dinov2}": f"{MUST}timm/vit_small_patch14_dinov2.lvd142m (about 88 MB)",
+    "{method: cmmd, preset: released}": f"{MUST}timm/vit_large_patch14_clip_336.openai (about 1.7 GB)",
+    "lpips": f"{MUST}torchvision's AlexNet_Weights.IMAGENET1K_V1 (about 244 MB)",
+    "{method: lpips_imma_released, net: squeeze}":
+        f"{MUST}torchvision's SqueezeNet1_1_Weights.IMAGENET1K_V1 (about 5 MB)",
+    "fid": f"{MUST}clean-fid's inception-2015-12-05.pt (about 96 MB)",
+    "{method: kid, mode: legacy_pytorch}": f"{MUST}clean-fid's pt_inception-2015-12-05-6726825d.pth (about 96 MB)",
+    "{method: fid, extractor: vit_small_patch16_224.dino}": f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB)",
+    "topiq": f"{MUST}chaofengc/IQA-PyTorch-Weights (size unknown)",
 }  # fmt: skip
 
 
@@ -155,6 +165,27 @@ def test_encoders_of_every_kind_are_named(project, cache, entry):
     project.write(project.edited(("metrics: [clip_image, clip_text]", f"metrics: [{entry}]")))
 
     assert told(project.validate()) == [ENCODERS[entry]]
+
+
+def test_what_torchvision_keeps_is_not_named(project, cache):
+    """In its own cache, not the hub's; once for all who ask for it."""
+    kept = project.folder.parent / "cache" / "torch" / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    project.write(project.edited(("metrics: [clip_image, clip_text]", "metrics: [lpips, lpips_imma_released]")))
+    assert len(told(project.validate())) == 1
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"x")
+
+    assert told(project.validate()) == []
+
+
+def test_metrics_on_the_testbed_fetch_nothing(project, cache):
+    """Every metric that has such a preset."""
+    having = [n for n in registry.names("metric") if "testbed" in registry.get("metric", n).presets]
+    entries = ", ".join(f"{{method: {name}, preset: testbed}}" for name in having if name != "target_class_accuracy")
+    project.write(project.edited(("metrics: [clip_image, clip_text]", f"metrics: [{entries}]")))
+
+    assert len(having) >= 11
+    assert told(project.validate()) == []
 
 
 def test_run_offline_without_the_files_is_a_mistake_before_any_compute(project, cache, monkeypatch):
