@@ -97,7 +97,7 @@ def plane(path: Path, shown: Plane, colours: Mapping[str, str]) -> None:
     ordered = sorted(whole.values(), key=lambda p: p.retention)
     if len(ordered) > 1:
         axis.step(
-            [100 * p.retention for p in ordered], [100 * p.immunity for p in ordered], where="post", color=FAINT,
+            [100 * p.retention for p in ordered], [100 * p.immunity for p in ordered], where="pre", color=FAINT,
             lw=1, ls="--", zorder=1, label="Pareto front",
         )  # fmt: skip
     for defense in dict.fromkeys(p.defense for p in shown.points):
