@@ -395,8 +395,9 @@ def _failures(
                 f"{role} {concept}: real images score {ceiling:.3f}, hardly {than} than before the attack ({start:.3f})"
             )
         elif (share := sign * (end - start) / way) < gates.min_recovery:
+            shown = min(round(100 * share), math.ceil(100 * gates.min_recovery) - 1)  # 24.6 is not 25, "less than 25"
             reasons.append(
-                f"{role} {concept}: {where} regains {100 * share:.0f} % of the way to real images, "
+                f"{role} {concept}: {where} regains {shown} % of the way to real images, "
                 f"less than {100 * gates.min_recovery:.0f} %"
             )
     return reasons

@@ -252,6 +252,13 @@ def test_attack_that_fails_on_one_target_makes_the_cell_invalid():
     )
 
 
+def test_a_share_just_below_the_gate_is_not_told_as_the_gate():
+    """cat regains (0.299 - 0.20) / (0.60 - 0.20) = 24.75 % of the way, which would round to 25."""
+    assert only(changed(cat=0.299))["reason"] == (
+        "target cat: the undefended attack regains 24 % of the way to real images, less than 25 %"
+    )
+
+
 def test_gate_is_met_at_its_bound():
     """Exactly a quarter of the way counts: (0.30 - 0.20) / (0.60 - 0.20)."""
     assert only(changed(cat=0.30000001))["valid"] is True
