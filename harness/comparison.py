@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserMistake, one_line
-from harness.rows import COLUMNS as ROW_COLUMNS
-from harness.rows import write_csv
+from harness.rows import read_rows, write_csv
 from harness.store import write_text
 from metrics.compare import COLUMNS, WORST, compare
 
@@ -35,38 +32,6 @@ LEGEND = (
     "task, metric and step. unclear: not told apart; in brackets the least difference that would have been seen in "
     "four of five runs."
 )
-
-
-def read_rows(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of a run folder. Raises UserMistake when there are none, or they cannot be read."""
-    path = folder / "rows.csv"
-    if not path.is_file():
-        what = "there is no rows.csv; name the folder of a run, such as runs/quickstart"
-        raise UserMistake(f"{one_line(folder)}: {what}")
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            yield from _checked(path, csv.DictReader(file))
-    except OSError as error:
-        raise UserMistake(f"{one_line(path)}: cannot be read: {one_line(error.strerror)}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserMistake(f"{one_line(path)}: is no table: {one_line(error)}; write it anew with `table`") from None
-
-
-def _checked(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
-    """Yield the rows of a table of rows."""
-    missing = [name for name in ROW_COLUMNS if name not in (reader.fieldnames or ())]
-    if missing:
-        raise UserMistake(f"{one_line(path)}:1: the column '{missing[0]}' is missing; write it anew with `table`")
-    for row in reader:
-        try:
-            is_sound = math.isfinite(float(row["value"])) and None not in row.values()
-            int(row["step"]), int(row["seed"]), int(row["n_probes"])
-        except (TypeError, ValueError):
-            is_sound = False
-        if not is_sound:
-            what = "value, step, seed and n_probes must be numbers; write it anew with `table`"
-            raise UserMistake(f"{one_line(path)}:{reader.line_num}: {what}")
-        yield row
 
 
 def make(folder: Path, defense: str, baselines: Sequence[str]) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.comparison import read_rows
 from harness.errors import UserMistake, one_line
 from harness.plan import Plan
+from harness.rows import read_rows
 from metrics.measurements import Measurements
 from metrics.power import MOST, POWER, seeds_needed
 

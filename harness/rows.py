@@ -1,16 +1,18 @@
-"""Rows: one value a trial, step, prompt and metric, read from committed score stages, in the order of the plan."""
+"""Rows: one value a trial, step, prompt and metric, from committed score stages in the order of the plan; as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UserMistake, one_line
 from harness.plan import Plan
 from harness.store import Store, write_text
 
@@ -62,6 +64,38 @@ def collect(plan: Plan, store: Store, model_name: str) -> Iterator[dict[str, Any
                     "prompt": prompts[entry["prompt"]] if is_asked else "",
                     "value": entry["value"],
                 }
+
+
+def read_rows(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of a run folder. Raises UserMistake when there are none, or they cannot be read."""
+    path = folder / "rows.csv"
+    if not path.is_file():
+        what = "there is no rows.csv; name the folder of a run, such as runs/quickstart"
+        raise UserMistake(f"{one_line(folder)}: {what}")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            yield from _checked(path, csv.DictReader(file))
+    except OSError as error:
+        raise UserMistake(f"{one_line(path)}: cannot be read: {one_line(error.strerror)}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserMistake(f"{one_line(path)}: is no table: {one_line(error)}; write it anew with `table`") from None
+
+
+def _checked(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table of rows."""
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise UserMistake(f"{one_line(path)}:1: the column '{missing[0]}' is missing; write it anew with `table`")
+    for row in reader:
+        try:
+            is_sound = math.isfinite(float(row["value"])) and None not in row.values()
+            int(row["step"]), int(row["seed"]), int(row["n_probes"])
+        except (TypeError, ValueError):
+            is_sound = False
+        if not is_sound:
+            what = "value, step, seed and n_probes must be numbers; write it anew with `table`"
+            raise UserMistake(f"{one_line(path)}:{reader.line_num}: {what}")
+        yield row
 
 
 def write_through(path: Path, rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:

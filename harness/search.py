@@ -7,8 +7,8 @@ found: a probe is a stage like others, so it is shared, kept and counted, whoeve
 
 The best of several noisy scores flatters: what looks best on a few images under one seed may be worse than the attack
 as it stands. So the first probe is the attack as the suite states it, and of every six probes two repeat that one and
-the best of the others under another seed, with other images held out. Only settings that score higher each time are
-taken (a race of two, after Maron and Moore 1994); else the attack stays as it was stated.
+the best of the others under another seed, with other images held out (as far as there are other thirds). Only settings
+that score higher each time are taken; else the attack stays as it was stated.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from harness.comparison import read_rows
 from harness.errors import UserMistake, one_line
+from harness.rows import read_rows
 from harness.store import Store
 from harness.tables import STATE
 from metrics.leaderboard import Gates
