@@ -317,8 +317,11 @@ COMPARISON = (
         OURS,
     ),
     Definition(
-        "p", "p", "least p at which the interval of level 1 - p leaves 0 out",
-        "How often two equal defenses would differ by at least as much.",
+        "p", "p",
+        "least p at which sqrt(t(n_seeds - 1)^2 V_seeds + t(n_prompts - n_targets)^2 V_prompts) reaches the value",
+        "At most so often would two equal defenses differ by at least as much. Not calibrated as the interval is, so "
+        "that claims are not false more often than they say: where p is a little above 0.05, the interval may leave 0 "
+        "out.",
         OURS,
     ),
     Definition(
@@ -374,11 +377,13 @@ READINGS = (
     ),
     Definition(
         "interval_over_seeds_and_prompts", "95 % interval over seeds and prompts",
-        "value +- sqrt(t(n_seeds - 1)^2 V_seeds + t(n_prompts - n_targets)^2 V_prompts), variances by a bootstrap",
+        "value +- sqrt(t(n_seeds - 1)^2 V_seeds + t(n_prompts - n_targets)^2 V_prompts), variances by a bootstrap, t "
+        "at a level calibrated to hold 95 % (two seeds: at 95 %)",
         "Of `compare`. Covers other seeds and other evaluation prompts of the same kind, for these concepts. Where a "
         "concept has one value a seed (a distance between sets of images), it covers seeds alone, and says so. Empty "
         "for one seed.",
-        "Efron and Tibshirani (1993); Owen (2007) for crossed factors; Rao and Wu (1988); Zou and Donner (2008)",
+        "Efron and Tibshirani (1993); Owen (2007) for crossed factors; Rao and Wu (1988); Zou and Donner (2008); "
+        "Beran (1987)",
     ),
 )  # fmt: skip
 """How to read directions and intervals."""

@@ -15,10 +15,11 @@ are those of Student's t of each part, put together as squares (Zou and Donner 2
 
     half width^2 = t(seeds - 1)^2 V_seeds + t(prompts - concepts)^2 V_prompts
 
-`tests/benchmarks/coverage.py` measures how often they hold the truth. Where both parts matter and seeds are few they
-are wide rather than narrow (97.5 % at most there). One t at Satterthwaite's (1946) degrees of freedom would be
-narrower, but holds 93 to 95.5 % there, and 88 % with two seeds that bring most of the chance: it takes a variance that
-came out small for one that is well known.
+From three seeds up intervals are calibrated so that they hold as often as they say; tests of a difference keep the
+limits above, whose claims are false less often than their level whatever brings the chance (`metrics.limits`). So where
+both kinds of chance matter an interval may leave zero out where p is a little above its level. One t at Satterthwaite's
+(1946) degrees of freedom would hold 88 % with two seeds that bring most of the chance: it takes a variance that came
+out small for one that is well known. `tests/benchmarks/coverage.py` measures how often intervals hold the truth.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+from metrics import limits
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """[draws, concepts, quantities, seeds], means over prompts -> [draws]."""
@@ -53,14 +56,18 @@ class Estimate:
         return "seeds" if self.variance_prompts is None else "seeds and prompts"
 
     def interval(self, level: float = 0.95) -> tuple[float | None, float | None]:
-        """Return the interval of a level; (None, None) for one seed."""
+        """Return the interval of a level, calibrated; (None, None) for one seed."""
         if self.variance_seeds is None:
             return None, None
-        half = self._reach(lambda degrees: _quantile(degrees, 0.5 + level / 2))
+        parts, p = self._parts(self.seeds), 1 - level
+        if len(parts) == 2:
+            (first, of_seeds), (second, of_prompts) = parts
+            p = float(limits.nominal(of_seeds / (of_seeds + of_prompts), (first, second), p))
+        half = self._reach(lambda degrees: _quantile(degrees, 1 - p / 2))
         return self.value - half, self.value + half
 
     def p_value(self) -> float | None:
-        """Return the least p at which the interval of level 1 - p leaves zero out.
+        """Return the least p at which limits of level 1 - p, not calibrated, leave zero out.
 
         None for one seed; 1 where nothing differs at all.
         """

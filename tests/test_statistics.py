@@ -142,17 +142,25 @@ def test_limits_of_one_kind_of_chance_are_scipys(level):
 
 
 def test_an_interval_by_hand():
-    """t(2) = 4.3027, t(10) = 2.2281: the root of 4.3027^2 x 0.04 + 2.2281^2 x 0.02 is 0.9165."""
-    found = Estimate(1.0, 0.04, 0.02, seeds=3, prompts=10)
+    """t(1) = 12.7062, t(10) = 2.2281: the root of 12.7062^2 x 0.04 + 2.2281^2 x 0.02 is 2.5607."""
+    found = Estimate(1.0, 0.04, 0.02, seeds=2, prompts=10)
 
-    assert found.interval() == pytest.approx((0.0835, 1.9165), abs=1e-4)
+    assert found.interval() == pytest.approx((-1.5607, 3.5607), abs=1e-4)
     assert found.covers == "seeds and prompts"
+
+
+def test_intervals_of_three_seeds_are_calibrated():
+    """Narrower than each part's t makes them (0.9165: 4.3027^2 x 0.04 + 2.2281^2 x 0.02), wider than their variance."""
+    low, high = Estimate(1.0, 0.04, 0.02, seeds=3, prompts=10).interval()
+
+    assert 1.96 * 0.06**0.5 < (high - low) / 2 < 0.9165
+    assert (low + high) / 2 == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("value", [1.0, 0.2, -3.0, 30.0])
 def test_the_p_value_is_where_the_interval_touches_zero(value):
-    """At the level of one less the p-value."""
-    found = Estimate(value, 0.04, 0.02, seeds=3, prompts=10)
+    """At the level of one less the p-value: of two seeds, whose intervals are not calibrated."""
+    found = Estimate(value, 0.04, 0.02, seeds=2, prompts=10)
 
     low, high = found.interval(1.0 - found.p_value())
     assert min(abs(low), abs(high)) == pytest.approx(0.0, abs=1e-6 * abs(value))
