@@ -34,6 +34,7 @@ from harness.training.weights import (
     Weights,
     differentiate_twice,
     grouped,
+    inner_products,
     relative_step,
     squared_norm,
 )
@@ -137,10 +138,10 @@ class ZeroWeights:
             self._held(name).copy_(value)
 
     @torch.no_grad()
-    def shift(self, vector: Mapping[str, Tensor], scale: float) -> None:
+    def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
         """Add scale * vector to the weights."""
         for name, value in vector.items():
-            self._held(name).add_(value, alpha=scale)
+            self._held(name).add_(value, alpha=scale[name] if isinstance(scale, Mapping) else scale)
 
     @torch.no_grad()
     def exchange(self, values: Vector) -> None:
@@ -270,6 +271,20 @@ class ZeroWeights:
         if self.stage == 3:
             dist.all_reduce(total)
         return float(total.sqrt())
+
+    def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+        """Return the inner product of each weight's values, over the pieces of all processes."""
+        found = inner_products(first, second)
+        if self.stage == 3:
+            dist.all_reduce(found)
+        return found.cpu()
+
+    def pieces(self, whole: Mapping[str, Tensor]) -> Vector:
+        """Return copies of whole tensors, or this rank's pieces of them."""
+        return {
+            name: self._piece(name, value.to(device=self._held(name).device, dtype=self._held(name).dtype, copy=True))
+            for name, value in whole.items()
+        }
 
     def multiply(self, values: Mapping[str, Tensor], matrix: Tensor) -> Vector:
         """Return value @ matrix for each value; under ZeRO 3 they are gathered for it."""

@@ -67,8 +67,8 @@ class Weights(Protocol):
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put values in place, until they are written over: a look-ahead, a perturbation, or what was read before."""
 
-    def shift(self, vector: Mapping[str, Tensor], scale: float) -> None:
-        """Add scale * vector to the installed weights, in place, like `write`."""
+    def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
+        """Add scale * vector to the installed weights, in place, like `write`; a scale for all, or for each by name."""
 
     def exchange(self, values: Vector) -> None:
         """Put values in place, like `write`, and what was there into `values`: no copy of either is left."""
@@ -87,6 +87,12 @@ class Weights(Protocol):
 
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the Euclidean norm of a vector, over all processes."""
+
+    def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+        """Return the inner product of each weight's values, [weights] in the order of `first`, fp32 on the CPU."""
+
+    def pieces(self, whole: Mapping[str, Tensor]) -> Vector:
+        """Return whole tensors in the form in which this process holds weights: what `whole` undoes."""
 
     def multiply(self, values: Mapping[str, Tensor], matrix: Tensor) -> Vector:
         """Return the product of each weight-shaped value [out, in] and a matrix [in, in]; values may be none."""
@@ -240,6 +246,11 @@ def _requiring_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(before[name])
 
 
+def inner_products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+    """Return the inner product of each tensor of `first` with its like in `second`: [tensors], on their device."""
+    return torch.stack([torch.dot(value.flatten().float(), second[n].flatten().float()) for n, value in first.items()])
+
+
 def squared_norm(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the sum of squares of the tensors of a vector, fp64."""
     return sum(t.detach().double().square().sum() for t in tensors.values())
@@ -270,10 +281,10 @@ class LocalWeights:
     settle = write
 
     @torch.no_grad()
-    def shift(self, vector: Mapping[str, Tensor], scale: float) -> None:
+    def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
         """Add scale * vector to the installed weights."""
         for name, value in vector.items():
-            self.parameters[name].add_(value, alpha=scale)
+            self.parameters[name].add_(value, alpha=scale[name] if isinstance(scale, Mapping) else scale)
 
     @torch.no_grad()
     def exchange(self, values: Vector) -> None:
@@ -304,6 +315,14 @@ class LocalWeights:
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the Euclidean norm of a vector."""
         return float(squared_norm(tensors).sqrt())
+
+    def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+        """Return the inner product of each weight's values."""
+        return inner_products(first, second).cpu()
+
+    def pieces(self, whole: Mapping[str, Tensor]) -> Vector:
+        """Return copies: weights are whole here."""
+        return {name: value.to(self.parameters[name], copy=True) for name, value in whole.items()}
 
     def multiply(self, values: Mapping[str, Tensor], matrix: Tensor) -> Vector:
         """Return value @ matrix for each value."""

@@ -1,0 +1,148 @@
+"""Weights held back by a mask: theta_i = m_i theta_pre,i + (1 - m_i) theta_ft,i for every tensor i (FreezeAsGuard).
+
+Two copies of the weights are enough (Huang and Gao 2024, facts: freezeasguard.md, section 2): theta, installed in the
+network, and Delta = theta_pre - theta_ft. theta_pre = theta + (1 - m) Delta never moves and is never stored. One
+gradient g with respect to theta serves both levels:
+
+    equation 11  dL/dm_i        = <g_i, Delta_i>
+    equation 12  dL/dtheta_ft,i = (1 - m_i) g_i
+
+    mask step    x_i <- x_i - eta_m a_i m_i (1 - m_i) / T - c 2 (mean(m) - rho) / N m_i (1 - m_i) / T,  a_i = <Delta_i, g_i>
+                 theta_i <- theta_i + Delta_i (m_i' - m_i)                                 (equations 8, 11)
+    user step    theta_i <- theta_i - eta (1 - m_i)^2 g_i,  Delta_i <- Delta_i + eta (1 - m_i) g_i    (9, 10)
+
+with m = sigmoid(x / T). Logits are few and lie on the CPU; a step asks the device once, for all a_i together. Vectors
+are whole tensors or, under ZeRO 3, the pieces of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.training.weights import Vector, Weights
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How the mask moves."""
+
+    ratio: float  # rho: the share of tensors that shall be frozen
+    temperature: float  # T
+    learning_rate: float  # eta_m
+    sparsity: float  # c; not multiplied by the learning rate
+    normalise: str = "none"  # rms: a is divided by its root mean square over the tensors
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Return m [tensors] in (0, 1)."""
+        return torch.sigmoid(logits.float() / self.temperature)
+
+    def moved(self, logits: Tensor, signal: Tensor) -> Tensor:
+        """Return the logits after one step (equation 8), in their own precision; `signal` is a, [tensors]."""
+        mask = self.mask(logits)
+        bend = mask * (1 - mask) / self.temperature
+        if self.normalise == "rms":
+            signal = signal / signal.square().mean().sqrt().clamp_min(1e-30)
+        held_back = 2 * (mask.mean() - self.ratio) / len(mask) * bend
+        return (logits.float() - self.learning_rate * signal * bend - self.sparsity * held_back).to(logits.dtype)
+
+
+class MaskedWeights:
+    """theta and Delta under a mask; see the module. `weights` hold theta."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        finetuned: Mapping[str, Tensor],
+        logits: Tensor,
+        rule: MaskRule,
+        *,
+        user_learning_rate: float,
+        user_optimizer: str = "sgd",
+        delta_dtype: torch.dtype = torch.float32,
+    ):
+        """`weights` hold theta_pre and are left at theta(m); `finetuned` are whole tensors: theta_ft's, by name.
+
+        `logits` [tensors] belong to the names of `finetuned` in their order. `user_optimizer` "adamw": betas 0.9 and
+        0.999, eps 1e-8, without weight decay, on theta_ft.
+        """
+        self.weights, self.rule = weights, rule
+        self.names = list(finetuned)
+        self.logits = logits
+        self._rate = user_learning_rate
+        self.delta = weights.read(self.names)
+        torch._foreach_sub_(list(self.delta.values()), list(weights.pieces(finetuned).values()))
+        self.delta = {name: value.to(delta_dtype) for name, value in self.delta.items()}
+        self._optimizer = None
+        if user_optimizer == "adamw":
+            self._optimizer = torch.optim.AdamW(
+                list(self.delta.values()), lr=user_learning_rate, weight_decay=0.0, foreach=True
+            )
+        self._towards_finetuned(self.mask, -1.0)
+
+    @property
+    def mask(self) -> Tensor:
+        """m [tensors]."""
+        return self.rule.mask(self.logits)
+
+    def _towards_finetuned(self, mask: Tensor, sign: float) -> None:
+        """Add sign * (1 - m) Delta to theta: -1 leads from theta_pre to theta, 1 back."""
+        self._shift(sign * (1 - mask))
+
+    def _shift(self, scales: Tensor) -> None:
+        self.weights.shift(self.delta, dict(zip(self.names, scales.tolist(), strict=True)))
+
+    def mask_step(self, slope: Vector) -> Tensor:
+        """Move the mask by the gradient g of the upper loss with respect to theta; return a [tensors]."""
+        signal = self.weights.inner(self.delta, slope)
+        before = self.mask
+        self.logits = self.rule.moved(self.logits, signal)
+        self._shift(self.mask - before)
+        return signal
+
+    @torch.no_grad()
+    def user_step(self, slope: Vector) -> None:
+        """Move theta_ft by the gradient g of the lower loss with respect to theta; `slope` is used up."""
+        free = (1 - self.mask).tolist()
+        slopes, deltas = [slope[name] for name in self.names], list(self.delta.values())
+        torch._foreach_mul_(slopes, free)
+        if self._optimizer is None:
+            torch._foreach_mul_(slopes, self._rate)
+            torch._foreach_add_(deltas, slopes)
+            torch._foreach_mul_(slopes, free)
+            self.weights.shift(dict(zip(self.names, slopes, strict=True)), -1.0)
+            return
+        self._towards_finetuned(self.mask, 1.0)
+        for delta, value in zip(deltas, slopes, strict=True):
+            delta.grad = value.neg_().to(delta.dtype)  # Delta falls where theta_ft rises
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._towards_finetuned(self.mask, -1.0)
+
+    # -- state, as `harness.training.loop` asks for it ------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that is needed to go on, of this process."""
+        flat = {f"theta/{name}": value for name, value in self.weights.read(self.names).items()}
+        flat |= {f"delta/{name}": value for name, value in self.delta.items()}
+        flat["logits"] = self.logits
+        for name, value in self.delta.items() if self._optimizer else ():
+            for slot, kept in self._optimizer.state[value].items():
+                flat[f"user/{slot}/{name}"] = torch.as_tensor(kept)
+        return flat
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+        self.weights.settle({name: state[f"theta/{name}"] for name in self.names})
+        for name, value in self.delta.items():
+            value.copy_(state[f"delta/{name}"])
+        self.logits = state["logits"]
+        for path, kept in state.items():
+            if path.startswith("user/"):
+                _, slot, name = path.split("/", 2)
+                value = self.delta[name]
+                self._optimizer.state[value][slot] = kept if slot == "step" else kept.to(value.device)
