@@ -83,6 +83,8 @@ class Attack(Method):
 
     budgets: ClassVar[Mapping[str, UsualBudget]] = {}
     """By preset, "" for the defaults: what the source spends."""
+    trains_released_weights: ClassVar[bool] = True
+    """Whether it trains weights that a publisher can freeze; False: only ones of its own, beside them."""
     uses_words: ClassVar[bool] = False
     """Whether the result depends on what a name is made of (`AttackedConcept.words`), beside the texts it stands in."""
 

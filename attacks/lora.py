@@ -62,6 +62,7 @@ class Lora(Attack):
 
     name = "lora"
     version = 2
+    trains_released_weights = False
     Parameters = Parameters
     budgets = {
         "": UsualBudget(1000, 1),  # IMMA: 50 epochs of 20 images

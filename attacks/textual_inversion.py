@@ -54,6 +54,7 @@ class TextualInversion(Attack):
     name = "textual_inversion"
     version = 2
     uses_words = True
+    trains_released_weights = False
     Parameters = Parameters
     budgets = {
         "": UsualBudget(3000, 4),  # the example's README: batch 1, four accumulated, and the rate times four

@@ -54,7 +54,9 @@ class ProtectedConcept:
 class Defense(Method):
     """Base class of defenses. Subclasses set the class attributes and write `protect`."""
 
-    threat_model: ClassVar[ThreatModel]
+    threat_model: ClassVar[ThreatModel] = ThreatModel(changes=("unet",))
+    """Must not say less than what `protect` releases: where nothing changes, attackers who honour nothing share the
+    undefended model's stages."""
     uses: ClassVar[frozenset[str]] = frozenset({"targets", "preserved", "images", "seed"})
     """What the result depends on. What is left out is not given, and results are shared over it."""
     can_erase: ClassVar[bool] = False
@@ -77,6 +79,14 @@ class Defense(Method):
         The base model draws them (not the erased one), once for all defenses and targets that ask for the same.
         """
         return 0
+
+    @classmethod
+    def preparation(cls, parameters: Any) -> Defense | None:
+        """Return a method that runs before, as a stage of its own, for all who ask for the same; None: nothing.
+
+        It is registered as "preparation" and gets the same concepts and seed; what it releases is `run.prepared`.
+        """
+        return None
 
     @classmethod
     def check_task(cls, parameters: Any, targets: int, preserved: int) -> Sequence[tuple[str, str]]:

@@ -17,7 +17,7 @@ SUSTAINED = {
     "bf16": (0.4 * 312.0, "40 % of an A100's 312 TFLOP/s in bf16"),
 }
 """By precision: TFLOP/s that a GPU is assumed to sustain, and in words. Not measured."""
-OWN_KINDS = frozenset({"erase", "immunize", "probe", "adapt", "sample"})
+OWN_KINDS = frozenset({"erase", "prepare", "immunize", "probe", "adapt", "sample"})
 """What a script that knows of no other trial does itself."""
 
 

@@ -21,7 +21,7 @@ KEY_VERSION = 1
 it, so that old records are not taken for new ones. Methods have versions of their own."""
 
 
-KINDS = ("images", "erase", "immunize", "probe", "adapt", "sample", "features", "score")
+KINDS = ("images", "erase", "prepare", "immunize", "probe", "adapt", "sample", "features", "score")
 """The kinds of stages, in the order in which they need each other."""
 
 

@@ -38,6 +38,7 @@ class DiffusionModel:
         if self.image_size >= 256:
             pipeline.vae.enable_slicing()  # decode one image at a time: sixteen at once do not fit a 24 GB card
         self._originals: dict[str, Tensor] = {}
+        self._is_spent = False
         self._seen = {name: _checksum(tensor) for name, tensor in self._tensors().items()}
         self._tokenizer_length = len(pipeline.tokenizer)
         self._processors = dict(pipeline.unet.attn_processors)
@@ -149,6 +150,15 @@ class DiffusionModel:
                 self._originals[name] = known[name].detach().clone()
         return changed
 
+    def use_up(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """As `change`, without keeping the originals, for a method that has no memory for them: it spends the model.
+
+        The next stage loads it anew.
+        """
+        self._is_spent = True
+        known = self.parameters()
+        return {name: known[name] for name in names}
+
     def overlay(self, tensors: Mapping[str, Tensor]) -> None:
         """Write changed weights over the model's. Raises KeyError or ValueError when they do not fit it."""
         parameters = self.change(tensors)
@@ -180,7 +190,8 @@ class DiffusionModel:
 
     def is_restorable(self) -> bool:
         """Tell whether `restore` gives the released model: nothing was added, and what is not declared is unchanged."""
-        if len(self.tokenizer) != self._tokenizer_length or any(_has_hooks(m) for m in self._modules()):
+        is_grown = len(self.tokenizer) != self._tokenizer_length
+        if self._is_spent or is_grown or any(_has_hooks(m) for m in self._modules()):
             return False
         now = {name: p for name, p in self._tensors().items() if name not in self._originals}
         return now.keys() | self._originals.keys() == self._seen.keys() and all(

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import digests, parameters, registry, search, seeds
 from harness.concepts import PRIOR, SPLITS, Concept
 from harness.identity import Stage, canonical_json, digest_of_file, digest_of_json, key
 from harness.model_source import ModelSource
-from harness.suite import AttackSpec, LoadedSuite, MethodSpec, TaskSpec
+from harness.suite import AttackSpec, LoadedSuite, TaskSpec
+
+if TYPE_CHECKING:
+    from defenses.base import Defense
 
 HELD_OUT = 3
 """An adaptive attacker judges probes on one in so many of its own images."""
@@ -81,6 +84,25 @@ class _Released:
     weights: Mapping[str, str]  # the stages whose changes lie over the base model
     label: str
     is_weak: bool = False
+    undefended: Mapping[str, str] | None = None  # `weights` of `none`, where the defense changes no weight
+    must_honour: frozenset[str] = frozenset()
+
+    def met_by(self, attack: AttackSpec | None) -> Mapping[str, str]:
+        """Return the stages that an attack (None: sampling before any) can feel anything of.
+
+        A defense that changes no weight is not there for those who do not honour what it asks for, nor for an honest
+        attack that has nothing to do with it: they share the stages of the undefended model.
+        """
+        if self.undefended is None:
+            return self.weights
+        if attack is None:
+            felt = "sampling_hooks" in self.must_honour
+        elif attack.attacker == "adaptive":
+            felt = False
+        else:
+            trains = registry.get("attack", attack.method).trains_released_weights
+            felt = bool(self.must_honour - {"frozen"}) or ("frozen" in self.must_honour and trains)
+        return self.weights if felt else self.undefended
 
 
 @dataclass(frozen=True)
@@ -215,16 +237,21 @@ class _Planner:
     def _protective(
         self,
         kind: str,
-        spec: MethodSpec,
+        cls: type[Defense],
+        called: str,
         values: Any,
         targets: tuple[str, ...],
         preserve: tuple[str, ...],
         seed: int,
         erased: str | None,
     ) -> str:
-        """Add an erase or immunize stage; what the method does not use does not enter its identity."""
-        cls = registry.get("defense", spec.method)
+        """Add an erase, prepare or immunize stage; what the method does not use does not enter its identity."""
         inputs = {"erase": erased} if erased else {}
+        prepared = cls.preparation(values)
+        if prepared is not None:
+            inputs["prepared"] = self._protective(
+                "prepare", type(prepared), prepared.name, prepared.parameters, targets, preserve, seed, erased
+            )
         prior = cls.prior_images(values)
         described: dict[str, list] = {}
         for role, names in (("targets", targets), ("preserved", preserve)):
@@ -241,7 +268,7 @@ class _Planner:
                     entry["prior_captions"] = _cycled(concept.class_prompts, prior)
                     inputs[f"prior.{index}"] = self.prior_images(concept, prior)
                 described[role].append(entry)
-        label = f"{kind} {spec.name}" + (f" for {', '.join(targets)}" if "targets" in cls.uses else "")
+        label = f"{kind} {called}" + (f" for {', '.join(targets)}" if "targets" in cls.uses else "")
         label += f", seed {seed}" if "seed" in cls.uses else ""
         label += ", erased before" if erased else ""
         identity, local = self._identified(cls, values)
@@ -377,7 +404,10 @@ class _Planner:
         erased = None
         if task.erase is not None:
             values = loaded.parameters["tasks", task_name, "erase"]
-            erased = self._protective("erase", task.erase, values, targets, preserve, suite.images.seed, None)
+            eraser = registry.get("defense", task.erase.method)
+            erased = self._protective(
+                "erase", eraser, task.erase.name, values, targets, preserve, suite.images.seed, None
+            )
         real = _Released(task_name, "", "", "", targets, 0, {}, "")
         roles = [(c, "target") for c in targets] + [(c, "innocent") for c in task.innocents]
         for name, _ in roles:
@@ -392,7 +422,15 @@ class _Planner:
             for index, spec in enumerate(suite.defenses):
                 values = loaded.parameters["defenses", str(index)]
                 given = targets if spec.protects == "all" else targets[:1]
-                immunized = self._protective("immunize", spec, values, given, preserve, seed, erased)
+                cls = registry.get("defense", spec.method)
+                immunized = self._protective("immunize", cls, spec.name, values, given, preserve, seed, erased)
+                over = {"erase": erased} if erased else {}
+                undefended = None
+                if not cls.threat_model.changes:
+                    none = registry.get("defense", "none")
+                    values = none.Parameters()
+                    nothing = self._protective("immunize", none, "none", values, given, preserve, seed, erased)
+                    undefended = {"immunize": nothing, **over}
                 released = _Released(
                     task=task_name,
                     defense=spec.name,
@@ -400,9 +438,11 @@ class _Planner:
                     profile=str(getattr(values, "profile", "")),
                     protected=targets,
                     seed=seed,
-                    weights={"immunize": immunized, **({"erase": erased} if erased else {})},
+                    weights={"immunize": immunized, **over},
                     label=f"{spec.name}, {'+'.join(targets)}, seed {seed}",
                     is_weak=spec.weak,
+                    undefended=undefended,
+                    must_honour=frozenset(cls.threat_model.must_honour),
                 )
                 for name, role in roles:
                     if spec.weak and role != "target":
@@ -436,7 +476,7 @@ class _Planner:
         """Add what the released model draws before any attack (step 0)."""
         concept = self.concepts[name]
         text = f"{name} before the attack ({released.label})"
-        sample = self._sample(concept, released.seed, (0,), released.weights, f"sample {text}")
+        sample = self._sample(concept, released.seed, (0,), released.met_by(None), f"sample {text}")
         scores = self._scores(concept, {"sample": sample}, text)
         self._unit(f"sample {text}", [sample, *scores.values()])
         self._trial(released, name, role, (0,), sample, scores)
@@ -477,7 +517,8 @@ class _Planner:
             }
 
         described, described_json = self._share("adapt", attack_index, name, make=describe)
-        inputs = {**released.weights, "images": self.images(name)}
+        weights = released.met_by(attack)
+        inputs = {**weights, "images": self.images(name)}
         if prior:
             inputs["prior"] = self.prior_images(concept, prior)
         work = float(steps[-1] * batch_size * cls.passes_an_example(values))
@@ -497,7 +538,7 @@ class _Planner:
             work=work,
             workers=workers if cls.can_share(values) and batch_size % workers == 0 else 1,
         )
-        inputs = {**released.weights, "adapt": adapt}
+        inputs = {**weights, "adapt": adapt}
         sample = self._sample(concept, released.seed, steps, inputs, f"sample {text}", called, liberties)
         scores = self._scores(concept, {"sample": sample}, text, images=attack.images)
         self._unit(text, [adapt, sample, *scores.values()])

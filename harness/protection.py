@@ -47,6 +47,8 @@ class Protection:
     """Hooks that an honest fine-tuning API runs (training-time mitigation)."""
     sampling: tuple[HookSpec, ...] = ()
     """Hooks that the serving side runs (inference-time mitigation)."""
+    details: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the method says of single tensors, by name: for the record, and never loaded again."""
 
     def save(self, folder: Path) -> None:
         """Write tensors.safetensors (when there are any) and protection.json into `folder`."""

@@ -27,6 +27,7 @@ from harness.errors import UserMistake, did_you_mean, one_line
 
 KINDS = {
     "defense": "defenses.base:Defense",
+    "preparation": "defenses.base:Defense",
     "attack": "attacks.base:Attack",
     "metric": "metrics.base:Metric",
     "adaptation_hook": "harness.protection:AdaptationHook",
@@ -37,6 +38,7 @@ PACKAGES = ("defenses", "attacks", "metrics")
 """The packages whose modules hold the bundled methods; `immunitybench.<package>` are the entry point groups."""
 REQUIRED = {
     "defense": ("protect",),
+    "preparation": ("protect",),
     "attack": ("adapt", "load", "unload"),
     "metric": ("about", "score"),
     "adaptation_hook": ("weigh",),
@@ -46,7 +48,7 @@ REQUIRED = {
 ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range")}
 """Class attributes that a method sets; of other kinds name and version."""
 DIRECTIONS = ("higher", "lower", "none")
-PENDING: Mapping[str, frozenset[str]] = {"defense": frozenset({"freezeasguard"})}
+PENDING: Mapping[str, frozenset[str]] = {}
 """Names of methods that are announced but not built: a suite may hold them, and they are left out. Registering a
 method of such a name ends that."""
 

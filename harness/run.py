@@ -16,6 +16,8 @@ from harness.seeds import mix
 if TYPE_CHECKING:
     import torch
 
+    from harness.protection import Protection
+
 CHECKPOINT_INTERVAL_S = 20.0
 
 
@@ -101,6 +103,7 @@ class Run:
     sharding: Sharding = field(default_factory=Sharding)
     world: World = field(default_factory=World)
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
+    prepared: Protection | None = None  # what the stage released that the defense's `preparation` asked for
     keeps_end: bool = False  # keep the state at the end too: of a part, when others follow in the same stage
     _last_checkpoint: float = field(default_factory=time.monotonic)
 

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.identity import KINDS
 from harness.store import Store
-
-ORDER = ("images", "erase", "immunize", "probe", "adapt", "sample", "features", "score")
 
 
 @dataclass
@@ -63,8 +62,8 @@ def summary(store: Store, scores: Iterable[str]) -> Summary:
         for name, value in _facts(record["provenance"]):
             told.setdefault(name, Counter())[value] += 1
         result.stages += 1
-    place = {kind: index for index, kind in enumerate(ORDER)}
-    result.costs = sorted(costs.values(), key=lambda c: (place.get(c.kind, len(ORDER)), c.component))
+    place = {kind: index for index, kind in enumerate(KINDS)}
+    result.costs = sorted(costs.values(), key=lambda c: (place.get(c.kind, len(KINDS)), c.component))
     result.phases = phases.most_common()
     result.provenance = [(name, counted.most_common()) for name, counted in told.items()]
     return result
@@ -91,7 +90,7 @@ def _walk(store: Store, scores: Iterable[str], result: Summary) -> Iterator[dict
 def _kinds(store: Store) -> dict[str, str]:
     """Return the kind of every committed stage: an input is named by its key alone."""
     found: dict[str, str] = {}
-    for kind in ORDER:
+    for kind in KINDS:
         try:
             with os.scandir(store.root / kind) as entries:
                 found |= {entry.name: kind for entry in entries if not entry.name.startswith(".")}

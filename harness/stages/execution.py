@@ -163,8 +163,8 @@ def _is_shared(stage: Stage, workplace: Workplace) -> bool:
     if not sharding.needs_deepspeed or stage.workers != sharding.workers:
         return False
     name = stage.component.partition("@")[0]
-    if stage.kind in ("erase", "immunize"):
-        return registry.get("defense", name).can_shard
+    if stage.kind in ("erase", "prepare", "immunize"):
+        return registry.get("preparation" if stage.kind == "prepare" else "defense", name).can_shard
     if stage.kind != "adapt":
         return False
     cls = registry.get("attack", name)

@@ -15,6 +15,7 @@ from harness.stages.score import score
 DO: dict[str, Callable[[StageAtWork], None]] = {
     "images": lay_out,
     "erase": protect,
+    "prepare": protect,
     "immunize": protect,
     "adapt": adapt,
     "probe": probe,

@@ -1,18 +1,24 @@
-"""Erasing and immunizing: a defense changes the model, and its protection is kept."""
+"""Erasing and immunizing, and what they need done before: a defense's protection is kept."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from harness import masks
 from harness.concepts import PRIOR
+from harness.protection import Protection
 from harness.stages.at_work import StageAtWork
+
+if TYPE_CHECKING:
+    from defenses.base import Defense
 
 
 def protect(s: StageAtWork) -> None:
-    """Run a defense (as eraser or immunizer) and keep its protection."""
+    """Run a defense (as eraser or immunizer) or its preparation, and keep its protection."""
     from defenses.base import ProtectedConcept
 
-    defense = s.method("defense")
+    defense = s.method("preparation" if s.stage.kind == "prepare" else "defense")
     concepts = {
         role: [
             ProtectedConcept(
@@ -27,12 +33,16 @@ def protect(s: StageAtWork) -> None:
         ]
         for role in ("targets", "preserved")
     }
+    if "prepared" in s.stage.inputs:
+        with s.run.ledger.phase("load"):
+            s.run.prepared = Protection.load(s.input("prepared", "prepare"))
     model, _ = s.released()
     known = {name: p.shape for name, p in model.parameters().items()}
     returned = defense.protect(model, concepts["targets"], concepts["preserved"], s.run)
     # copied at once: a defense may return the model's own tensors, which are put back before the next stage
     tensors = {name: t.detach().to("cpu", copy=True) for name, t in returned.tensors.items()}
     protection = replace(returned, tensors=tensors)
+    _require_told(defense, protection)
     for name, tensor in protection.tensors.items():
         if known.get(name) != tensor.shape:
             raise ValueError(
@@ -48,3 +58,16 @@ def protect(s: StageAtWork) -> None:
     s.run.ledger.numbers["frozen_tensors"] = len(protection.frozen)
     if s.run.world.rank == 0:
         protection.save(s.folder)
+        if protection.frozen or protection.details:
+            masks.write(s.folder, {n: shape.numel() for n, shape in known.items()}, protection)
+
+
+def _require_told(defense: Defense, protection: Protection) -> None:
+    """Raise ValueError when a protection holds what the method's threat model does not tell of."""
+    model = defense.threat_model
+    if protection.tensors and not model.changes:
+        raise ValueError(f"{defense.name} changed weights, but its threat_model names none under `changes`")
+    released = {"frozen": "frozen", "adaptation": "adaptation_hooks", "sampling": "sampling_hooks"}
+    for attribute, word in released.items():
+        if getattr(protection, attribute) and not model.changes and word not in model.must_honour:
+            raise ValueError(f"{defense.name} released '{attribute}', but its threat_model's must_honour lacks '{word}'")

@@ -7,12 +7,12 @@ gradient g with respect to theta serves both levels:
     equation 11  dL/dm_i        = <g_i, Delta_i>
     equation 12  dL/dtheta_ft,i = (1 - m_i) g_i
 
-    mask step    x_i <- x_i - eta_m a_i m_i (1 - m_i) / T - c 2 (mean(m) - rho) / N m_i (1 - m_i) / T,  a_i = <Delta_i, g_i>
-                 theta_i <- theta_i + Delta_i (m_i' - m_i)                                 (equations 8, 11)
-    user step    theta_i <- theta_i - eta (1 - m_i)^2 g_i,  Delta_i <- Delta_i + eta (1 - m_i) g_i    (9, 10)
+    mask step    x_i <- x_i - (eta_m a_i + c 2 (mean(m) - rho) / N) m_i (1 - m_i) / T             (equation 8)
+                 theta_i <- theta_i + Delta_i (m_i' - m_i)
+    user step    theta_i <- theta_i - eta (1 - m_i)^2 g_i,  Delta_i <- Delta_i + eta (1 - m_i) g_i  (9 and 10)
 
-with m = sigmoid(x / T). Logits are few and lie on the CPU; a step asks the device once, for all a_i together. Vectors
-are whole tensors or, under ZeRO 3, the pieces of this process.
+with a_i = <Delta_i, g_i> and m = sigmoid(x / T). Logits are few and lie on the CPU; a step asks the device once, for
+all a_i together. Vectors are whole tensors or, under ZeRO 3, the pieces of this process.
 """
 
 from __future__ import annotations
@@ -40,14 +40,23 @@ class MaskRule:
         """Return m [tensors] in (0, 1)."""
         return torch.sigmoid(logits.float() / self.temperature)
 
-    def moved(self, logits: Tensor, signal: Tensor) -> Tensor:
-        """Return the logits after one step (equation 8), in their own precision; `signal` is a, [tensors]."""
+    def pulls(self, logits: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the signal a and the sparsity subtract from the logits in one step (equation 8), [tensors]."""
         mask = self.mask(logits)
         bend = mask * (1 - mask) / self.temperature
         if self.normalise == "rms":
             signal = signal / signal.square().mean().sqrt().clamp_min(1e-30)
         held_back = 2 * (mask.mean() - self.ratio) / len(mask) * bend
-        return (logits.float() - self.learning_rate * signal * bend - self.sparsity * held_back).to(logits.dtype)
+        return self.learning_rate * signal * bend, self.sparsity * held_back
+
+
+@dataclass(frozen=True)
+class MaskStep:
+    """What one mask step saw and did, each [tensors]."""
+
+    signal: Tensor  # a
+    by_signal: Tensor  # what the signal subtracted from the logits
+    by_sparsity: Tensor
 
 
 class MaskedWeights:
@@ -95,13 +104,14 @@ class MaskedWeights:
     def _shift(self, scales: Tensor) -> None:
         self.weights.shift(self.delta, dict(zip(self.names, scales.tolist(), strict=True)))
 
-    def mask_step(self, slope: Vector) -> Tensor:
-        """Move the mask by the gradient g of the upper loss with respect to theta; return a [tensors]."""
+    def mask_step(self, slope: Vector) -> MaskStep:
+        """Move the mask by the gradient g of the upper loss with respect to theta."""
         signal = self.weights.inner(self.delta, slope)
         before = self.mask
-        self.logits = self.rule.moved(self.logits, signal)
+        by_signal, by_sparsity = self.rule.pulls(self.logits, signal)
+        self.logits = (self.logits.float() - by_signal - by_sparsity).to(self.logits.dtype)
         self._shift(self.mask - before)
-        return signal
+        return MaskStep(signal, by_signal, by_sparsity)
 
     @torch.no_grad()
     def user_step(self, slope: Vector) -> None:

@@ -54,6 +54,14 @@ def spread(
     return ZeroWeights(model, parameters, levels, run)
 
 
+def no_levels(names: Sequence[str]) -> dict[str, Level]:
+    """Return a level for weights that a method moves by itself, so that they are spread and given gradients.
+
+    Its optimizer is never stepped and so holds nothing.
+    """
+    return {"moved": Level(tuple(names), 0.0)}
+
+
 def configuration(sharding: Sharding) -> dict[str, Any]:
     """Return the DeepSpeed configuration."""
     zero: dict[str, Any] = {

@@ -1,0 +1,105 @@
+"""Two domains trained on together: what shall be hard to learn (illegal) and what must stay learnable (innocent).
+
+Batches are *stratified*, half of each domain, or *mixed*: drawn from all images as they are, so that a domain of few
+images may be missing from a batch. Images and captions are encoded once; draws depend on (seed, step) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from harness.models import DiffusionModel
+from harness.run import Run
+from harness.seeds import mix
+from harness.training import diffusion
+from harness.training.diffusion import Draw, EncodedImages, LossPart, denoising_loss, encode_images
+
+if TYPE_CHECKING:
+    from defenses.base import ProtectedConcept
+
+Weighting = Literal["domain_means", "batch_mean"]
+_NO_DIVISION_BY_ZERO = 1e-5
+"""Added to how many of a batch are of a domain, as FreezeAsGuard's code does."""
+
+
+class Domains:
+    """The denoising losses of both domains, ready to be trained on."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        run: Run,
+        illegal: Sequence[ProtectedConcept],
+        innocent: Sequence[ProtectedConcept],
+        *,
+        batch_size: int,
+        flip: bool,
+        seed: int,
+        is_mixed: bool,
+    ):
+        """`batch_size` is global, over processes and domains. Raises ValueError where a domain has no images."""
+        self._model, self._run, self._seed = model, run, seed
+        self._batch_size, self._is_mixed = batch_size, is_mixed
+        self._scheduler = model.noise_scheduler()
+        self._illegal, self._innocent = (
+            encode_images(
+                model, run,
+                [image for concept in concepts for image in concept.images],
+                [caption for concept in concepts for caption in concept.captions],
+                flip=flip,
+            )
+            for concepts in (illegal, innocent)
+        )  # fmt: skip
+        self._all = _together(self._illegal, self._innocent) if is_mixed else None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._illegal) + len(self._innocent)
+
+    def losses(self, step: int, illegal: float, innocent: float) -> list[LossPart]:
+        """Return illegal * L(illegal) + innocent * L(innocent), L the mean over the examples of a domain."""
+        if not self._is_mixed:
+            return self._of(self._illegal, "illegal", step, illegal) + self._of(
+                self._innocent, "innocent", step, innocent
+            )
+        batch = self._drawn(self._all, "mixed", step, self._batch_size)
+        is_illegal = batch.chosen < len(self._illegal)
+        count = int(is_illegal.sum())
+        of_illegal = illegal * len(batch) / (count + _NO_DIVISION_BY_ZERO)
+        of_innocent = innocent * len(batch) / (len(batch) - count + _NO_DIVISION_BY_ZERO)
+
+        def weigh(part: Draw, noisy, prediction, losses):
+            own = part.chosen < len(self._illegal)
+            return torch.where(own, of_illegal, of_innocent).to(losses)
+
+        return denoising_loss(self._model, self._run, self._scheduler, batch, weigh=weigh)
+
+    def mean(self, step: int) -> list[LossPart]:
+        """Return the mean over the examples of a batch, whatever domain they are of."""
+        if not self._is_mixed:
+            return self.losses(step, 0.5, 0.5)
+        batch = self._drawn(self._all, "mixed", step, self._batch_size)
+        return denoising_loss(self._model, self._run, self._scheduler, batch)
+
+    def _of(self, encoded: EncodedImages, name: str, step: int, weight: float) -> list[LossPart]:
+        batch = self._drawn(encoded, name, step, self._batch_size // 2)
+        return denoising_loss(self._model, self._run, self._scheduler, batch, weight=weight)
+
+    def _drawn(self, encoded: EncodedImages, name: str, step: int, count: int) -> Draw:
+        timesteps = self._scheduler.config.num_train_timesteps
+        return diffusion.draw(
+            encoded, count, timesteps, seed=mix(self._seed, name), step=step, device=self._model.device
+        )
+
+
+def _together(first: EncodedImages, second: EncodedImages) -> EncodedImages:
+    """Return both, one behind the other."""
+    return EncodedImages(
+        torch.cat([first.mean, second.mean], dim=1),
+        torch.cat([first.deviation, second.deviation], dim=1),
+        torch.cat([first.embeddings, second.embeddings]),
+        first.scaling,
+    )
