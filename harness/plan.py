@@ -127,7 +127,8 @@ class _Planner:
         self.result = Plan(self.suite.name)
         self._units: dict[tuple[str, ...], Unit] = {}
         self._images: dict[str, str] = {}
-        self._identities: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # by the parameters' object
+        # by the parameters' object, which is kept: a freed one's number is given to another
+        self._identities: dict[int, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
         self._shared: dict[tuple, tuple[dict[str, Any], str]] = {}  # parameters of many stages, with their JSON
         self.metrics: list[_Metric] = []
         for index, spec in enumerate(self.suite.metrics):
@@ -140,8 +141,8 @@ class _Planner:
     def _identified(self, cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (parameters for the identity, local parameters): what lies in files is known by its content."""
         if id(values) not in self._identities:
-            self._identities[id(values)] = self._identify(cls, values)
-        return self._identities[id(values)]
+            self._identities[id(values)] = (values, *self._identify(cls, values))
+        return self._identities[id(values)][1:]
 
     @staticmethod
     def _identify(cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -419,7 +420,7 @@ class _Planner:
                 original = _Released(task_name, "original", "none", "", targets, seed, {}, f"original, seed {seed}")
                 for name, role in [*roles, *((c, "utility") for c in suite.utility)]:
                     self._before(original, name, role)
-            for index, spec in enumerate(suite.defenses):
+            for index, spec in loaded.defenses_in(task_name):
                 values = loaded.parameters["defenses", str(index)]
                 given = targets if spec.protects == "all" else targets[:1]
                 cls = registry.get("defense", spec.method)

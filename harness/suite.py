@@ -15,7 +15,7 @@ The shape of a suite::
         targets: [object:light-bulb]     # each entry is protected by itself; a nested list is protected together
         innocents: [object:umbrella]     # attacked too: what must stay learnable
         preserve: []                     # concepts that the defense may use to keep the model useful
-    defenses: [none, uce, {method: imma, profile: paper}]   # protects: first, for one concept of a set
+    defenses: [none, uce, {method: imma, profile: paper}]   # protects: first, for one concept of a set; tasks: [...]
     attacks: [{method: lora, steps: [10, 40, 120], batch_size: 8, learning_rate: 4e-3}]   # tasks: [...] limits one
     metrics: [clip_image, self_supervised_image, clip_text]
 """
@@ -141,11 +141,15 @@ class DefenseSpec(MethodSpec):
     weak: bool = False
     """Made weak on purpose: every attack should succeed on it, and one that does not says nothing of other defenses
     (Zimmermann et al. 2022). Attacked on targets alone."""
+    tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
+    """The tasks that it is made in; None: all."""
 
     @model_validator(mode="after")
-    def _weak_is_a_defense(self) -> DefenseSpec:
-        if self.weak and self.method == "none":
+    def _none_is_everywhere(self) -> DefenseSpec:
+        if self.method == "none" and self.weak:
             raise ValueError("'weak' is for a defense; the undefended model tests attacks by itself")
+        if self.method == "none" and self.tasks is not None:
+            raise ValueError("'tasks' is for other defenses; every gap is measured against none")
         return self
 
 
@@ -378,6 +382,14 @@ class LoadedSuite:
 
         spec = self.suite.attacks[index]
         return spec.budget(registry.get("attack", spec.method).budgets.get(spec.preset or ""))
+
+    def defenses_in(self, task: str) -> list[tuple[int, DefenseSpec]]:
+        """Return (index, defense) of the defenses that are made in a task."""
+        return [
+            (index, spec)
+            for index, spec in enumerate(self.suite.defenses)
+            if spec is not None and task in (spec.tasks or [task])
+        ]
 
     def attacks_on(self, task: str) -> list[tuple[int, AttackSpec]]:
         """Return (index, attack) of the attacks that are made in a task; those that are not built are left out."""

@@ -237,7 +237,7 @@ def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
     known = registry.names("defense")
     mistakes: list[Mistake] = []
     for task_name, task in suite.tasks.items():
-        entries = [(("defenses", index), spec) for index, spec in enumerate(suite.defenses)]
+        entries = [(("defenses", index), spec) for index, spec in loaded.defenses_in(task_name)]
         for path, spec in [*entries, (("tasks", task_name, "erase"), task.erase)]:
             if spec is None or spec.method not in known or getattr(spec, "protects", "all") == "first":
                 continue
@@ -267,18 +267,20 @@ def _asked(cls: type, path: tuple, hook: str, *arguments: Any) -> list[Mistake]:
         return [(path, f"`{hook}` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
 
 
-def _attacks_of_tasks(loaded: LoadedSuite) -> list[Mistake]:
-    """Find attacks limited to tasks that are not there, and tasks that no attack is left for."""
+def _limited_to_tasks(loaded: LoadedSuite) -> list[Mistake]:
+    """Find defenses and attacks limited to tasks that are not there, and tasks that no attack is left for."""
     suite = loaded.suite
     given = loaded.source.data.get("tasks")
     known = {str(name) for name in given} if isinstance(given, dict) else set()
     taken_away = {path[1] for path in loaded.source.removed}
     mistakes: list[Mistake] = []
-    for index, spec in enumerate(suite.attacks):
-        for place, name in enumerate((spec.tasks or ()) if spec is not None and "tasks" not in loaded.broken else ()):
-            if name not in known | taken_away:
-                path = ("attacks", index, "tasks", place)
-                mistakes.append((path, f"unknown task '{name}'{did_you_mean(name, known)}"))
+    for section in ("defenses", "attacks"):
+        for index, spec in enumerate(getattr(suite, section)):
+            named = (spec.tasks or ()) if spec is not None and "tasks" not in loaded.broken else ()
+            for place, name in enumerate(named):
+                if name not in known | taken_away:
+                    path = (section, index, "tasks", place)
+                    mistakes.append((path, f"unknown task '{name}'{did_you_mean(name, known)}"))
     if mistakes or not suite.attacks or any(spec is None for spec in suite.attacks):
         return mistakes
     waiting = [index for section, index in loaded.pending if section == "attacks"]
@@ -300,11 +302,12 @@ def _grid_size(loaded: LoadedSuite) -> list[Mistake]:
     """Find grids that are too large to be meant."""
     suite = loaded.suite
     measured = sum(
-        (len(together) + len(task.innocents)) * (1 + len(loaded.attacks_on(name))) + len(suite.utility or ())
+        ((len(together) + len(task.innocents)) * (1 + len(loaded.attacks_on(name))) + len(suite.utility or ()))
+        * len(loaded.defenses_in(name))
         for name, task in suite.tasks.items()
         for together in task.targets
     )
-    trials = measured * len(suite.defenses) * len(suite.seeds or ())
+    trials = measured * len(suite.seeds or ())
     if trials > MAX_TRIALS:
         return [((), f"the grid has {trials:,} trials, more than {MAX_TRIALS:,}; split the suite")]
     return []
@@ -414,7 +417,7 @@ CHECKS = (
     _undefended,
     _protected_together,
     _sharded,
-    _attacks_of_tasks,
+    _limited_to_tasks,
     _grid_size,
 )
 """Checks that need neither images nor a model."""

@@ -70,4 +70,4 @@ def _require_told(defense: Defense, protection: Protection) -> None:
     released = {"frozen": "frozen", "adaptation": "adaptation_hooks", "sampling": "sampling_hooks"}
     for attribute, word in released.items():
         if getattr(protection, attribute) and not model.changes and word not in model.must_honour:
-            raise ValueError(f"{defense.name} released '{attribute}', but its threat_model's must_honour lacks '{word}'")
+            raise ValueError(f"{defense.name} released '{attribute}', but threat_model.must_honour lacks '{word}'")
