@@ -14,10 +14,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from defenses import joint, mima
+from attacks.base import AttackedConcept, Budget
+from attacks.full_finetune import FullFinetune
+from defenses import freezeasguard, joint, mima
 from defenses.base import ProtectedConcept
 from harness.model_source import resolve_model
 from harness.models import DiffusionModel
+from harness.protection import Protection
 from harness.run import Run, Sharding, World
 from harness.suite import ModelSpec
 
@@ -31,6 +34,14 @@ CASES = {
 }
 EXACT = ("mima_exact", (mima.Mima, {**MIMA, "rounds": 3, "hypergradient": "exact"}))
 FIRST_ORDER = ("mima_first_order", (mima.Mima, {**MIMA, "rounds": 3, "hypergradient": "first_order"}))
+MASKS = {
+    # a signal that is felt beside sparsity, and a user that moves
+    profile: {
+        "profile": profile, "rounds": 4, "batch_size": 4, "normalise": "rms", "mask_learning_rate": 0.3,
+        "user_steps": 3, "user_learning_rate": 1e-3, "sparsity": 50.0,
+    }
+    for profile in ("paper", "released")
+}  # fmt: skip
 STAGES = {"zero0": Sharding(2), "zero1": Sharding(2, 1), "zero2": Sharding(2, 2), "zero3": Sharding(2, 3)}
 OFFLOADED = {"zero2_offload": Sharding(2, 2, "cpu"), "zero3_offload": Sharding(2, 3, "cpu")}
 
@@ -42,14 +53,24 @@ def cases(label: str):
     return CASES | (dict([EXACT]) if label != "zero3" else {})
 
 
-def released(folder: Path, cls, changes: dict, run: Run):
-    """Return (what a defense releases, its weights object when it was spread)."""
-    model = DiffusionModel.load(resolve_model(ModelSpec(id=str(folder / "model")), "test", folder), torch.device("cpu"))
+def _source(folder: Path):
+    return resolve_model(ModelSpec(id=str(folder / "model")), "test", folder)
+
+
+def _concepts(folder: Path) -> list[ProtectedConcept]:
+    """Return two concepts of four images, with class images."""
     concepts = []
     for name in ("purse", "cat"):
         files = tuple(sorted((folder / name).glob("*.png")))
         texts = (f"a photo of a {name}",) * 4
         concepts.append(ProtectedConcept("object", name, texts, files[:4], ("object",) * 2, files[4:6]))
+    return concepts
+
+
+def released(folder: Path, cls, changes: dict, run: Run):
+    """Return (what a defense releases, its weights object when it was spread)."""
+    model = DiffusionModel.load(_source(folder), torch.device("cpu"))
+    concepts = _concepts(folder)
     if cls is mima.Mima:
         changes = {**changes, "regularization_captions": str(folder / "captions.txt")}
     parameters = dataclasses.replace(cls.Parameters(), **changes)
@@ -57,10 +78,48 @@ def released(folder: Path, cls, changes: dict, run: Run):
     return cls(parameters).protect(model, concepts, [], run).tensors, model.engine
 
 
+def masks(folder: Path, label: str, settings: Sharding, world: World) -> None:
+    """Learn masks from a fine-tuned model that is the same for all, and keep what is noted of each tensor."""
+    for profile, changes in MASKS.items():
+        run = _run(folder, f"{label}.mask_{profile}", settings, world)
+        model = DiffusionModel.load(_source(folder), torch.device("cpu"))
+        source = torch.Generator().manual_seed(3)
+        run.prepared = Protection(
+            {n: p + 0.01 * torch.randn(p.shape, generator=source) for n, p in model.parameters().items()}
+        )
+        illegal, innocent = ([concept] for concept in _concepts(folder))
+        p = dataclasses.replace(freezeasguard.Parameters(), **changes)
+        protection = freezeasguard.FreezeAsGuard(p).protect(model, illegal, innocent, run)
+        told = list(protection.details.values())
+        columns = {column: torch.tensor([row[column] for row in told]) for column in told[0]}
+        columns["frozen"] = torch.tensor([name in protection.frozen for name in protection.details])
+        if world.rank == 0:
+            _keep(folder, f"{label}.mask_{profile}", columns)
+
+
+def fine_tuned(folder: Path, label: str, settings: Sharding, world: World) -> None:
+    """Fine-tune the UNet honestly where every second tensor is frozen, and keep the weights after three steps."""
+    run = _run(folder, f"{label}.frozen", settings, world)
+    model = DiffusionModel.load(_source(folder), torch.device("cpu"))
+    protection = Protection(frozen=frozenset(list(model.parameters())[::2]))
+    files = tuple(sorted((folder / "purse").glob("*.png")))[:4]
+    attack = FullFinetune(dataclasses.replace(FullFinetune.Parameters(), learning_rate=1e-3))
+    concept = AttackedConcept("object", ("a photo of a purse",) * 4, files)
+    for checkpoint in attack.adapt(model, concept, protection, Budget((3,), 2), run):
+        if world.rank == 0:
+            saved = folder / f"{label}.frozen"
+            saved.mkdir()
+            checkpoint.save(saved)
+    names = [n.removeprefix("unet.") for n in protection.frozen if n.startswith("unet.")]
+    (folder / "frozen.json").write_text(json.dumps(names), encoding="utf-8")
+
+
 def main(folder: Path) -> None:
     """Do every case, alone or as one of several processes."""
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
+        masks(folder, "alone", Sharding(), World())
+        fine_tuned(folder, "alone", Sharding(), World())
         for name, (cls, changes) in [*CASES.items(), EXACT, FIRST_ORDER]:
             _keep(folder, f"alone.{name}", released(folder, cls, changes, _run(folder, name, Sharding(), World()))[0])
         return
@@ -75,6 +134,9 @@ def main(folder: Path) -> None:
                 held[f"{label}.{name}"] = _bytes(engine)
                 if world.rank == 0:
                     _keep(folder, f"{label}.{name}", tensors)
+            if label in STAGES:
+                masks(folder, label, settings, world)
+        fine_tuned(folder, "zero2", STAGES["zero2"], world)
         (folder / f"bytes{world.rank}.json").write_text(json.dumps(held), encoding="utf-8")
         world.wait()
     os._exit(0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ml.sharded_defenses import OFFLOADED, STAGES, cases
+from tests.ml.sharded_defenses import MASKS, OFFLOADED, STAGES, cases
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,6 +89,34 @@ def test_zero_3_partitions_the_weights(everything):
     for rank in range(2):
         assert held[rank]["zero3.mima_paper"]["gathered"] == 0
         assert abs(held[rank]["zero3.mima_paper"]["weights"] - whole / 2) < 0.01 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", STAGES)
+@pytest.mark.parametrize("profile", MASKS)
+def test_two_processes_learn_the_mask_that_one_does(everything, label, profile):
+    """Logits and signals to the order of sums; kept in bf16, to one of its steps. The same tensors are frozen."""
+    alone = load_file(everything / f"alone.mask_{profile}.safetensors")
+    shared = load_file(everything / f"{label}.mask_{profile}.safetensors")
+    tolerance = 1e-3 if profile == "paper" else 2**-6  # of logits up to two: half a step of bf16, twice
+
+    assert torch.equal(alone["frozen"], shared["frozen"])
+    assert torch.allclose(alone["logit"], shared["logit"], rtol=0, atol=tolerance)
+    assert torch.allclose(alone["signal_mean"], shared["signal_mean"], rtol=1e-2, atol=1e-3 * alone["signal_rms"].max())
+    assert (alone["logit"] - alone["logit_before"]).abs().max() > 10 * tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["alone", "zero2"])
+def test_frozen_tensors_stay_to_the_bit(everything, label):
+    """Full fine-tuning by an honest attacker, alone and under ZeRO 2; all others move."""
+    before = load_file(next((everything / "model" / "unet").glob("*.safetensors")))
+    after = load_file(next((everything / f"{label}.frozen" / "unet").glob("*.safetensors")))
+    frozen = set(json.loads((everything / "frozen.json").read_text("utf-8")))
+
+    assert 0 < len(frozen & before.keys()) < len(before)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) == (name in frozen), name
 
 
 SUITE = """\
