@@ -21,10 +21,11 @@ Profiles (papers' facts: freezeasguard.md, sections 4 and 5)
               Delta and the logits are kept in bf16, and the count of steps starts anew in each epoch.
 Every single choice may be taken for itself.
 
-Beyond both: `normalise: rms` divides the signal <Delta_i, g_i> by its root mean square over the tensors. In the
-published update the sparsity term is orders of magnitude larger, so that the mask may learn nothing but its random
-start; whether it does is in the record (`mask.csv`, and the ledger's correlations). `binarise: topk` freezes exactly
-rho N tensors, the largest of the mask; `threshold`, as the code does, those with m > 1/2, however many these are.
+Beyond both: `normalise` scales the signal <Delta_i, g_i>, by its root mean square over the tensors (rms) or each
+tensor's by its own (adam). In the published update the sparsity term is orders of magnitude larger, so that the mask
+may learn nothing but its random start; whether it does is in the record (`mask.csv`, and the ledger's correlations).
+`binarise: topk` freezes exactly rho N tensors, the largest of the mask; `threshold`, as the code does, those with
+m > 1/2, however many these are.
 
 Differences from the paper: its equations were restored from prose and code; the simulated user's optimizer is not
 stated there. Differences from the released code: m and the sparsity term are computed in fp32 (there in bf16; Delta and
@@ -80,8 +81,9 @@ class Parameters:
     mask_learning_rate: Annotated[float, Field(gt=0, le=1e9)] = 10.0
     sparsity: Annotated[float, Field(ge=0, le=1e9)] = 5e3
     """c, the weight of (mean(m) - rho)^2; not multiplied by the mask's rate. The released scripts'."""
-    normalise: Literal["none", "rms"] = "none"
-    """rms: ours, in neither profile."""
+    normalise: Literal["none", "rms", "adam"] = "none"
+    """How the signal is scaled, ours, in neither profile. rms: by its root mean square over the tensors; adam: each
+    tensor's running mean by the root of its own running mean square."""
     binarise: Literal["threshold", "topk"] = "threshold"
     """threshold: m > 1/2, the code's; topk: exactly the share `ratio`, the largest of m."""
     initial: Literal["negative", "uniform"] | None = None

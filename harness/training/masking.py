@@ -34,7 +34,7 @@ class MaskRule:
     temperature: float  # T
     learning_rate: float  # eta_m
     sparsity: float  # c; not multiplied by the learning rate
-    normalise: str = "none"  # rms: a is divided by its root mean square over the tensors
+    normalise: str = "none"  # none | rms | adam; see `Signal`
 
     def mask(self, logits: Tensor) -> Tensor:
         """Return m [tensors] in (0, 1)."""
@@ -44,10 +44,38 @@ class MaskRule:
         """Return what the signal a and the sparsity subtract from the logits in one step (equation 8), [tensors]."""
         mask = self.mask(logits)
         bend = mask * (1 - mask) / self.temperature
-        if self.normalise == "rms":
-            signal = signal / signal.square().mean().sqrt().clamp_min(1e-30)
         held_back = 2 * (mask.mean() - self.ratio) / len(mask) * bend
         return self.learning_rate * signal * bend, self.sparsity * held_back
+
+
+class Signal:
+    """What takes the place of a in equation 8.
+
+    none: a itself. rms: a over its root mean square over the tensors; of tensors whose a differ by orders of magnitude
+    the largest alone are heard. adam: each tensor's running mean over the root of its running mean square (Kingma and
+    Ba 2015; betas 0.9 and 0.999, bias corrected), which is of one size for all and lets noise cancel.
+    """
+
+    BETAS, SMALL = (0.9, 0.999), 1e-30
+
+    def __init__(self, normalise: str, tensors: int):
+        if normalise not in ("none", "rms", "adam"):
+            raise ValueError(f"unknown normalisation {normalise!r}")
+        self.normalise = normalise
+        self.running = torch.zeros(2, tensors, dtype=torch.float64)  # means of a and of its square
+        self.count = 0
+
+    def heard(self, signal: Tensor) -> Tensor:
+        """Return what is heard of a step's a, [tensors]."""
+        if self.normalise == "none":
+            return signal
+        if self.normalise == "rms":
+            return signal / signal.square().mean().sqrt().clamp_min(self.SMALL)
+        self.count += 1
+        betas = torch.tensor(self.BETAS, dtype=torch.float64)[:, None]
+        self.running = betas * self.running + (1 - betas) * torch.stack([signal, signal.square()]).double()
+        mean, square = self.running / (1 - betas**self.count)
+        return (mean / square.sqrt().clamp_min(self.SMALL)).float()
 
 
 @dataclass(frozen=True)
@@ -81,6 +109,7 @@ class MaskedWeights:
         self.weights, self.rule = weights, rule
         self.names = list(finetuned)
         self.logits = logits
+        self.signal = Signal(rule.normalise, len(logits))
         self._rate = user_learning_rate
         self.delta = weights.read(self.names)
         torch._foreach_sub_(list(self.delta.values()), list(weights.pieces(finetuned).values()))
@@ -108,7 +137,7 @@ class MaskedWeights:
         """Move the mask by the gradient g of the upper loss with respect to theta."""
         signal = self.weights.inner(self.delta, slope)
         before = self.mask
-        by_signal, by_sparsity = self.rule.pulls(self.logits, signal)
+        by_signal, by_sparsity = self.rule.pulls(self.logits, self.signal.heard(signal))
         self.logits = (self.logits.float() - by_signal - by_sparsity).to(self.logits.dtype)
         self._shift(self.mask - before)
         return MaskStep(signal, by_signal, by_sparsity)
@@ -138,7 +167,7 @@ class MaskedWeights:
         """Return all that is needed to go on, of this process."""
         flat = {f"theta/{name}": value for name, value in self.weights.read(self.names).items()}
         flat |= {f"delta/{name}": value for name, value in self.delta.items()}
-        flat["logits"] = self.logits
+        flat |= {"logits": self.logits, "heard": self.signal.running, "heard_count": torch.tensor(self.signal.count)}
         for name, value in self.delta.items() if self._optimizer else ():
             for slot, kept in self._optimizer.state[value].items():
                 flat[f"user/{slot}/{name}"] = torch.as_tensor(kept)
@@ -151,6 +180,7 @@ class MaskedWeights:
         for name, value in self.delta.items():
             value.copy_(state[f"delta/{name}"])
         self.logits = state["logits"]
+        self.signal.running, self.signal.count = state["heard"], int(state["heard_count"])
         for path, kept in state.items():
             if path.startswith("user/"):
                 _, slot, name = path.split("/", 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.training.masking import MaskedWeights, MaskRule
+from harness.training.masking import MaskedWeights, MaskRule, Signal
 from harness.training.weights import LocalWeights
 
 RULE = MaskRule(ratio=0.3, temperature=0.2, learning_rate=10.0, sparsity=50.0)
@@ -184,24 +184,41 @@ def test_the_released_update():
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_a_signal_can_be_normalised():
-    """Its scale no longer matters."""
-    logits, signal = torch.linspace(-1, 1, 8), torch.randn(8, generator=torch.Generator().manual_seed(2))
-    plain, normal = MaskRule(0.3, 0.2, 0.1, 0.0), MaskRule(0.3, 0.2, 0.1, 0.0, "rms")
+def test_a_signal_can_be_divided_by_its_size():
+    """Its scale over the tensors no longer matters."""
+    signal = torch.randn(8, generator=torch.Generator().manual_seed(2))
 
-    assert torch.allclose(normal.pulls(logits, signal)[0], normal.pulls(logits, 1e-6 * signal)[0], rtol=1e-4)
-    scale = signal.square().mean().sqrt()
-    assert torch.allclose(normal.pulls(logits, signal)[0] * scale, plain.pulls(logits, signal)[0], rtol=1e-4)
+    assert torch.equal(Signal("none", 8).heard(signal), signal)
+    heard = Signal("rms", 8).heard(signal)
+    assert float(heard.square().mean()) == pytest.approx(1.0)
+    assert torch.allclose(Signal("rms", 8).heard(1e-6 * signal), heard, rtol=1e-4)
+
+
+def test_a_signal_can_be_heard_as_adam_hears_a_gradient():
+    """Twelve steps of torch's own Adam on the logits, whose scale is each tensor's own."""
+    source = torch.Generator().manual_seed(2)
+    signals = torch.randn(12, 8, generator=source) * 10.0 ** torch.arange(-6, 2)
+    ours, logits = Signal("adam", 8), torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=1.0, eps=0.0)
+    total = torch.zeros(8)
+    for signal in signals:
+        logits.grad = signal.double()
+        optimizer.step()
+        total += ours.heard(signal)
+
+    assert torch.allclose(-total, logits.detach().float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("user_optimizer", ["sgd", "adamw"])
-def test_a_state_goes_on_to_the_same(user_optimizer):
+@pytest.mark.parametrize("normalise", ["none", "adam"])
+def test_a_state_goes_on_to_the_same(user_optimizer, normalise):
     """Put into a fresh object after five steps, it gives what twelve steps in one go give, to the bit."""
-    whole, first = Toy(user_optimizer=user_optimizer), Toy(user_optimizer=user_optimizer)
+    rule = MaskRule(0.3, 0.2, 0.1, 5.0, normalise)
+    whole, first = (Toy(rule=rule, user_optimizer=user_optimizer) for _ in range(2))
     for step in range(12):
         if step == 5:
             kept = {n: t.clone() for n, t in first.masked.state().items()}
-            first = Toy(torch.zeros(8), user_optimizer=user_optimizer)
+            first = Toy(torch.zeros(8), rule, user_optimizer=user_optimizer)
             first.masked.load_state(kept)
         for toy in (whole, first):
             if step % 4 == 0:
