@@ -1,27 +1,35 @@
 """Masks of frozen tensors: what a defense that freezes keeps of each tensor, and how masks compare. No torch here.
 
 Beside its protection such a defense leaves `mask.csv`, a row for each tensor of the UNet: its name, elements, whether
-it is frozen, and whatever the method says of it. From those of a run `table` makes `masks.csv`, a row for each mask:
-
-    frozen_tensors, frozen_parameters   shares of the UNet's tensors and of their elements
-    correlation_with_start              of frozen (1 or 0) with the logits that learning began with
-    overlap_of_seeds                    mean over pairs of seeds of the Jaccard index |A and B| / |A or B|
-    overlap_by_chance                   what it would be for random sets as large: a b / N of them are in both
+it is frozen, and whatever the method says of it. From those of a run the tables get `masks.csv`, a row for each mask
+(`COLUMNS`). Overlap is the Jaccard index of two masks, |A and B| / |A or B|; by chance it is what the expected
+intersection a b / N of random sets of a and b tensors gives.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.plan import Plan
     from harness.protection import Protection
+    from harness.store import Store
 
 FILE = "mask.csv"
+COLUMNS = (
+    "task", "defense", "method", "profile", "protected", "seed", "tensors", "frozen_tensors", "frozen_parameters",
+    "correlation_with_start", "correlation_with_signal", "moved_by_signal", "moved_by_sparsity", "overlap_of_seeds",
+    "overlap_by_chance", "overlap_with_random", "random_overlap_of_seeds",
+)  # fmt: skip
+"""Of masks.csv. Shares of the UNet's tensors and of their elements; correlations of frozen (1 or 0) with the logits
+that learning began with, and with what the signal says (minus its mean: high is what should be frozen); how far signal
+and sparsity moved the logits in all, mean over tensors; mean overlap with the same defense's masks of other seeds, what
+it would be by chance, and with masks of random_freeze of any seed that are as large to a tensor in twenty."""
 KINDS = ("attention", "feed-forward", "convolution", "norm", "time embedding", "projection")
 """Of tensors, as `kind` tells them."""
 
@@ -67,10 +75,86 @@ def overlap_by_chance(first: int, second: int, total: int) -> float | None:
     return both / either if either else None
 
 
-def mean_overlap(sets: Sequence[frozenset[str]]) -> float | None:
-    """Return the mean Jaccard index over pairs of sets; None where no pair has any."""
-    found = [overlap(a, b) for a, b in itertools.combinations(sets, 2)]
-    known = [value for value in found if value is not None]
+@dataclass(frozen=True)
+class Mask:
+    """One mask of a run."""
+
+    task: str
+    defense: str
+    method: str
+    profile: str
+    protected: tuple[str, ...]
+    seed: int
+    elements: Mapping[str, int]  # of every tensor of the UNet
+    frozen: frozenset[str]
+    numbers: Mapping[str, float]  # of the stage's ledger
+
+    @property
+    def group(self) -> tuple:
+        """What masks of other seeds have in common with this one."""
+        return self.task, self.defense, self.protected
+
+
+def of_run(plan: Plan, store: Store) -> list[Mask]:
+    """Return the masks of a plan's defenses that are committed, each once, in the plan's order."""
+    found: dict[tuple, Mask] = {}
+    for trial in plan.trials:
+        name = (trial.task, trial.defense, trial.protected, trial.seed)
+        if name in found or not trial.released or not store.has("immunize", trial.released):
+            continue
+        rows = read(store.path("immunize", trial.released))
+        if rows is None:
+            continue
+        found[name] = Mask(
+            trial.task,
+            trial.defense,
+            trial.method,
+            trial.profile,
+            trial.protected,
+            trial.seed,
+            {row["tensor"]: int(row["elements"]) for row in rows},
+            frozen(rows),
+            store.record("immunize", trial.released)["ledger"]["numbers"],
+        )
+    return list(found.values())
+
+
+def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
+    """Return the rows of masks.csv."""
+    lines = []
+    for mask in masks:
+        others = [other for other in masks if other.group == mask.group and other.seed != mask.seed]
+        random = [m for m in masks if m.method == "random_freeze" and _as_large(m, mask) and m.task == mask.task]
+        total, count = len(mask.elements), len(mask.frozen)
+        lines.append(
+            {
+                "task": mask.task,
+                "defense": mask.defense,
+                "method": mask.method,
+                "profile": mask.profile,
+                "protected": "+".join(mask.protected),
+                "seed": mask.seed,
+                "tensors": total,
+                "frozen_tensors": count / total,
+                "frozen_parameters": sum(mask.elements[n] for n in mask.frozen) / sum(mask.elements.values()),
+                **{name: mask.numbers.get(name) for name in COLUMNS[9:13]},
+                "overlap_of_seeds": _mean(overlap(mask.frozen, other.frozen) for other in others),
+                "overlap_by_chance": _mean(overlap_by_chance(count, len(m.frozen), total) for m in others),
+                "overlap_with_random": _mean(overlap(mask.frozen, m.frozen) for m in random if m is not mask),
+                "random_overlap_of_seeds": _mean(
+                    overlap(a.frozen, b.frozen) for i, a in enumerate(random) for b in random[:i] if a.seed != b.seed
+                ),
+            }
+        )
+    return lines
+
+
+def _as_large(first: Mask, second: Mask) -> bool:
+    return abs(len(first.frozen) - len(second.frozen)) <= 0.05 * len(first.elements)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 

@@ -45,6 +45,7 @@ class Trial:
     scores: Mapping[str, str]  # metric label -> key of the score stage
     probes: int = 0  # how often an adaptive attacker tried before
     is_weak: bool = False  # the defense was made weak on purpose
+    released: str = ""  # key of the defense's stage; "" where there is none
 
 
 @dataclass(frozen=True)
@@ -429,8 +430,9 @@ class _Planner:
                 undefended = None
                 if not cls.threat_model.changes:
                     none = registry.get("defense", "none")
-                    values = none.Parameters()
-                    nothing = self._protective("immunize", none, "none", values, given, preserve, seed, erased)
+                    nothing = self._protective(
+                        "immunize", none, "none", none.Parameters(), given, preserve, seed, erased
+                    )
                     undefended = {"immunize": nothing, **over}
                 released = _Released(
                     task=task_name,
@@ -636,6 +638,7 @@ class _Planner:
                 scores=scores,
                 probes=attack.search.probes if attack and attack.search else 0,
                 is_weak=released.is_weak,
+                released=released.weights.get("immunize", ""),
             )
         )
 

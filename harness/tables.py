@@ -1,4 +1,7 @@
-"""Tables of a run: rows.csv, leaderboard.csv and .md, concepts.csv and .md, and the text that a terminal shows."""
+"""Tables of a run: rows.csv, leaderboard.csv and .md, concepts.csv and .md, and the text that a terminal shows.
+
+Where a defense freezes tensors, also masks.csv and masks.png (`harness/masks.py`), and adaptation_cost.csv and .md.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harness import adaptation_cost, masks
 from harness.identity import digest_of_json
 from harness.plan import Plan
+from harness.report import mask_figure
 from harness.report.figures import recovery_curves
 from harness.rows import COLUMNS as ROW_COLUMNS
 from harness.rows import collect, write_csv, write_through
@@ -21,7 +26,7 @@ from metrics.measurements import Measurements
 
 STATE = "tables.json"
 """What the tables in a folder were made from."""
-VERSION = 4
+VERSION = 5
 """Raised when the same rows make other tables or figures."""
 FILES = (
     "rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "curves.csv", "concepts.csv", "concepts.md",
@@ -88,6 +93,13 @@ def write(plan: Plan, store: Store, folder: Path, model_name: str, gates: Gates)
     write_text(folder / "concepts.md", concepts_markdown(concepts))
     for role in ("target", "innocent"):
         recovery_curves(table, folder / f"recovery_{role}.png", role)
+    frozen = masks.of_run(plan, store)
+    if frozen:
+        write_csv(folder / "masks.csv", masks.table(frozen), masks.COLUMNS)
+        mask_figure.draw(frozen, folder / "masks.png")
+        costs = adaptation_cost.lines(plan, store)
+        write_csv(folder / "adaptation_cost.csv", costs, adaptation_cost.COLUMNS)
+        write_text(folder / "adaptation_cost.md", adaptation_cost.markdown(costs))
     write_json(folder / STATE, {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole})
     return lines
 

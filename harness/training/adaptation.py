@@ -115,4 +115,6 @@ def adapt(
         return {"loss": mean_value(parts)}
 
     for done in trajectory(run, weights, budget.steps, step, "the attack"):
+        held = weights.bytes_held()
+        run.ledger.numbers |= {"trained_bytes": held["weights"], "optimizer_bytes": held["optimizer"]}
         yield done, weights

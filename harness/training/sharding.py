@@ -32,6 +32,7 @@ from harness.training.weights import (
     Loss,
     Vector,
     Weights,
+    bytes_of,
     differentiate_twice,
     grouped,
     inner_products,
@@ -358,17 +359,8 @@ class ZeroWeights:
 
     def bytes_held(self) -> dict[str, int]:
         """Return the bytes that this process holds of the trained weights, and of optimizer states."""
-        slots = [
-            value
-            for level in self._optimizer.slots.values()
-            for values in level.values()
-            for value in values.values()
-            if isinstance(value, Tensor)
-        ]
-        return {
-            "weights": sum(self._held(n).numel() * self._held(n).element_size() for n in self.parameters),
-            "optimizer": sum(s.numel() * s.element_size() for s in slots),
-        }
+        slots = [v for level in self._optimizer.slots.values() for values in level.values() for v in values.values()]
+        return {"weights": bytes_of(self._held(n) for n in self.parameters), "optimizer": bytes_of(slots)}
 
 
 class ProcessGroup(World):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,6 +108,9 @@ class Weights(Protocol):
 
     def whole(self, names: Sequence[str]) -> Vector:
         """Return the weights as whole tensors, whatever form they have here."""
+
+    def bytes_held(self) -> dict[str, int]:
+        """Return the bytes that this process holds of the trained "weights", and of "optimizer" states."""
 
 
 @contextlib.contextmanager
@@ -251,6 +254,11 @@ def inner_products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
     return torch.stack([torch.dot(value.flatten().float(), second[n].flatten().float()) for n, value in first.items()])
 
 
+def bytes_of(values: Iterable[object]) -> int:
+    """Return the bytes of the tensors among values."""
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
 def squared_norm(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the sum of squares of the tensors of a vector, fp64."""
     return sum(t.detach().double().square().sum() for t in tensors.values())
@@ -367,3 +375,9 @@ class LocalWeights:
     def whole(self, names: Sequence[str]) -> Vector:
         """Return the weights."""
         return self.read(names)
+
+    def bytes_held(self) -> dict[str, int]:
+        """Return the bytes of trained weights, and of optimizer states."""
+        trained = {name: self.parameters[name] for level in self.levels.values() for name in level.names}
+        slots = [value for _, state in self._slots() for values in state.values() for value in values.values()]
+        return {"weights": bytes_of(trained.values()), "optimizer": bytes_of(slots)}

@@ -1,0 +1,97 @@
+"""What adaptations cost the one who makes them: what a publisher's frozen tensors save an honest user. No torch here.
+
+From the records of a run, a line for each task, defense and attack: means over its adaptations. Bytes of trained
+weights and of the optimizer's states are counted; gradients take as many as the weights. Peak memory is the process's
+on a CPU, with everything else that it holds, and the device's on a GPU. Seconds a step are training alone, without
+loading, encoding and saving. Stages that trials share (of attackers who feel nothing of a defense) are the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.plan import Plan
+    from harness.store import Store
+
+COLUMNS = (
+    "task", "defense", "attack", "attacker", "n_adaptations", "trained_parameters", "trained_bytes", "optimizer_bytes",
+    "peak_memory_bytes", "seconds_per_step", "trained_ratio", "peak_memory_ratio", "time_ratio",
+)  # fmt: skip
+"""Ratios are to the undefended model's line of the same task, attack and attacker."""
+_RATIOS = {
+    "trained_ratio": "trained_parameters",
+    "peak_memory_ratio": "peak_memory_bytes",
+    "time_ratio": "seconds_per_step",
+}
+_HEAD = (
+    "| defense | trained weights, MB | optimizer, MB | peak memory, MB | s / step | of undefended: weights | memory | "
+    "time |"
+)
+
+
+def lines(plan: Plan, store: Store) -> list[dict[str, Any]]:
+    """Return the lines of adaptation_cost.csv."""
+    keys: dict[tuple, dict[str, int]] = {}  # of a line -> key of an adaptation -> steps
+    undefended: dict[tuple, tuple] = {}
+    for trial in plan.trials:
+        if not trial.attack:
+            continue
+        name = (trial.task, trial.defense, trial.attack, trial.attacker)
+        if trial.method == "none":
+            undefended[trial.task, trial.attack, trial.attacker] = name
+        adapted = plan.stages[trial.sample].inputs["adapt"]
+        if store.has("adapt", adapted):
+            keys.setdefault(name, {})[adapted] = trial.steps[-1]
+    costs = {name: _mean([_cost(store.record("adapt", k), n) for k, n in own.items()]) for name, own in keys.items()}
+    result = []
+    for name, cost in costs.items():
+        task, _, attack, attacker = name
+        base = costs.get(undefended.get((task, attack, attacker), ()), {})
+        ratios = {
+            ratio: cost[column] / base[column] if cost[column] is not None and base.get(column) else None
+            for ratio, column in _RATIOS.items()
+        }
+        line = dict(zip(COLUMNS, name, strict=False))
+        result.append({**line, "n_adaptations": len(keys[name]), **cost, **ratios})
+    return result
+
+
+def _cost(record: Mapping[str, Any], steps: int) -> dict[str, float | None]:
+    ledger = record["ledger"]
+    numbers = ledger["numbers"]
+    return {
+        "trained_parameters": numbers.get("trainable_parameters"),
+        "trained_bytes": numbers.get("trained_bytes"),
+        "optimizer_bytes": numbers.get("optimizer_bytes"),
+        "peak_memory_bytes": ledger["peak_memory_bytes"],
+        "seconds_per_step": ledger["seconds"].get("train", 0.0) / steps,
+    }
+
+
+def _mean(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Return the mean of each number, where all adaptations have it."""
+    found = {}
+    for column in costs[0]:
+        values = [cost[column] for cost in costs]
+        found[column] = None if None in values else sum(values) / len(values)
+    return found
+
+
+def markdown(costs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the lines as Markdown tables, one a task and attack."""
+    text = ["# What adaptations cost", "", " ".join(__doc__.split("\n\n", 1)[1].split())]
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for line in costs:
+        groups.setdefault((line["task"], line["attack"], line["attacker"]), []).append(line)
+    for (task, attack, attacker), own in groups.items():
+        text += ["", f"## {task}: {attack}, {attacker} attacker", ""]
+        text += [_HEAD, "| --- |" + " ---: |" * 7]
+        for line in own:
+            sizes = [line[c] for c in ("trained_bytes", "optimizer_bytes", "peak_memory_bytes")]
+            cells = ["–" if size is None else f"{size / 1e6:.1f}" for size in sizes]
+            cells.append(f"{line['seconds_per_step']:.3f}")
+            cells += ["–" if line[ratio] is None else f"{line[ratio]:.2f}" for ratio in _RATIOS]
+            text.append(f"| {line['defense']} | {' | '.join(cells)} |")
+    return "\n".join([*text, ""])
