@@ -14,10 +14,11 @@ are compared with. They are disjoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import folder_captions
 from harness.errors import UserMistake, one_line
 from harness.identity import digest_of_file, digest_of_json
 from harness.suite import ConceptSpec, LoadedSuite
@@ -142,6 +143,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     images: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     prompts: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     digest = folder = ""
+    kept: dict[str, list[str]] = {}  # captions that lie in the folder, by split
     if spec.generate is not None:
         asked = spec.generate.prompts or [default]
         for split in SPLITS:
@@ -150,12 +152,13 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         path = path_from(spec.folder, loaded.folder)
         images, digest = _read_folder(path, spec, where, name)
         folder = str(path)
+        kept = _kept_captions(path, images, where, name)
     captions = {}
     for split, given in (("defense", spec.defense_captions), ("attack", spec.attack_captions)):
         count = len(images[split]) or len(prompts[split])
-        asked = given or list(prompts[split]) or [default if split == "defense" else named]
+        asked = given or kept.get(split) or list(prompts[split]) or [default if split == "defense" else named]
         captions[split] = tuple(asked[i % len(asked)] for i in range(count))
-    asked = spec.evaluation_prompts or [named]
+    asked = spec.evaluation_prompts or kept.get("reference") or [named]
     probes = spec.probe_prompts or [f"a picture of {spec.attack_name or spec.label}"]
 
     def plain(text: str) -> str:
@@ -195,14 +198,15 @@ def _read_folder(path: Path | None, spec: ConceptSpec, where: str, name: str) ->
             "images there, or correct the path"
         )
     files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    per_split = spec.per_split or len(files) // len(SPLITS)
-    if per_split < 1 or per_split * len(SPLITS) > len(files):
+    sizes = _sizes(spec, len(files))
+    if min(sizes.values()) < 1 or sum(sizes.values()) > len(files):
+        each, whole = {max(size, 1) for size in sizes.values()}, sum(sizes.values())
+        need = f"{len(SPLITS)} splits need {each.pop()} each" if len(each) == 1 else f"its splits need {whole}"
         raise UserMistake(
             f"{where}: concept '{name}': folder '{one_line(spec.folder)}' holds {len(files)} images, but "
-            f"{len(SPLITS)} splits need {max(per_split, 1)} each; add images or lower per_split"
+            f"{need}; add images or lower per_split"
         )
-    # every third file to each split: neighbours in a sorted folder are often near-duplicates of one scene
-    images = {s: tuple(files[i :: len(SPLITS)][:per_split]) for i, s in enumerate(SPLITS)}
+    images = _dealt(files, sizes)
     for file in (f for s in SPLITS for f in images[s]):
         if not _is_image(path / file):
             raise UserMistake(f"{where}: concept '{name}': '{one_line(file)}' is no image; repair or remove it")
@@ -216,6 +220,39 @@ def _read_folder(path: Path | None, spec: ConceptSpec, where: str, name: str) ->
                 )
             seen[digest] = file
     return images, digest_of_json(digests)
+
+
+def _sizes(spec: ConceptSpec, count: int) -> dict[str, int]:
+    """Return how many images of a folder of `count` each split shall hold."""
+    if spec.per_split is None:
+        return dict.fromkeys(SPLITS, count // len(SPLITS))
+    if isinstance(spec.per_split, int):
+        return dict.fromkeys(SPLITS, spec.per_split)
+    return spec.per_split.model_dump()
+
+
+def _dealt(files: Sequence[str], sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Deal files to the splits in turn until each is full: neighbours in a sorted folder often show one scene."""
+    dealt: dict[str, list[str]] = {split: [] for split in SPLITS}
+    rest = iter(files)
+    while any(len(dealt[split]) < sizes[split] for split in SPLITS):
+        for split in SPLITS:
+            if len(dealt[split]) < sizes[split]:
+                dealt[split].append(next(rest))
+    return {split: tuple(own) for split, own in dealt.items()}
+
+
+def _kept_captions(
+    path: Path, images: Mapping[str, tuple[str, ...]], where: str, name: str
+) -> dict[str, list[str]]:
+    """Return the captions that lie beside a folder's images, by split; {} where there are none."""
+    known = folder_captions.read(path)
+    if not known:
+        return {}
+    missing = next((file for split in SPLITS for file in images[split] if file not in known), None)
+    if missing is not None:
+        raise UserMistake(f"{where}: concept '{name}': the folder's captions hold none of '{one_line(missing)}'")
+    return {split: [known[file] for file in images[split]] for split in SPLITS}
 
 
 def _is_image(path: Path) -> bool:

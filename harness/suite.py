@@ -232,13 +232,27 @@ class GenerateSpec(_Strict):
     prompts: Annotated[list[Prompt], Field(min_length=1)] | None = None  # None: the concept's own
 
 
+class SplitSizes(_Strict):
+    """How many images of a folder each split holds."""
+
+    defense: Annotated[int, Field(ge=1, le=10_000)]
+    attack: Annotated[int, Field(ge=1, le=10_000)]
+    reference: Annotated[int, Field(ge=1, le=10_000)]
+
+
 class ConceptSpec(_Strict):
-    """A concept that is not in the testbed's catalog."""
+    """A concept that is not in the testbed's catalog.
+
+    Images of a folder are sorted by name and dealt to the splits in turn, until each has as many as it shall hold.
+    Where the folder keeps captions (`harness/folder_captions.py`), they are the images' own in training, and those of
+    the reference images are the evaluation prompts, unless others are given.
+    """
 
     kind: Literal["object", "style"]
     label: Prompt  # the words that name it
-    folder: Location | None = None  # images of the concept; sorted by name, then split
-    per_split: Annotated[int, Field(ge=1, le=10_000)] | None = None  # images a split; None: a third of the folder
+    folder: Location | None = None  # images of the concept
+    per_split: Annotated[int, Field(ge=1, le=10_000)] | SplitSizes | None = None
+    """Images a split, of each as many or of each its own number; None: a third of the folder."""
     generate: GenerateSpec | None = None  # instead of a folder
     defense_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     attack_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
@@ -265,6 +279,8 @@ class ConceptSpec(_Strict):
     def _one_source(self) -> ConceptSpec:
         if (self.folder is None) == (self.generate is None):
             raise ValueError("give either 'folder' (a path) or 'generate' (the base model draws them)")
+        if self.generate is not None and self.per_split is not None:
+            raise ValueError("'per_split' belongs to 'folder'; give it under 'generate' instead")
         return self
 
 
