@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from harness import adaptation_cost, masks
 from harness.cli import main
 from harness.errors import ExitCode
 from harness.report import drawings, page, records, run_folder, sheets, views
+from harness.rows import write_csv
 from harness.store import Store
 from metrics.front import front
 from metrics.leaderboard import leaderboard
@@ -235,6 +237,25 @@ def test_hostile_words_stay_words(tmp_path):
     assert all(re.fullmatch(r"((figures|images|data)/)?[a-z0-9_.-]+", name) for name in names)
     for figure in (folder / "report" / "figures").iterdir():
         assert "<script" not in figure.read_text()
+
+
+def test_frozen_tensors_have_a_section_where_there_are_any(folder, tmp_path):
+    """Masks are averaged over seeds; what is no number is left out; words stay words."""
+    assert "Frozen tensors" not in read(folder).text
+    own = make(tmp_path)
+    name = {"task": "relearning", "defense": HOSTILE}
+    learned = [{**name, "seed": seed, "frozen_tensors": 0.02 + seed / 10, "overlap_of_seeds": "x"} for seed in (1, 3)]
+    write_csv(own / "masks.csv", [dict.fromkeys(masks.COLUMNS, "nan") | row for row in learned], masks.COLUMNS)
+    cost = dict.fromkeys(adaptation_cost.COLUMNS) | name | {"peak_memory_bytes": 5e6, "time_ratio": 0.123}
+    write_csv(own / "adaptation_cost.csv", [cost], adaptation_cost.COLUMNS)
+    page.make(own)
+    found = read(own)
+
+    assert "Frozen tensors" in found.text
+    assert "22.0" in found.text and "5.0" in found.text and "0.12" in found.text
+    assert sum(1 for tag, _ in found.tags if tag == "script") == 1
+    assert "<script>hacked=1</script>" in found.text
+    assert {"data/masks.csv", "data/adaptation_cost.csv"} <= set(found.values("a", "href"))
 
 
 def test_foreign_keys_are_no_paths(tmp_path):

@@ -59,6 +59,7 @@ def draw(found: Sequence[Mask], path: Path) -> bool:
     left.set_title("frozen tensors, %, by kind and by block", fontsize=9)
     figure.colorbar(image, ax=left, fraction=0.03, pad=0.01).ax.tick_params(labelsize=6)
     _agreement(right, rows, masks.table(found))
+    figure.legend(loc="outside lower right", ncols=3, fontsize=7, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
@@ -95,5 +96,4 @@ def _agreement(axis: Any, rows: Sequence[tuple[str, str]], lines: Sequence[Mappi
     axis.tick_params(labelsize=7)
     axis.tick_params(axis="y", left=False, labelleft=False)
     axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     axis.set_title("do masks agree?", fontsize=9)

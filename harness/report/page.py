@@ -14,7 +14,7 @@ from typing import Any
 
 from harness import report
 from harness.errors import UserMistake, one_line
-from harness.report import drawings, records, run_folder, sheets, views
+from harness.report import drawings, frozen, records, run_folder, sheets, views
 from harness.tables import SOON_LEGEND, soon_text
 from harness.version import __version__
 from metrics.curves import curves
@@ -22,7 +22,10 @@ from metrics.definitions import BY_NAME, SECTIONS
 from metrics.leaderboard import by_concept, leaderboard
 
 FOLDER = "report"
-DATA = ("leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", run_folder.RESOLVED)
+DATA = (
+    "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", frozen.MASKS, frozen.COSTS,
+    run_folder.RESOLVED,
+)  # fmt: skip
 TEMPLATES = Path(report.__file__).parent / "template"
 
 
@@ -65,7 +68,11 @@ def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, i
     for name in DATA:
         if (run.path / name).is_file():
             shutil.copyfile(run.path / name, folder / "data" / name)
+    masks = frozen.of_run(run.path)
+    if masks and masks["figure"]:
+        shutil.copyfile(run.path / frozen.FIGURE, folder / "figures" / frozen.FIGURE)
     context = {
+        "frozen": masks,
         "run": run,
         "suite": run.suite,
         "version": __version__,

@@ -1,0 +1,172 @@
+"""Masks of frozen tensors: how they are kept, compared and drawn, and what they save."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+
+import pytest
+
+from harness import adaptation_cost, masks
+from harness.masks import Mask
+from harness.plan import Plan, Trial
+from harness.protection import Protection
+from harness.report import mask_figure
+
+ELEMENTS = {
+    "unet.conv_in.weight": 36, "unet.time_embedding.linear_1.weight": 16, "unet.down_blocks.0.resnets.0.norm1.bias": 4,
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": 16,
+    "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight": 32,
+    "unet.up_blocks.1.attentions.0.proj_in.weight": 16, "unet.up_blocks.1.resnets.0.time_emb_proj.bias": 4,
+    "unet.conv_norm_out.weight": 4, "unet.conv_out.bias": 2, "unet.up_blocks.1.resnets.0.conv_shortcut.weight": 70,
+}  # fmt: skip
+NAMES = list(ELEMENTS)
+
+
+def mask(defense: str, seed: int, frozen: list[int], method: str = "freezeasguard", **numbers: float) -> Mask:
+    """Return a mask that freezes the tensors of these places."""
+    return Mask("task", defense, method, "", ("dog",), seed, ELEMENTS, frozenset(NAMES[i] for i in frozen), numbers)
+
+
+def test_a_mask_is_kept_as_a_table(tmp_path):
+    """A row for each tensor of the UNet, in the model's order, and nothing of other parts."""
+    details = {NAMES[0]: {"mask": 0.25}, NAMES[3]: {"mask": 1e-9}}
+    masks.write(tmp_path, {**ELEMENTS, "vae.x": 3}, Protection(frozen=frozenset(NAMES[:2]), details=details))
+    rows = masks.read(tmp_path)
+
+    assert [row["tensor"] for row in rows] == NAMES
+    assert [row["frozen"] for row in rows] == ["1", "1"] + ["0"] * 8
+    assert [row["mask"] for row in rows][:4] == ["0.25", "", "", "1e-09"]
+    assert masks.frozen(rows) == frozenset(NAMES[:2])
+    assert masks.read(tmp_path / "elsewhere") is None
+
+
+def test_places_and_kinds_of_tensors():
+    """As Stable Diffusion's UNet names them."""
+    assert [masks.kind(n) for n in NAMES] == [
+        "convolution", "time embedding", "norm", "attention", "feed-forward", "projection", "time embedding", "norm",
+        "convolution", "convolution",
+    ]  # fmt: skip
+    assert [masks.block(n) for n in NAMES] == [
+        "in", "time", "down 0", "down 0", "mid", "up 1", "up 1", "out", "out", "up 1",
+    ]  # fmt: skip
+    assert {masks.kind(n) for n in NAMES} == set(masks.KINDS)
+
+
+def test_overlap():
+    """Of four and four with two in common, two in six; by chance 1.6 in 6.4."""
+    a, b = frozenset("abcd"), frozenset("cdef")
+
+    assert masks.overlap(a, b) == pytest.approx(2 / 6)
+    assert masks.overlap(frozenset(), frozenset()) is None
+    assert masks.overlap_by_chance(4, 4, 10) == pytest.approx(1.6 / 6.4)
+    assert masks.overlap_by_chance(0, 0, 10) is None
+
+
+def test_overlap_by_chance_is_that_of_all_sets():
+    """The expected intersection, counted over every pair of sets of three and two of six."""
+    pairs = list(itertools.product(itertools.combinations(range(6), 3), itertools.combinations(range(6), 2)))
+    both = sum(len(set(a) & set(b)) for a, b in pairs) / len(pairs)
+
+    assert masks.overlap_by_chance(3, 2, 6) == pytest.approx(both / (5 - both))
+
+
+def test_the_table_compares_seeds_and_random_masks():
+    """Worked by hand: two learned masks that share one of three, and random ones as large."""
+    learned = [
+        mask("mine", 0, [0, 1], correlation_with_start=0.7, moved_by_signal=0.1),
+        mask("mine", 1, [1, 2], correlation_with_start=0.5, moved_by_signal=0.3),
+    ]
+    random = [mask("random", seed, places, "random_freeze") for seed, places in ((0, [3, 4]), (1, [0, 1]))]
+    large = mask("random_80", 0, list(range(8)), "random_freeze")
+    lines = {(line["defense"], line["seed"]): line for line in masks.table([*learned, *random, large])}
+    first = lines["mine", 0]
+
+    assert first["frozen_tensors"] == pytest.approx(0.2)
+    assert first["frozen_parameters"] == pytest.approx(52 / 200)
+    assert first["correlation_with_start"] == 0.7
+    assert first["overlap_of_seeds"] == pytest.approx(1 / 3)
+    assert first["overlap_by_chance"] == pytest.approx(0.4 / 3.6)
+    assert first["overlap_with_random"] == pytest.approx((0 + 1) / 2)
+    assert first["random_overlap_of_seeds"] == 0
+    assert lines["random_80", 0]["overlap_of_seeds"] is None
+    assert lines["random", 0]["correlation_with_start"] is None
+
+
+def test_the_figure_shows_every_defense(tmp_path):
+    """A row each, and none where nothing was frozen."""
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    few = [mask("mine", seed, [seed, 5]) for seed in range(2)]
+    many = [mask(f"mine_{i}", seed, [i, 5]) for i in range(5) for seed in range(2)]
+
+    assert mask_figure.draw(few, small)
+    assert mask_figure.draw(many, large)
+    assert not mask_figure.draw([], tmp_path / "none.png")
+    from PIL import Image
+
+    heights = [Image.open(path).height for path in (small, large)]
+    assert heights[1] - heights[0] == pytest.approx(4 * 0.24 * 150, abs=2)
+
+
+class Records:
+    """A store of adaptations: their bytes and seconds."""
+
+    def __init__(self, records: dict[str, tuple[float, float, float]]):
+        self.records = records
+
+    def has(self, kind: str, key: str) -> bool:
+        return kind == "adapt" and key in self.records
+
+    def record(self, kind: str, key: str):
+        weights, peak, seconds = self.records[key]
+        numbers = {"trainable_parameters": weights, "trained_bytes": 4 * weights, "optimizer_bytes": 8 * weights}
+        return {"ledger": {"numbers": numbers, "peak_memory_bytes": peak, "seconds": {"train": seconds}}}
+
+
+def test_costs_are_set_beside_the_undefended_models(tmp_path):
+    """Means over adaptations, shared ones once; ratios to none, of the same attack and attacker."""
+    from harness.identity import Stage
+
+    plan = Plan("small")
+
+    def add(defense: str, attacker: str, adapt: str, concept: str) -> None:
+        key = f"{defense}{attacker}{concept}"
+        plan.stages[key] = Stage("sample", "sample@1", {}, {"adapt": adapt}, {}, {}, 0, "fp32")
+        plan.trials.append(
+            Trial("task", defense, defense, "", ("dog",), "lora", attacker, concept, "target", 0, (5, 10), key, {})
+        )
+
+    for concept in ("dog", "cat"):
+        add("none", "honest", f"none-{concept}", concept)
+        add("none", "adaptive", f"bold-{concept}", concept)
+        add("frozen", "honest", f"frozen-{concept}", concept)
+        add("frozen", "adaptive", f"bold-{concept}", concept)
+    add("frozen", "honest", "not done yet", "cup")
+    store = Records(
+        {
+            "none-dog": (100, 1000, 2.0), "none-cat": (100, 3000, 4.0), "frozen-dog": (80, 900, 1.0),
+            "frozen-cat": (60, 700, 2.0), "bold-dog": (100, 1000, 3.0), "bold-cat": (100, 1000, 3.0),
+        }
+    )  # fmt: skip
+    lines = {(line["defense"], line["attacker"]): line for line in adaptation_cost.lines(plan, store)}
+    frozen = lines["frozen", "honest"]
+
+    assert frozen["n_adaptations"] == 2
+    assert frozen["trained_parameters"] == 70
+    assert frozen["optimizer_bytes"] == 560
+    assert frozen["seconds_per_step"] == pytest.approx(0.15)
+    assert (frozen["trained_ratio"], frozen["peak_memory_ratio"], frozen["time_ratio"]) == pytest.approx(
+        (0.7, 0.4, 0.5)
+    )
+    assert lines["frozen", "adaptive"]["time_ratio"] == 1
+    text = adaptation_cost.markdown(list(lines.values()))
+    assert "| frozen | 0.0 | 0.0 | 0.0 | 0.150 | 0.70 | 0.40 | 0.50 |" in text
+    assert set(lines["none", "honest"]) == set(adaptation_cost.COLUMNS)
+
+
+def test_columns_are_those_of_the_lines():
+    """The file has a column for everything that is known."""
+    (line,) = masks.table([mask("mine", 0, [1])])
+
+    assert tuple(line) == masks.COLUMNS
+    assert len(list(csv.reader([",".join(masks.COLUMNS)]))[0]) == len(set(masks.COLUMNS))
