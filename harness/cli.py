@@ -264,7 +264,7 @@ def _plan(given: argparse.Namespace) -> ExitCode:
 
 
 def _validate(given: argparse.Namespace) -> ExitCode:
-    from harness import fetching, launch
+    from harness import fetching
 
     opened = _Opened(given)
     print(
@@ -272,7 +272,7 @@ def _validate(given: argparse.Namespace) -> ExitCode:
         f"{len(opened.plan.units)} units"
     )
     missing = fetching.not_installed(opened.loaded)
-    for line in (*launch.pending(opened.loaded), *fetching.lines(fetching.of_suite(opened.loaded)), *missing):
+    for line in (*fetching.lines(fetching.of_suite(opened.loaded)), *missing):
         print(line)
     return ExitCode.DONE
 
@@ -337,8 +337,6 @@ def _list(given: argparse.Namespace) -> ExitCode:
         for name in registry.names(kind):
             about = registry.describe(registry.get(kind, name))
             print(f"  {name:<24} v{about['version']}  {about['summary']}")
-        for name in sorted(n for n in registry.PENDING.get(kind, ()) if registry.is_pending(kind, n)):
-            print(f"  {name:<24} not built yet: a suite may name it, and it is left out")
     print("suites:")
     for path in suite.bundled_suites():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

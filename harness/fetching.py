@@ -59,7 +59,7 @@ def _methods(loaded: LoadedSuite) -> Iterator[tuple[tuple, type, Any]]:
     entries += [(("tasks", name, "erase"), "defense", t.erase) for name, t in loaded.suite.tasks.items() if t.erase]
     for path, kind, spec in entries:
         values = loaded.parameters.get(tuple(map(str, path)))
-        if values is not None:  # None: announced, not built
+        if values is not None:  # None: told among the mistakes
             yield path, registry.get(kind, spec.method), values
 
 

@@ -20,31 +20,8 @@ from harness.stages.workplace import Workplace
 from harness.store import RECORD, write_text
 
 
-def pending(loaded) -> list[str]:
-    """Return a line for each method of a suite that is announced but not built."""
-    return [
-        f"{loaded.source.where(path)}: {path[0]}[{path[1]}]: {method} is not built yet; left out"
-        for path, method in _left_out(loaded)
-    ]
-
-
-def _left_out(loaded) -> list[tuple[tuple[str, int], str]]:
-    """Return (path, method) of what is announced but not built and would be done in some task."""
-    entries = [(path, getattr(loaded.suite, path[0])[path[1]]) for path in loaded.pending]
-    tasks = set(loaded.suite.tasks)
-    return [(path, spec.method) for path, spec in entries if tasks & set(getattr(spec, "tasks", None) or tasks)]
-
-
-def _tell_pending(opened, console) -> None:
-    """Say in one line which methods are left out because they are not built."""
-    methods = dict.fromkeys(method for _, method in _left_out(opened.loaded))
-    if methods:
-        console.print(f"left out, since not built yet: {', '.join(methods)}", highlight=False)
-
-
 def run(opened, given, console) -> ExitCode:
     """Do what is missing and show the leaderboard."""
-    _tell_pending(opened, console)
     committed = opened.committed()
     recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
     if given.cache == "only-cached":
@@ -218,7 +195,6 @@ def show_plan(opened, console, tflops: float | None = None) -> None:
             format_seconds(seconds) if seconds is not None else "unknown",
         )  # fmt: skip
     console.print(table)
-    _tell_pending(opened, console)
     console.print(
         f"sharing saves {sum(asked.values()) - len(plan.stages)} of {sum(asked.values())} stages", highlight=False
     )

@@ -18,7 +18,7 @@ import importlib.util
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,9 +48,6 @@ REQUIRED = {
 ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range")}
 """Class attributes that a method sets; of other kinds name and version."""
 DIRECTIONS = ("higher", "lower", "none")
-PENDING: Mapping[str, frozenset[str]] = {}
-"""Names of methods that are announced but not built: a suite may hold them, and they are left out. Registering a
-method of such a name ends that."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _methods: dict[tuple[str, str], type] = {}
@@ -123,11 +120,6 @@ def names(kind: str) -> list[str]:
     """Return the names of the registered methods of a kind, sorted."""
     load()
     return sorted(name for k, name in _methods if k == kind)
-
-
-def is_pending(kind: str, name: str) -> bool:
-    """Tell whether a method of this name is announced but neither bundled nor registered by a plug-in."""
-    return name in PENDING.get(kind, ()) and name not in names(kind)
 
 
 def get(kind: str, name: str) -> type:

@@ -387,7 +387,6 @@ class LoadedSuite:
         self.source = source
         self.folder = folder  # relative paths in the suite start here
         self.parameters: dict[tuple[str, ...], Any] = {}  # ("defenses", "0") -> parameters instance
-        self.pending: list[tuple[str, int]] = []  # (section, index) of methods that are announced but not built
         self.broken: frozenset[str] = frozenset()  # sections that could not be read in full; empty once loaded
         self.concepts: dict[str, Any] = {}  # name -> harness.concepts.Concept
         self.model: Any = None  # harness.model_source.ModelSource
@@ -408,11 +407,11 @@ class LoadedSuite:
         ]
 
     def attacks_on(self, task: str) -> list[tuple[int, AttackSpec]]:
-        """Return (index, attack) of the attacks that are made in a task; those that are not built are left out."""
+        """Return (index, attack) of the attacks that are made in a task."""
         return [
             (index, spec)
             for index, spec in enumerate(self.suite.attacks)
-            if spec is not None and ("attacks", index) not in self.pending and task in (spec.tasks or [task])
+            if spec is not None and task in (spec.tasks or [task])
         ]
 
 

@@ -29,15 +29,11 @@ MAX_PRIOR_IMAGES = 100_000
 
 
 def _unknown(kind: str, name: str) -> str:
-    known = {*registry.names(kind), *registry.PENDING.get(kind, ())}
-    return f"unknown {kind} '{one_line(name, 60)}'{did_you_mean(name, known)}"
+    return f"unknown {kind} '{one_line(name, 60)}'{did_you_mean(name, registry.names(kind))}"
 
 
 def resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
-    """Resolve the parameters of every method into `loaded.parameters`; return the mistakes.
-
-    Of methods that are announced but not built, parameters are unknown: those are noted in `loaded.pending`.
-    """
+    """Resolve the parameters of every method into `loaded.parameters`; return the mistakes."""
     suite = loaded.suite
     entries = [
         ((section, index), kind, spec)
@@ -48,12 +44,6 @@ def resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
     mistakes: list[Mistake] = []
     for path, kind, spec in entries:
         if spec is None:
-            continue
-        if registry.is_pending(kind, spec.method):
-            if path[-1] == "erase":
-                mistakes.append((path, f"'{spec.method}' is not built yet"))
-            else:
-                loaded.pending.append(path)
             continue
         if spec.method not in registry.names(kind):
             mistakes.append((path, _unknown(kind, spec.method)))
@@ -283,18 +273,10 @@ def _limited_to_tasks(loaded: LoadedSuite) -> list[Mistake]:
                     mistakes.append((path, f"unknown task '{name}'{did_you_mean(name, known)}"))
     if mistakes or not suite.attacks or any(spec is None for spec in suite.attacks):
         return mistakes
-    waiting = [index for section, index in loaded.pending if section == "attacks"]
-    if len(waiting) == len(suite.attacks):
-        methods = ", ".join(dict.fromkeys(spec.method for spec in suite.attacks))
-        built = ", ".join(registry.names("attack"))
-        return [(("attacks",), f"none of these attacks is built yet ({one_line(methods, 100)}); add one of: {built}")]
     for name in suite.tasks:
-        if loaded.attacks_on(name):
-            continue
-        methods = [suite.attacks[i].method for i in waiting if name in (suite.attacks[i].tasks or [name])]
-        unbuilt = f"; not built yet: {one_line(', '.join(dict.fromkeys(methods)), 100)}" if methods else ""
-        what = f"no attack is left for this task{unbuilt}"
-        mistakes.append((("tasks", name), f"{what}; name '{name}' under 'tasks' of an attack that is built"))
+        if not loaded.attacks_on(name):
+            what = f"no attack is left for this task; name '{name}' under 'tasks' of one"
+            mistakes.append((("tasks", name), what))
     return mistakes
 
 

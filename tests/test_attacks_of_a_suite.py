@@ -1,24 +1,13 @@
-"""Which attacks a suite makes: announced ones are left out, and each may be limited to some tasks."""
+"""Which attacks a suite makes: each may be limited to some tasks."""
 
 from __future__ import annotations
 
 import pytest
 
-from harness import registry
 from tests.conftest import SUITE
-from tests.test_cli import arguments, commit_all, write_tables
-from tests.test_identity import METHOD_WITH_FILE
 from tests.test_suite_mistakes import assert_told
 
-FUTURE = "  - {method: future, steps: [5], strength: whatever}\n"
-LATER = "  - {method: later, steps: [5]}\n"
 SECOND = "  - {method: lora, name: l8, steps: [8], tasks: [personalization]}\n"
-
-
-@pytest.fixture(autouse=True)
-def announced(monkeypatch, unregister):
-    """Two attacks are announced, whichever are in this release."""
-    monkeypatch.setattr(registry, "PENDING", {"attack": frozenset({"future", "later"})})
 
 
 def with_attacks(*lines: str) -> str:
@@ -29,100 +18,6 @@ def with_attacks(*lines: str) -> str:
 def only(*lines: str) -> str:
     """Return the suite with other attacks in place of its own, on lines 14, 15, ..."""
     return SUITE.replace("  - method: lora\n    steps: [2, 4]\n    batch_size: 2\n", "".join(lines))
-
-
-# -- announced attacks -----------------------------------------------------------------------------------------
-
-
-def test_announced_attack_is_left_out_of_the_plan(project):
-    """The same stages and trials as without it."""
-    with_it, without = project.plan(with_attacks(FUTURE)), project.plan()
-
-    assert with_it.stages == without.stages
-    assert with_it.trials == without.trials
-
-
-def test_validate_names_each_announced_attack_with_its_place(project):
-    """One line each, and the suite is valid."""
-    project.write(with_attacks(FUTURE, LATER))
-
-    outcome = project.validate()
-
-    assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.splitlines()[1:3] == [
-        f"{project.suite}:17: attacks[1]: future is not built yet; left out",
-        f"{project.suite}:18: attacks[2]: later is not built yet; left out",
-    ]
-
-
-@pytest.mark.parametrize("verb", ["plan", "run"])
-def test_plan_and_run_say_in_one_line_what_is_left_out(project, verb):
-    """Also where nothing is left to do."""
-    project.write(with_attacks(FUTURE, LATER))
-    text = project.suite.read_text()
-    commit_all(project)
-    write_tables(project)
-    project.write(text)
-
-    outcome = project.cli(verb, *arguments(project))
-
-    assert outcome.code == 0
-    assert [line for line in outcome.out.splitlines() if "built" in line] == [
-        "left out, since not built yet: future, later"
-    ]
-
-
-def test_form_of_an_announced_attack_is_checked(project):
-    """Its budget is ours, whatever its parameters will be."""
-    project.write(with_attacks(FUTURE.replace("[5]", "[5, 5]")))
-
-    assert_told(project.validate(), project, ":17: ", "attacks[1].steps: must increase without repeats")
-
-
-def test_suite_of_announced_attacks_alone_is_a_mistake(project):
-    """There would be nothing to measure."""
-    project.write(only(FUTURE, LATER))
-
-    told = project.validate()
-
-    words = "attacks: none of these attacks is built yet (future, later); add one of: custom_diffusion, dreambooth"
-    assert_told(told, project, ":13: ", words)
-    assert len(told.errors) == 1
-
-
-def test_task_of_announced_attacks_alone_is_a_mistake(project):
-    """The other task has one that is built."""
-    project.write(only("  - {method: lora, steps: [2], tasks: [relearning]}\n", FUTURE))
-
-    told = project.validate()
-
-    assert_told(told, project, ":11: ", "tasks.personalization: no attack is left for this task; not built yet: future")
-    assert len(told.errors) == 1
-
-
-def test_announced_name_is_suggested(project):
-    """A slip of the pen in it is told as in any other name."""
-    project.write(with_attacks(FUTURE.replace("future", "futre")))
-
-    assert_told(project.validate(), project, ":17: ", "unknown attack 'futre'; did you mean 'future'?")
-
-
-def test_registered_attack_beats_the_announcement(project, write_plugin):
-    """A plug-in's attack of that name is made, and its parameters are checked."""
-    registry.load_plugins([write_plugin(METHOD_WITH_FILE["attack"].replace('"mine"', '"future"'))])
-
-    plan = project.plan(with_attacks(FUTURE.replace("whatever", "2")))
-    assert {t.attack for t in plan.trials} == {"", "lora", "future"}
-
-    project.write(with_attacks(FUTURE))
-    assert_told(project.validate(), project, ":17: ", "attacks[1].strength: must be a number")
-
-
-def test_list_tells_built_from_announced(project):
-    """By a word."""
-    lines = [line.split() for line in project.cli("list").out.splitlines()]
-
-    assert ["future", "not", "built", "yet:"] in [line[:4] for line in lines]
 
 
 # -- attacks limited to tasks ----------------------------------------------------------------------------------
@@ -312,17 +207,6 @@ def test_null_takes_a_task_away(project):
     assert {t.task for t in plan.trials} == {"relearning"}
     assert {t.attack for t in plan.trials} == {"", "lora"}
     assert not any("purse" in s.label for s in plan.stages.values())
-
-
-def test_announced_attack_of_a_task_that_was_taken_away_is_not_told(project):
-    """It would not be made if it were built."""
-    project.write(with_attacks(FUTURE.replace("steps", "tasks: [personalization], steps"), LATER))
-
-    outcome = project.validate("--set", "tasks.personalization=null")
-
-    assert [line for line in outcome.out.splitlines() if "built" in line] == [
-        f"{project.suite}:18: attacks[2]: later is not built yet; left out"
-    ]
 
 
 def test_images_of_a_task_that_was_taken_away_need_not_be_there(project):
