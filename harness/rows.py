@@ -24,9 +24,17 @@ COLUMNS = (
 
 
 def collect(plan: Plan, store: Store, model_name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of every committed score stage of the plan; what is not committed is left out."""
+    """Yield the rows of every committed score stage of the plan; what is not committed is left out.
+
+    A defense that is not committed has no rows, even where its trials share the undefended model's stages.
+    """
     read: dict[str, dict[str, Any] | None] = {}
+    released: dict[str, bool] = {"": True}
     for trial in plan.trials:
+        if trial.released not in released:
+            released[trial.released] = store.has("immunize", trial.released)
+        if not released[trial.released]:
+            continue
         prompts = plan.stages[trial.sample].parameters.get("prompts", ())  # as they were asked: attacks have own words
         for metric, key in trial.scores.items():
             if key not in read:

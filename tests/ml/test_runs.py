@@ -193,6 +193,30 @@ def test_plugin_that_raises_fails_its_own_trials_and_no_others(suite_file, tmp_p
     assert {line["defense"] for line in _leaderboard(runs)} == {"none", "shrink"}
 
 
+@pytest.mark.parametrize(
+    ("body", "changes", "message"),
+    [
+        ("pass", "ThreatModel()", "shrink changed weights, but its threat_model names none under `changes`"),
+        (
+            "return Protection(frozen=frozenset([name]))", "ThreatModel()",
+            "shrink released 'frozen', but threat_model.must_honour lacks 'frozen'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_defense_that_does_more_than_it_says_has_no_rows(body, changes, message, suite_file, tmp_path):
+    """Its trials would pass for the undefended model's, whose stages they share."""
+    runs, plugin = tmp_path / "runs", _plugin(tmp_path, body)
+    told = 'ThreatModel(changes=("unet.conv_out",))'
+    plugin.write_text(plugin.read_text().replace(told, changes), encoding="utf-8")
+    code = _run(suite_file, "--runs", runs, "--plugin", plugin, "--set", "seeds=1", "--set", "defenses=[none, shrink]",
+                "--set", "attacks.0.steps=[1]")  # fmt: skip
+    failures = [json.loads(p.read_text())["error"] for p in (runs / "tiny" / "failures").glob("*.json")]
+
+    assert code == ExitCode.TRIALS_FAILED
+    assert failures and all(message in failure for failure in failures)
+    assert {line["defense"] for line in _leaderboard(runs)} == {"none"}
+
+
 def test_defense_that_trains_in_place_releases_what_it_trained(suite_file, tmp_path):
     """The returned tensors may be the model's own, which are put back for the next stage."""
     from safetensors.torch import load_file
