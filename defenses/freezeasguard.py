@@ -219,6 +219,7 @@ class FreezeAsGuard(Defense):
             user_optimizer=p.chosen("user_optimizer"),
             delta_dtype=precision,
         )
+        run.prepared = None  # as large as the model, and in Delta now
         learned = _Learned(masked)
         epoch = math.ceil(len(domains) / p.batch_size) if is_mixed else None
         plan = list(schedule(p.rounds, p.chosen("user_steps"), epoch))

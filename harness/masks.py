@@ -26,10 +26,7 @@ COLUMNS = (
     "correlation_with_start", "correlation_with_signal", "moved_by_signal", "moved_by_sparsity", "overlap_of_seeds",
     "overlap_by_chance", "overlap_with_random", "random_overlap_of_seeds",
 )  # fmt: skip
-"""Of masks.csv. Shares of the UNet's tensors and of their elements; correlations of frozen (1 or 0) with the logits
-that learning began with, and with what the signal says (minus its mean: high is what should be frozen); how far signal
-and sparsity moved the logits in all, mean over tensors; mean overlap with the same defense's masks of other seeds, what
-it would be by chance, and with masks of random_freeze of any seed that are as large to a tensor in twenty."""
+"""Of masks.csv; `metrics.definitions` says what each means."""
 KINDS = ("attention", "feed-forward", "convolution", "norm", "time embedding", "projection")
 """Of tensors, as `kind` tells them."""
 

@@ -388,12 +388,95 @@ READINGS = (
 )  # fmt: skip
 """How to read directions and intervals."""
 
+FREEZING = (
+    Definition("seed", "seed", "", "The seed of the suite under which a mask was learned or drawn.", OURS),
+    Definition(
+        "tensors", "tensors", "", "How many tensors (weights and biases, each one) the UNet has. In masks.csv.", OURS
+    ),
+    Definition(
+        "frozen_tensors", "frozen tensors", "frozen tensors / tensors",
+        "The share of tensors that the publisher's fine-tuning API refuses to train: FreezeAsGuard's realized ratio.",
+        "FreezeAsGuard (arXiv 2405.17472 v1)",
+    ),
+    Definition(
+        "frozen_parameters", "frozen parameters", "elements of frozen tensors / elements of the UNet",
+        "The same by parameters: a bias weighs less than a kernel.",
+        OURS,
+    ),
+    Definition(
+        "correlation_with_start", "correlation with start", "corr(frozen, logit before learning), over tensors",
+        "Near what a mask of that size can at most have (0.69 at 20 %): the mask is its random start. Empty where none "
+        "or all are frozen, and for masks that were not learned.",
+        OURS,
+    ),
+    Definition(
+        "correlation_with_signal", "correlation with signal", "corr(frozen, - mean over mask steps of <Delta, g>)",
+        "Above 0: what is frozen is what the upper loss wanted frozen. Empty as above.",
+        OURS,
+    ),
+    Definition(
+        "moved_by_signal", "moved by signal", "mean over tensors of the summed |step of the logit| by <Delta, g>",
+        "How far the data moved the mask's logits; those start within a range of 1.",
+        OURS,
+    ),
+    Definition(
+        "moved_by_sparsity", "moved by sparsity", "the same by the sparsity term",
+        "How far the wanted ratio moved them, whatever the data.",
+        OURS,
+    ),
+    Definition(
+        "overlap_of_seeds", "overlap of seeds", "mean over other seeds of |A and B| / |A or B|",
+        "Whether learning finds the same tensors again. Beside overlap_by_chance.",
+        "Jaccard index",
+    ),
+    Definition(
+        "overlap_by_chance", "overlap by chance", "(a b / N) / (a + b - a b / N)",
+        "What random sets of a and b of N tensors would have: of their expected intersection.",
+        OURS,
+    ),
+    Definition(
+        "overlap_with_random", "overlap with random masks", "mean of |A and R| / |A or R|",
+        "With this run's random_freeze masks of any seed that are as large to a tensor in twenty.",
+        "Jaccard index",
+    ),
+    Definition(
+        "random_overlap_of_seeds", "overlap of random masks", "mean over pairs of seeds of |R and R'| / |R or R'|",
+        "Of those random masks among each other.",
+        "Jaccard index",
+    ),
+    Definition(
+        "n_adaptations", "adaptations", "", "How many adaptations a line of adaptation_cost.csv is the mean of.", OURS
+    ),
+    Definition(
+        "trained_parameters", "trained parameters", "", "Elements of the weights that the adaptation trains.", OURS
+    ),
+    Definition(
+        "trained_bytes", "trained weights, bytes", "", "Bytes of those weights; their gradients take as many.", OURS
+    ),
+    Definition("optimizer_bytes", "optimizer, bytes", "", "Bytes of the optimizer's states after the last step.", OURS),
+    Definition(
+        "peak_memory_bytes", "peak memory, bytes", "",
+        "Of the device on a GPU; on a CPU of the process, with everything else that it holds.",
+        OURS,
+    ),
+    Definition(
+        "seconds_per_step", "seconds a step", "seconds of training / optimizer steps",
+        "Without loading, encoding and saving. Stages that run side by side slow each other.",
+        OURS,
+    ),
+    Definition("trained_ratio", "trained parameters, ratio", "to the undefended model's line", "What is left.", OURS),
+    Definition("peak_memory_ratio", "peak memory, ratio", "to the undefended model's line", "What is left.", OURS),
+    Definition("time_ratio", "time, ratio", "to the undefended model's line", "What is left.", OURS),
+)  # fmt: skip
+"""Columns of masks.csv and adaptation_cost.csv: where a defense freezes tensors."""
+
 SECTIONS: tuple[tuple[str, tuple[Definition, ...]], ...] = (
     ("Gaps and shares", GAPS),
     ("What may be claimed", VERDICTS),
     ("How soon", CURVES),
     ("Scores", SCORES),
     ("Two defenses side by side", COMPARISON),
+    ("Frozen tensors", FREEZING),
     ("Directions and intervals", READINGS),
     ("What a line is about", SETTING),
 )

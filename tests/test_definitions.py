@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import adaptation_cost, masks
 from harness.comparison import SHOWN as SHOWN_OF_COMPARISON
 from harness.tables import LEGEND, SHOWN
 from metrics import compare, curves, definitions, leaderboard
@@ -22,15 +23,22 @@ def test_the_page_is_made_of_the_definitions():
     assert PAGE.read_text(encoding="utf-8") == definitions.markdown()
 
 
-@pytest.mark.parametrize("columns", [leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, curves.COLUMNS, compare.COLUMNS])
+TABLES = (
+    leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, curves.COLUMNS, compare.COLUMNS, masks.COLUMNS,
+    adaptation_cost.COLUMNS,
+)  # fmt: skip
+"""Of leaderboard.csv and worst_case.csv, concepts.csv, curves.csv, what `compare` writes, masks.csv and costs."""
+
+
+@pytest.mark.parametrize("columns", TABLES)
 def test_every_column_has_a_definition(columns):
-    """Of leaderboard.csv and worst_case.csv, concepts.csv, curves.csv and what `compare` writes."""
+    """None is left to be guessed."""
     assert [name for name in columns if name not in definitions.BY_NAME] == []
 
 
 def test_every_definition_is_of_something_and_stands_there_once():
     """A column that is gone leaves no definition behind."""
-    columns = {*leaderboard.COLUMNS, *leaderboard.CONCEPT_COLUMNS, *curves.COLUMNS, *compare.COLUMNS}
+    columns = {name for table in TABLES for name in table}
 
     assert sorted(found.name for found in definitions.DEFINITIONS) == sorted(columns | NOT_COLUMNS)
 
