@@ -132,7 +132,7 @@ class FreezeAsGuard(Defense):
     """A learned set of tensors that the publisher's fine-tuning API keeps frozen; no weight is changed."""
 
     name = "freezeasguard"
-    version = 1
+    version = 2
     threat_model = ThreatModel(must_honour=("frozen",), may_restore=())
     can_shard = True
     Parameters = Parameters

@@ -147,13 +147,13 @@ class MaskedWeights:
         """Move theta_ft by the gradient g of the lower loss with respect to theta; `slope` is used up."""
         free = (1 - self.mask).tolist()
         slopes, deltas = [slope[name] for name in self.names], list(self.delta.values())
-        torch._foreach_mul_(slopes, free)
         if self._optimizer is None:
-            torch._foreach_mul_(slopes, self._rate)
+            # in one operation on theta, as torch's SGD does it: equal to it to the bit where nothing is frozen
+            self.weights.shift(slope, {n: -self._rate * f * f for n, f in zip(self.names, free, strict=True)})
+            torch._foreach_mul_(slopes, [self._rate * f for f in free])
             torch._foreach_add_(deltas, slopes)
-            torch._foreach_mul_(slopes, free)
-            self.weights.shift(dict(zip(self.names, slopes, strict=True)), -1.0)
             return
+        torch._foreach_mul_(slopes, free)
         self._towards_finetuned(self.mask, 1.0)
         for delta, value in zip(deltas, slopes, strict=True):
             delta.grad = value.neg_().to(delta.dtype)  # Delta falls where theta_ft rises

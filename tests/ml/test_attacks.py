@@ -230,6 +230,26 @@ def test_frozen_tensors_stay_under_an_honest_attacker_alone(case, model, make_ru
         model.restore()
 
 
+def test_an_empty_mask_and_one_that_is_ignored_are_full_fine_tuning_to_the_bit(
+    model, make_run, purse_files, tiny_folder, tmp_path
+):
+    """FreezeAsGuard's m = 0, and what its protection is worth against an adaptive attacker."""
+    half = frozenset(list(model.parameters())[::2])
+    found = []
+    for name, frozen, attacker in (("none", None, "honest"), ("empty", (), "honest"), ("ignored", half, "adaptive")):
+        protection = None if frozen is None else Protection(frozen=frozenset(frozen))
+        _, saved = _adapt(
+            "full_finetune", model, make_run(1, name), purse_files, tiny_folder, tmp_path / name,
+            protection=protection, attacker=attacker,
+        )  # fmt: skip
+        found.append(_files(saved[4]))
+        model.restore()
+
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(tensor, found[0][key]) for key, tensor in other.items())
+
+
 def test_dreambooth_equals_a_plain_loop_with_diffusers(model, make_run, purse_files, tiny_folder, tmp_path):
     """Twenty losses with class images, written without our attack: the same draws give the same trajectory."""
     from PIL import Image
