@@ -52,7 +52,9 @@ def chrome():
 def shown(chrome, address):
     """The report, opened anew at the width of a desk."""
     chrome.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
-    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    # still: the page scrolls smoothly elsewhere, and a click on what moves hits something else
+    still = {"name": "prefers-reduced-motion", "value": "reduce"}
+    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [still]})
     _width(chrome, 1280)
     chrome.get(address)
     return chrome

@@ -25,6 +25,8 @@ INK, FAINT, GRID = "#010101", "#010102", "#010103"
 _INKS = {INK: ("#1c1c1c", "#e8e8e8"), FAINT: ("#6b6b6b", "#a0a0a0"), GRID: ("#dddddd", "#3a3a3a")}
 _STAND_INS = tuple(f"#0102{index:02x}" for index in range(len(COLOURS)))
 PANELS_A_ROW = 4
+BOTTOM_IN = 1.0
+"""Below the panels: axis labels, and three lines of a legend."""
 MARKERS = "osD^vP*X<>hd"
 
 
@@ -120,7 +122,7 @@ def _figure(rows: int, per_row: int, width_in: float, height_in: float):
     """Return a figure with panels of that size, at places of our own: layout engines draw everything twice."""
     from matplotlib.figure import Figure
 
-    left, right, top, bottom, between = 0.6, 0.1, 0.3, 1.0, (0.15, 0.6)
+    left, right, top, bottom, between = 0.6, 0.1, 0.3, BOTTOM_IN, (0.15, 0.6)
     width = left + right + per_row * width_in + (per_row - 1) * between[0]
     height = top + bottom + rows * height_in + (rows - 1) * between[1]
     figure = Figure(figsize=(width, height))
@@ -144,8 +146,18 @@ def _plain(axis) -> None:
 
 
 def _legend(figure, handles: Mapping[str, Any]) -> None:
+    """Put a legend below, and lengthen the figure where it has more lines than there is room for."""
     widest = max(len(label) for label in handles)
     columns = max(1, min(len(handles), int(figure.get_figwidth() / (0.5 + 0.075 * widest))))
+    lines = -(-len(handles) // columns)
+    missing = 0.48 + 0.18 * lines - BOTTOM_IN  # axis labels, and a line of the legend
+    if missing > 0:
+        height, places = figure.get_figheight(), figure.subplotpars
+        figure.set_figheight(height + missing)
+        figure.subplots_adjust(
+            bottom=(places.bottom * height + missing) / (height + missing),
+            top=(places.top * height + missing) / (height + missing),
+        )
     figure.legend(
         list(handles.values()), list(handles), loc="lower center", ncols=columns, fontsize=8, frameon=False,
         labelcolor=INK, borderaxespad=0.1,
