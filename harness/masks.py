@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from harness.store import Store
 
 FILE = "mask.csv"
+OF_LEDGER = ("correlation_with_start", "correlation_with_signal", "moved_by_signal", "moved_by_sparsity")
+"""Numbers that a learned mask's stage left in its ledger."""
 COLUMNS = (
     "task", "defense", "method", "profile", "protected", "seed", "tensors", "frozen_tensors", "frozen_parameters",
-    "correlation_with_start", "correlation_with_signal", "moved_by_signal", "moved_by_sparsity", "overlap_of_seeds",
-    "overlap_by_chance", "overlap_with_random", "random_overlap_of_seeds",
+    *OF_LEDGER, "overlap_of_seeds", "overlap_by_chance", "overlap_with_random", "random_overlap_of_seeds",
 )  # fmt: skip
 """Of masks.csv; `metrics.definitions` says what each means."""
 KINDS = ("attention", "feed-forward", "convolution", "norm", "time embedding", "projection")
@@ -122,6 +123,8 @@ def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
     for mask in masks:
         others = [other for other in masks if other.group == mask.group and other.seed != mask.seed]
         random = [m for m in masks if m.method == "random_freeze" and _as_large(m, mask) and m.task == mask.task]
+        # of one seed random masks are parts of each other, and the same for every protected set
+        unrelated = [m for m in random if mask.method != "random_freeze" or m.seed != mask.seed]
         total, count = len(mask.elements), len(mask.frozen)
         lines.append(
             {
@@ -134,10 +137,10 @@ def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
                 "tensors": total,
                 "frozen_tensors": count / total,
                 "frozen_parameters": sum(mask.elements[n] for n in mask.frozen) / sum(mask.elements.values()),
-                **{name: mask.numbers.get(name) for name in COLUMNS[9:13]},
+                **{name: mask.numbers.get(name) for name in OF_LEDGER},
                 "overlap_of_seeds": _mean(overlap(mask.frozen, other.frozen) for other in others),
                 "overlap_by_chance": _mean(overlap_by_chance(count, len(m.frozen), total) for m in others),
-                "overlap_with_random": _mean(overlap(mask.frozen, m.frozen) for m in random if m is not mask),
+                "overlap_with_random": _mean(overlap(mask.frozen, m.frozen) for m in unrelated),
                 "random_overlap_of_seeds": _mean(
                     overlap(a.frozen, b.frozen) for i, a in enumerate(random) for b in random[:i] if a.seed != b.seed
                 ),

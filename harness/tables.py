@@ -26,7 +26,7 @@ from metrics.measurements import Measurements
 
 STATE = "tables.json"
 """What the tables in a folder were made from."""
-VERSION = 5
+VERSION = 6
 """Raised when the same rows make other tables or figures."""
 FILES = (
     "rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "curves.csv", "concepts.csv", "concepts.md",

@@ -405,8 +405,8 @@ FREEZING = (
     ),
     Definition(
         "correlation_with_start", "correlation with start", "corr(frozen, logit before learning), over tensors",
-        "Near what a mask of that size can at most have (0.69 at 20 %): the mask is its random start. Empty where none "
-        "or all are frozen, and for masks that were not learned.",
+        "Near what a mask of that size can at most have (about 0.7 at 20 %): the mask is its random start. Empty where "
+        "none or all are frozen, and for masks that were not learned.",
         OURS,
     ),
     Definition(
@@ -436,7 +436,8 @@ FREEZING = (
     ),
     Definition(
         "overlap_with_random", "overlap with random masks", "mean of |A and R| / |A or R|",
-        "With this run's random_freeze masks of any seed that are as large to a tensor in twenty.",
+        "With this run's random_freeze masks of any seed that are as large to a tensor in twenty; "
+        "of random masks with those of other seeds.",
         "Jaccard index",
     ),
     Definition(

@@ -91,6 +91,7 @@ def test_the_table_compares_seeds_and_random_masks():
     assert first["random_overlap_of_seeds"] == 0
     assert lines["random_80", 0]["overlap_of_seeds"] is None
     assert lines["random", 0]["correlation_with_start"] is None
+    assert lines["random", 0]["overlap_with_random"] == 0  # with that of the other seed, not with itself
 
 
 def test_the_figure_shows_every_defense(tmp_path):
