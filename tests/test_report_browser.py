@@ -135,25 +135,18 @@ def test_headers_sort_both_ways(shown):
 
 def test_all_is_there_without_scripts(shown, address):
     """Every line is to be seen, and no filter that would do nothing."""
-    from selenium.common.exceptions import WebDriverException
-
     shown.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     shown.get(address)
 
-    document = shown.execute_cdp_cmd("DOM.getDocument", {"depth": 0})["root"]["nodeId"]
+    def heights(selector: str) -> list[int]:
+        # the driver may ask where the page's own scripts may not run
+        return shown.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map((one) => one.offsetHeight);", selector
+        )
 
-    def boxes(selector: str) -> list[float]:
-        found = shown.execute_cdp_cmd("DOM.querySelectorAll", {"nodeId": document, "selector": selector})["nodeIds"]
-        heights = []
-        for node in found:
-            try:
-                heights.append(shown.execute_cdp_cmd("DOM.getBoxModel", {"nodeId": node})["model"]["height"])
-            except WebDriverException:  # how the protocol says that nothing is laid out
-                heights.append(0)
-        return heights
-
-    assert len(boxes(LINES)) == 24 and all(height > 0 for height in boxes(LINES))
-    assert boxes(".filters") == [0]
+    lines = heights(LINES)
+    assert len(lines) == 24 and min(lines) > 0
+    assert heights(".filters") == [0]
     shown.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
