@@ -6,7 +6,8 @@ Rooms and floors (a room imports only from lower floors)::
 
     4  cli.py, __main__.py          the verbs
     3  executors/, report/          who runs which stage where; figures
-    2  suite.py, plan.py, stages/   a YAML file -> stages -> how one stage is done
+    2  suite.py, suite_spec.py      a YAML file, and what it may say
+       plan.py, planner.py, plan_stages.py, stages/   -> stages -> how one stage is done
        metrics/leaderboard.py       rows -> tables, pure
     1  defenses/ attacks/ metrics/  one method a file
     0  training/ models.py          the diffusion loss, loops, the model

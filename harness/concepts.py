@@ -21,7 +21,8 @@ from pathlib import Path
 from harness import folder_captions
 from harness.errors import UserMistake, one_line
 from harness.identity import digest_of_file, digest_of_json
-from harness.suite import ConceptSpec, LoadedSuite
+from harness.suite import LoadedSuite
+from harness.suite_spec import ConceptSpec
 from harness.words import Words
 from harness.yaml_source import path_from
 

@@ -49,7 +49,7 @@ def of_suite(loaded: LoadedSuite) -> dict[Fetched, list[tuple]]:
 def _methods(loaded: LoadedSuite) -> Iterator[tuple[tuple, type, Any]]:
     """Yield (path, class, parameters) of every method of the suite that is built."""
     from harness import registry
-    from harness.suite import METHOD_SECTIONS
+    from harness.suite_spec import METHOD_SECTIONS
 
     entries: list[tuple[tuple, str, Any]] = [
         ((section, index), kind, spec)

@@ -13,16 +13,8 @@ from typing import Any
 from harness import parameters, registry, search
 from harness.errors import did_you_mean, one_line
 from harness.fetching import Fetched, is_cached
-from harness.suite import (
-    MAX_TRIALS,
-    METHOD_SECTIONS,
-    RESERVED_DEFENSE_NAMES,
-    RESERVED_SUITE_NAMES,
-    AttackSpec,
-    LoadedSuite,
-    Mistake,
-    Suite,
-)
+from harness.suite import MAX_TRIALS, LoadedSuite, Mistake
+from harness.suite_spec import METHOD_SECTIONS, RESERVED_DEFENSE_NAMES, RESERVED_SUITE_NAMES, AttackSpec, Suite
 
 MAX_PRIOR_IMAGES = 100_000
 """More images of a class are a slip of the pen."""
