@@ -14,6 +14,9 @@ PACKAGES = (
     "torch", "diffusers", "transformers", "peft", "deepspeed", "ray", "open_clip_torch", "timm", "numpy", "safetensors",
 )  # fmt: skip
 
+CODE = ("harness", "defenses", "attacks", "metrics")
+"""Folders whose files are imported, untracked ones too."""
+
 
 @lru_cache(maxsize=1)
 def describe() -> dict[str, Any]:
@@ -28,16 +31,19 @@ def describe() -> dict[str, Any]:
             continue
     return {
         "immunitybench": __version__,
-        "git": _git(),
+        "git": checkout(Path(__file__).resolve().parent.parent),
         "packages": packages,
         "python": platform.python_version(),
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
     }
 
 
-def _git() -> dict[str, Any] | None:
-    """Return revision and dirty flag of the checkout that holds this package, or None for an installed one."""
-    folder = Path(__file__).resolve().parent.parent
+def checkout(folder: Path) -> dict[str, Any] | None:
+    """Return revision and dirty flag of a checkout, or None where there is none, as of an installed package.
+
+    It is dirty when a file was changed, or one lies untracked among the code; results and plugins beside it are not its
+    own.
+    """
     if not (folder / ".git").exists():
         return None
     try:
@@ -49,7 +55,9 @@ def _git() -> dict[str, Any] | None:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"revision": revision, "is_dirty": bool(status.strip())}
+    # a line is two letters of state, a blank and a path, quoted where it holds odd characters
+    own = (not line.startswith("??") or line[3:].strip('"').split("/")[0] in CODE for line in status.splitlines())
+    return {"revision": revision, "is_dirty": any(own)}
 
 
 def _processor() -> str:
