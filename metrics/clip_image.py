@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.registry import register
-from metrics.base import Metric
-from metrics.encoders import by_prompt, clip, encode_images, fetched, flat, library, local_files
+from metrics.encoders import by_prompt, flat
+from metrics.open_clip_metric import OpenClipMetric
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Parameters:
 
 
 @register("metric")
-class ClipImage(Metric):
+class ClipImage(OpenClipMetric):
     """Cosine between CLIP features of generated and reference images, averaged over all pairs."""
 
     name = "clip_image"
@@ -36,27 +36,6 @@ class ClipImage(Metric):
     encoder_parameters = ("backbone", "pretrained")
     Parameters = Parameters
     presets = {"testbed": {"backbone": "testbed", "pretrained": None}}
-
-    @classmethod
-    def files(cls, parameters):
-        return local_files(parameters.backbone, "clip", parameters.pretrained)
-
-    @classmethod
-    def fetches(cls, parameters):
-        return fetched(parameters.backbone, "clip", parameters.pretrained)
-
-    def about(self):
-        p = self.parameters
-        return {
-            "backbone": f"{p.backbone}/{p.pretrained}" if p.pretrained else p.backbone,
-            "preprocessing": "the backbone's own",
-            "library": library("open_clip_torch"),
-        }
-
-    def encode(self, images, device):
-        """Return unit vectors."""
-        model, transform, _ = clip(self.parameters.backbone, self.parameters.pretrained, device)
-        return encode_images(model.encode_image, transform, images, device)
 
     def score(self, images, references, descriptions, device):
         """Return the mean cosine of each prompt's images with all references, over all pairs (IMMA's code)."""

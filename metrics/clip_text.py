@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.registry import register
-from metrics.base import Metric
-from metrics.encoders import clip, encode_images, fetched, library, local_files
+from metrics.encoders import clip, encode_images
+from metrics.open_clip_metric import OpenClipMetric
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Parameters:
 
 
 @register("metric")
-class ClipText(Metric):
+class ClipText(OpenClipMetric):
     """Cosine between CLIP features of generated images and of their description, times 100."""
 
     name = "clip_text"
@@ -35,22 +35,6 @@ class ClipText(Metric):
     range = (-100.0, 100.0)
     Parameters = Parameters
     presets = {"testbed": {"backbone": "testbed", "pretrained": None}}
-
-    @classmethod
-    def files(cls, parameters):
-        return local_files(parameters.backbone, "clip", parameters.pretrained)
-
-    @classmethod
-    def fetches(cls, parameters):
-        return fetched(parameters.backbone, "clip", parameters.pretrained)
-
-    def about(self):
-        p = self.parameters
-        return {
-            "backbone": f"{p.backbone}/{p.pretrained}" if p.pretrained else p.backbone,
-            "preprocessing": "the backbone's own",
-            "library": library("open_clip_torch"),
-        }
 
     def score(self, images, references, descriptions, device):
         """Return the mean alignment of each prompt's images with its description."""

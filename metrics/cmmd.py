@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from harness.registry import register
-from metrics.base import Metric
-from metrics.encoders import clip, encode_images, fetched, flat, library, local_files
+from metrics.encoders import clip, encode_images, flat
+from metrics.open_clip_metric import OpenClipMetric
 
 SCALE = 1000.0
 
@@ -35,7 +35,7 @@ class Parameters:
 
 
 @register("metric")
-class Cmmd(Metric):
+class Cmmd(OpenClipMetric):
     """Squared MMD of CLIP features of the drawn images from the references', times 1000."""
 
     name = "cmmd"
@@ -53,14 +53,6 @@ class Cmmd(Metric):
     }
 
     @classmethod
-    def files(cls, parameters):
-        return local_files(parameters.backbone, "clip", parameters.pretrained)
-
-    @classmethod
-    def fetches(cls, parameters):
-        return fetched(parameters.backbone, "clip", parameters.pretrained)
-
-    @classmethod
     def check_concept(cls, parameters, concept, drawn) -> Iterable[tuple[str, str]]:
         """The unbiased estimate takes two images of each side; real images of the attack split are scored too."""
         counts = {
@@ -74,11 +66,7 @@ class Cmmd(Metric):
 
     def about(self):
         p = self.parameters
-        return {
-            "backbone": f"{p.backbone}/{p.pretrained}" if p.pretrained else p.backbone,
-            "preprocessing": f"bicubic without crop; {p.estimate}, sigma {p.sigma:g}",
-            "library": library("open_clip_torch"),
-        }
+        return {**super().about(), "preprocessing": f"bicubic without crop; {p.estimate}, sigma {p.sigma:g}"}
 
     def encode(self, images, device):
         """Return unit vectors."""
