@@ -5,7 +5,8 @@
     low, high      its 95 % interval; `covers` says of what chance (`metrics.statistics`). Paired by concept, prompt and
                    seed.
     p, p_corrected of no difference; corrected by Holm over the attacks and the worst case of a task, metric and step.
-    detectable     the least difference that so many seeds and prompts find in four of five runs.
+    detectable     the least difference that so many seeds and prompts find in four of five runs, at the level that the
+                   correction asks of the first of so many tests.
     retained_by    the same on innocent concepts, the other way round: above 0: they are learned better.
     verdict        stronger | weaker: p_corrected below 0.05; unclear: not told apart; not tested: one seed.
 
@@ -33,6 +34,10 @@ LEVEL = 0.05
 
 Key = tuple[str, str, str, str, int]
 """(task, attack, attacker, metric, step)."""
+Sides = tuple[Sequence[str], Sequence[str]]
+"""Names of the defenses of each side."""
+Compared = tuple[dict[str, Any], Estimate]
+"""A line, and the estimate of its `stronger_by`."""
 
 
 def compare(
@@ -61,18 +66,28 @@ def compare(
 
 def _family(table: Measurements, keys: Sequence[Key], defense: str, baseline: str, draws: int) -> list[dict[str, Any]]:
     """Return the lines of the attacks of one task, metric and step, and their worst case, corrected together."""
-    sides = (defense, baseline)
-    lines = [line for key in keys if (line := _line(table, [key], sides, draws))]
-    if len(lines) > 1:
-        lines.append(_line(table, keys, sides, draws))
-    for line, corrected in zip(lines, holm([line["p"] for line in lines]), strict=True):
+    sides = ((defense,), (baseline,))
+    compared = [found for key in keys if (found := compare_sides(table, [key], sides, draws))]
+    if len(compared) > 1 and (worst := compare_sides(table, keys, sides, draws)):
+        compared.append(worst)
+    return judge(compared)
+
+
+def judge(compared: Sequence[Compared]) -> list[dict[str, Any]]:
+    """Return the lines of tests that are corrected together, with p_corrected, detectable and verdict."""
+    tests = sum(line["p"] is not None for line, _ in compared)
+    for (line, found), corrected in zip(compared, holm([line["p"] for line, _ in compared]), strict=True):
         line["p_corrected"] = corrected
+        line["detectable"] = found.detectable(level=1 - LEVEL / max(tests, 1))  # as the first of Holm's steps asks
         line["verdict"] = _verdict(line)
-    return lines
+    return [line for line, _ in compared]
 
 
-def _line(table: Measurements, keys: Sequence[Key], sides: tuple[str, str], draws: int) -> dict[str, Any] | None:
-    """Return the line of an attack, or of the worst case of several; None where the two share no target."""
+def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws: int = 1000) -> Compared | None:
+    """Return the line of an attack, or of the worst case of several; None where the sides share no target.
+
+    A side of several defenses counts with their mean. What depends on the other tests is left to `judge`.
+    """
     task, attack, attacker, metric, step = keys[0]
     sign = table.sign(metric)
     statistic = gap_of_greatest(len(keys), sign)
@@ -85,16 +100,16 @@ def _line(table: Measurements, keys: Sequence[Key], sides: tuple[str, str], draw
     kept = estimate(innocents, statistic, draws=draws) if innocents else None
     reached = [closest(cells, side, len(keys), sign) for side in (0, 1)]
     none = table.undefended[task]
-    beside, _ = paired_cells(table, keys, (*sides, none), "target") if none else ([], 0)
+    beside, _ = paired_cells(table, keys, (*sides, (none,)), "target") if none else ([], 0)
     low, high = found.interval()
-    return {
+    line = {
         "task": task,
         "metric": metric,
         "step": step,
         "attack": attack if len(keys) == 1 else WORST,
         "attacker": attacker if len(keys) == 1 else "",
-        "defense": sides[0],
-        "baseline": sides[1],
+        "defense": " + ".join(sides[0]),
+        "baseline": " + ".join(sides[1]),
         "n_targets": len(cells),
         "n_seeds": seeds,
         "n_prompts": sum(x.shape[1] for x in cells),
@@ -107,12 +122,13 @@ def _line(table: Measurements, keys: Sequence[Key], sides: tuple[str, str], draw
         "covers": found.covers,
         "p": found.p_value(),
         "p_corrected": None,
-        "detectable": found.detectable(),
+        "detectable": None,
         "n_innocents": len(innocents),
         **_retained(kept),
         "verdict": "",
         "unit": table.about[metric]["unit"],
     }
+    return line, found
 
 
 def _retained(found: Estimate | None) -> dict[str, float | None]:
@@ -134,17 +150,20 @@ def _verdict(line: Mapping[str, Any]) -> str:
 
 
 def paired_cells(
-    table: Measurements, keys: Sequence[Key], sides: Sequence[str], role: str
+    table: Measurements, keys: Sequence[Key], sides: Sequence[Sequence[str]], role: str
 ) -> tuple[list[np.ndarray], int]:
     """Return ([sides x attacks, prompts, seeds] of each concept, number of seeds): a side's attacks, then the next's.
 
     Concepts and seeds that were measured throughout: in every attack, on all sides, with the same number of prompts.
+    Of several defenses of a side the mean.
     """
     found = [
-        table.values(task, side, attack, attacker, metric, step, role)
+        table.values(task, defense, attack, attacker, metric, step, role)
         for side in sides
+        for defense in side
         for task, attack, attacker, metric, step in keys
     ]
+    ends = np.cumsum([len(side) for side in sides])[:-1]
     if not all(found):
         return [], 0
     shared = set.intersection(*(set(values) for values in found))
@@ -161,7 +180,9 @@ def paired_cells(
         listed = [[values[(*cell, seed)] for seed in seeds] for values in found if set(seeds) <= by_cell[cell]]
         lengths = {len(values) for of in listed for values in of}
         if listed and len(lengths) == 1:
-            arrays.append(np.asarray(listed, dtype=float).swapaxes(1, 2))
+            values = np.asarray(listed, dtype=float).swapaxes(1, 2)
+            by_defense = values.reshape(-1, len(keys), *values.shape[1:])
+            arrays.append(np.concatenate([of_side.mean(axis=0) for of_side in np.split(by_defense, ends)]))
     return arrays, len(seeds)
 
 

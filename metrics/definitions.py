@@ -331,7 +331,8 @@ COMPARISON = (
     ),
     Definition(
         "detectable", "detectable difference", "see metrics.statistics.Estimate.detectable",
-        "The least true difference that as many seeds and prompts find in four runs of five, one test alone.",
+        "The least true difference that as many seeds and prompts find in four runs of five, at 5 % over the tests "
+        "that are corrected together.",
         OURS,
     ),
     Definition(
@@ -425,18 +426,31 @@ FREEZING = (
         OURS,
     ),
     Definition(
+        "overlap_without_data", "overlap with the mask that no data gives", "|A and S| / |A or S|",
+        "With what the same start gives when no image says anything and the wanted ratio alone moves the mask. 1: "
+        "nothing was learned. Empty where neither freezes anything, and for masks that were not learned.",
+        OURS,
+    ),
+    Definition(
         "overlap_of_seeds", "overlap of seeds", "mean over other seeds of |A and B| / |A or B|",
         "Whether learning finds the same tensors again. Beside overlap_by_chance.",
         "Jaccard index",
     ),
     Definition(
-        "overlap_by_chance", "overlap by chance", "(a b / N) / (a + b - a b / N)",
-        "What random sets of a and b of N tensors would have: of their expected intersection.",
+        "overlap_by_chance", "overlap by chance", "E |A and B| / |A or B|",
+        "What random sets of a and b of N tensors have on average: the intersection is hypergeometric.",
         OURS,
     ),
     Definition(
+        "overlap_p", "p of the overlap", "(1 + draws that overlap as much) / (1 + draws)",
+        "The chance that random sets as large as the masks of these seeds overlap as much, in the mean over pairs of "
+        "which one at least freezes something, or more: one-sided, of 1,999 draws, not corrected.",
+        "Phipson and Smyth (2010)",
+    ),
+    Definition(
         "overlap_with_random", "overlap with random masks", "mean of |A and R| / |A or R|",
-        "With this run's random_freeze masks of any seed that are as large to a tensor in twenty; "
+        "With this run's random_freeze masks of any seed that are as large (a quarter more or less, at most 5 % of the "
+        "tensors); "
         "of random masks with those of other seeds.",
         "Jaccard index",
     ),
@@ -444,6 +458,40 @@ FREEZING = (
         "random_overlap_of_seeds", "overlap of random masks", "mean over pairs of seeds of |R and R'| / |R or R'|",
         "Of those random masks among each other.",
         "Jaccard index",
+    ),
+    Definition(
+        "family", "family", "",
+        "Defenses that freeze and differ in nothing but their ratio, by what they share of their names. In "
+        "masks_against_random.csv, where `baseline` is the random_freeze defense that is nearest in size: a quarter "
+        "more or less, at most 5 % of the tensors.",
+        OURS,
+    ),
+    Definition(
+        "is_together", "all ratios", "",
+        "Whether the line is of all ratios of a family that are measured: means over them, paired in concept, prompt "
+        "and seed. Within a task, metric, attack and step its p is corrected over families; that of a single ratio "
+        "over all ratios of all families.",
+        OURS,
+    ),
+    Definition(
+        "ratio", "ratio", "",
+        "The share of tensors that a defense was asked to freeze. Empty where it was asked for none.",
+        OURS,
+    ),
+    Definition(
+        "frozen", "frozen share", "frozen tensors / tensors",
+        "Of the line's defenses, mean over seeds and protected sets.", OURS,
+    ),
+    Definition("frozen_random", "frozen share, random", "the same", "Of the random ones beside them.", OURS),
+    Definition(
+        "parameters", "frozen parameters", "elements of frozen tensors / elements of the UNet",
+        "Of the line's defenses, mean over seeds and protected sets: masks as large in tensors differ in this.", OURS,
+    ),
+    Definition("parameters_random", "frozen parameters, random", "the same", "Of the random ones beside them.", OURS),
+    Definition(
+        "n_protected", "protected together", "",
+        "How many concepts are protected together, in the largest set of a task.",
+        OURS,
     ),
     Definition(
         "n_adaptations", "adaptations", "", "How many adaptations a line of adaptation_cost.csv is the mean of.", OURS
@@ -469,7 +517,7 @@ FREEZING = (
     Definition("peak_memory_ratio", "peak memory, ratio", "to the undefended model's line", "What is left.", OURS),
     Definition("time_ratio", "time, ratio", "to the undefended model's line", "What is left.", OURS),
 )  # fmt: skip
-"""Columns of masks.csv and adaptation_cost.csv: where a defense freezes tensors."""
+"""Columns of masks.csv, masks_against_random.csv and adaptation_cost.csv: where a defense freezes tensors."""
 
 SECTIONS: tuple[tuple[str, tuple[Definition, ...]], ...] = (
     ("Gaps and shares", GAPS),

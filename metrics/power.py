@@ -89,7 +89,7 @@ def _line(
     pairs = [between] if between else list(combinations(defenses, 2))
     found: dict[tuple[int, int, int], list[Estimate]] = {}
     for pair in pairs:
-        cells, seeds = paired_cells(table, keys, pair, "target")
+        cells, seeds = paired_cells(table, keys, [(name,) for name in pair], "target")
         if cells:
             shape = (seeds, len(cells), sum(x.shape[1] for x in cells))
             found.setdefault(shape, []).append(estimate(cells, gap_of_greatest(len(keys), sign), draws=draws))
@@ -97,7 +97,7 @@ def _line(
         return None
     shape = max(found)  # of an unfinished pilot the pairs that are most complete
     none = table.undefended[task]
-    bare, _ = paired_cells(table, keys, (none,), "target") if none else ([], 0)
+    bare, _ = paired_cells(table, keys, [(none,)], "target") if none else ([], 0)
     pooled = _pooled(found[shape])
     return {
         "task": task,

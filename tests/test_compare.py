@@ -87,6 +87,24 @@ def test_innocents_are_told_the_other_way_round():
     assert line["n_innocents"] == 1
 
 
+def test_what_is_detectable_is_at_the_level_of_the_correction():
+    """Two attacks and their worst case: three tests."""
+    values = {"mine": noise(1), "theirs": noise(2)}
+    alone = only(compare(rows(values), "mine", ["theirs"]))
+    both = only(compare([*rows(values), *rows(values, attack="ti")], "mine", ["theirs"]))
+
+    assert both["detectable"] > 1.2 * alone["detectable"] and both["p"] == alone["p"]
+
+
+def test_attacks_of_other_seeds_have_no_worst_case():
+    """A run that is not whole: one attack is done in the first seed alone, the other in the last."""
+    values = {"mine": noise(1), "theirs": noise(2)}
+    first = [row for row in rows(values) if row["seed"] == 0]
+    last = [row for row in rows(values, attack="ti") if row["seed"] == 2]
+
+    assert [line["attack"] for line in compare([*first, *last], "mine", ["theirs"])] == ["lora", "ti"]
+
+
 def test_one_seed_is_not_tested():
     """There is a difference, and nothing to hold it against."""
     line = only(compare(rows({"mine": noise(1, 4, 1), "theirs": noise(2, 4, 1)}), "mine", ["theirs"]))

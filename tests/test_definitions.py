@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import adaptation_cost, masks
+from harness import adaptation_cost, freezing_tables, masks, masks_against_random
 from harness.comparison import SHOWN as SHOWN_OF_COMPARISON
 from harness.tables import LEGEND, SHOWN
 from metrics import compare, curves, definitions, leaderboard
@@ -25,9 +25,9 @@ def test_the_page_is_made_of_the_definitions():
 
 TABLES = (
     leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, curves.COLUMNS, compare.COLUMNS, masks.COLUMNS,
-    adaptation_cost.COLUMNS,
+    masks_against_random.COLUMNS, adaptation_cost.COLUMNS, freezing_tables.COLUMNS,
 )  # fmt: skip
-"""Of leaderboard.csv and worst_case.csv, concepts.csv, curves.csv, what `compare` writes, masks.csv and costs."""
+"""Of leaderboard.csv and worst_case.csv, concepts.csv, curves.csv, what `compare` writes, and of masks and costs."""
 
 
 @pytest.mark.parametrize("columns", TABLES)
