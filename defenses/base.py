@@ -6,7 +6,7 @@ imported to check suites, so they import torch inside `protect` (or the function
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +85,14 @@ class Defense(Method):
         """Return a method that runs before, as a stage of its own, for all who ask for the same; None: nothing.
 
         It is registered as "preparation" and gets the same concepts and seed; what it releases is `run.prepared`.
+        """
+        return None
+
+    @classmethod
+    def mask_without_data(cls, parameters: Any, starts: Mapping[str, float]) -> frozenset[str] | None:
+        """Return what would be frozen had the mask been learned from the same start and no data; None: not learned.
+
+        `starts` are the logits before learning, which mask.csv keeps as `logit_before`.
         """
         return None
 

@@ -50,7 +50,7 @@ from harness.protection import Protection, ThreatModel
 from harness.registry import register
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
     from harness.run import Run
     from harness.training.masking import MaskedWeights, MaskStep
@@ -167,6 +167,20 @@ class FreezeAsGuard(Defense):
         )
 
     @classmethod
+    def mask_without_data(cls, parameters, starts) -> frozenset[str]:
+        """Take every mask step with a signal of zero: the ratio alone moves the logits."""
+        import torch
+
+        from harness.training.masking import MaskRule
+
+        p, names = parameters, list(starts)
+        rule = MaskRule(p.ratio, p.temperature, p.mask_learning_rate, p.sparsity, p.normalise)
+        logits, silence = torch.tensor([starts[name] for name in names]).to(_precision(p)), torch.zeros(len(names))
+        for _ in range(p.rounds):
+            logits = rule.moved(logits, rule.pulls(logits, silence))
+        return frozenset(binarised(logits.float(), names, p.binarise, p.ratio))
+
+    @classmethod
     def check_task(cls, parameters, targets, preserved) -> list[tuple[str, str]]:
         """Refuse a task without an innocent domain."""
         if not preserved:
@@ -207,7 +221,7 @@ class FreezeAsGuard(Defense):
         theta = model.use_up(names)
         # no level trains: masks and user steps move the weights themselves
         weights = sharding.spread(model, theta, sharding.no_levels(names), run)
-        precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[p.chosen("delta_precision")]
+        precision = _precision(p)
         source = torch.Generator().manual_seed(run.seed_for("mask"))
         first = torch.rand(len(names), generator=source) - (1.0 if p.chosen("initial") == "negative" else 0.0)
         masked = MaskedWeights(
@@ -241,6 +255,13 @@ class FreezeAsGuard(Defense):
         frozen = binarised(masked.logits.float(), names, p.binarise, p.ratio)
         _tell(run, learned, first, frozen, names)
         return Protection(frozen=frozenset(frozen), details=learned.details(names, first))
+
+
+def _precision(parameters: Parameters) -> dtype:
+    """Return the precision of Delta and the logits."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[parameters.chosen("delta_precision")]
 
 
 def schedule(rounds: int, user_steps: int, epoch: int | None) -> Iterator[Literal["mask", "user"]]:

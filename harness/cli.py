@@ -210,10 +210,10 @@ class _Opened:
 
         return Gates(**self.loaded.suite.gates.model_dump())
 
-    def write_tables(self) -> list[dict[str, Any]]:
+    def write_tables(self, papers: Sequence[Any] = ()) -> list[dict[str, Any]]:
         from harness import tables
 
-        return tables.write(self.plan, self.store, self.folder, self.source.name, self.gates())
+        return tables.write(self.plan, self.store, self.folder, self.source.name, self.gates(), papers)
 
     def has_tables(self) -> bool:
         from harness import tables
@@ -284,19 +284,18 @@ def _status(given: argparse.Namespace) -> ExitCode:
 
 
 def _table(given: argparse.Namespace) -> ExitCode:
-    from harness import launch, tables
+    from harness import launch, papers, tables
 
     opened = _Opened(given)
     opened.make_folder()
-    lines = opened.write_tables()
+    beside = papers.beside(opened.loaded.suite) if given.with_paper else []
+    lines = opened.write_tables(beside)
     launch.write_resolved(opened)
     tables.show(lines, _console())
     print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more")
     if given.with_paper:
-        from harness import papers
-
-        count = papers.write(opened.loaded.suite, opened.folder)
-        print(f"papers' numbers: {count} rows in {opened.folder}/{papers.FILE}.md and .csv")
+        papers.write(beside, opened.folder)
+        print(f"papers' numbers: {len(beside)} rows in {opened.folder}/{papers.FILE}.md and .csv")
     return ExitCode.DONE
 
 

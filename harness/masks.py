@@ -1,9 +1,10 @@
-"""Masks of frozen tensors: what a defense that freezes keeps of each tensor, and how masks compare. No torch here.
+"""Masks of frozen tensors: what a defense that freezes keeps of each tensor, and how masks compare.
 
 Beside its protection such a defense leaves `mask.csv`, a row for each tensor of the UNet: its name, elements, whether
 it is frozen, and whatever the method says of it. From those of a run the tables get `masks.csv`, a row for each mask
-(`COLUMNS`). Overlap is the Jaccard index of two masks, |A and B| / |A or B|; by chance it is what the expected
-intersection a b / N of random sets of a and b tensors gives.
+(`COLUMNS`). Overlap is the Jaccard index of two masks, |A and B| / |A or B|; by chance it is the expectation of that of
+random sets as large. Whether masks of several seeds overlap more is tested against drawn ones. What a learned mask
+would be without data its method says (`Defense.mask_without_data`), with torch.
 """
 
 from __future__ import annotations
@@ -11,12 +12,21 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import combinations
+from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from harness import registry
+from harness.identity import digest_of_json
+
 if TYPE_CHECKING:
-    from harness.plan import Plan
+    from harness.identity import Stage
+    from harness.plan import Plan, Trial
     from harness.protection import Protection
     from harness.store import Store
 
@@ -25,7 +35,8 @@ OF_LEDGER = ("correlation_with_start", "correlation_with_signal", "moved_by_sign
 """Numbers that a learned mask's stage left in its ledger."""
 COLUMNS = (
     "task", "defense", "method", "profile", "protected", "seed", "tensors", "frozen_tensors", "frozen_parameters",
-    *OF_LEDGER, "overlap_of_seeds", "overlap_by_chance", "overlap_with_random", "random_overlap_of_seeds",
+    *OF_LEDGER, "overlap_without_data", "overlap_of_seeds", "overlap_by_chance", "overlap_p", "overlap_with_random",
+    "random_overlap_of_seeds",
 )  # fmt: skip
 """Of masks.csv; `metrics.definitions` says what each means."""
 KINDS = ("attention", "feed-forward", "convolution", "norm", "time embedding", "projection")
@@ -66,11 +77,46 @@ def overlap(first: frozenset[str], second: frozenset[str]) -> float | None:
     return len(first & second) / len(either) if either else None
 
 
+@lru_cache(maxsize=1000)
 def overlap_by_chance(first: int, second: int, total: int) -> float | None:
-    """Return the Jaccard index of the expected intersection of random sets of so many of `total` tensors."""
-    both = first * second / total
-    either = first + second - both
-    return both / either if either else None
+    """Return the expected Jaccard index of random sets of so many of `total` tensors; None where both are empty."""
+    if not first and not second:
+        return None
+    pairs = comb(total, second)
+    shared = range(max(0, first + second - total), min(first, second) + 1)
+    return sum(
+        comb(first, both) * comb(total - first, second - both) / pairs * both / (first + second - both)
+        for both in shared
+    )
+
+
+def overlap_p(masks: Sequence[Mask], draws: int = 1999) -> float | None:
+    """Return the chance that random sets as large overlap as much as these masks do, mean over pairs, or more.
+
+    One-sided, against so many draws (Phipson and Smyth 2010: never 0). Pairs of empty masks do not count. None without
+    a pair in which something could overlap.
+    """
+    sets = [mask.frozen for mask in masks]
+    pairs = [(i, j) for i, j in combinations(range(len(sets)), 2) if sets[i] or sets[j]]
+    if not any(sets[i] and sets[j] for i, j in pairs):
+        return None
+    total = len(masks[0].elements)
+    source = np.random.default_rng(0)
+
+    def mean_overlap(members: np.ndarray) -> np.ndarray:
+        """[draws, sets, tensors] -> [draws]."""
+        both = [(members[:, i] & members[:, j]).sum(-1) / (members[:, i] | members[:, j]).sum(-1) for i, j in pairs]
+        return np.mean(both, axis=0)
+
+    drawn = np.stack([source.random((draws, total)).argsort(axis=1) < len(each) for each in sets], axis=1)
+    own = np.array([[[name in each for name in masks[0].elements] for each in sets]])
+    as_much = mean_overlap(drawn) >= mean_overlap(own) - 1e-12
+    return float(1 + as_much.sum()) / (1 + draws)
+
+
+def as_large(first: float, second: float, total: int) -> bool:
+    """Tell whether shares of `total` tensors are called as large: a quarter apart or one tensor, at most 5 points."""
+    return second > 0 and abs(first - second) <= min(0.05, max(0.25 * first, 1 / total)) + 1e-12
 
 
 @dataclass(frozen=True)
@@ -86,6 +132,30 @@ class Mask:
     elements: Mapping[str, int]  # of every tensor of the UNet
     frozen: frozenset[str]
     numbers: Mapping[str, float]  # of the stage's ledger
+    without_data: frozenset[str] | None = None  # what its start gives with no data; None: not learned
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # the method's
+    given: str = ""  # which concepts of the set it protects, and whether it is weak on purpose
+
+    @property
+    def share(self) -> float:
+        """The share of tensors that is frozen."""
+        return len(self.frozen) / len(self.elements)
+
+    @property
+    def share_of_parameters(self) -> float:
+        """The share of elements that is frozen."""
+        return sum(self.elements[name] for name in self.frozen) / sum(self.elements.values())
+
+    @property
+    def ratio(self) -> float | None:
+        """The ratio that was asked for; None: the method has none."""
+        return self.parameters.get("ratio")
+
+    @property
+    def settings(self) -> str:
+        """What masks of one family have in common: everything but the ratio."""
+        own = {name: value for name, value in self.parameters.items() if name != "ratio"}
+        return digest_of_json([self.method, own, self.given])
 
     @property
     def group(self) -> tuple:
@@ -113,16 +183,41 @@ def of_run(plan: Plan, store: Store) -> list[Mask]:
             {row["tensor"]: int(row["elements"]) for row in rows},
             frozen(rows),
             store.record("immunize", trial.released)["ledger"]["numbers"],
+            _without_data(trial.method, plan.stages[trial.released], rows),
+            plan.stages[trial.released].parameters.get("parameters", {}),
+            _given(plan.stages[trial.released], trial),
         )
     return list(found.values())
 
 
+def _given(stage: Stage, trial: Trial) -> str:
+    targets = stage.parameters.get("targets")
+    protects = "first" if targets is not None and len(targets) < len(trial.protected) else "all"
+    return f"{protects}, weak" if trial.is_weak else protects
+
+
+def _without_data(method: str, stage: Stage, rows: Sequence[Mapping[str, str]]) -> frozenset[str] | None:
+    starts = {row["tensor"]: float(row["logit_before"]) for row in rows if row.get("logit_before")}
+    if not starts:
+        return None
+    cls = registry.get("defense", method)
+    return cls.mask_without_data(cls.Parameters(**stage.parameters["parameters"]), starts)
+
+
 def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
     """Return the rows of masks.csv."""
+    groups: dict[tuple, list[Mask]] = {}
+    for mask in masks:
+        groups.setdefault(mask.group, []).append(mask)
+    tests = {group: overlap_p(own) for group, own in groups.items()}
     lines = []
     for mask in masks:
-        others = [other for other in masks if other.group == mask.group and other.seed != mask.seed]
-        random = [m for m in masks if m.method == "random_freeze" and _as_large(m, mask) and m.task == mask.task]
+        others = [other for other in groups[mask.group] if other.seed != mask.seed]
+        random = [
+            m
+            for m in masks
+            if m.method == "random_freeze" and m.task == mask.task and as_large(mask.share, m.share, len(mask.elements))
+        ]
         # of one seed random masks are parts of each other, and the same for every protected set
         unrelated = [m for m in random if mask.method != "random_freeze" or m.seed != mask.seed]
         total, count = len(mask.elements), len(mask.frozen)
@@ -135,11 +230,13 @@ def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
                 "protected": "+".join(mask.protected),
                 "seed": mask.seed,
                 "tensors": total,
-                "frozen_tensors": count / total,
-                "frozen_parameters": sum(mask.elements[n] for n in mask.frozen) / sum(mask.elements.values()),
+                "frozen_tensors": mask.share,
+                "frozen_parameters": mask.share_of_parameters,
                 **{name: mask.numbers.get(name) for name in OF_LEDGER},
+                "overlap_without_data": None if mask.without_data is None else overlap(mask.frozen, mask.without_data),
                 "overlap_of_seeds": _mean(overlap(mask.frozen, other.frozen) for other in others),
                 "overlap_by_chance": _mean(overlap_by_chance(count, len(m.frozen), total) for m in others),
+                "overlap_p": tests[mask.group],
                 "overlap_with_random": _mean(overlap(mask.frozen, m.frozen) for m in unrelated),
                 "random_overlap_of_seeds": _mean(
                     overlap(a.frozen, b.frozen) for i, a in enumerate(random) for b in random[:i] if a.seed != b.seed
@@ -147,10 +244,6 @@ def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
             }
         )
     return lines
-
-
-def _as_large(first: Mask, second: Mask) -> bool:
-    return abs(len(first.frozen) - len(second.frozen)) <= 0.05 * len(first.elements)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from harness.freezing_tables import METHODS
 from harness.rows import write_csv
 from harness.store import write_text
-from harness.suite import Suite
+from harness.suite_spec import Suite
 from metrics.paper_rows import COLUMNS, PaperRow, load
 
 FILE = "paper_rows"
@@ -21,21 +22,31 @@ LEGEND = (
 
 
 def beside(suite: Suite) -> list[PaperRow]:
-    """Return the rows of papers that stand beside a suite: of its tasks' kinds, its defenses, and real images."""
+    """Return the rows of papers that stand beside a suite: of its tasks' kinds, its defenses, and real images.
+
+    Tables on freezing speak of adaptation, whether concepts were erased before or not; their IMMA stands beside
+    `joint`, which is IMMA on several concepts, and their UCE beside `none` where a task erases.
+    """
     tasks = {"relearning"} if any(task.erase for task in suite.tasks.values()) else set()
     if any(not task.erase for task in suite.tasks.values()):
         tasks |= {"personalization", "adaptation"}
     defenses = {spec.method for spec in suite.defenses} | {""}
-    return [row for row in load() if row.task in tasks and row.defense in defenses]
+    freezes = bool(defenses & set(METHODS))
+    of_freezing = ({"imma"} if "joint" in defenses else set()) | ({"uce"} if "relearning" in tasks else set())
+
+    def stands_beside(row: PaperRow) -> bool:
+        if freezes and row.paper == "freezeasguard":
+            return row.task in tasks | {"adaptation"} and row.defense in defenses | of_freezing
+        return row.task in tasks and row.defense in defenses
+
+    return [row for row in load() if stands_beside(row)]
 
 
-def write(suite: Suite, folder: Path) -> int:
-    """Write paper_rows.csv and .md into a run's folder; return how many rows."""
-    rows = beside(suite)
+def write(rows: Sequence[PaperRow], folder: Path) -> None:
+    """Write paper_rows.csv and .md into a run's folder."""
     printed = [{**asdict(row), "value": row.printed.partition(" ±")[0]} for row in rows]
     write_csv(folder / f"{FILE}.csv", printed, COLUMNS)
     write_text(folder / f"{FILE}.md", markdown(rows))
-    return len(rows)
 
 
 def markdown(rows: Sequence[PaperRow]) -> str:

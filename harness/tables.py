@@ -1,6 +1,8 @@
 """Tables of a run: rows.csv, leaderboard.csv and .md, concepts.csv and .md, and the text that a terminal shows.
 
-Where a defense freezes tensors, also masks.csv and masks.png (`harness/masks.py`), and adaptation_cost.csv and .md.
+Where a defense freezes tensors, also masks.csv, masks.md and masks.png (`harness/masks.py`), masks_against_random.csv
+and .png (`harness/masks_against_random.py`), adaptation_cost.csv and .md, and freezing.csv and .md
+(`harness/freezing_tables.py`).
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import adaptation_cost, masks
+from harness import adaptation_cost, freezing_tables, masks, masks_against_random
 from harness.identity import digest_of_json
 from harness.plan import Plan
-from harness.report import mask_figure
+from harness.report import against_random_figure, mask_figure
 from harness.report.figures import recovery_curves
 from harness.rows import COLUMNS as ROW_COLUMNS
 from harness.rows import collect, write_csv, write_through
@@ -23,11 +25,13 @@ from metrics.curves import COLUMNS as CURVE_COLUMNS
 from metrics.curves import curves
 from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, leaderboard, worst_case
 from metrics.measurements import Measurements
+from metrics.paper_rows import PaperRow
 
 STATE = "tables.json"
 """What the tables in a folder were made from."""
-VERSION = 6
+VERSION = 10
 """Raised when the same rows make other tables or figures."""
+_AGAINST = "masks_against_random.png"
 FILES = (
     "rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "curves.csv", "concepts.csv", "concepts.md",
     "recovery_target.png",
@@ -76,8 +80,13 @@ CONCEPTS_LEGEND = (
 )
 
 
-def write(plan: Plan, store: Store, folder: Path, model_name: str, gates: Gates) -> list[dict[str, Any]]:
-    """Write the tables of a run from what is committed; return the leaderboard's lines."""
+def write(
+    plan: Plan, store: Store, folder: Path, model_name: str, gates: Gates, papers: Sequence[PaperRow] = ()
+) -> list[dict[str, Any]]:
+    """Write the tables of a run from what is committed; return the leaderboard's lines.
+
+    `papers` are numbers that stand beside in freezing.md.
+    """
     is_whole = all(store.has("score", key) for trial in plan.trials for key in trial.scores.values())
     folder.mkdir(parents=True, exist_ok=True)
     table = Measurements(write_through(folder / "rows.csv", collect(plan, store, model_name), ROW_COLUMNS))
@@ -95,11 +104,27 @@ def write(plan: Plan, store: Store, folder: Path, model_name: str, gates: Gates)
         recovery_curves(table, folder / f"recovery_{role}.png", role)
     frozen = masks.of_run(plan, store)
     if frozen:
-        write_csv(folder / "masks.csv", masks.table(frozen), masks.COLUMNS)
-        mask_figure.draw(frozen, folder / "masks.png")
+        overlaps, against = masks.table(frozen), masks_against_random.lines(frozen, table)
+        write_csv(folder / "masks.csv", overlaps, masks.COLUMNS)
+        write_csv(folder / "masks_against_random.csv", against, masks_against_random.COLUMNS)
+        write_text(folder / "masks.md", masks_against_random.markdown(overlaps, against))
+        for name, is_drawn in (
+            ("masks.png", mask_figure.draw(frozen, folder / "masks.png")),
+            (_AGAINST, against_random_figure.draw(overlaps, against, folder / _AGAINST)),
+        ):
+            if not is_drawn:
+                (folder / name).unlink(missing_ok=True)
         costs = adaptation_cost.lines(plan, store)
         write_csv(folder / "adaptation_cost.csv", costs, adaptation_cost.COLUMNS)
         write_text(folder / "adaptation_cost.md", adaptation_cost.markdown(costs))
+        together = {trial.task: 0 for trial in plan.trials}
+        for trial in plan.trials:
+            together[trial.task] = max(together[trial.task], len(trial.protected))
+        shown = freezing_tables.lines(lines, frozen, together)
+        names = freezing_tables.paper_names(shown, frozen)
+        order = list(dict.fromkeys(name for known in table.defenses.values() for name in known))
+        write_csv(folder / "freezing.csv", shown, freezing_tables.COLUMNS)
+        write_text(folder / "freezing.md", freezing_tables.markdown(shown, costs, order, papers, names))
     write_json(folder / STATE, {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole})
     return lines
 

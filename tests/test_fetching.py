@@ -10,7 +10,7 @@ import pytest
 from harness import fetching, registry
 from harness.fetching import Fetched
 from harness.model_source import fetches, has_sd1_shape, resolve_model
-from harness.suite import ModelSpec
+from harness.suite_spec import ModelSpec
 from tests.conftest import run_python, write_model
 from tests.test_registry import DEFENSE
 from tests.test_suite_mistakes import assert_told

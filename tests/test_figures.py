@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from harness.report import drawings
 from harness.report.figures import _grid, _panel, recovery_curves
+from harness.report.looks import COLOURS, looks
 from metrics.measurements import Measurements
 
 
@@ -35,7 +38,7 @@ ROWS = [
 def panel(role: str) -> dict[str, list[float]]:
     """Return the heights of each named line of a panel."""
     axis = Figure().add_subplot()
-    _panel(axis, Measurements(ROWS), ("t", "clip", "lora"), "honest", [10], role, {"none": "#000000"})
+    _panel(axis, Measurements(ROWS), ("t", "clip", "lora"), "honest", [10], role, looks(["none"]))
     return {line.get_label(): list(line.get_ydata()) for line in axis.lines if not line.get_label().startswith("_")}
 
 
@@ -76,3 +79,28 @@ def test_an_attack_that_a_task_lacks_leaves_its_panel_empty(tmp_path):
 def test_metrics_without_a_direction_are_not_drawn(tmp_path):
     """How close images come to the training images is no recovery."""
     assert recovery_curves([row(0.5, direction="none")], tmp_path / "a.png") is False
+
+
+def test_defenses_look_different_where_there_are_more_than_colours():
+    """Up to four times as many; the first dozen are told apart by colour alone."""
+    many = looks([f"defense {i}" for i in range(4 * len(COLOURS))])
+
+    assert len(set(many.values())) == len(many)
+    assert {(look.line, look.mark) for look in list(many.values())[: len(COLOURS)]} == {("-", "o")}
+    assert len({look.colour for look in list(many.values())[: len(COLOURS)]}) == len(COLOURS)
+
+
+@pytest.mark.parametrize("count", [2, 12, 28])
+def test_a_legend_lies_below_the_panels(count):
+    """However long; the panels keep their size."""
+    figure, axes = drawings._figure(1, 3, 2.5, 1.75)
+    for axis in axes.flat:
+        axis.set_xlabel("attack step", fontsize=8)
+    handles = {f"freezeasguard_{i}": axes[0][0].plot([0, 1])[0] for i in range(count)}
+    drawings._legend(figure, handles)
+    FigureCanvasAgg(figure).draw()
+
+    (legend,) = figure.legends
+    extent = legend.get_window_extent()
+    assert extent.y0 >= 0 and extent.y1 <= min(axis.get_tightbbox().y0 for axis in axes.flat)
+    assert axes[0][0].get_window_extent().height == pytest.approx(1.75 * figure.dpi)

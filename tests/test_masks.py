@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 
 import pytest
@@ -59,16 +60,20 @@ def test_overlap():
 
     assert masks.overlap(a, b) == pytest.approx(2 / 6)
     assert masks.overlap(frozenset(), frozenset()) is None
-    assert masks.overlap_by_chance(4, 4, 10) == pytest.approx(1.6 / 6.4)
+    assert masks.overlap_by_chance(1, 1, 10) == pytest.approx(0.1)
+    assert masks.overlap_by_chance(0, 3, 10) == 0
+    assert masks.overlap_by_chance(10, 10, 10) == 1
     assert masks.overlap_by_chance(0, 0, 10) is None
 
 
 def test_overlap_by_chance_is_that_of_all_sets():
-    """The expected intersection, counted over every pair of sets of three and two of six."""
+    """Counted over every pair of sets of three and two of six; of as many tensors as a UNet has."""
     pairs = list(itertools.product(itertools.combinations(range(6), 3), itertools.combinations(range(6), 2)))
-    both = sum(len(set(a) & set(b)) for a, b in pairs) / len(pairs)
+    mean = sum(masks.overlap(frozenset(a), frozenset(b)) for a, b in pairs) / len(pairs)
 
-    assert masks.overlap_by_chance(3, 2, 6) == pytest.approx(both / (5 - both))
+    assert masks.overlap_by_chance(3, 2, 6) == pytest.approx(mean)
+    both = 206 * 137 / 686  # expected: the index of large sets is near that of it
+    assert masks.overlap_by_chance(206, 137, 686) == pytest.approx(both / (206 + 137 - both), rel=0.01)
 
 
 def test_the_table_compares_seeds_and_random_masks():
@@ -86,7 +91,7 @@ def test_the_table_compares_seeds_and_random_masks():
     assert first["frozen_parameters"] == pytest.approx(52 / 200)
     assert first["correlation_with_start"] == 0.7
     assert first["overlap_of_seeds"] == pytest.approx(1 / 3)
-    assert first["overlap_by_chance"] == pytest.approx(0.4 / 3.6)
+    assert first["overlap_by_chance"] == pytest.approx((16 * (1 / 3) + 1) / 45)
     assert first["overlap_with_random"] == pytest.approx((0 + 1) / 2)
     assert first["random_overlap_of_seeds"] == 0
     assert lines["random_80", 0]["overlap_of_seeds"] is None
@@ -171,3 +176,39 @@ def test_columns_are_those_of_the_lines():
 
     assert tuple(line) == masks.COLUMNS
     assert len(list(csv.reader([",".join(masks.COLUMNS)]))[0]) == len(set(masks.COLUMNS))
+
+
+def test_overlap_is_tested_against_sets_as_large():
+    """Two equal sets of two of ten: one of 45 random pairs are; the smallest overlap is no evidence of anything."""
+    equal = [mask("mine", seed, [3, 7]) for seed in range(2)]
+    apart = [mask("mine", 0, [3, 7]), mask("mine", 1, [2, 4])]
+    deviation = (1 / 45 * 44 / 45 / 1999) ** 0.5
+
+    assert masks.overlap_p(equal) == pytest.approx(1 / 45, abs=4 * deviation + 1 / 2000)
+    assert masks.overlap_p(apart) == 1
+    assert masks.overlap_p(equal[:1]) is None
+    assert masks.overlap_p([equal[0], mask("mine", 1, [])]) is None
+    assert masks.overlap_p([*equal, mask("mine", 2, [3, 7])]) < 0.004  # 1 in 2025, by 4 deviations of 1,999 draws
+    # an empty mask overlaps with nothing: pairs with it say so, of the mask as of the draws
+    assert masks.overlap_p([*equal, mask("mine", 2, [])]) == pytest.approx(1 / 45, abs=4 * deviation + 1 / 2000)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (0.2, 0.2, True), (0.2, 0.25, True), (0.2, 0.26, False), (0.04, 0.05, True), (0.04, 0.06, False),
+        (0.01, 0.0, False), (0.005, 0.01, True), (0.8, 0.85, True), (0.8, 0.86, False),
+    ],
+)  # fmt: skip
+def test_as_large(first, second, expected):
+    """A quarter apart, or one tensor of a hundred; at most five points; nothing is as large as nothing."""
+    assert masks.as_large(first, second, 100) is expected
+
+
+def test_the_table_tells_what_no_data_gives():
+    """Beside masks that were learned; of random ones there is nothing to tell."""
+    learned = dataclasses.replace(mask("mine", 0, [0, 1]), without_data=frozenset(NAMES[1:3]))
+    first, second = masks.table([learned, mask("random", 0, [0, 1], "random_freeze")])
+
+    assert first["overlap_without_data"] == pytest.approx(1 / 3)
+    assert second["overlap_without_data"] is None

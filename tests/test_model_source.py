@@ -9,7 +9,7 @@ import pytest
 from harness import digests
 from harness.errors import UserMistake
 from harness.model_source import preflight, resolve_model
-from harness.suite import ModelSpec
+from harness.suite_spec import ModelSpec
 from tests.conftest import write_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

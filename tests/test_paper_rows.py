@@ -79,12 +79,12 @@ def test_only_freezeasguard_was_read_in_the_paper_itself():
 @pytest.mark.parametrize(
     ("table", "model", "defense", "setting", "metric", "printed"),
     [
-        ("1", "not stated", "component_freezing", "attention projectors frozen", "CLIP", "31.60"),
-        ("1", "not stated", "random_freezing", "50 % of the weights frozen at random, seed 2", "FID", "216.12"),
+        ("1", "not stated", "freeze_component", "attention projectors frozen", "CLIP", "31.60"),
+        ("1", "not stated", "random_freeze", "50 % of the weights frozen at random, seed 2", "FID", "216.12"),
         ("2", "real images", "", "innocent domain, Logo", "CLIP", "32.24"),
         ("2", "SD v1.5", "none", "illegal domain, 10 subjects of FF25", "FID", "143.58"),
         ("2", "SD v1.5", "freezeasguard", "illegal domain, Bill Gates; rho 20 %", "FID", "154.33"),
-        ("2", "SD v1.5", "random_freezing", "illegal domain, Angela Merkel; rho 80 %", "FID", "181.49"),
+        ("2", "SD v1.5", "random_freeze", "illegal domain, Angela Merkel; rho 80 %", "FID", "181.49"),
         ("2", "SD v1.5", "freezeasguard", "innocent domain, Logo; 10 illegal subjects; rho 1 %", "TOPIQ", "0.118"),
         ("3", "SD v1.5", "freezeasguard", "user's fine-tuning; rho 80 %", "GPU memory", "9.49"),
         ("3", "SD v1.5", "freezeasguard", "user's fine-tuning; rho 40 %", "time per batch", "1.00"),

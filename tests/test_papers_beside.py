@@ -39,3 +39,15 @@ def test_a_task_without_erasure_has_no_rows_of_relearning(project):
         rows = list(csv.DictReader(file))
     assert {row["task"] for row in rows} == {"adaptation"}
     assert {row["defense"] for row in rows} <= {"", "none"}
+
+
+def test_tables_on_freezing_speak_of_adaptation(project):
+    """They stand beside a suite that freezes, though its task begins with an erasure; with IMMA's beside `joint`."""
+    commit_all(project)
+    changed = ("--set", "tasks.personalization=null", "--set", "defenses=[none, random_freeze, joint]")
+    assert project.cli("table", *arguments(project), *changed, "--with-paper").code == 0
+
+    with open(project.runs / "small" / "paper_rows.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["task"], row["defense"]) for row in rows if row["paper"] == "freezeasguard"}
+    assert {("adaptation", "random_freeze"), ("adaptation", "imma"), ("adaptation", "none")} <= found

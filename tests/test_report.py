@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import adaptation_cost, masks
+from harness import adaptation_cost, masks, masks_against_random
 from harness.cli import main
 from harness.errors import ExitCode
 from harness.report import drawings, page, records, run_folder, sheets, views
@@ -246,6 +246,10 @@ def test_frozen_tensors_have_a_section_where_there_are_any(folder, tmp_path):
     name = {"task": "relearning", "defense": HOSTILE}
     learned = [{**name, "seed": seed, "frozen_tensors": 0.02 + seed / 10, "overlap_of_seeds": "x"} for seed in (1, 3)]
     write_csv(own / "masks.csv", [dict.fromkeys(masks.COLUMNS, "nan") | row for row in learned], masks.COLUMNS)
+    against = {**name, "family": "mine", "is_together": "true", "low": 0.4567, "frozen": "?", "verdict": "weaker"}
+    one = {**against, "is_together": "false", "verdict": "not of all"}
+    lines = [dict.fromkeys(masks_against_random.COLUMNS, "") | row for row in (against, one)]
+    write_csv(own / "masks_against_random.csv", lines, masks_against_random.COLUMNS)
     cost = dict.fromkeys(adaptation_cost.COLUMNS) | name | {"peak_memory_bytes": 5e6, "time_ratio": 0.123}
     write_csv(own / "adaptation_cost.csv", [cost], adaptation_cost.COLUMNS)
     page.make(own)
@@ -253,9 +257,11 @@ def test_frozen_tensors_have_a_section_where_there_are_any(folder, tmp_path):
 
     assert "#frozen" in found.values("a", "href")
     assert "22.0" in found.text and "5.0" in found.text and "0.12" in found.text
+    assert "0.457" in found.text and "weaker" in found.text and "not of all" not in found.text
     assert sum(1 for tag, _ in found.tags if tag == "script") == 1
     assert "<script>hacked=1</script>" in found.text
-    assert {"data/masks.csv", "data/adaptation_cost.csv"} <= set(found.values("a", "href"))
+    links = set(found.values("a", "href"))
+    assert {f"data/{name}.csv" for name in ("masks", "masks_against_random", "adaptation_cost")} <= links
 
 
 def test_foreign_keys_are_no_paths(tmp_path):

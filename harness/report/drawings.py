@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report.figures import COLOURS
+from harness.report.looks import COLOURS, Look, looks
 from harness.report.views import ConceptCurves, CurvePoint, Plane
 
 DARK = (
@@ -30,12 +30,12 @@ BOTTOM_IN = 1.0
 MARKERS = "osD^vP*X<>hd"
 
 
-def palette(defenses: Sequence[str]) -> dict[str, str]:
-    """Return a stand-in colour for each defense."""
-    return {defense: _STAND_INS[index % len(_STAND_INS)] for index, defense in enumerate(defenses)}
+def palette(defenses: Sequence[str]) -> dict[str, Look]:
+    """Return each defense's look, in stand-in colours."""
+    return looks(defenses, _STAND_INS)
 
 
-def recovery(path: Path, curves: ConceptCurves, colours: Mapping[str, str]) -> None:
+def recovery(path: Path, curves: ConceptCurves, own: Mapping[str, Look]) -> None:
     """Draw a panel for each attack: scores by step, a line a defense, whiskers the 95 % interval over seeds."""
     attacks = list(curves.attacks)
     per_row = min(PANELS_A_ROW, len(attacks))
@@ -46,7 +46,7 @@ def recovery(path: Path, curves: ConceptCurves, colours: Mapping[str, str]) -> N
         if place >= len(attacks):
             axis.set_axis_off()
             continue
-        _panel(axis, curves, curves.attacks[attacks[place]], colours)
+        _panel(axis, curves, curves.attacks[attacks[place]], own)
         axis.set_title(attacks[place], fontsize=9, color=INK)
         if place + per_row >= len(attacks):
             axis.set_xlabel("attack step", fontsize=8, color=INK)
@@ -58,18 +58,20 @@ def recovery(path: Path, curves: ConceptCurves, colours: Mapping[str, str]) -> N
     _save(figure, path)
 
 
-def _panel(axis, curves: ConceptCurves, by_defense: Mapping[str, Sequence[CurvePoint]], colours) -> None:
+def _panel(axis, curves: ConceptCurves, by_defense: Mapping[str, Sequence[CurvePoint]], own) -> None:
     steps = sorted({p.step for points in by_defense.values() for p in points})
     places = {step: index for index, step in enumerate(steps)}
+    apart = min(0.06, 0.7 / len(by_defense))  # whiskers beside, not over each other, and not in the next step's place
     for index, (defense, points) in enumerate(by_defense.items()):
-        aside = 0.06 * (index - (len(by_defense) - 1) / 2)  # whiskers beside, not over each other
+        aside = apart * (index - (len(by_defense) - 1) / 2)
         where, means = [places[p.step] + aside for p in points], [p.mean for p in points]
-        axis.plot(where, means, color=colours[defense], label=defense, lw=1.5, marker="o", ms=3)
+        look = own[defense]
+        axis.plot(where, means, look.line, color=look.colour, label=defense, lw=1.5, marker=look.mark, ms=3)
         known = [(x, p) for x, p in zip(where, points, strict=True) if p.low is not None]
         if known:
             low, high = [p.mean - p.low for _, p in known], [p.high - p.mean for _, p in known]
             axis.errorbar(
-                [x for x, _ in known], [p.mean for _, p in known], [low, high], fmt="none", ecolor=colours[defense],
+                [x for x, _ in known], [p.mean for _, p in known], [low, high], fmt="none", ecolor=look.colour,
                 elinewidth=0.8, alpha=0.55, capsize=1.5,
             )  # fmt: skip
     for value, style, label in ((curves.real, "--", "real images"), (curves.original, ":", "before erasure")):
@@ -79,7 +81,7 @@ def _panel(axis, curves: ConceptCurves, by_defense: Mapping[str, Sequence[CurveP
     _plain(axis)
 
 
-def plane(path: Path, shown: Plane, colours: Mapping[str, str]) -> None:
+def plane(path: Path, shown: Plane, own: Mapping[str, Look]) -> None:
     """Draw immunity over retention: a colour a defense, a small marker an attack, large the worst case, the front."""
     figure, axes = _figure(1, 1, 5.0, 3.6)
     axis = axes[0][0]
@@ -87,13 +89,14 @@ def plane(path: Path, shown: Plane, colours: Mapping[str, str]) -> None:
     has_worst = any(not p.attack for p in shown.points)
     for point in shown.points:
         is_worst = not point.attack
-        marker = "o" if is_worst else MARKERS[attacks.index(point.attack) % len(MARKERS)]
-        face = colours[point.defense] if point.valid else "none"
-        size = 90 if is_worst or not has_worst else 22
-        alpha = 1.0 if is_worst or not has_worst else 0.6
+        is_large = is_worst or not has_worst
+        look = own[point.defense]
+        marker = look.mark if is_large else MARKERS[attacks.index(point.attack) % len(MARKERS)]
+        face = look.colour if point.valid else "none"
+        size, alpha = (90, 1.0) if is_large else (22, 0.6)
         axis.scatter(
             100 * point.retention, 100 * point.immunity, s=size, marker=marker, facecolors=face,
-            edgecolors=colours[point.defense], linewidths=1.2, alpha=alpha, zorder=3 if is_worst else 2,
+            edgecolors=look.colour, linewidths=1.2, alpha=alpha, zorder=3 if is_worst else 2,
         )  # fmt: skip
     whole = {p.defense: p for p in shown.points if p.defense in shown.front and not (has_worst and p.attack)}
     ordered = sorted(whole.values(), key=lambda p: p.retention)
@@ -103,7 +106,7 @@ def plane(path: Path, shown: Plane, colours: Mapping[str, str]) -> None:
             lw=1, ls="--", zorder=1, label="Pareto front",
         )  # fmt: skip
     for defense in dict.fromkeys(p.defense for p in shown.points):
-        axis.scatter([], [], color=colours[defense], s=40, label=defense)
+        axis.scatter([], [], color=own[defense].colour, marker=own[defense].mark, s=40, label=defense)
     for attack in attacks if has_worst else ():
         marker = MARKERS[attacks.index(attack) % len(MARKERS)]
         axis.scatter([], [], color=FAINT, marker=marker, s=22, label=attack)
@@ -152,12 +155,14 @@ def _legend(figure, handles: Mapping[str, Any]) -> None:
     lines = -(-len(handles) // columns)
     missing = 0.48 + 0.18 * lines - BOTTOM_IN  # axis labels, and a line of the legend
     if missing > 0:
-        height, places = figure.get_figheight(), figure.subplotpars
+        height, grid = figure.get_figheight(), figure.axes[0].get_gridspec()  # the grid's own places count
         figure.set_figheight(height + missing)
-        figure.subplots_adjust(
-            bottom=(places.bottom * height + missing) / (height + missing),
-            top=(places.top * height + missing) / (height + missing),
+        grid.update(
+            bottom=(grid.bottom * height + missing) / (height + missing),
+            top=(grid.top * height + missing) / (height + missing),
         )
+        for axis in figure.axes:  # matplotlib does it for pyplot's figures alone
+            axis.set_position(axis.get_subplotspec().get_position(figure))
     figure.legend(
         list(handles.values()), list(handles), loc="lower center", ncols=columns, fontsize=8, frameon=False,
         labelcolor=INK, borderaxespad=0.1,

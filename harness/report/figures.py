@@ -6,13 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.report.looks import Look, looks
 from metrics.measurements import Measurements, Trial, measured
-
-# Okabe and Ito's palette, told apart by readers who do not see all colours, and four of Tol's muted one after it
-COLOURS = (
-    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442",
-    "#882255", "#999933", "#332288", "#44AA99",
-)  # fmt: skip
 
 
 def recovery_curves(rows: Iterable[Mapping[str, Any]] | Measurements, path: Path, role: str = "target") -> bool:
@@ -35,8 +30,7 @@ def recovery_curves(rows: Iterable[Mapping[str, Any]] | Measurements, path: Path
     from matplotlib import pyplot
 
     attacks = list(dict.fromkeys(attack for _, _, attack in made))
-    defenses = dict.fromkeys(defense for known in table.defenses.values() for defense in known)
-    colours = {defense: COLOURS[i % len(COLOURS)] for i, defense in enumerate(defenses)}
+    own = looks(list(dict.fromkeys(defense for known in table.defenses.values() for defense in known)))
     lines, columns, panels = _grid(list(dict.fromkeys(key[:2] for key in made)), attacks)
     figure, axes = pyplot.subplots(
         len(lines), len(columns), figsize=(max(5.0, 3.0 * len(columns)), 2.6 * len(lines)), squeeze=False,
@@ -48,7 +42,7 @@ def recovery_curves(rows: Iterable[Mapping[str, Any]] | Measurements, path: Path
         if key not in made:
             axis.set_axis_off()
             continue
-        _panel(axis, table, key, *made[key], role, colours)
+        _panel(axis, table, key, *made[key], role, own)
         drawn, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, drawn, strict=True))
         axis.set_title(key[2] if len(attacks) > 1 else f"{key[0]}: {key[1]}", fontsize=9)
@@ -85,7 +79,7 @@ def _panel(
     attacker: str,
     steps: Sequence[int],
     role: str,
-    colours: Mapping[str, str],
+    own: Mapping[str, Look],
 ) -> None:
     """Draw one task, metric and attack."""
     task, metric, attack = key
@@ -100,10 +94,12 @@ def _panel(
         curve = {step: _by_seed(found) for step, found in attacked.items() if found}
         means = {step: _mean(by_seed.values()) for step, by_seed in curve.items()}
         ordered = sorted(means)
-        colour = colours[defense]
-        axis.plot([places[s] for s in ordered], [means[s] for s in ordered], color=colour, label=defense, lw=1.6)
+        look = own[defense]
+        where, heights = [places[s] for s in ordered], [means[s] for s in ordered]
+        axis.plot(where, heights, look.line, color=look.colour, label=defense, lw=1.6)
         for step, by_seed in curve.items():
-            axis.plot([places[step]] * len(by_seed), list(by_seed.values()), ".", color=colour, ms=4, alpha=0.6)
+            heights = list(by_seed.values())
+            axis.plot([places[step]] * len(heights), heights, look.mark, color=look.colour, ms=2, mew=0, alpha=0.6)
     real = table.means(task, "", "", "", metric, 0, "real")
     levels = (
         ([value for (_, concept, _), value in real.items() if concept in concepts], "--", "real images"),

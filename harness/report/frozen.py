@@ -1,4 +1,4 @@
-"""The section on frozen tensors: masks and what they save, from the run folder's masks.csv and adaptation_cost.csv."""
+"""The section on frozen tensors, from the run folder's masks.csv, masks_against_random.csv and adaptation_cost.csv."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MASKS, COSTS, FIGURE = "masks.csv", "adaptation_cost.csv", "masks.png"
+MASKS, AGAINST, COSTS = "masks.csv", "masks_against_random.csv", "adaptation_cost.csv"
+FIGURES = ("masks.png", "masks_against_random.png")
 _SHOWN = (
-    "frozen_tensors", "frozen_parameters", "correlation_with_start", "correlation_with_signal", "overlap_of_seeds",
-    "overlap_by_chance", "overlap_with_random",
+    "frozen_tensors", "frozen_parameters", "overlap_without_data", "correlation_with_signal", "overlap_of_seeds",
+    "overlap_by_chance", "overlap_p",
+)  # fmt: skip
+_NUMBERS = (
+    "frozen", "frozen_random", "step", "reached_baseline", "reached_defense", "stronger_by", "low", "high",
+    "p_corrected", "retained_by",
 )  # fmt: skip
 
 
@@ -24,7 +29,15 @@ def of_run(folder: Path) -> dict[str, Any] | None:
     for row in masks:
         grouped.setdefault((row.get("task", ""), row.get("defense", "")), []).append(row)
     return {
-        "figure": (folder / FIGURE).is_file(),
+        "figures": [name for name in FIGURES if (folder / name).is_file()],
+        "against": [
+            {
+                **{name: row.get(name, "") for name in ("task", "metric", "family", "attack", "attacker", "verdict")},
+                **{name: _mean([row], name) for name in _NUMBERS},
+            }
+            for row in _read(folder / AGAINST)
+            if row.get("is_together") == "true"
+        ],
         "masks": [
             {"task": task, "defense": defense, "n": len(rows), **{name: _mean(rows, name) for name in _SHOWN}}
             for (task, defense), rows in grouped.items()

@@ -23,8 +23,8 @@ from metrics.leaderboard import by_concept, leaderboard
 
 FOLDER = "report"
 DATA = (
-    "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", frozen.MASKS, frozen.COSTS,
-    run_folder.RESOLVED,
+    "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", frozen.MASKS, frozen.AGAINST,
+    frozen.COSTS, run_folder.RESOLVED,
 )  # fmt: skip
 TEMPLATES = Path(report.__file__).parent / "template"
 
@@ -62,15 +62,15 @@ def make(path: Path, prompts: int = sheets.PROMPTS) -> Made:
 def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, int, int]:
     lines = leaderboard(run.table, run.gates)
     defenses = list(dict.fromkeys(name for known in run.table.defenses.values() for name in known))
-    colours = drawings.palette(defenses)
+    looks = drawings.palette(defenses)
     gallery = sheets.Gallery(folder / "images")
     shown, left_out = sheets.make(run, gallery, prompts)
     for name in DATA:
         if (run.path / name).is_file():
             shutil.copyfile(run.path / name, folder / "data" / name)
     masks = frozen.of_run(run.path)
-    if masks and masks["figure"]:
-        shutil.copyfile(run.path / frozen.FIGURE, folder / "figures" / frozen.FIGURE)
+    for name in masks["figures"] if masks else ():
+        shutil.copyfile(run.path / name, folder / "figures" / name)
     context = {
         "frozen": masks,
         "run": run,
@@ -79,9 +79,12 @@ def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, i
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "lines": lines,
         "metrics": list(run.table.about),
-        "defenses": [{"name": name, "colour": index % len(drawings.COLOURS)} for index, name in enumerate(defenses)],
+        "defenses": [
+            {"name": name, "again": index // len(drawings.COLOURS), "colour": index % len(drawings.COLOURS)}
+            for index, name in enumerate(defenses)
+        ],
         "columns": views.columns({name: _said(name) for name in BY_NAME}),
-        "tasks": _tasks(run, lines, curves(run.table), by_concept(run.table), shown, folder / "figures", colours),
+        "tasks": _tasks(run, lines, curves(run.table), by_concept(run.table), shown, folder / "figures", looks),
         "sheets_left_out": left_out,
         "failures": run.failures,
         "records": records.summary(run.store, run.scores),
@@ -100,7 +103,7 @@ def _said(name: str) -> str:
     return f"{found.formula}. {found.meaning}" if found.formula else found.meaning
 
 
-def _tasks(run, lines, soon, concepts, shown, figures: Path, colours) -> list[dict[str, Any]]:
+def _tasks(run, lines, soon, concepts, shown, figures: Path, looks) -> list[dict[str, Any]]:
     """Return the sections of each task, with the figures drawn."""
     planes, drawn = views.planes(lines), views.concept_curves(run.table)
     found = []
@@ -118,12 +121,12 @@ def _tasks(run, lines, soon, concepts, shown, figures: Path, colours) -> list[di
                 "reasons": views.reasons(lines, task),
                 "soon": _soon([line for line in soon if line["task"] == task]),
                 "planes": [
-                    (plane, _draw(drawings.plane, figures, f"plane-{place}-{i}", plane, colours))
+                    (plane, _draw(drawings.plane, figures, f"plane-{place}-{i}", plane, looks))
                     for i, plane in enumerate(p for p in planes if p.task == task)
                 ],
                 "concepts": _concepts(
                     [c for c in drawn if c.task == task], [c for c in concepts if c["task"] == task], figures, place,
-                    colours,
+                    looks,
                 ),
                 "sheets": _by_concept([sheet for sheet in shown if sheet.task == task]),
             }
@@ -131,8 +134,8 @@ def _tasks(run, lines, soon, concepts, shown, figures: Path, colours) -> list[di
     return found
 
 
-def _draw(draw, figures: Path, name: str, what, colours) -> str:
-    draw(figures / f"{name}.svg", what, colours)
+def _draw(draw, figures: Path, name: str, what, looks) -> str:
+    draw(figures / f"{name}.svg", what, looks)
     return f"figures/{name}.svg"
 
 
@@ -150,11 +153,11 @@ def _soon(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return tables
 
 
-def _concepts(drawn, concepts, figures: Path, place: int, colours) -> list[dict[str, Any]]:
+def _concepts(drawn, concepts, figures: Path, place: int, looks) -> list[dict[str, Any]]:
     """Return each concept with a figure for each metric, and its numbers at the last step."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for index, curve in enumerate(drawn):
-        file = _draw(drawings.recovery, figures, f"recovery-{place}-{index}", curve, colours)
+        file = _draw(drawings.recovery, figures, f"recovery-{place}-{index}", curve, looks)
         own = [
             line for line in concepts
             if (line["concept"], line["role"], line["metric"]) == (curve.concept, curve.role, curve.metric)

@@ -47,6 +47,11 @@ class MaskRule:
         held_back = 2 * (mask.mean() - self.ratio) / len(mask) * bend
         return self.learning_rate * signal * bend, self.sparsity * held_back
 
+    def moved(self, logits: Tensor, pulls: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the logits after a step of these pulls, in their own precision."""
+        by_signal, by_sparsity = pulls
+        return (logits.float() - by_signal - by_sparsity).to(logits.dtype)
+
 
 class Signal:
     """What takes the place of a in equation 8.
@@ -137,10 +142,10 @@ class MaskedWeights:
         """Move the mask by the gradient g of the upper loss with respect to theta."""
         signal = self.weights.inner(self.delta, slope)
         before = self.mask
-        by_signal, by_sparsity = self.rule.pulls(self.logits, self.signal.heard(signal))
-        self.logits = (self.logits.float() - by_signal - by_sparsity).to(self.logits.dtype)
+        pulls = self.rule.pulls(self.logits, self.signal.heard(signal))
+        self.logits = self.rule.moved(self.logits, pulls)
         self._shift(self.mask - before)
-        return MaskStep(signal, by_signal, by_sparsity)
+        return MaskStep(signal, *pulls)
 
     @torch.no_grad()
     def user_step(self, slope: Vector) -> None:

@@ -70,7 +70,7 @@ def _measure(given) -> dict[str, float]:
     from harness.models import warm
     from harness.run import Run
     from harness.stages.workplace import peak_memory_bytes, reset_peak_memory
-    from harness.suite import ModelSpec
+    from harness.suite_spec import ModelSpec
     from tests.benchmarks.bilevel import _resident_bytes
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

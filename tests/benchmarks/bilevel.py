@@ -93,7 +93,7 @@ def _model(given, device):
 
     if given.model == "testbed":
         from harness.model_source import resolve_model
-        from harness.suite import ModelSpec
+        from harness.suite_spec import ModelSpec
 
         return warm(resolve_model(ModelSpec(id="testbed"), "benchmark", Path()), device)
     return DiffusionModel(_sd_pipeline(), device)

@@ -47,7 +47,7 @@ def main() -> None:
 
 def _model(name: str, folder: Path) -> DiffusionModel:
     from harness.model_source import resolve_model
-    from harness.suite import ModelSpec
+    from harness.suite_spec import ModelSpec
 
     if name == "tiny":
         from tests import tiny

@@ -95,7 +95,7 @@ def _model(name: str, folder: Path):
 
     from harness.model_source import resolve_model
     from harness.models import DiffusionModel
-    from harness.suite import ModelSpec
+    from harness.suite_spec import ModelSpec
     from tests import tiny
 
     device = torch.device("cpu")

@@ -13,7 +13,7 @@ import pytest
 
 from harness.model_source import resolve_model
 from harness.run import Run
-from harness.suite import ModelSpec
+from harness.suite_spec import ModelSpec
 from tests import tiny
 
 

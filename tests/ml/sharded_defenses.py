@@ -22,7 +22,7 @@ from harness.model_source import resolve_model
 from harness.models import DiffusionModel
 from harness.protection import Protection
 from harness.run import Run, Sharding, World
-from harness.suite import ModelSpec
+from harness.suite_spec import ModelSpec
 
 COMMON = {"batch_size": 2, "upper_learning_rate": 1e-3}
 MIMA = {**COMMON, "rounds": 20, "lower_learning_rate": 0.5, "ridge": 1e-3}

@@ -13,7 +13,7 @@ from defenses.esd import Esd, Parameters, _Fresh, _Pool, negated, trained_names
 from harness import parameters
 from harness.model_source import resolve_model
 from harness.models import DiffusionModel
-from harness.suite import ModelSpec
+from harness.suite_spec import ModelSpec
 from tests import tiny
 
 SMALL = {"iterations": 6, "learning_rate": 1e-3, "sampling_steps": 5, "pool": 4, "batch_size": 2}

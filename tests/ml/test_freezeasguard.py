@@ -127,6 +127,26 @@ def test_the_signal_alone_freezes_what_lowers_the_illegal_loss(fresh, make_run, 
         assert moved * told["signal_mean"] <= 0, name
 
 
+@pytest.mark.parametrize("profile", ["paper", "released"])
+@pytest.mark.parametrize("binarise", ["threshold", "topk"])
+def test_what_no_data_gives(profile, binarise, fresh, make_run, tiny_folder):
+    """Deaf to its signal, learning ends where the same start leads without any; one that hears ends elsewhere."""
+    settings = {"profile": profile, "binarise": binarise, "ratio": 0.3, "sparsity": 800.0, "user_steps": 0}
+
+    def both(name: str, **changes) -> tuple[frozenset[str], frozenset[str]]:
+        protection, _ = learn(fresh(), make_run, tiny_folder, name, **settings, **changes)
+        starts = {tensor: told["logit_before"] for tensor, told in protection.details.items()}
+        parameters = dataclasses.replace(Parameters(), **{**SMALL, **settings, **changes})
+        return protection.frozen, FreezeAsGuard.mask_without_data(parameters, starts)
+
+    deaf, without = both("deaf", mask_learning_rate=1e-30)
+    assert 0 < len(without) < 0.7 * len(select(fresh().parameters(), "unet"))
+    assert deaf == without
+    hearing, again = both("hearing", normalise="adam", mask_learning_rate=3.0)
+    assert again == without
+    assert hearing != without
+
+
 def test_same_seed_same_mask(fresh, make_run, tiny_folder):
     """Another seed gives another start."""
     first, _ = learn(fresh(), make_run, tiny_folder, "a", binarise="topk")

@@ -110,6 +110,9 @@ def test_dress_rehearsal(folders, tmp_path, capsys):
     }  # fmt: skip
     assert all(float(m["correlation_with_start"]) > 0.3 for m in masks if m["defense"] != "random_freeze")
     assert (run / "masks.png").stat().st_size > 10_000
+    assert all(bool(m["overlap_without_data"]) == (m["defense"] != "random_freeze") for m in masks)
+    assert all(name in (run / "masks.md").read_text() for name in ("random_freeze", "released"))
+    assert (run / "masks_against_random.csv").is_file()
     with open(run / "adaptation_cost.csv", encoding="utf-8", newline="") as file:
         costs = {(c["defense"], c["attack"]): c for c in csv.DictReader(file)}
     assert float(costs["random_freeze", "full_finetune"]["trained_ratio"]) < 1
@@ -119,6 +122,11 @@ def test_dress_rehearsal(folders, tmp_path, capsys):
     assert float(costs["random_freeze", "adaptive"]["trained_ratio"]) == 1
     with open(run / "leaderboard.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
+    with open(run / "freezing.csv", encoding="utf-8", newline="") as file:
+        shown = list(csv.DictReader(file))
+    assert [(line["defense"], line["step"]) for line in shown] == [(line["defense"], line["step"]) for line in lines]
+    assert {line["n_protected"] for line in shown} == {"2"}
+    assert "| released |" in (run / "freezing.md").read_text()
     for line in lines:
         if line["attack"] == "adaptive":
             assert float(line["target_defended"]) == float(line["target_none"])

@@ -10,7 +10,7 @@ import torch
 from harness.errors import UserMistake
 from harness.model_source import ModelSource, resolve_model
 from harness.models import DiffusionModel, warm
-from harness.suite import ModelSpec
+from harness.suite_spec import ModelSpec
 from harness.training.selection import select
 
 

@@ -17,7 +17,7 @@ from harness import registry
 from harness.model_source import resolve_model
 from harness.models import DiffusionModel
 from harness.protection import Protection
-from harness.suite import ModelSpec
+from harness.suite_spec import ModelSpec
 from harness.words import Words
 from tests import tiny
 
