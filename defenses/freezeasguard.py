@@ -132,7 +132,7 @@ class FreezeAsGuard(Defense):
     """A learned set of tensors that the publisher's fine-tuning API keeps frozen; no weight is changed."""
 
     name = "freezeasguard"
-    version = 2
+    version = 3
     threat_model = ThreatModel(must_honour=("frozen",), may_restore=())
     can_shard = True
     Parameters = Parameters
@@ -217,6 +217,7 @@ class FreezeAsGuard(Defense):
         domains = Domains(
             model, run, targets, preserved,
             batch_size=p.batch_size, flip=p.flip, seed=run.seed_for("noise"), is_mixed=is_mixed,
+            stream="mask",  # not the draws that theta_ft was fitted to: they share the seed
         )  # fmt: skip
         theta = model.use_up(names)
         # no level trains: masks and user steps move the weights themselves

@@ -19,7 +19,7 @@ COLUMNS = (
     "task", "defense", "attack", "attacker", "n_adaptations", "trained_parameters", "trained_bytes", "optimizer_bytes",
     "peak_memory_bytes", "seconds_per_step", "trained_ratio", "peak_memory_ratio", "time_ratio",
 )  # fmt: skip
-"""Ratios are to the undefended model's line of the same task, attack and attacker."""
+"""Ratios are to the undefended model's adaptations of the same concepts and seeds, as far as both are done."""
 _RATIOS = {
     "trained_ratio": "trained_parameters",
     "peak_memory_ratio": "peak_memory_bytes",
@@ -33,8 +33,9 @@ _HEAD = (
 
 def lines(plan: Plan, store: Store) -> list[dict[str, Any]]:
     """Return the lines of adaptation_cost.csv."""
-    keys: dict[tuple, dict[str, int]] = {}  # of a line -> key of an adaptation -> steps
+    made: dict[tuple, dict[tuple, str]] = {}  # of a line: of an adaptation (protected set, concept, seed) its key
     undefended: dict[tuple, tuple] = {}
+    costs: dict[str, dict[str, float | None]] = {}
     for trial in plan.trials:
         if not trial.attack:
             continue
@@ -42,20 +43,31 @@ def lines(plan: Plan, store: Store) -> list[dict[str, Any]]:
         if trial.method == "none":
             undefended[trial.task, trial.attack, trial.attacker] = name
         adapted = plan.stages[trial.sample].inputs["adapt"]
-        if store.has("adapt", adapted):
-            keys.setdefault(name, {})[adapted] = trial.steps[-1]
-    costs = {name: _mean([_cost(store.record("adapt", k), n) for k, n in own.items()]) for name, own in keys.items()}
+        if adapted not in costs and store.has("adapt", adapted):
+            costs[adapted] = _cost(store.record("adapt", adapted), trial.steps[-1])
+        if adapted in costs:
+            made.setdefault(name, {})[trial.protected, trial.concept, trial.seed] = adapted
     result = []
-    for name, cost in costs.items():
+    for name, own in made.items():
         task, _, attack, attacker = name
-        base = costs.get(undefended.get((task, attack, attacker), ()), {})
-        ratios = {
-            ratio: cost[column] / base[column] if cost[column] is not None and base.get(column) else None
-            for ratio, column in _RATIOS.items()
-        }
+        base = made.get(undefended.get((task, attack, attacker), ()), {})
+        pairs = dict.fromkeys((key, base[adapted]) for adapted, key in own.items() if adapted in base)
+        left, right = ([costs[pair[side]] for pair in pairs] for side in (0, 1))
         line = dict(zip(COLUMNS, name, strict=False))
-        result.append({**line, "n_adaptations": len(keys[name]), **cost, **ratios})
+        keys = dict.fromkeys(own.values())
+        result.append({**line, "n_adaptations": len(keys), **_mean([costs[k] for k in keys]), **_ratios(left, right)})
     return result
+
+
+def _ratios(own: Sequence[Mapping[str, float | None]], base: Sequence[Mapping[str, float | None]]) -> dict:
+    """Return the ratios of means over adaptations in pairs; None where there are none, or something is not known."""
+    if not own:
+        return dict.fromkeys(_RATIOS)
+    means, of_base = _mean(own), _mean(base)
+    return {
+        ratio: means[column] / of_base[column] if means[column] is not None and of_base[column] else None
+        for ratio, column in _RATIOS.items()
+    }
 
 
 def _cost(record: Mapping[str, Any], steps: int) -> dict[str, float | None]:

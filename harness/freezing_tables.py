@@ -10,12 +10,14 @@ A paper's numbers, where they are asked for, stand beside in columns of their ow
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from harness.masks import Mask
+from metrics.measurements import Measurements
 from metrics.paper_rows import PaperRow
 
 METHODS = ("freezeasguard", "random_freeze", "freeze_component")
@@ -23,7 +25,7 @@ METHODS = ("freezeasguard", "random_freeze", "freeze_component")
 COLUMNS = (
     "task", "n_protected", "n_targets", "metric", "unit", "step", "attack", "attacker", "defense", "method", "profile",
     "ratio", "frozen", "parameters", "target_original", "target_none", "target_defended", "sgr", "sgr_low", "sgr_high",
-    "innocent_none", "innocent_defended", "innocent_sgr", "utility", "valid",
+    "innocent_none", "innocent_defended", "innocent_sgr", "utility", "valid", "is_felt",
 )  # fmt: skip
 """Of freezing.csv: the leaderboard's, with the ratio that was asked for and the shares that are frozen."""
 LEGEND = (
@@ -38,15 +40,19 @@ PAPER_LEGEND = (
     "erases, as the released pipeline does before it freezes, and its Full FT, which was not erased, where it does "
     "not. Masks that are in no paper have none of its numbers."
 )
+_AS_PRINTED = {"normalise": "none", "binarise": "threshold", "of": "tensors"}
+"""Parameters of masks that are in the paper, where a method has them."""
 _RHO = re.compile(r"; rho (\d+) %")
 Name = tuple[str, int | None]
 """A paper's defense, and its ratio in %."""
 
 
-def lines(leaders: Sequence[Mapping[str, Any]], masks: Sequence[Mask], together: Mapping[str, int]) -> list[dict]:
+def lines(
+    leaders: Sequence[Mapping[str, Any]], masks: Sequence[Mask], together: Mapping[str, int], table: Measurements
+) -> list[dict[str, Any]]:
     """Return the lines of freezing.csv, in the leaderboard's order.
 
-    `together`: how many concepts are protected together in each task.
+    `together`: how many concepts are protected together in each task; `table`: what the leaderboard was made from.
     """
     by_defense: dict[tuple[str, str], list[Mask]] = {}
     for mask in masks:
@@ -60,23 +66,38 @@ def lines(leaders: Sequence[Mapping[str, Any]], masks: Sequence[Mask], together:
             "ratio": own[0].ratio if own else None,
             "frozen": sum(mask.share for mask in own) / len(own) if own else 0.0,
             "parameters": sum(mask.share_of_parameters for mask in own) / len(own) if own else 0.0,
+            "is_felt": not _is_undefended(leader, table),
         }
         found.append({column: told[column] for column in COLUMNS})
     return found
 
 
-def paper_names(found: Sequence[Mapping[str, Any]], masks: Sequence[Mask]) -> dict[tuple[str, str], Name]:
-    """Return (task, defense) -> its name in the paper; what is in no paper is left out."""
+def _is_undefended(leader: Mapping[str, Any], table: Measurements) -> bool:
+    none = table.undefended[leader["task"]]
+    attack = (leader["task"], leader["attack"], leader["attacker"])
+    return none is not None and table.shares_images(*attack, leader["defense"], none)
+
+
+def paper_names(
+    found: Sequence[Mapping[str, Any]], masks: Sequence[Mask], erasing: Collection[str]
+) -> dict[tuple[str, str], Name]:
+    """Return (task, defense) -> its name in the paper; what is in no paper is left out.
+
+    `erasing` are the tasks whose concepts were erased first.
+    """
     names: dict[tuple[str, str], Name] = {}
     for line in found:
-        is_erased = line["target_original"] is not None
+        is_erased = line["task"] in erasing
         name = {"none": "uce" if is_erased else "none", "joint": "imma", "uce": "" if is_erased else "uce"}
         if name.get(line["method"]):
             names[line["task"], line["defense"]] = (name[line["method"]], None)
     for mask in masks:
-        as_printed = mask.parameters.get("normalise", "none") == "none" and mask.parameters.get("of") != "parameters"
-        if mask.method in METHODS and mask.ratio is not None and as_printed:
-            names[mask.task, mask.defense] = (mask.method, round(100 * mask.ratio))
+        percent = 0 if mask.ratio is None else round(100 * mask.ratio)
+        as_printed = mask.given == "all" and all(
+            mask.parameters.get(name, value) == value for name, value in _AS_PRINTED.items()
+        )
+        if mask.method in METHODS and as_printed and percent and math.isclose(100 * mask.ratio, percent):
+            names[mask.task, mask.defense] = (mask.method, percent)
     return names
 
 
@@ -152,8 +173,8 @@ def _cost(costs, found, printed, names) -> list[str]:
     for (task, attack), own in groups.items():
         freezing = [cost for cost in own if about[task, cost["defense"]]["frozen"]]
         most = max(cost["trained_parameters"] or 0 for cost in own)
-        if freezing and all(cost["trained_parameters"] == most for cost in freezing):
-            continue  # trains weights of its own
+        if all(cost["trained_parameters"] == most for cost in freezing):
+            continue  # nothing is frozen here, or it trains weights of its own
         head = ["defense", "tensors %", "weights, MB", "optimizer, MB", "peak, MB", "s / step"]
         head += ["weights, share", "memory, share", "time, share"]
         rows = []
@@ -245,7 +266,7 @@ def _percent(value: float) -> str:
 def _sgr(line: Mapping[str, Any]) -> str:
     if line.get("sgr") is None or line["method"] == "none":
         return "–"
-    if line["sgr"] == 0 and line["sgr_low"] == line["sgr_high"]:
+    if not line["is_felt"]:
         return "as none"
     around = "" if line["sgr_low"] is None else f" ({100 * line['sgr_low']:.0f} to {100 * line['sgr_high']:.0f})"
     return f"{100 * line['sgr']:+.0f}{around}"

@@ -134,7 +134,8 @@ class Mask:
     numbers: Mapping[str, float]  # of the stage's ledger
     without_data: frozenset[str] | None = None  # what its start gives with no data; None: not learned
     parameters: Mapping[str, Any] = field(default_factory=dict)  # the method's
-    given: str = ""  # which concepts of the set it protects, and whether it is weak on purpose
+    given: str = "all"  # which concepts of the set it protects, and whether it is weak on purpose
+    stage: str | None = None  # key of the defense's stage: of masks that no seed changes there is one for all seeds
 
     @property
     def share(self) -> float:
@@ -156,6 +157,10 @@ class Mask:
         """What masks of one family have in common: everything but the ratio."""
         own = {name: value for name, value in self.parameters.items() if name != "ratio"}
         return digest_of_json([self.method, own, self.given])
+
+    def is_same(self, other: Mask) -> bool:
+        """Tell whether it is the other mask: of the same seed, or the same stage's, which no seed changes."""
+        return self.seed == other.seed or (self.stage is not None and self.stage == other.stage)
 
     @property
     def group(self) -> tuple:
@@ -186,6 +191,7 @@ def of_run(plan: Plan, store: Store) -> list[Mask]:
             _without_data(trial.method, plan.stages[trial.released], rows),
             plan.stages[trial.released].parameters.get("parameters", {}),
             _given(plan.stages[trial.released], trial),
+            trial.released,
         )
     return list(found.values())
 
@@ -209,10 +215,10 @@ def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
     groups: dict[tuple, list[Mask]] = {}
     for mask in masks:
         groups.setdefault(mask.group, []).append(mask)
-    tests = {group: overlap_p(own) for group, own in groups.items()}
+    tests = {group: overlap_p(_distinct(own)) for group, own in groups.items()}
     lines = []
     for mask in masks:
-        others = [other for other in groups[mask.group] if other.seed != mask.seed]
+        others = [other for other in groups[mask.group] if not mask.is_same(other)]
         random = [
             m
             for m in masks
@@ -244,6 +250,14 @@ def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def _distinct(masks: Sequence[Mask]) -> list[Mask]:
+    found: list[Mask] = []
+    for mask in masks:
+        if not any(mask.is_same(other) for other in found):
+            found.append(mask)
+    return found
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -8,7 +8,7 @@
              all families; over families for those taken together
 
 A defense that froze nothing has no line, nor has an attack that feels nothing of a mask: one that ignores it, or that
-trains weights of its own. No torch here.
+trains weights of its own, so that its images are the same stages' on both. No torch here.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def families(masks: Sequence[Mask]) -> list[Family]:
     share = {name: _mean(mask.share for mask in own) for name, own in by_defense.items()}
     elements = {name: _mean(mask.share_of_parameters for mask in own) for name, own in by_defense.items()}
     random = [name for name, own in by_defense.items() if own[0].method == "random_freeze"]
-    found = []
+    found: list[Family] = []
     for (task, _), defenses in grouped.items():
-        pairs = []
+        pairs: list[Pair] = []
         for name in ((task, defense) for defense in defenses):
             own, total = share[name], len(by_defense[name][0].elements)
             fitting = [other for other in random if other[0] == task and as_large(own, share[other], total)]
@@ -94,13 +94,14 @@ def families(masks: Sequence[Mask]) -> list[Family]:
                 pairs.append(Pair(name[1], near[1], (own, share[near]), (elements[name], elements[near])))
         if pairs:
             taken = {family.name for family in found if family.task == task}
+            taken |= {name for of, name in by_defense if of == task and name not in defenses}
             ordered = sorted(pairs, key=lambda pair: pair.shares[0])
             found.append(Family(task, _name(defenses, taken), tuple(ordered)))
     return found
 
 
 def _name(defenses: Sequence[str], taken: Collection[str]) -> str:
-    """Return what the names share at their beginning; the first where that is nothing, or another family's."""
+    """Return what the names share at their beginning; the first where that is nothing, or another's name."""
     shared = os.path.commonprefix(list(defenses)).rstrip("0123456789_-.+")
     return shared if len(defenses) > 1 and shared and shared not in taken else defenses[0]
 
@@ -133,12 +134,12 @@ def _compared(
 ) -> Compared | None:
     """Return what is said of the mean over some pairs; None where it is not measured, or nothing of a mask is felt."""
     sides = [pair.defense for pair in pairs], [pair.random for pair in pairs]
+    if all(table.shares_images(*key[:3], pair.defense, pair.random) for pair in pairs):
+        return None
     compared = compare_sides(table, [key], sides, draws)
     if compared is None:
         return None
     line, found = compared
-    if line["stronger_by"] == 0.0 and line["low"] == line["high"]:
-        return None  # the very same stages
     about = {
         "family": family.name,
         "is_together": None,
@@ -159,18 +160,18 @@ def markdown(overlaps: Sequence[dict[str, Any]], against: Sequence[dict[str, Any
     """Return masks.md: of each defense how its masks agree, then the lines, those of all ratios first."""
     text = ["# Masks of frozen tensors", "", "## Do masks agree?", ""]
     text += [
-        "Means over seeds and protected sets. Overlap is |A and B| / |A or B|; p: the chance that random sets as large "
-        "overlap as much. The mask that no data gives: learned from the same start with a signal of zero.",
+        "Means over seeds. Overlap is |A and B| / |A or B|; p: the chance that random sets as large overlap as much, "
+        "not corrected. The mask that no data gives: learned from the same start with a signal of zero.",
         "",
-        "| task | defense | masks | " + " | ".join(header for _, header, _, _ in _OVERLAPS) + " |",
-        "| --- | --- |" + " ---: |" * (len(_OVERLAPS) + 1),
+        "| task | defense | protected | masks | " + " | ".join(header for _, header, _, _ in _OVERLAPS) + " |",
+        "| --- | --- | --- |" + " ---: |" * (len(_OVERLAPS) + 1),
     ]
-    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in overlaps:
-        grouped.setdefault((line["task"], line["defense"]), []).append(line)
-    for (task, defense), own in grouped.items():
+        grouped.setdefault((line["task"], line["defense"], line["protected"]), []).append(line)
+    for (task, defense, protected), own in grouped.items():
         texts = [_mean_text([line[c] for line in own], factor, digits) for c, _, factor, digits in _OVERLAPS]
-        text.append(f"| {task} | {defense} | {len(own)} | {' | '.join(texts)} |")
+        text.append(f"| {task} | {defense} | {protected} | {len(own)} | {' | '.join(texts)} |")
     for is_together, title in ((True, "All ratios together"), (False, "Each ratio")):
         own = [line for line in against if line["is_together"] == is_together]
         for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in own):

@@ -51,7 +51,8 @@ def show(plan: Plan, seeds: int, given, own_folder: Path, console) -> None:
         raise UserMistake(f"--pilot {one_line(folder)}: {one_line(what, 400)}")
     lines = seeds_needed(table, value, is_share=is_share, planned_seeds=seeds, asked=set(asked), between=between)
     if not lines:
-        raise UserMistake(f"--pilot {one_line(folder)}: no attack was made on two defenses in the same task")
+        what = "no attack was made on two defenses in the same task that it feels"
+        raise UserMistake(f"--pilot {one_line(folder)}: {what}")
     if all(line["limit"] == "one seed" for line in lines):
         raise UserMistake(f"--pilot {one_line(folder)}: one seed tells nothing of another run; a pilot needs two")
     _print(lines, is_share, seeds, console)

@@ -65,7 +65,7 @@ class Ledger:
 
     forward_passes: float = 0.0  # UNet passes over one sample
     backward_passes: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase: load, encode, train, sample, score
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase: load, encode, train, save, sample, score
     peak_memory_bytes: int = 0
     numbers: dict[str, float] = field(default_factory=dict)  # what a method wants to tell, such as a final loss
 

@@ -29,7 +29,7 @@ from metrics.paper_rows import PaperRow
 
 STATE = "tables.json"
 """What the tables in a folder were made from."""
-VERSION = 10
+VERSION = 11
 """Raised when the same rows make other tables or figures."""
 _AGAINST = "masks_against_random.png"
 FILES = (
@@ -120,8 +120,9 @@ def write(
         together = {trial.task: 0 for trial in plan.trials}
         for trial in plan.trials:
             together[trial.task] = max(together[trial.task], len(trial.protected))
-        shown = freezing_tables.lines(lines, frozen, together)
-        names = freezing_tables.paper_names(shown, frozen)
+        erasing = {trial.task for trial in plan.trials if trial.defense == "original"}
+        shown = freezing_tables.lines(lines, frozen, together, table)
+        names = freezing_tables.paper_names(shown, frozen, erasing)
         order = list(dict.fromkeys(name for known in table.defenses.values() for name in known))
         write_csv(folder / "freezing.csv", shown, freezing_tables.COLUMNS)
         write_text(folder / "freezing.md", freezing_tables.markdown(shown, costs, order, papers, names))

@@ -17,6 +17,7 @@ sample, so that the choice of the attack is part of the chance. An attack that s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def paired_cells(
     """Return ([sides x attacks, prompts, seeds] of each concept, number of seeds): a side's attacks, then the next's.
 
     Concepts and seeds that were measured throughout: in every attack, on all sides, with the same number of prompts.
-    Of several defenses of a side the mean.
+    Of an unfinished run that is the choice of seeds that leaves most of it. Of several defenses of a side the mean.
     """
     found = [
         table.values(task, defense, attack, attacker, metric, step, role)
@@ -173,8 +174,7 @@ def paired_cells(
     order = [cell for cell in dict.fromkeys(trial[:2] for trial in found[0]) if cell in by_cell]
     if not order:
         return [], 0
-    # seeds that most concepts have: one that few lack must not take it from the others
-    seeds = sorted(max((frozenset(by_cell[cell]) for cell in order), key=lambda s: (len(s), sorted(s))))
+    seeds = _seeds_kept(list(by_cell.values()))
     arrays = []
     for cell in order:
         listed = [[values[(*cell, seed)] for seed in seeds] for values in found if set(seeds) <= by_cell[cell]]
@@ -184,6 +184,17 @@ def paired_cells(
             by_defense = values.reshape(-1, len(keys), *values.shape[1:])
             arrays.append(np.concatenate([of_side.mean(axis=0) for of_side in np.split(by_defense, ends)]))
     return arrays, len(seeds)
+
+
+def _seeds_kept(by_concept: Sequence[set[int]]) -> list[int]:
+    """Return the seeds whose rectangle of concepts that have them all is largest; of equal ones that of most seeds."""
+    known = {frozenset(own) for own in by_concept}
+    choices = known | {a & b for a, b in combinations(known, 2)}
+
+    def kept(seeds: frozenset[int]) -> tuple:
+        return len(seeds) * sum(seeds <= own for own in by_concept), len(seeds), sorted(seeds)
+
+    return sorted(max(choices, key=kept))
 
 
 def gap_of_greatest(attacks: int, sign: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -433,7 +433,8 @@ FREEZING = (
     ),
     Definition(
         "overlap_of_seeds", "overlap of seeds", "mean over other seeds of |A and B| / |A or B|",
-        "Whether learning finds the same tensors again. Beside overlap_by_chance.",
+        "Whether learning finds the same tensors again. Beside overlap_by_chance. Empty for masks that "
+        "no seed changes.",
         "Jaccard index",
     ),
     Definition(
@@ -489,6 +490,12 @@ FREEZING = (
     ),
     Definition("parameters_random", "frozen parameters, random", "the same", "Of the random ones beside them.", OURS),
     Definition(
+        "is_felt", "felt", "",
+        "Whether the attacker feels anything of the defense. false: its images are those of the undefended model, the "
+        "very same stages. In freezing.csv.",
+        OURS,
+    ),
+    Definition(
         "n_protected", "protected together", "",
         "How many concepts are protected together, in the largest set of a task.",
         OURS,
@@ -513,11 +520,14 @@ FREEZING = (
         "Without loading, encoding and saving. Stages that run side by side slow each other.",
         OURS,
     ),
-    Definition("trained_ratio", "trained parameters, ratio", "to the undefended model's line", "What is left.", OURS),
-    Definition("peak_memory_ratio", "peak memory, ratio", "to the undefended model's line", "What is left.", OURS),
-    Definition("time_ratio", "time, ratio", "to the undefended model's line", "What is left.", OURS),
+    Definition(
+        "trained_ratio", "trained parameters, ratio", "defended / undefended",
+        "What is left of them: means over the adaptations of the same concepts and seeds that both models have.", OURS,
+    ),
+    Definition("peak_memory_ratio", "peak memory, ratio", "defended / undefended", "The same.", OURS),
+    Definition("time_ratio", "time, ratio", "defended / undefended", "The same.", OURS),
 )  # fmt: skip
-"""Columns of masks.csv, masks_against_random.csv and adaptation_cost.csv: where a defense freezes tensors."""
+"""Columns of the tables on defenses that freeze tensors, masks.csv to adaptation_cost.csv."""
 
 SECTIONS: tuple[tuple[str, tuple[Definition, ...]], ...] = (
     ("Gaps and shares", GAPS),

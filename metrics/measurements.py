@@ -35,6 +35,7 @@ class Measurements:
         """The metric that tells copying from learning."""
         self._values: dict[tuple, dict[Trial, list[float]]] = {}
         self._means: dict[tuple, dict[Trial, float]] = {}
+        self._samples: dict[tuple[str, str, str, str], dict[Trial, str]] = {}
         seen: dict[tuple, None] = {}
         for row in rows:
             self._take(row, seen)
@@ -45,6 +46,8 @@ class Measurements:
         key = (task, defense, attack, row["attacker"], metric, int(row["step"]), row["role"])
         trial = (row["protected"], row["concept"], int(row["seed"]))
         self._values.setdefault(key, {}).setdefault(trial, []).append(float(row["value"]))
+        if row.get("sample_key"):
+            self._samples.setdefault((task, defense, attack, row["attacker"]), {})[trial] = row["sample_key"]
         if row["direction"] == "none":
             self.guard = self.guard or metric
             return
@@ -85,6 +88,15 @@ class Measurements:
             values = self._values.get(key, {})
             self._means[key] = {trial: math.fsum(listed) / len(listed) for trial, listed in values.items()}
         return self._means[key]
+
+    def shares_images(self, task: str, attack: str, attacker: str, defense: str, other: str) -> bool:
+        """Tell whether the attack's images are the very same stages' for two defenses, wherever both were attacked.
+
+        So it is where the attacker feels neither: by identity, not by value, as scores may agree for other reasons.
+        """
+        first, second = (self._samples.get((task, name, attack, attacker), {}) for name in (defense, other))
+        both = first.keys() & second.keys()
+        return bool(both) and all(first[trial] == second[trial] for trial in both)
 
 
 def measured(rows: Iterable[Mapping[str, Any]] | Measurements) -> Measurements:

@@ -2,8 +2,9 @@
 
 A claim is what `metrics.compare` makes of two defenses: that under an attack one protects more. How sure it is depends
 on how much the difference between two defenses varies over seeds and prompts, which a pilot of two seeds or more tells:
-of every pair of its defenses (those made weak on purpose left out) both variances are estimated as `compare` does, and
-their means taken, for two defenses that vary as the pilot's do.
+of every pair of its defenses (those made weak on purpose left out, and of those that an attacker feels nothing of, so
+that they share their images, all but one) both variances are estimated as `compare` does, and their means taken, for
+two defenses that vary as the pilot's do.
 
     difference    that is to be found, in the metric's unit; as a share: of what the attack reaches on the undefended
                   model (SGR, taken of the mean over targets)
@@ -57,8 +58,8 @@ def seeds_needed(
 ) -> list[dict[str, Any]]:
     """Return a line for each task, metric and attack of the pilot, at the attack's last step, and the worst case.
 
-    `asked` leaves out what stands not in it, `between` all pairs but one. Where no two defenses were attacked alike
-    there is no line.
+    `asked` leaves out what stands not in it, `between` all pairs but one. Where no two defenses were attacked alike,
+    or all share their images, there is no line.
     """
     table = measured(rows)
     wanted = [key for key in table.groups if asked is None or (key[0], key[3], key[1]) in asked]
@@ -87,6 +88,11 @@ def _line(
     sign = table.sign(metric)
     defenses = [name for name in table.defenses[task] if name not in table.weak.get(task, ())]
     pairs = [between] if between else list(combinations(defenses, 2))
+    met: set[str] = set()  # those of which another already stands for the same images
+    for first, second in pairs:
+        if first not in met and _are_same(table, keys, first, second):
+            met.add(second)
+    pairs = [pair for pair in pairs if not met & set(pair)]
     found: dict[tuple[int, int, int], list[Estimate]] = {}
     for pair in pairs:
         cells, seeds = paired_cells(table, keys, [(name,) for name in pair], "target")
@@ -115,6 +121,11 @@ def _line(
         "covers": pooled.covers,
         "pooled": pooled,
     }
+
+
+def _are_same(table: Measurements, keys: list[Key], first: str, second: str) -> bool:
+    """Tell whether every one of the attacks feels nothing of two defenses: a pair that varies by nothing."""
+    return all(table.shares_images(key[0], key[1], key[2], first, second) for key in keys)
 
 
 def _pooled(estimates: list[Estimate]) -> Estimate:

@@ -115,14 +115,34 @@ def test_one_seed_is_not_tested():
 # -- what is compared --------------------------------------------------------------------------------------------
 
 
-def test_what_one_side_lacks_is_left_out():
-    """A seed of one concept; the other concept keeps all of its own."""
-    whole = rows({"mine": noise(1), "theirs": noise(2)})
-    cat = rows({"mine": noise(3), "theirs": noise(4)}, concept="cat", protected="cat")
-    cat = [r for r in cat if not (r["defense"] == "mine" and r["seed"] == 2)]
-    line = only(compare(whole + cat, "mine", ["theirs"]))
+@pytest.mark.parametrize(
+    ("finished", "targets", "seeds"),
+    [
+        ({"dog": 3, "cat": 2}, 2, 2),
+        ({"dog": 3, "cat": 2, "owl": 2, "bat": 2, "ant": 2}, 5, 2),
+        ({"dog": 3, "cat": 3, "owl": 3, "bat": 1}, 3, 3),
+        ({"dog": 3, "cat": 1, "owl": 1}, 1, 3),  # as much either way: with seeds there is a test
+    ],
+)
+def test_of_an_unfinished_run_most_is_kept(finished, targets, seeds):
+    """Concepts times the seeds that all of them have, on both sides."""
+    found = []
+    for place, (concept, count) in enumerate(finished.items()):
+        own = rows({"mine": noise(place), "theirs": noise(9 - place)}, concept=concept, protected=concept)
+        found += [r for r in own if r["defense"] == "theirs" or r["seed"] < count]
+    line = only(compare(found, "mine", ["theirs"]))
 
-    assert (line["n_targets"], line["n_seeds"]) == (1, 3)
+    assert (line["n_targets"], line["n_seeds"]) == (targets, seeds)
+
+
+def test_one_seed_of_each_that_others_lack():
+    """Seeds that two concepts share, though neither has these alone."""
+    kept = {"dog": (0, 1), "cat": (1, 2), "owl": (1, 2)}
+    made = {name: rows({"mine": noise(1), "theirs": noise(2)}, concept=name, protected=name) for name in kept}
+    found = [r for name, own in made.items() for r in own if r["seed"] in kept[name]]
+    line = only(compare(found, "mine", ["theirs"]))
+
+    assert (line["n_targets"], line["n_seeds"]) == (2, 2)
 
 
 def test_concepts_count_alike_whatever_their_prompts():

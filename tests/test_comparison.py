@@ -9,12 +9,13 @@ import pytest
 
 from harness.cli import main
 from harness.errors import ExitCode
+from harness.identity import digest_of_json
 from harness.rows import COLUMNS, write_csv
 from tests.test_compare import noise, rows
 
 HOSTILE = "<script>alert(1)</script>|&\\%_../x"
 FILLED = {"protected": "dog", "prompt": "a dog", "range": "-1..1", "preprocessing": "p", "library": "l",
-          "sample_key": "k", "score_key": "k", "is_weak": False, "n_probes": 0}  # fmt: skip
+          "score_key": "k", "is_weak": False, "n_probes": 0}  # fmt: skip
 
 
 def write(folder, values: dict[str, np.ndarray], rename=None, **changes):
@@ -23,6 +24,7 @@ def write(folder, values: dict[str, np.ndarray], rename=None, **changes):
     found = [{**FILLED, **r} for r in rows(values, **changes)]
     for row in found:
         row["defense"] = (rename or {}).get(row["defense"], row["defense"])
+        row["sample_key"] = digest_of_json([row["defense"], row["attack"], row["concept"], row["seed"]])
     write_csv(folder / "rows.csv", found, COLUMNS)
     return folder
 

@@ -9,7 +9,9 @@ import pytest
 from harness import adaptation_cost, freezing_tables
 from harness.masks import Mask
 from metrics.leaderboard import COLUMNS as OF_LEADERBOARD
+from metrics.measurements import Measurements
 from metrics.paper_rows import load
+from tests.test_leaderboard import row
 
 ELEMENTS = {f"unet.{index}": 1 for index in range(10)}
 TOGETHER = {"two": 2, "five": 5}
@@ -54,6 +56,21 @@ def masks() -> list[Mask]:
     ]
 
 
+def attacked() -> Measurements:
+    """Of the same leaders: `bold` feels nothing, so that its images are the undefended model's."""
+    found = []
+    for line in leaders():
+        of = line["defense"] if line["attack"] == "honest" else "none"
+        about = {name: line[name] for name in ("task", "defense", "method", "attack", "attacker", "step")}
+        found.append(row(0.5, **about, sample_key=f"{line['task']} {line['attack']} {of}"))
+    return Measurements(found)
+
+
+def made(found: list[dict] | None = None) -> list[dict]:
+    """Return the lines of freezing.csv."""
+    return freezing_tables.lines(leaders() if found is None else found, masks(), TOGETHER, attacked())
+
+
 def rows(text: str, title: str) -> dict[str, list[str]]:
     """Return the cells of a table by the defense, and its head."""
     body = text[text.index(f"## {title}") :].split("\n\n")
@@ -77,18 +94,30 @@ def costs() -> list[dict]:
 
 def test_lines_are_the_leaderboards_with_what_is_frozen():
     """The share is the mean over masks; who freezes nothing has none, and no ratio."""
-    lines = freezing_tables.lines(leaders(), masks(), TOGETHER)
+    lines = made()
 
     assert len(lines) == len(leaders())
     assert all(tuple(line) == freezing_tables.COLUMNS for line in lines)
     learned, joint = (next(line for line in lines if line["defense"] == name) for name in ("learned", "joint"))
     assert learned["frozen"] == pytest.approx(0.25)
     assert (learned["ratio"], joint["ratio"], joint["frozen"]) == (0.2, None, 0)
+    assert {line["attack"]: line["is_felt"] for line in lines if line["defense"] == "learned"} == {
+        "honest": True, "bold": False,
+    }  # fmt: skip
+
+
+def test_no_gain_is_not_taken_for_an_attack_that_feels_nothing():
+    """A gap of zero that was measured, with one seed."""
+    even = {"sgr": 0.0, "sgr_low": None, "sgr_high": None}
+    found = [{**line, **(even if line["attack"] == "honest" else {})} for line in leaders()]
+    table = rows(freezing_tables.markdown(made(found), costs(), ORDER), "By ratio: two")
+
+    assert [table["learned"][place] for place in (4, 8)] == ["+0", "as none"]
 
 
 def test_ratios_show_the_last_step_honest_before_adaptive():
     """In the suite's order; attackers who feel nothing are said to; innocents where the attack was made on them."""
-    text = freezing_tables.markdown(freezing_tables.lines(leaders(), masks(), TOGETHER), costs(), ORDER)
+    text = freezing_tables.markdown(made(), costs(), ORDER)
     table = rows(text, "By ratio: two, 2 concepts, clip (cosine)")
 
     assert list(table)[2:] == ORDER
@@ -105,7 +134,7 @@ def test_ratios_show_the_last_step_honest_before_adaptive():
 
 def test_costs_of_attacks_that_feel_the_mask():
     """An attack that trains as much on every defense has no table."""
-    text = freezing_tables.markdown(freezing_tables.lines(leaders(), masks(), TOGETHER), costs(), ORDER)
+    text = freezing_tables.markdown(made(), costs(), ORDER)
     table = rows(text, "What it costs an honest user: two, honest")
 
     assert table["random"][1:] == ["25.0", "3.2", "6.4", "–", "0.500", "0.80", "–", "0.80"]
@@ -114,7 +143,7 @@ def test_costs_of_attacks_that_feel_the_mask():
 
 def test_concepts_stand_side_by_side():
     """Fewest protected together first; defenses of several tasks, with gaps; only with several tasks."""
-    lines = freezing_tables.lines(leaders(), masks(), TOGETHER)
+    lines = made()
     kept = [line for line in lines if (line["task"], line["defense"]) != ("two", "learned")]
     kept = [line for line in kept if (line["task"], line["defense"], line["attack"]) != ("five", "random", "bold")]
     table = rows(freezing_tables.markdown(kept, [], ORDER), "By number of concepts: clip (cosine)")
@@ -135,9 +164,8 @@ def test_concepts_stand_side_by_side():
 @pytest.mark.parametrize("is_erased", [False, True])
 def test_the_papers_numbers_stand_beside_as_printed(is_erased):
     """By method and ratio: facts sheet, tables 2, 3 and 4; IMMA's beside `joint`, UCE's where a task erases."""
-    found = [{**leader, "target_original": 0.9 if is_erased else None} for leader in leaders()]
-    lines = freezing_tables.lines(found, masks(), TOGETHER)
-    names = freezing_tables.paper_names(lines, masks())
+    lines = made()
+    names = freezing_tables.paper_names(lines, masks(), TOGETHER if is_erased else ())
     text = freezing_tables.markdown(lines, costs(), ORDER, load("freezeasguard"), names)
 
     ratios = rows(text, "By ratio: two")
@@ -155,15 +183,24 @@ def test_the_papers_numbers_stand_beside_as_printed(is_erased):
     assert concepts["joint"][-2] == "129.60, 28.99"
 
 
-def test_masks_of_no_paper_have_no_numbers_of_one():
-    """A signal that is scaled, and a share of the parameters."""
-    names = freezing_tables.paper_names(
-        freezing_tables.lines(leaders(), masks(), TOGETHER),
-        [
-            replace(mask, parameters={"ratio": 0.2, **own})
-            for mask in masks()
-            for own in ({"normalise": "adam"}, {"of": "parameters"})
-        ],
-    )
+@pytest.mark.parametrize(
+    ("own", "given"),
+    [
+        ({"normalise": "adam"}, "all"), ({"of": "parameters"}, "all"), ({"binarise": "topk"}, "all"),
+        ({"ratio": 0.305}, "all"), ({"ratio": 0.004}, "all"), ({}, "first"), ({}, "all, weak"),
+    ],
+)  # fmt: skip
+def test_masks_of_no_paper_have_no_numbers_of_one(own, given):
+    """Signals that are scaled, the largest taken, shares of parameters or between the paper's, fewer concepts."""
+    others = [replace(mask, parameters={"ratio": 0.2, **own}, given=given) for mask in masks()]
+    names = freezing_tables.paper_names(made(), others, ())
 
     assert set(names) == {(task, name) for task in ("two", "five") for name in ("none", "joint")}
+
+
+def test_nothing_frozen_saves_nothing():
+    """A task in which no defense freezes has no table of savings."""
+    only = [line for line in made() if line["defense"] in ("none", "joint")]
+    bare = [cost for cost in costs() if cost["defense"] in ("none", "joint")]
+
+    assert "What it costs" not in freezing_tables.markdown(only, bare, ORDER)

@@ -129,8 +129,19 @@ class Records:
         return {"ledger": {"numbers": numbers, "peak_memory_bytes": peak, "seconds": {"train": seconds}}}
 
 
+def test_masks_that_no_seed_changes_are_one():
+    """They agree by construction: nothing is told of it, and nothing is tested."""
+    fixed = [dataclasses.replace(mask("mine", seed, [0, 1]), stage="the same") for seed in range(3)]
+    told = masks.table(fixed)
+
+    assert len(told) == 3
+    assert {(line["overlap_of_seeds"], line["overlap_by_chance"], line["overlap_p"]) for line in told} == {
+        (None, None, None)
+    }
+
+
 def test_costs_are_set_beside_the_undefended_models(tmp_path):
-    """Means over adaptations, shared ones once; ratios to none, of the same attack and attacker."""
+    """Means over adaptations, shared ones once; ratios to none, of the same attack and attacker, as far as both are."""
     from harness.identity import Stage
 
     plan = Plan("small")
@@ -147,11 +158,12 @@ def test_costs_are_set_beside_the_undefended_models(tmp_path):
         add("none", "adaptive", f"bold-{concept}", concept)
         add("frozen", "honest", f"frozen-{concept}", concept)
         add("frozen", "adaptive", f"bold-{concept}", concept)
-    add("frozen", "honest", "not done yet", "cup")
+    add("none", "honest", "none-bat", "bat")
+    add("frozen", "honest", "not done yet", "bat")
     store = Records(
         {
-            "none-dog": (100, 1000, 2.0), "none-cat": (100, 3000, 4.0), "frozen-dog": (80, 900, 1.0),
-            "frozen-cat": (60, 700, 2.0), "bold-dog": (100, 1000, 3.0), "bold-cat": (100, 1000, 3.0),
+            "none-dog": (100, 1000, 2.0), "none-cat": (100, 3000, 4.0), "none-bat": (900, 9000, 90.0),
+            "frozen-dog": (80, 900, 1.0), "frozen-cat": (60, 700, 2.0), "bold-dog": (100, 1000, 3.0), "bold-cat": (100, 1000, 3.0),
         }
     )  # fmt: skip
     lines = {(line["defense"], line["attacker"]): line for line in adaptation_cost.lines(plan, store)}
@@ -164,6 +176,7 @@ def test_costs_are_set_beside_the_undefended_models(tmp_path):
     assert (frozen["trained_ratio"], frozen["peak_memory_ratio"], frozen["time_ratio"]) == pytest.approx(
         (0.7, 0.4, 0.5)
     )
+    assert lines["none", "honest"]["n_adaptations"] == 3
     assert lines["frozen", "adaptive"]["time_ratio"] == 1
     text = adaptation_cost.markdown(list(lines.values()))
     assert "| frozen | 0.0 | 0.0 | 0.0 | 0.150 | 0.70 | 0.40 | 0.50 |" in text

@@ -77,6 +77,9 @@ def test_families_have_names_of_their_own():
 
     assert [family.name for family in found] == ["fag", "fag_20_sgd", "mild"]
 
+    other = [mask("mild_20", 20), mask("mild_40", 40), mask("mild", 20, settings="b")]
+    assert [family.name for family in masks_against_random.families([*MASKS, *other])] == ["mild_20", "mild"]
+
 
 def rows(reached: dict[str, float], noise: float = 0.01, **changes) -> list[dict]:
     """Return rows of defenses on which the attack reaches so much, with chance of each prompt and seed."""
@@ -88,6 +91,7 @@ def rows(reached: dict[str, float], noise: float = 0.01, **changes) -> list[dict
             for prompt in range(6):
                 drawn = value + noise * source.normal()
                 about = {"defense": defense, "method": method, "seed": seed, "prompt_index": prompt}
+                about["sample_key"] = f"{defense} {seed}"
                 found.append(row(drawn, **about, **changes))
     return found
 
@@ -151,10 +155,25 @@ def test_all_ratios_are_those_that_are_measured():
 def test_who_feels_nothing_has_no_line():
     """An attack whose stages are the undefended model's on both sides says nothing of masks."""
     honest = rows(REACHED)
-    shared = rows(dict.fromkeys(REACHED, 0.6), noise=0.0, attack="lora", attacker="adaptive")
+    shared = rows(dict.fromkeys(REACHED, 0.6), attacker="adaptive")
+    shared = [{**line, "sample_key": f"none {line['seed']}"} for line in shared]
     lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements([*honest, *shared]))
 
     assert {line["attacker"] for line in lines} == {"honest"}
+
+
+def test_scores_that_agree_are_a_result():
+    """A metric that knows few values, such as accuracy: the ratio counts, in the mean and in the correction."""
+    even = {**REACHED, "random_20": 1.0, "learned_20": 1.0}
+    flat = rows({name: even[name] for name in ("random_20", "learned_20")}, noise=0.0)
+    rest = rows({name: even[name] for name in ("none", "random_40", "learned_40")})
+    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements([*flat, *rest]))
+    singles = {line["defense"]: line for line in lines if not line["is_together"]}
+    (together,) = (line for line in lines if line["is_together"])
+
+    assert (singles["learned_20"]["stronger_by"], singles["learned_20"]["p"]) == (0, 1)
+    assert singles["learned_40"]["p_corrected"] == pytest.approx(2 * singles["learned_40"]["p"])
+    assert together["stronger_by"] == pytest.approx(singles["learned_40"]["stronger_by"] / 2)
 
 
 def points(axis) -> list[tuple[float, float, bool]]:
@@ -185,13 +204,22 @@ def test_the_page_tells_both(tmp_path):
     lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(rows(REACHED)))
     text = masks_against_random.markdown(overlaps(), lines)
 
-    assert "| t | learned_20 | 1 | 20.0 | 10.0 | 0.99 | – | 0.200 | 0.111 | 0.0010 | 0.120 |" in text
+    assert "| t | learned_20 | dog | 1 | 20.0 | 10.0 | 0.99 | – | 0.200 | 0.111 | 0.0010 | 0.120 |" in text
     assert text.index("All ratios together against random masks: t, clip (cosine)") < text.index("## Each ratio")
     assert "| learned | 30.5 | 30.0 | 19.8 | 19.2 | lora | 10 |" in text and "| learned_40 | 41.0 | 40.0 |" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
     assert masks_against_random.markdown(overlaps(), []).count("##") == 1
+
+
+def test_protected_sets_have_tests_of_their_own():
+    """A mean of p-values is none."""
+    told = [*overlaps()[:1], {**overlaps()[0], "protected": "cat", "overlap_p": 0.9}]
+    text = masks_against_random.markdown(told, [])
+
+    assert "| learned_20 | dog | 1 |" in text and "| 0.0010 |" in text
+    assert "| learned_20 | cat | 1 |" in text and "| 0.9000 |" in text
 
 
 def test_the_figure_shows_overlaps_and_gaps(tmp_path):

@@ -60,6 +60,18 @@ def test_variances_are_means_over_the_pairs():
     assert line["detectable"] == pytest.approx(Estimate(0.0, 0.02 / 3, None, 3, 0).detectable(), rel=0.05)
 
 
+def test_defenses_that_share_their_images_count_once():
+    """An attacker who feels nothing of a defense: a pair of its double with the undefended model varies by nothing."""
+    alone = rows(one_value_a_seed(0.1))
+    for r in alone:
+        r["sample_key"] = f"{r['defense']} {r['seed']}"
+    doubles = [{**r, "defense": f"double {n}"} for n in range(5) for r in alone if r["defense"] == "none"]
+    line, (expected,) = seeds_needed(alone + doubles, 0.15, draws=DRAWS), seeds_needed(alone, 0.15, draws=DRAWS)
+
+    assert line == [expected]
+    assert seeds_needed(alone + doubles, 0.15, between=("none", "double 1")) == []
+
+
 def test_weak_defenses_are_no_pilot():
     """Two are left, which makes one pair."""
     made = [{**r, "is_weak": r["defense"] == "theirs"} for r in rows(one_value_a_seed(0.1))]

@@ -79,7 +79,7 @@ def plot(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, A
 
 
 def _agreeing(overlaps: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
-    """Return (task, defense) of the learned masks whose seeds agree in every protected set: p by Holm over all."""
+    """Return (task, defense) of the masks whose seeds agree in every protected set: p by Holm over all but random."""
     tested = {
         (mask["task"], mask["defense"], mask["protected"]): mask["overlap_p"]
         for mask in overlaps

@@ -10,6 +10,7 @@ from typing import Any
 
 MASKS, AGAINST, COSTS = "masks.csv", "masks_against_random.csv", "adaptation_cost.csv"
 FIGURES = ("masks.png", "masks_against_random.png")
+_NAMES = ("task", "defense", "protected")
 _SHOWN = (
     "frozen_tensors", "frozen_parameters", "overlap_without_data", "correlation_with_signal", "overlap_of_seeds",
     "overlap_by_chance", "overlap_p",
@@ -25,9 +26,9 @@ def of_run(folder: Path) -> dict[str, Any] | None:
     masks, costs = _read(folder / MASKS), _read(folder / COSTS)
     if not masks:
         return None
-    grouped: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    grouped: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
     for row in masks:
-        grouped.setdefault((row.get("task", ""), row.get("defense", "")), []).append(row)
+        grouped.setdefault(tuple(row.get(name, "") for name in _NAMES), []).append(row)
     return {
         "figures": [name for name in FIGURES if (folder / name).is_file()],
         "against": [
@@ -39,8 +40,8 @@ def of_run(folder: Path) -> dict[str, Any] | None:
             if row.get("is_together") == "true"
         ],
         "masks": [
-            {"task": task, "defense": defense, "n": len(rows), **{name: _mean(rows, name) for name in _SHOWN}}
-            for (task, defense), rows in grouped.items()
+            {**dict(zip(_NAMES, names, strict=True)), "n": len(rows), **{name: _mean(rows, name) for name in _SHOWN}}
+            for names, rows in grouped.items()
         ],
         "costs": [
             {

@@ -39,9 +39,13 @@ class Domains:
         flip: bool,
         seed: int,
         is_mixed: bool,
+        stream: str = "mixed",
     ):
-        """`batch_size` is global, over processes and domains. Raises ValueError where a domain has no images."""
-        self._model, self._run, self._seed = model, run, seed
+        """`batch_size` is global, over processes and domains. Raises ValueError where a domain has no images.
+
+        `stream` names the draws of mixed batches: of trainings that share a seed each has its own.
+        """
+        self._model, self._run, self._seed, self._stream = model, run, seed, stream
         self._batch_size, self._is_mixed = batch_size, is_mixed
         self._scheduler = model.noise_scheduler()
         self._illegal, self._innocent = (
@@ -65,7 +69,7 @@ class Domains:
             return self._of(self._illegal, "illegal", step, illegal) + self._of(
                 self._innocent, "innocent", step, innocent
             )
-        batch = self._drawn(self._all, "mixed", step, self._batch_size)
+        batch = self._drawn(self._all, self._stream, step, self._batch_size)
         is_illegal = batch.chosen < len(self._illegal)
         count = int(is_illegal.sum())
         of_illegal = illegal * len(batch) / (count + _NO_DIVISION_BY_ZERO)
@@ -81,7 +85,7 @@ class Domains:
         """Return the mean over the examples of a batch, whatever domain they are of."""
         if not self._is_mixed:
             return self.losses(step, 0.5, 0.5)
-        batch = self._drawn(self._all, "mixed", step, self._batch_size)
+        batch = self._drawn(self._all, self._stream, step, self._batch_size)
         return denoising_loss(self._model, self._run, self._scheduler, batch)
 
     def _of(self, encoded: EncodedImages, name: str, step: int, weight: float) -> list[LossPart]:

@@ -45,6 +45,6 @@ def trajectory(
         if index + 1 in stops:
             yield index + 1
         if run.is_checkpoint_due() or (index + 1 == steps and run.keeps_end):
-            with run.ledger.phase("train"):
+            with run.ledger.phase("save"):
                 run.save_state(index + 1, weights.state(), last)
     run.ledger.numbers.update(last)
