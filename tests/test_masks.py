@@ -163,7 +163,8 @@ def test_costs_are_set_beside_the_undefended_models(tmp_path):
     store = Records(
         {
             "none-dog": (100, 1000, 2.0), "none-cat": (100, 3000, 4.0), "none-bat": (900, 9000, 90.0),
-            "frozen-dog": (80, 900, 1.0), "frozen-cat": (60, 700, 2.0), "bold-dog": (100, 1000, 3.0), "bold-cat": (100, 1000, 3.0),
+            "frozen-dog": (80, 900, 1.0), "frozen-cat": (60, 700, 2.0),
+            "bold-dog": (100, 1000, 3.0), "bold-cat": (100, 1000, 3.0),
         }
     )  # fmt: skip
     lines = {(line["defense"], line["attacker"]): line for line in adaptation_cost.lines(plan, store)}
