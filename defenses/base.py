@@ -68,6 +68,11 @@ class Defense(Method):
     it with a `run` that says which of them it is, and all return the same protection."""
 
     @classmethod
+    def used(cls, parameters: Any) -> frozenset[str]:
+        """Return what the result depends on with these parameters: `uses`, or less."""
+        return cls.uses
+
+    @classmethod
     def unet_passes(cls, parameters: Any, targets: int) -> float:
         """Return roughly how many UNet passes over one sample `protect` makes (a backward counts 2): for estimates."""
         return 0.0

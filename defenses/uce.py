@@ -58,8 +58,11 @@ class Parameters:
     guide_templates: bool = False
     """Put the guide into the same templates (as the 2025 code does) instead of using it alone."""
     preserve: tuple[str, ...] = ()
-    """Texts to preserve besides "", which always is, and the names of the task's preserved concepts. Texts that name a
-    target are left out (the released code leaves out equal names)."""
+    """Texts to preserve besides "", which always is. Texts that name a target are left out (the released code leaves
+    out equal names)."""
+    preserve_concepts: bool = True
+    """Preserve the names of the task's preserved concepts too; without, tasks that differ in these alone share the
+    erased model."""
 
 
 @register("defense")
@@ -73,8 +76,8 @@ class Uce(Defense):
     can_erase = True
     Parameters = Parameters
     presets = {
-        # FreezeAsGuard's uce_tool: concepts are names of persons
-        "freezeasguard": {"guide": "celebrity"},
+        # FreezeAsGuard's uce_tool: concepts are names of persons, and "" alone is preserved
+        "freezeasguard": {"guide": "celebrity", "preserve_concepts": False},
         # the testbed's encoder spreads an object's name over all later tokens, so the concept is erased inside whole
         # captions, and captions of other objects are preserved (found on koala, star and strawberry)
         "testbed": {
@@ -87,6 +90,11 @@ class Uce(Defense):
             ),
         },
     }
+
+    @classmethod
+    def used(cls, parameters) -> frozenset[str]:
+        """Leave out the preserved concepts where their names are not preserved."""
+        return cls.uses if parameters.preserve_concepts else cls.uses - {"preserved"}
 
     def protect(self, model, targets, preserved, run) -> Protection:
         """Return the edited key and value projections."""

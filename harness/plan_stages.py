@@ -159,6 +159,7 @@ class PlanStages:
     ) -> str:
         """Add an erase, prepare or immunize stage; what the method does not use does not enter its identity."""
         inputs = {"erase": erased} if erased else {}
+        used = cls.used(values)
         prepared = cls.preparation(values)
         if prepared is not None:
             inputs["prepared"] = self.protective(
@@ -167,21 +168,21 @@ class PlanStages:
         prior = cls.prior_images(values)
         described: dict[str, list] = {}
         for role, names in (("targets", targets), ("preserved", preserve)):
-            if role not in cls.uses:
+            if role not in used:
                 continue
             described[role] = []
             for index, name in enumerate(names):
                 concept = self.concepts[name]
                 entry: dict[str, Any] = {"kind": concept.kind, "phrase": concept.phrase}
-                if "images" in cls.uses:
+                if "images" in used:
                     entry["captions"] = list(concept.captions["defense"])
                     inputs[f"{role}.{index}"] = self.images(name)
                 if role == "targets" and prior:
                     entry["prior_captions"] = cycled(concept.class_prompts, prior)
                     inputs[f"prior.{index}"] = self.prior_images(concept, prior)
                 described[role].append(entry)
-        label = f"{kind} {called}" + (f" for {', '.join(targets)}" if "targets" in cls.uses else "")
-        label += f", seed {seed}" if "seed" in cls.uses else ""
+        label = f"{kind} {called}" + (f" for {', '.join(targets)}" if "targets" in used else "")
+        label += f", seed {seed}" if "seed" in used else ""
         label += ", erased before" if erased else ""
         identity, local = self.identified(cls, values)
         k = self.add(
@@ -191,7 +192,7 @@ class PlanStages:
             inputs=inputs,
             data={},
             local={"parameters": local} if local else {},
-            seed=seeds.derive("defense", seed) if "seed" in cls.uses else None,
+            seed=seeds.derive("defense", seed) if "seed" in used else None,
             label=label,
             work=float(cls.unet_passes(values, len(targets))),
             workers=self.suite.resources.workers if cls.can_shard else 1,

@@ -116,7 +116,7 @@ def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...]
             if type(count) is not int or not 0 <= count <= MAX_PRIOR_IMAGES:
                 must = f"must return a whole number from 0 to {MAX_PRIOR_IMAGES}"
                 mistakes.append(((), f"`prior_images` of {cls.name} {must} (got {one_line(repr(count), 60)})"))
-            elif count and "targets" not in getattr(cls, "uses", ("targets",)):
+            elif count and hasattr(cls, "used") and "targets" not in cls.used(values):
                 mistakes.append(((), f"`prior_images` of {cls.name} asks for images of targets that it does not use"))
         except Exception as error:
             mistakes.append(((), f"`prior_images` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"))

@@ -25,7 +25,7 @@ def protect(s: StageAtWork) -> None:
                 kind=c["kind"],
                 phrase=c["phrase"],
                 captions=tuple(c.get("captions", ())),
-                files=tuple(s.files(f"{role}.{i}", "defense")) if "images" in defense.uses else (),
+                files=tuple(s.files(f"{role}.{i}", "defense")) if "images" in defense.used(defense.parameters) else (),
                 prior_captions=tuple(c.get("prior_captions", ())),
                 prior_files=tuple(s.files(f"prior.{i}", PRIOR)) if "prior_captions" in c else (),
             )
