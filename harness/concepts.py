@@ -9,13 +9,14 @@ A concept comes from one of three places:
 - the base model, which draws it from prompts.
 
 Splits: `defense` is what the publisher immunizes with, `attack` what the attacker trains on, `reference` what results
-are compared with. They are disjoint.
+are compared with. They are disjoint, and what the publisher sees of one concept is not among what another concept of
+the same task is attacked with or compared with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import folder_captions
@@ -70,6 +71,7 @@ class Concept:
     class_prompts: tuple[str, ...]  # what images of its class are drawn from, for prior preservation
     digest: str  # of the images' content; "" when generated
     folder: str = ""  # where the files are on this machine; not part of any identity
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of a folder: split -> digest -> file name
 
     def count(self, split: str) -> int:
         """Return how many images the split holds."""
@@ -102,9 +104,29 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
     for name in suite.concepts if not loaded.broken & {"tasks", "utility"} else ():
         if name not in used:
             mistakes.append(f"{loaded.source.where(('concepts', name))}: concept '{name}' is described but not used")
+    if not loaded.broken & {"tasks"}:
+        mistakes += _seen_by_both(loaded, concepts)
     if mistakes:
         raise UserMistake(list(dict.fromkeys(mistakes)))
     return concepts
+
+
+def _seen_by_both(loaded: LoadedSuite, concepts: Mapping[str, Concept]) -> Iterator[str]:
+    """Yield, of any two concepts of a task, the first image that the publisher sees and that is measured on."""
+    for task_name, task in loaded.suite.tasks.items():
+        targets = [name for together in task.targets for name in together]
+        shown: dict[str, tuple[str, str]] = {}
+        for name in (n for n in (*targets, *task.preserve) if n in concepts):
+            shown |= {digest: (name, file) for digest, file in concepts[name].files.get("defense", {}).items()}
+        for name in (n for n in (*targets, *task.innocents) if n in concepts):
+            measured = [concepts[name].files.get(split, {}) for split in ("attack", "reference")]
+            both = next(((d, file) for files in measured for d, file in files.items() if d in shown), None)
+            if both is not None:
+                other, its_file = shown[both[0]]
+                yield (
+                    f"{loaded.source.where(('tasks', task_name))}: '{one_line(both[1])}' of concept '{name}' is the "
+                    f"image that the defense sees as '{one_line(its_file)}' of '{other}'; remove one"
+                )
 
 
 def _texts(node: object) -> Iterator[str]:
@@ -144,6 +166,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     images: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     prompts: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     digest = folder = ""
+    files: dict[str, dict[str, str]] = {}
     kept: dict[str, list[str]] = {}  # captions that lie in the folder, by split
     if spec.generate is not None:
         asked = spec.generate.prompts or [default]
@@ -151,7 +174,8 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
             prompts[split] = tuple(asked[i % len(asked)] for i in range(spec.generate.per_split))
     else:
         path = path_from(spec.folder, loaded.folder)
-        images, digest = _read_folder(path, spec, where, name)
+        images, files = _read_folder(path, spec, where, name)
+        digest = digest_of_json({split: list(of_split) for split, of_split in files.items()})
         folder = str(path)
         kept = _kept_captions(path, images, where, name)
     captions = {}
@@ -188,11 +212,14 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         class_prompts=(spec.class_prompt or CLASS_PROMPTS[spec.kind],),
         digest=digest,
         folder=folder,
+        files=files,
     )
 
 
-def _read_folder(path: Path | None, spec: ConceptSpec, where: str, name: str) -> tuple[dict[str, tuple[str, ...]], str]:
-    """Return (file names by split, digest of their content). Duplicated content is refused: splits must be disjoint."""
+def _read_folder(
+    path: Path | None, spec: ConceptSpec, where: str, name: str
+) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, str]]]:
+    """Return (file names by split, the same by digest). Duplicated content is refused: splits must be disjoint."""
     if path is None or not path.is_dir():
         raise UserMistake(
             f"{where}: concept '{name}': folder '{one_line(spec.folder)}' does not exist; put its "
@@ -211,16 +238,15 @@ def _read_folder(path: Path | None, spec: ConceptSpec, where: str, name: str) ->
     for file in (f for s in SPLITS for f in images[s]):
         if not _is_image(path / file):
             raise UserMistake(f"{where}: concept '{name}': '{one_line(file)}' is no image; repair or remove it")
-    digests = {s: [digest_of_file(path / f) for f in images[s]] for s in SPLITS}
-    seen: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for split in SPLITS:
-        for file, digest in zip(images[split], digests[split], strict=True):
-            if digest in seen:
-                raise UserMistake(
-                    f"{where}: concept '{name}': '{file}' and '{seen[digest]}' are the same image; remove one"
-                )
-            seen[digest] = file
-    return images, digest_of_json(digests)
+        for file in images[split]:
+            digest = digest_of_file(path / file)
+            twin = next((of_split[digest] for of_split in found.values() if digest in of_split), None)
+            if twin is not None:
+                raise UserMistake(f"{where}: concept '{name}': '{file}' and '{twin}' are the same image; remove one")
+            found[split][digest] = file
+    return images, found
 
 
 def _sizes(spec: ConceptSpec, count: int) -> dict[str, int]:

@@ -356,6 +356,27 @@ def test_same_image_twice_is_refused(project):
     assert_told(project.validate(), project, ":6: ", "are the same image; remove one")
 
 
+@pytest.mark.parametrize(
+    ("edit", "is_told"),
+    [
+        (("innocents: [lamp]}\ndef", "innocents: [lamp], preserve: [bulb]}\ndef"), True),
+        (("innocents: [lamp]}\ndef", "innocents: [], preserve: [lamp, bulb]}\ndef"), False),
+    ],
+)
+def test_the_publisher_does_not_see_what_is_measured(project, edit, is_told):
+    """An image in the folders of two concepts, one preserved, one innocent; two that are preserved may share one."""
+    write_images(project.folder / "bulb")
+    (project.folder / "bulb" / "0.png").write_bytes((project.folder / "lamp" / "1.png").read_bytes())
+    added = ("  lamp:", "  bulb: {kind: object, label: bulb, folder: bulb}\n  lamp:")
+    project.write(project.edited(added, edit))
+    outcome = project.validate()
+
+    if is_told:
+        assert_told(outcome, project, ":12: ", "'1.png' of concept 'lamp' is the image that the defense sees")
+    else:
+        assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.parametrize("keep", [0, 20])
 def test_image_that_is_none_is_refused(project, keep):
     """A file that is empty or was cut short is told before any compute."""

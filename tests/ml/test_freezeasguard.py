@@ -13,6 +13,7 @@ from defenses.freezeasguard import FreezeAsGuard, Parameters, binarised, schedul
 from defenses.random_freeze import RandomFreeze
 from harness import masks
 from harness.protection import Protection
+from harness.training.domains import Domains
 from harness.training.selection import select
 
 SMALL = {"rounds": 4, "batch_size": 4, "start_steps": 3, "start_learning_rate": 1e-3, "start_batch_size": 2}
@@ -117,14 +118,63 @@ def test_the_record_tells_of_every_tensor(profile, fresh, make_run, tiny_folder,
     assert numbers["moved_by_sparsity"] == pytest.approx(sum(by_sparsity) / len(rows))
 
 
-def test_the_signal_alone_freezes_what_lowers_the_illegal_loss(fresh, make_run, tiny_folder):
-    """Without sparsity every logit moves against the sign of its signal, as far as that is of one sign."""
-    protection, _ = learn(
-        fresh(), make_run, tiny_folder, sparsity=0.0, normalise="rms", mask_learning_rate=0.1, rounds=1, user_steps=0
+def test_profiles_are_those_of_the_facts_sheet():
+    """Sections 4 and 5: what the paper and its code do differently, and what is the same."""
+    settings = (
+        "initial", "user_optimizer", "user_steps", "lower_weighting", "batches", "delta_precision",
+    )  # fmt: skip
+    chosen = {profile: [Parameters(profile=profile).chosen(s) for s in settings] for profile in ("paper", "released")}
+
+    assert chosen == {
+        "paper": ["negative", "adamw", 10, "domain_means", "stratified", "fp32"],
+        "released": ["uniform", "sgd", 4, "batch_mean", "mixed", "bf16"],
+    }
+    p = Parameters()
+    assert (p.temperature, p.mask_learning_rate, p.sparsity, p.user_learning_rate) == (0.2, 10, 5e3, 1e-5)
+    assert (p.normalise, p.binarise, p.batch_size, p.rounds) == ("none", "threshold", 16, 400)
+    assert (p.start_steps, p.start_learning_rate, p.start_batch_size) == (2000, 1e-5, 4)
+
+
+@pytest.mark.parametrize("profile", ["paper", "released"])
+def test_the_signal_is_that_of_the_upper_loss(profile, fresh, make_run, tiny_folder):
+    """Equations 5, 8 and 11: <Delta, d(-L(illegal)/2 + L(innocent)/2)/dtheta> at the start, and the step it makes."""
+    p = dataclasses.replace(
+        Parameters(profile=profile), **SMALL | {"rounds": 1, "user_steps": 0, "delta_precision": "fp32"}
     )
-    for name, told in protection.details.items():
-        moved = told["logit"] - told["logit_before"]
-        assert moved * told["signal_mean"] <= 0, name
+    concepts_of_both = concepts(tiny_folder)
+    run = make_run(name="ours")
+    model = fresh()
+    prepared = FreezeAsGuard.preparation(p).protect(model, *concepts_of_both, make_run(name="prepared"))
+    finetuned = {n: t.detach().clone() for n, t in prepared.tensors.items()}
+    model.restore()
+    run.prepared = dataclasses.replace(prepared, tensors={n: t.clone() for n, t in finetuned.items()})
+    told = FreezeAsGuard(p).protect(model, *concepts_of_both, run).details
+
+    model, run = fresh(), make_run(name="theirs")
+    domains = Domains(
+        model, run, *concepts_of_both,
+        batch_size=4, flip=True, seed=run.seed_for("noise"), is_mixed=profile == "released", stream="mask",
+    )  # fmt: skip
+    theta = {name: model.parameters()[name] for name in told}
+    pre = {name: value.detach().clone() for name, value in theta.items()}
+    starts = torch.tensor([told[name]["logit_before"] for name in told])
+    mask = torch.sigmoid(starts / 0.2)
+    with torch.no_grad():
+        for m, (name, value) in zip(mask, theta.items(), strict=True):
+            value.copy_(m * pre[name] + (1 - m) * finetuned[name])
+            value.requires_grad_()
+    illegal, innocent = (sum(part() for part in domains.losses(0, *weights)) for weights in ((1, 0), (0, 1)))
+    slopes = torch.autograd.grad(-illegal / 2 + innocent / 2, list(theta.values()))
+    signal = torch.stack(
+        [((pre[n] - finetuned[n]) * slope).sum() for n, slope in zip(theta, slopes, strict=True)]
+    )
+
+    ours = torch.tensor([told[name]["signal_mean"] for name in told])
+    assert torch.allclose(ours, signal, rtol=1e-3, atol=1e-4 * float(signal.abs().max()))
+    slope = mask * (1 - mask) / 0.2
+    moved = 10 * signal * slope + 5e3 * 2 * (mask.mean() - p.ratio) / len(mask) * slope
+    logits = torch.tensor([told[name]["logit"] for name in told])
+    assert torch.allclose(logits, starts - moved, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("profile", ["paper", "released"])
@@ -222,5 +272,17 @@ def test_one_component_is_frozen(component, one, another, model, make_run):
 
     assert any(name.endswith(one) for name in frozen)
     assert not any(name.endswith(another) for name in frozen)
-    kinds = {masks.kind(name) for name in frozen}
-    assert kinds == {{"attention": "attention", "convolutions": "convolution"}.get(component, "time embedding")}
+    kind = {"attention": "attention", "convolutions": "convolution"}.get(component, "time embedding")
+    assert frozen == {name for name in model.parameters() if name.startswith("unet.") and masks.kind(name) == kind}
+
+
+def test_components_of_stable_diffusion():
+    """Tensors of SD 1.x, counted in its UNet: 32 attentions of five, 22 residual blocks and so on."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    names = [f"unet.{name}" for name, _ in unet.named_parameters()]
+
+    counts = {kind: len(select(names, kind)) for kind in ("unet", "attention", "convolutions", "time_embeddings")}
+    assert counts == {"unet": 686, "attention": 160, "convolutions": 132, "time_embeddings": 48}

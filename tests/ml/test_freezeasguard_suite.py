@@ -54,6 +54,8 @@ def test_the_papers_tables_are_planned(folders):
         of_task = [t for t in planned.trials if t.task == task and t.attack]
         starts = {planned.stages[t.released].inputs["erase"] for t in of_task if t.protected == of_task[0].protected}
         assert len(starts) == 1
+    of_table_5 = [t for t in planned.trials if t.task in ("ten", "clothes") and t.attack]
+    assert len({planned.stages[t.released].inputs["erase"] for t in of_table_5}) == 1
     assert [len(t) for t in loaded.suite.tasks["two"].targets] == [2, 2]
     captions = loaded.concepts["subject_01"].captions["attack"]
     assert captions == ("a picture that shows subject_01 1", "a picture that shows subject_01 4")
