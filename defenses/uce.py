@@ -106,7 +106,7 @@ class Uce(Defense):
         with run.ledger.phase("encode"):
             slices = [_aligned(model, pair) for pair in self._pairs(targets)]
             concept = torch.cat([old for old, _ in slices])
-            named = [*p.preserve, *(c.phrase for c in preserved)]
+            named = [*p.preserve, *(c.phrase for c in preserved if p.preserve_concepts)]
             texts = ["", *(t for t in named if not any(target.phrase in t for target in targets))]
             kept = model.encode_text(texts).double().flatten(0, 1)
         preserve_scale = p.preserve_scale or max(0.1, 1 / len(texts))

@@ -1,9 +1,11 @@
 """What adaptations cost the one who makes them: what a publisher's frozen tensors save an honest user. No torch here.
 
 From the records of a run, a line for each task, defense and attack: means over its adaptations. Bytes of trained
-weights and of the optimizer's states are counted; gradients take as many as the weights. Peak memory is the process's
-on a CPU, with everything else that it holds, and the device's on a GPU. Seconds a step are training alone, without
-loading, encoding and saving. Stages that trials share (of attackers who feel nothing of a defense) are the same ones.
+weights and of the optimizer's states are counted; gradients take as many as the weights. Peak memory is the device's on
+a GPU; of a CPU's process, which holds what it did before too, it would be no measure, and there is none
+(`tests/benchmarks/freezing_saves.py` measures it, a process each). Seconds a step are training alone, without loading,
+encoding and saving; stages that run side by side slow each other. Stages that trials share (of attackers who feel
+nothing of a defense) are the same ones.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def _cost(record: Mapping[str, Any], steps: int) -> dict[str, float | None]:
         "trained_parameters": numbers.get("trainable_parameters"),
         "trained_bytes": numbers.get("trained_bytes"),
         "optimizer_bytes": numbers.get("optimizer_bytes"),
-        "peak_memory_bytes": ledger["peak_memory_bytes"],
+        "peak_memory_bytes": None if record["provenance"]["device"] == "cpu" else ledger["peak_memory_bytes"],
         "seconds_per_step": ledger["seconds"].get("train", 0.0) / steps,
     }
 

@@ -195,8 +195,8 @@ def _cost(costs, found, printed, names) -> list[str]:
             head += ["paper: GPU memory, GB", "paper: s / batch"]
         text += [
             f"\n## What it costs an honest user: {task}, {attack}\n",
-            "Shares are of the undefended model's. On a CPU peak memory is the process's, with "
-            "all else that it holds.\n",
+            "Shares are of the undefended model's. Peak memory is a GPU's; stages that run side by side slow each "
+            "other: tests/benchmarks/freezing_saves.py measures both alone.\n",
             *_table(head, rows),
         ]
     return text

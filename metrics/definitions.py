@@ -512,7 +512,7 @@ FREEZING = (
     Definition("optimizer_bytes", "optimizer, bytes", "", "Bytes of the optimizer's states after the last step.", OURS),
     Definition(
         "peak_memory_bytes", "peak memory, bytes", "",
-        "Of the device on a GPU; on a CPU of the process, with everything else that it holds.",
+        "Of the device. Empty on a CPU: the process holds what it did before too.",
         OURS,
     ),
     Definition(

@@ -117,8 +117,8 @@ def test_the_figure_shows_every_defense(tmp_path):
 class Records:
     """A store of adaptations: their bytes and seconds."""
 
-    def __init__(self, records: dict[str, tuple[float, float, float]]):
-        self.records = records
+    def __init__(self, records: dict[str, tuple[float, float, float]], device: str = "a GPU"):
+        self.records, self.device = records, device
 
     def has(self, kind: str, key: str) -> bool:
         return kind == "adapt" and key in self.records
@@ -126,7 +126,8 @@ class Records:
     def record(self, kind: str, key: str):
         weights, peak, seconds = self.records[key]
         numbers = {"trainable_parameters": weights, "trained_bytes": 4 * weights, "optimizer_bytes": 8 * weights}
-        return {"ledger": {"numbers": numbers, "peak_memory_bytes": peak, "seconds": {"train": seconds}}}
+        ledger = {"numbers": numbers, "peak_memory_bytes": peak, "seconds": {"train": seconds}}
+        return {"ledger": ledger, "provenance": {"device": self.device}}
 
 
 def test_masks_that_no_seed_changes_are_one():
@@ -182,6 +183,9 @@ def test_costs_are_set_beside_the_undefended_models(tmp_path):
     text = adaptation_cost.markdown(list(lines.values()))
     assert "| frozen | 0.0 | 0.0 | 0.0 | 0.150 | 0.70 | 0.40 | 0.50 |" in text
     assert set(lines["none", "honest"]) == set(adaptation_cost.COLUMNS)
+    store.device = "cpu"  # whose peak holds all that the process did before
+    costs = adaptation_cost.lines(plan, store)
+    assert {(line["peak_memory_bytes"], line["peak_memory_ratio"]) for line in costs} == {(None, None)}
 
 
 def test_columns_are_those_of_the_lines():

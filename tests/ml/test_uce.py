@@ -90,6 +90,18 @@ def test_preserved_texts_keep_their_outputs_better(model, make_run):
     assert damage(preserve=("a red boat",), preserve_scale=100.0) < 0.5 * damage(preserve_scale=0.1)
 
 
+def test_preserved_concepts_may_be_left_alone(model, make_run):
+    """FreezeAsGuard's own tool preserves the empty prompt alone, at scale 1."""
+    alone = _edit(model, make_run(), preserve_scale=1.0)
+    left = _edit(model, make_run(), preserved=("monet",), preserve_concepts=False)
+    kept = _edit(model, make_run(), preserved=("monet",))
+
+    assert all(torch.equal(left[name], alone[name]) for name in alone)
+    assert any(not torch.equal(kept[name], alone[name]) for name in alone)
+    assert Uce.used(Parameters()) == {"targets", "preserved"}
+    assert Uce.used(Parameters(preserve_concepts=False)) == {"targets"}
+
+
 @pytest.mark.parametrize(("text", "index"), [("", 0), (" ", 0), ("a", 1), ("a b", 2)])
 def test_last_subject_token_is_the_one_before_the_end(model, text, index):
     """Start token, one token a letter here, end token."""
