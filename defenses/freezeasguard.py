@@ -29,9 +29,10 @@ m > 1/2, however many these are.
 
 Differences from the paper: its equations were restored from prose and code; the simulated user's optimizer is not
 stated there. Differences from the released code: m and the sparsity term are computed in fp32 (there in bf16; Delta and
-the logits are kept in bf16 as there); all tensors in a few fused operations instead of a loop over scalars; latents and
-text embeddings are encoded once; a last, smaller batch of an epoch is filled from the next; several processes share one
-mask (there each has its own). The simulated Adam decays no weights.
+the logits are kept in bf16 as there), at the start of the logits as they are kept (there of fp32 ones); logits move in
+one operation and come off the device once a step, weights in one operation a tensor (there a loop over scalars);
+latents and text embeddings are encoded once; a last, smaller batch of an epoch is filled from the next; several
+processes share one mask (there each has its own). The simulated Adam decays no weights.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ class FreezeAsGuard(Defense):
     can_shard = True
     Parameters = Parameters
     presets = {
-        # On the testbed: the rates of its own full fine-tuning, and few rounds, since the mask settles in the first of
-        # them. Its UNet has 208 tensors, SD 1.x's 686; c / N is the published one.
+        # On the testbed: the rates of its own full fine-tuning, and a tenth of the mask steps: the released profile's mask
+        # settles in the first of them, the paper's later. Its UNet has 208 tensors, SD 1.x's 686; c / N is the published one.
         "testbed": _TESTBED,
         # Ours. Of two settings tried on two styles, this is where the signal moves logits more than sparsity does
         # (0.58 to 0.14 at a third of this rate; with the published c 0.18 to 1.9).

@@ -61,6 +61,12 @@ def lines(plan: Plan, store: Store) -> list[dict[str, Any]]:
     return result
 
 
+def records(plan: Plan, store: Store) -> list[Mapping[str, Any]]:
+    """Return the records of the adaptations that are done, each once."""
+    keys = dict.fromkeys(plan.stages[trial.sample].inputs["adapt"] for trial in plan.trials if trial.attack)
+    return [store.record("adapt", key) for key in keys if store.has("adapt", key)]
+
+
 def _ratios(own: Sequence[Mapping[str, float | None]], base: Sequence[Mapping[str, float | None]]) -> dict:
     """Return the ratios of means over adaptations in pairs; None where there are none, or something is not known."""
     if not own:

@@ -5,7 +5,8 @@
     cost          what freezing saves an honest user (table 3, from `harness.adaptation_cost`)
     by concepts   the defenses that several tasks have, side by side, fewest concepts protected together first (table 4)
 
-A paper's numbers, where they are asked for, stand beside in columns of their own, as printed.
+A paper's numbers, where they are asked for, stand beside in columns of their own, as printed: in freezing.md, and in
+freezing.csv and adaptation_cost.csv (`beside_paper`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ from harness.masks import Mask
 from metrics.measurements import Measurements
 from metrics.paper_rows import PaperRow
 
+Name = tuple[str, int | None]
+"""A paper's defense, and its ratio in %."""
+Names = Mapping[tuple[str, str], Name]
+"""(task, defense) -> its name in the paper."""
+Line = Mapping[str, Any]
+Printed = Mapping[tuple, str]
+"""What a paper prints, by table, name, setting and metric."""
+PaperCell = tuple[str, str, str]
+"""A paper's table, setting and metric."""
 METHODS = ("freezeasguard", "random_freeze", "freeze_component")
 """Those that freeze and stand in papers."""
 COLUMNS = (
@@ -28,6 +38,42 @@ COLUMNS = (
     "innocent_none", "innocent_defended", "innocent_sgr", "utility", "valid", "is_felt",
 )  # fmt: skip
 """Of freezing.csv: the leaderboard's, with the ratio that was asked for and the shares that are frozen."""
+_GROUPS = {
+    "2 subjects, seed 1": "2 subjects of FF25, seed 1",
+    "2 subjects, seed 2": "2 subjects of FF25, seed 2",
+    "5 subjects": "5 subjects of FF25",
+    "10 subjects": "10 subjects of FF25",
+}
+"""Of the paper's table 4: what a column is called, and how its rows name the subjects."""
+
+
+def _of_group(group: str) -> tuple[PaperCell, PaperCell]:
+    """Return where table 4 has FID on the illegal domain and CLIP on the innocent one."""
+    return (
+        ("4", f"illegal domain, {_GROUPS[group]}", "FID"),
+        ("4", f"innocent domain, Logo; illegal: {group}", "CLIP"),
+    )
+
+
+_OF_TABLE_2 = (
+    ("2", "illegal domain, 10 subjects of FF25", "FID"),
+    ("2", "innocent domain, Logo; 10 illegal subjects", "CLIP"),
+)
+_MEASURES = ("fid", "logo_clip")
+PAPER_COLUMNS: dict[str, PaperCell] = {
+    **{f"paper_table_2_{name}": cell for name, cell in zip(_MEASURES, _OF_TABLE_2, strict=True)},
+    **{
+        f"paper_table_4_{re.sub('[ ,]+', '_', group)}_{name}": cell
+        for group in _GROUPS
+        for name, cell in zip(_MEASURES, _of_group(group), strict=True)
+    },
+}
+"""Columns of freezing.csv beside the paper's: of the line's defense."""
+PAPER_COST_COLUMNS: dict[str, PaperCell] = {
+    "paper_gpu_memory_gb": ("3", "user's fine-tuning", "GPU memory"),
+    "paper_seconds_per_batch": ("3", "user's fine-tuning", "time per batch"),
+}
+"""The same of adaptation_cost.csv, at FreezeAsGuard's ratio; its 0 % is the undefended model."""
 LEGEND = (
     "reaches: similarity of what the attacked model draws to the targets, mean over targets and seeds. SGR: "
     "(undefended - defended) / undefended, with its 95 % interval over seeds; as none: this attacker feels nothing of "
@@ -43,12 +89,10 @@ PAPER_LEGEND = (
 _AS_PRINTED = {"normalise": "none", "binarise": "threshold", "of": "tensors"}
 """Parameters of masks that are in the paper, where a method has them."""
 _RHO = re.compile(r"; rho (\d+) %")
-Name = tuple[str, int | None]
-"""A paper's defense, and its ratio in %."""
 
 
 def lines(
-    leaders: Sequence[Mapping[str, Any]], masks: Sequence[Mask], together: Mapping[str, int], table: Measurements
+    leaders: Sequence[Line], masks: Sequence[Mask], together: Mapping[str, int], table: Measurements
 ) -> list[dict[str, Any]]:
     """Return the lines of freezing.csv, in the leaderboard's order.
 
@@ -72,14 +116,14 @@ def lines(
     return found
 
 
-def _is_undefended(leader: Mapping[str, Any], table: Measurements) -> bool:
+def _is_undefended(leader: Line, table: Measurements) -> bool:
     none = table.undefended[leader["task"]]
     attack = (leader["task"], leader["attack"], leader["attacker"])
     return none is not None and table.shares_images(*attack, leader["defense"], none)
 
 
 def paper_names(
-    found: Sequence[Mapping[str, Any]], masks: Sequence[Mask], erasing: Collection[str]
+    found: Sequence[Line], masks: Sequence[Mask], erasing: Collection[str]
 ) -> dict[tuple[str, str], Name]:
     """Return (task, defense) -> its name in the paper; what is in no paper is left out.
 
@@ -101,16 +145,70 @@ def paper_names(
     return names
 
 
+def beside_paper(
+    found: Sequence[Line], papers: Sequence[PaperRow], names: Names
+) -> list[dict[str, Any]]:
+    """Return the lines of freezing.csv with `PAPER_COLUMNS`: the defense's numbers as printed."""
+    printed = _by_cell(papers)
+    told = []
+    for line in found:
+        name = names.get((line["task"], line["defense"]))
+        told.append({**line, **{c: _printed(printed, name, cell) for c, cell in PAPER_COLUMNS.items()}})
+    return told
+
+
+def costs_beside_paper(
+    costs: Sequence[Line],
+    found: Sequence[Line],
+    papers: Sequence[PaperRow],
+    names: Names,
+) -> list[dict[str, Any]]:
+    """Return the lines of adaptation_cost.csv with `PAPER_COST_COLUMNS`, for attacks that feel masks."""
+    printed, felt = _by_cell(papers), _felt(found)
+    methods = {(line["task"], line["defense"]): line["method"] for line in found}
+    told = []
+    for cost in costs:
+        name = _name_of_cost(cost, methods.get((cost["task"], cost["defense"]), ""), names)
+        name = name if (cost["task"], cost["attack"]) in felt else None
+        told.append({**cost, **{c: _printed(printed, name, cell) for c, cell in PAPER_COST_COLUMNS.items()}})
+    return told
+
+
+def _felt(found: Sequence[Line]) -> set[tuple[str, str]]:
+    """Return (task, attack) of those that feel a mask: honest, and training what it freezes."""
+    return {(line["task"], line["attack"]) for line in found if line["frozen"] and line["is_felt"]}
+
+
+def _by_cell(papers: Sequence[PaperRow]) -> Printed:
+    return {_key(row): row.printed for row in papers if row.paper == "freezeasguard"}
+
+
+def _printed(printed: Printed, name: Name | None, cell: PaperCell) -> str | None:
+    """Return the paper's number of a defense, as printed; None where it has none."""
+    return None if name is None else printed.get((cell[0], *name, *cell[1:]))
+
+
+def _name_of_cost(cost: Line, method: str, names: Names) -> Name | None:
+    """Return the paper's name in its table 3, where 0 % stands for the undefended model."""
+    return ("freezeasguard", 0) if method == "none" else names.get((cost["task"], cost["defense"]))
+
+
 def markdown(
-    found: Sequence[Mapping[str, Any]],
-    costs: Sequence[Mapping[str, Any]],
+    found: Sequence[Line],
+    costs: Sequence[Line],
     order: Sequence[str],
     papers: Sequence[PaperRow] = (),
-    names: Mapping[tuple[str, str], Name] = MappingProxyType({}),
+    names: Names = MappingProxyType({}),
+    origin: str = "",
 ) -> str:
-    """Return freezing.md; `order` are the names of the suite's defenses, `names` the paper's of them."""
-    printed = {_key(row): row.printed for row in papers if row.paper == "freezeasguard"}
-    text = ["# Where tensors are frozen", "", LEGEND, *(["", PAPER_LEGEND] if printed else [])]
+    """Return freezing.md; `order` are the names of the suite's defenses, `names` the paper's of them.
+
+    `origin` tells what the tables were made from.
+    """
+    printed = _by_cell(papers)
+    text = ["# Where tensors are frozen"]
+    for part in (origin, LEGEND, PAPER_LEGEND if printed else ""):
+        text += ["", part] if part else []
     last = _at_last_step(found)
     metrics = list(dict.fromkeys(line["metric"] for line in last))
     for place, task in enumerate(dict.fromkeys(line["task"] for line in last)):
@@ -124,7 +222,7 @@ def markdown(
     return "\n".join([*text, ""])
 
 
-def _at_last_step(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _at_last_step(found: Sequence[Line]) -> list[Line]:
     last: dict[tuple, int] = {}
     for line in found:
         name = (line["task"], line["attack"], line["attacker"])
@@ -132,7 +230,9 @@ def _at_last_step(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return [line for line in found if line["step"] == last[line["task"], line["attack"], line["attacker"]]]
 
 
-def _by_ratio(task, metric, own, order, printed, names) -> list[str]:
+def _by_ratio(
+    task: str, metric: str, own: Sequence[Line], order: Sequence[str], printed: Printed, names: Names
+) -> list[str]:
     """Return the table of a task and metric: a row each defense, columns by attack."""
     attacks = list(dict.fromkeys((line["attack"], line["attacker"], line["step"]) for line in own))
     attacks.sort(key=lambda attack: attack[1] != "honest")  # stable
@@ -154,27 +254,22 @@ def _by_ratio(task, metric, own, order, printed, names) -> list[str]:
             if any(each["innocent_defended"] is not None for each in own if each["attack"] == attack):
                 cells.append(_number(line.get("innocent_defended")))
         if printed:
-            name = names.get((task, defense), ("", None))
-            cells.append(printed.get(("2", *name, "illegal domain, 10 subjects of FF25", "FID"), "–"))
-            cells.append(printed.get(("2", *name, "innocent domain, Logo; 10 illegal subjects", "CLIP"), "–"))
+            name = names.get((task, defense))
+            cells += [_printed(printed, name, cell) or "–" for cell in _OF_TABLE_2]
         rows.append(cells)
     unit = own[0]["unit"]
     return [f"\n## By ratio: {task}, {own[0]['n_protected']} concepts, {metric} ({unit})\n", *_table(head, rows)]
 
 
-def _cost(costs, found, printed, names) -> list[str]:
+def _cost(costs: Sequence[Line], found: Sequence[Line], printed: Printed, names: Names) -> list[str]:
     """Return the tables of what an honest user's adaptation costs: of attacks that feel the mask."""
-    about = {(line["task"], line["defense"]): line for line in found}
+    about, felt = {(line["task"], line["defense"]): line for line in found}, _felt(found)
     text: list[str] = []
-    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    groups: dict[tuple, list[Line]] = {}
     for cost in costs:
-        if cost["attacker"] == "honest" and (cost["task"], cost["defense"]) in about:
+        if (cost["task"], cost["attack"]) in felt and (cost["task"], cost["defense"]) in about:
             groups.setdefault((cost["task"], cost["attack"]), []).append(cost)
     for (task, attack), own in groups.items():
-        freezing = [cost for cost in own if about[task, cost["defense"]]["frozen"]]
-        most = max(cost["trained_parameters"] or 0 for cost in own)
-        if all(cost["trained_parameters"] == most for cost in freezing):
-            continue  # nothing is frozen here, or it trains weights of its own
         head = ["defense", "tensors %", "weights, MB", "optimizer, MB", "peak, MB", "s / step"]
         head += ["weights, share", "memory, share", "time, share"]
         rows = []
@@ -186,10 +281,8 @@ def _cost(costs, found, printed, names) -> list[str]:
             cells += [_number(cost["seconds_per_step"])]
             cells += [_number(cost[name], 2) for name in ("trained_ratio", "peak_memory_ratio", "time_ratio")]
             if printed:
-                name = names.get((task, cost["defense"]), ("", None))
-                name = ("freezeasguard", 0) if line["method"] == "none" else name
-                for metric in ("GPU memory", "time per batch"):
-                    cells.append(printed.get(("3", *name, "user's fine-tuning", metric), "–"))
+                name = _name_of_cost(cost, line["method"], names)
+                cells += [_printed(printed, name, cell) or "–" for cell in PAPER_COST_COLUMNS.values()]
             rows.append(cells)
         if printed:
             head += ["paper: GPU memory, GB", "paper: s / batch"]
@@ -202,11 +295,13 @@ def _cost(costs, found, printed, names) -> list[str]:
     return text
 
 
-def _by_concepts(metric, own, order, printed, names) -> list[str]:
+def _by_concepts(
+    metric: str, own: Sequence[Line], order: Sequence[str], printed: Printed, names: Names
+) -> list[str]:
     """Return the table of the defenses that several tasks have; nothing for one task."""
     sizes = {line["task"]: line["n_protected"] for line in own}
     tasks = sorted(sizes, key=sizes.__getitem__)  # stable
-    made: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}  # defense -> task -> attack -> line
+    made: dict[str, dict[str, dict[str, Line]]] = {}  # defense -> task -> attack -> line
     for line in own:
         made.setdefault(line["defense"], {}).setdefault(line["task"], {})[line["attack"]] = line
     shown = [defense for defense in sorted(made, key=order.index) if len(made[defense]) > 1]
@@ -222,21 +317,15 @@ def _by_concepts(metric, own, order, printed, names) -> list[str]:
         for attack in {line["attack"]: None for line in in_task if line["innocent_defended"] is not None}:
             head.append(f"innocents, {attack}")
             columns.append((task, attack, "innocent_defended"))
-    groups = ("2 subjects, seed 1", "2 subjects, seed 2", "5 subjects", "10 subjects") if printed else ()
+    groups = _GROUPS if printed else ()
     head += [f"paper: {group}: FID, CLIP" for group in groups]
     rows = []
     for defense in shown:
         of = made[defense]
         cells = [defense] + [_number(of.get(task, {}).get(attack, {}).get(value)) for task, attack, value in columns]
-        name = next((names[task, defense] for task in of if (task, defense) in names), ("", None))
+        name = next((names[task, defense] for task in of if (task, defense) in names), None)
         for group in groups:
-            subjects, _, seed = group.partition(",")
-            illegal = f"illegal domain, {subjects} of FF25{',' + seed if seed else ''}"
-            values = (
-                printed.get(("4", *name, illegal, "FID"), "–"),
-                printed.get(("4", *name, f"innocent domain, Logo; illegal: {group}", "CLIP"), "–"),
-            )
-            cells.append("–" if values == ("–", "–") else ", ".join(values))
+            cells.append(", ".join(filter(None, (_printed(printed, name, cell) for cell in _of_group(group)))) or "–")
         rows.append(cells)
     unit = own[0]["unit"]
     return [f"\n## By number of concepts: {metric} ({unit}), reached after the last step\n", *_table(head, rows)]
@@ -263,7 +352,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _sgr(line: Mapping[str, Any]) -> str:
+def _sgr(line: Line) -> str:
     if line.get("sgr") is None or line["method"] == "none":
         return "–"
     if not line["is_felt"]:
@@ -272,5 +361,5 @@ def _sgr(line: Mapping[str, Any]) -> str:
     return f"{100 * line['sgr']:+.0f}{around}"
 
 
-def _counts(line: Mapping[str, Any]) -> str:
+def _counts(line: Line) -> str:
     return "–" if not line else "yes" if line["valid"] else "no"

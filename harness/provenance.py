@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,25 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
     }
+
+
+def told(suite: str, model: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence on where results come from: program, packages, devices and days of the stages' records."""
+    revisions, packages, devices = ({} for _ in range(3))
+    for record in records:
+        of = record["provenance"]
+        git = of.get("git") or {}
+        changed = " with changes" if git.get("is_dirty") else ""
+        revisions[f"{git['revision'][:10]}{changed}" if git else f"version {of['immunitybench']}"] = None
+        known = of["packages"]
+        packages[", ".join(f"{name} {known[name]}" for name in ("torch", "diffusers") if name in known)] = None
+        devices["CPU" if of["device"] == "cpu" else of["device"]] = None
+    days = sorted({time.strftime("%Y-%m-%d", time.gmtime(record["finished"])) for record in records})
+    if not days:
+        return ""
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    made = "; ".join(" / ".join(names) for names in (revisions, packages, devices))
+    return f"Suite `{suite}` on {model}, {len(records)} adaptations: immunitybench {made}; {when}."
 
 
 def checkout(folder: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import adaptation_cost, freezing_tables, masks, masks_against_random
+from harness import adaptation_cost, freezing_tables, masks, masks_against_random, provenance
 from harness.identity import digest_of_json
 from harness.plan import Plan
 from harness.report import against_random_figure, mask_figure
@@ -85,7 +85,7 @@ def write(
 ) -> list[dict[str, Any]]:
     """Write the tables of a run from what is committed; return the leaderboard's lines.
 
-    `papers` are numbers that stand beside in freezing.md.
+    `papers` are numbers that stand beside, in freezing.md, freezing.csv and adaptation_cost.csv.
     """
     is_whole = all(store.has("score", key) for trial in plan.trials for key in trial.scores.values())
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,6 @@ def write(
             if not is_drawn:
                 (folder / name).unlink(missing_ok=True)
         costs = adaptation_cost.lines(plan, store)
-        write_csv(folder / "adaptation_cost.csv", costs, adaptation_cost.COLUMNS)
         write_text(folder / "adaptation_cost.md", adaptation_cost.markdown(costs))
         together = {trial.task: 0 for trial in plan.trials}
         for trial in plan.trials:
@@ -124,8 +123,16 @@ def write(
         shown = freezing_tables.lines(lines, frozen, together, table)
         names = freezing_tables.paper_names(shown, frozen, erasing)
         order = list(dict.fromkeys(name for known in table.defenses.values() for name in known))
-        write_csv(folder / "freezing.csv", shown, freezing_tables.COLUMNS)
-        write_text(folder / "freezing.md", freezing_tables.markdown(shown, costs, order, papers, names))
+        origin = provenance.told(plan.suite, model_name, adaptation_cost.records(plan, store))
+        write_text(folder / "freezing.md", freezing_tables.markdown(shown, costs, order, papers, names, origin))
+        columns, of_costs = freezing_tables.COLUMNS, adaptation_cost.COLUMNS
+        if papers:
+            columns += tuple(freezing_tables.PAPER_COLUMNS)
+            of_costs += tuple(freezing_tables.PAPER_COST_COLUMNS)
+            costs = freezing_tables.costs_beside_paper(costs, shown, papers, names)
+            shown = freezing_tables.beside_paper(shown, papers, names)
+        write_csv(folder / "freezing.csv", shown, columns)
+        write_csv(folder / "adaptation_cost.csv", costs, of_costs)
     write_json(folder / STATE, {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole})
     return lines
 

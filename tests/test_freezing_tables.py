@@ -204,3 +204,28 @@ def test_nothing_frozen_saves_nothing():
     bare = [cost for cost in costs() if cost["defense"] in ("none", "joint")]
 
     assert "What it costs" not in freezing_tables.markdown(only, bare, ORDER)
+
+
+def test_the_papers_numbers_stand_beside_as_csv():
+    """As printed, of the line's defense; its cost beside attacks that feel masks."""
+    lines, papers = made(), load("freezeasguard")
+    names = freezing_tables.paper_names(lines, masks(), ())
+    told = {line["defense"]: line for line in freezing_tables.beside_paper(lines, papers, names)}
+
+    assert set(told["learned"]) == {*freezing_tables.COLUMNS, *freezing_tables.PAPER_COLUMNS}
+    assert [told["learned"][f"paper_table_{c}"] for c in ("2_fid", "2_logo_clip", "4_5_subjects_fid")] == [
+        "156.09", "30.26", "135.85",
+    ]  # fmt: skip
+    assert told["random"]["paper_table_4_2_subjects_seed_2_logo_clip"] == "29.80"
+    assert all(told["none"][column] is not None for column in freezing_tables.PAPER_COLUMNS)
+    beside = freezing_tables.costs_beside_paper(costs(), lines, papers, names)
+    paper = {(line["defense"], line["attack"]): line["paper_gpu_memory_gb"] for line in beside}
+    assert paper["none", "honest"] == "18.28" and paper["learned", "honest"] == "15.43"
+    assert {paper[name] for name in (("random", "honest"), ("none", "lora"), ("learned", "lora"))} == {None}
+
+
+def test_the_page_tells_its_origin():
+    """Before all else."""
+    text = freezing_tables.markdown(made(), [], ORDER, origin="Made here.")
+
+    assert text.startswith("# Where tensors are frozen\n\nMade here.\n\nreaches")
