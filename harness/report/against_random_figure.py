@@ -56,13 +56,13 @@ def plot(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, A
         alike, agree, *gaps = axes[place]
         _overlap(alike, overlaps, by_defense, looks, lambda mask: mask["overlap_without_data"], None)
         alike.set_ylim(-0.05, 1.05)
-        alike.set_ylabel(f"{task}\noverlap", fontsize=8)
+        alike.set_ylabel(f"{task}:\noverlap", fontsize=8)
         _overlap(agree, overlaps, by_defense, looks, _beyond_chance, agreeing)
         agree.set_ylabel("overlap beyond chance", fontsize=8)
         for axis, metric in zip(gaps, metrics, strict=True):
             _gap(axis, [line for line in own if line["metric"] == metric], looks)
             axis.set_title(f"{attack}, step {last}:\n{metric}", fontsize=8)
-        gaps[0].set_ylabel("protects more by", fontsize=8)
+        gaps[0].set_ylabel("protects more than random by", fontsize=8)
     axes[0][0].set_title("with the mask\nthat no data gives", fontsize=8)
     axes[0][1].set_title("do masks of\ntwo seeds agree?", fontsize=8)
     for axis in axes.flat:
@@ -73,7 +73,8 @@ def plot(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, A
     for axis in axes[-1]:
         axis.set_xlabel("frozen tensors, %", fontsize=8)
     handles = [Line2D([], [], ls="", ms=5, label=name, **look) for name, look in looks.items()]
-    handles.append(Line2D([], [], ls="", ms=5, marker="o", mfc="none", color=_GREY, label="not told apart"))
+    unclear = {"marker": "o", "mfc": "none", "color": _GREY, "label": "not told apart from random (corrected)"}
+    handles.append(Line2D([], [], ls="", ms=5, **unclear))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     return figure
 
