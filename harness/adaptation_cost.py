@@ -2,10 +2,10 @@
 
 From the records of a run, a line for each task, defense and attack: means over its adaptations. Bytes of trained
 weights and of the optimizer's states are counted; gradients take as many as the weights. Peak memory is the device's on
-a GPU; of a CPU's process, which holds what it did before too, it would be no measure, and there is none
-(`tests/benchmarks/freezing_saves.py` measures it, a process each). Seconds a step are training alone, without loading,
-encoding and saving; stages that run side by side slow each other. Stages that trials share (of attackers who feel
-nothing of a defense) are the same ones.
+a GPU; of a CPU's process, which holds what it did before too, it would be no measure, and there is none. Seconds a step
+are training alone, without loading, encoding and saving; their ratio is told where stages had their device to
+themselves: on GPUs, or one after the other (`--executor serial`). `tests/benchmarks/freezing_saves.py` measures both on
+a CPU. Stages that trials share (of attackers who feel nothing of a defense) are the same ones.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ COLUMNS = (
 _RATIOS = {
     "trained_ratio": "trained_parameters",
     "peak_memory_ratio": "peak_memory_bytes",
-    "time_ratio": "seconds_per_step",
+    "time_ratio": "seconds_per_step_alone",
 }
+_ALONE = _RATIOS["time_ratio"]
 _HEAD = (
     "| defense | trained weights, MB | optimizer, MB | peak memory, MB | s / step | of undefended: weights | memory | "
     "time |"
@@ -57,7 +58,8 @@ def lines(plan: Plan, store: Store) -> list[dict[str, Any]]:
         left, right = ([costs[pair[side]] for pair in pairs] for side in (0, 1))
         line = dict(zip(COLUMNS, name, strict=False))
         keys = dict.fromkeys(own.values())
-        result.append({**line, "n_adaptations": len(keys), **_mean([costs[k] for k in keys]), **_ratios(left, right)})
+        found = {**line, "n_adaptations": len(keys), **_mean([costs[k] for k in keys]), **_ratios(left, right)}
+        result.append({column: found[column] for column in COLUMNS})
     return result
 
 
@@ -79,14 +81,16 @@ def _ratios(own: Sequence[Mapping[str, float | None]], base: Sequence[Mapping[st
 
 
 def _cost(record: Mapping[str, Any], steps: int) -> dict[str, float | None]:
-    ledger = record["ledger"]
-    numbers = ledger["numbers"]
+    ledger, provenance = record["ledger"], record["provenance"]
+    numbers, seconds = ledger["numbers"], ledger["seconds"].get("train", 0.0) / steps
+    is_cpu = provenance["device"] == "cpu"
     return {
         "trained_parameters": numbers.get("trainable_parameters"),
         "trained_bytes": numbers.get("trained_bytes"),
         "optimizer_bytes": numbers.get("optimizer_bytes"),
-        "peak_memory_bytes": None if record["provenance"]["device"] == "cpu" else ledger["peak_memory_bytes"],
-        "seconds_per_step": ledger["seconds"].get("train", 0.0) / steps,
+        "peak_memory_bytes": None if is_cpu else ledger["peak_memory_bytes"],
+        "seconds_per_step": seconds,
+        _ALONE: None if is_cpu and provenance["executor"] != "serial" else seconds,
     }
 
 

@@ -288,8 +288,8 @@ def _cost(costs: Sequence[Line], found: Sequence[Line], printed: Printed, names:
             head += ["paper: GPU memory, GB", "paper: s / batch"]
         text += [
             f"\n## What it costs an honest user: {task}, {attack}\n",
-            "Shares are of the undefended model's. Peak memory is a GPU's; stages that run side by side slow each "
-            "other: tests/benchmarks/freezing_saves.py measures both alone.\n",
+            "Shares are of the undefended model's. Peak memory is a GPU's; shares of the time are told where stages "
+            "had their device to themselves. tests/benchmarks/freezing_saves.py measures both on a CPU.\n",
             *_table(head, rows),
         ]
     return text

@@ -525,7 +525,10 @@ FREEZING = (
         "What is left of them: means over the adaptations of the same concepts and seeds that both models have.", OURS,
     ),
     Definition("peak_memory_ratio", "peak memory, ratio", "defended / undefended", "The same.", OURS),
-    Definition("time_ratio", "time, ratio", "defended / undefended", "The same.", OURS),
+    Definition(
+        "time_ratio", "time, ratio", "defended / undefended",
+        "The same, of seconds a step. Empty where stages shared a CPU, which slow each other.", OURS,
+    ),
 )  # fmt: skip
 """Columns of the tables on defenses that freeze tensors, masks.csv to adaptation_cost.csv."""
 

@@ -118,7 +118,7 @@ class Records:
     """A store of adaptations: their bytes and seconds."""
 
     def __init__(self, records: dict[str, tuple[float, float, float]], device: str = "a GPU"):
-        self.records, self.device = records, device
+        self.records, self.device, self.executor = records, device, "ray"
 
     def has(self, kind: str, key: str) -> bool:
         return kind == "adapt" and key in self.records
@@ -127,7 +127,7 @@ class Records:
         weights, peak, seconds = self.records[key]
         numbers = {"trainable_parameters": weights, "trained_bytes": 4 * weights, "optimizer_bytes": 8 * weights}
         ledger = {"numbers": numbers, "peak_memory_bytes": peak, "seconds": {"train": seconds}}
-        return {"ledger": ledger, "provenance": {"device": self.device}}
+        return {"ledger": ledger, "provenance": {"device": self.device, "executor": self.executor}}
 
 
 def test_masks_that_no_seed_changes_are_one():
@@ -183,9 +183,16 @@ def test_costs_are_set_beside_the_undefended_models(tmp_path):
     text = adaptation_cost.markdown(list(lines.values()))
     assert "| frozen | 0.0 | 0.0 | 0.0 | 0.150 | 0.70 | 0.40 | 0.50 |" in text
     assert set(lines["none", "honest"]) == set(adaptation_cost.COLUMNS)
+    peaks = ("peak_memory_bytes", "peak_memory_ratio")
     store.device = "cpu"  # whose peak holds all that the process did before
     costs = adaptation_cost.lines(plan, store)
     assert {(line["peak_memory_bytes"], line["peak_memory_ratio"]) for line in costs} == {(None, None)}
+    assert {line["time_ratio"] for line in costs} == {None}  # of stages side by side
+    store.executor = "serial"
+    assert lines == {
+        (line["defense"], line["attacker"]): {**line, **{c: lines[line["defense"], line["attacker"]][c] for c in peaks}}
+        for line in adaptation_cost.lines(plan, store)
+    }
 
 
 def test_columns_are_those_of_the_lines():

@@ -11,6 +11,7 @@ meanwhile. Each share is the mean over the masks of as many seeds, of each the b
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="repetitions; the fastest and the smallest count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="testbed", help="or a folder that diffusers saved")
+    parser.add_argument("--csv", type=Path, help="write the table there too, beside the paper's")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -42,10 +44,12 @@ def main() -> None:
     print("| frozen tensors | parameters | weights, MB | optimizer, MB | peak, MB | ratio | s / step | ratio |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     whole: dict[str, float] = {}
+    lines: list[dict[str, float | str]] = []
     for ratio in RATIOS:
         of_masks = [_best(given, ratio, seed) for seed in range(given.seeds if ratio else 1)]
         found = {name: sum(of[name] for of in of_masks) / len(of_masks) for name in of_masks[0]}
         whole = whole or found
+        lines.append(_line(ratio, found, whole))
         print(
             f"| {100 * ratio:.0f} % | {100 * found['frozen']:.1f} % | {found['weights'] / 1e6:,.1f} | "
             f"{found['optimizer'] / 1e6:,.1f} | {found['memory'] / 1e6:,.0f} | "
@@ -53,6 +57,31 @@ def main() -> None:
             f"{found['seconds'] / whole['seconds']:.2f} |",
             flush=True,
         )
+    if given.csv:
+        with open(given.csv, "w", encoding="utf-8", newline="") as file:
+            rows = csv.DictWriter(file, list(lines[0]))
+            rows.writeheader()
+            rows.writerows(lines)
+
+
+def _line(ratio: float, found: dict[str, float], whole: dict[str, float]) -> dict[str, float | str]:
+    """Return a row of the CSV: what is measured, and what the paper's table 3 prints at that ratio."""
+    from metrics.paper_rows import load
+
+    setting = f"user's fine-tuning; rho {100 * ratio:.0f} %"
+    printed = {row.metric: row.printed for row in load("freezeasguard") if row.setting == setting}
+    return {
+        "frozen_tensors": ratio,
+        "frozen_parameters": found["frozen"],
+        "trained_bytes": found["weights"],
+        "optimizer_bytes": found["optimizer"],
+        "peak_memory_bytes": found["memory"],
+        "peak_memory_ratio": found["memory"] / whole["memory"],
+        "seconds_per_step": found["seconds"],
+        "time_ratio": found["seconds"] / whole["seconds"],
+        "paper_gpu_memory_gb": printed.get("GPU memory", ""),
+        "paper_seconds_per_batch": printed.get("time per batch", ""),
+    }
 
 
 def _best(given: argparse.Namespace, ratio: float, seed: int) -> dict[str, float]:
