@@ -34,8 +34,14 @@ _HEAD = (
 )
 
 
-def lines(plan: Plan, store: Store) -> list[dict[str, Any]]:
-    """Return the lines of adaptation_cost.csv."""
+def records(plan: Plan, store: Store) -> dict[str, Mapping[str, Any]]:
+    """Return the records of the adaptations that are done, by key."""
+    keys = dict.fromkeys(plan.stages[trial.sample].inputs["adapt"] for trial in plan.trials if trial.attack)
+    return {key: store.record("adapt", key) for key in keys if store.has("adapt", key)}
+
+
+def lines(plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of adaptation_cost.csv; `done` are the `records`."""
     made: dict[tuple, dict[tuple, str]] = {}  # of a line: of an adaptation (protected set, concept, seed) its key
     undefended: dict[tuple, tuple] = {}
     costs: dict[str, dict[str, float | None]] = {}
@@ -46,9 +52,8 @@ def lines(plan: Plan, store: Store) -> list[dict[str, Any]]:
         if trial.method == "none":
             undefended[trial.task, trial.attack, trial.attacker] = name
         adapted = plan.stages[trial.sample].inputs["adapt"]
-        if adapted not in costs and store.has("adapt", adapted):
-            costs[adapted] = _cost(store.record("adapt", adapted), trial.steps[-1])
-        if adapted in costs:
+        if adapted in done:
+            costs[adapted] = _cost(done[adapted], trial.steps[-1])
             made.setdefault(name, {})[trial.protected, trial.concept, trial.seed] = adapted
     result = []
     for name, own in made.items():
@@ -61,12 +66,6 @@ def lines(plan: Plan, store: Store) -> list[dict[str, Any]]:
         found = {**line, "n_adaptations": len(keys), **_mean([costs[k] for k in keys]), **_ratios(left, right)}
         result.append({column: found[column] for column in COLUMNS})
     return result
-
-
-def records(plan: Plan, store: Store) -> list[Mapping[str, Any]]:
-    """Return the records of the adaptations that are done, each once."""
-    keys = dict.fromkeys(plan.stages[trial.sample].inputs["adapt"] for trial in plan.trials if trial.attack)
-    return [store.record("adapt", key) for key in keys if store.has("adapt", key)]
 
 
 def _ratios(own: Sequence[Mapping[str, float | None]], base: Sequence[Mapping[str, float | None]]) -> dict:

@@ -104,37 +104,52 @@ def write(
         recovery_curves(table, folder / f"recovery_{role}.png", role)
     frozen = masks.of_run(plan, store)
     if frozen:
-        overlaps, against = masks.table(frozen), masks_against_random.lines(frozen, table)
-        write_csv(folder / "masks.csv", overlaps, masks.COLUMNS)
-        write_csv(folder / "masks_against_random.csv", against, masks_against_random.COLUMNS)
-        write_text(folder / "masks.md", masks_against_random.markdown(overlaps, against))
-        for name, is_drawn in (
-            ("masks.png", mask_figure.draw(frozen, folder / "masks.png")),
-            (_AGAINST, against_random_figure.draw(overlaps, against, folder / _AGAINST)),
-        ):
-            if not is_drawn:
-                (folder / name).unlink(missing_ok=True)
-        costs = adaptation_cost.lines(plan, store)
-        write_text(folder / "adaptation_cost.md", adaptation_cost.markdown(costs))
-        together = {trial.task: 0 for trial in plan.trials}
-        for trial in plan.trials:
-            together[trial.task] = max(together[trial.task], len(trial.protected))
-        erasing = {trial.task for trial in plan.trials if trial.defense == "original"}
-        shown = freezing_tables.lines(lines, frozen, together, table)
-        names = freezing_tables.paper_names(shown, frozen, erasing)
-        order = list(dict.fromkeys(name for known in table.defenses.values() for name in known))
-        origin = provenance.told(plan.suite, model_name, adaptation_cost.records(plan, store))
-        write_text(folder / "freezing.md", freezing_tables.markdown(shown, costs, order, papers, names, origin))
-        columns, of_costs = freezing_tables.COLUMNS, adaptation_cost.COLUMNS
-        if papers:
-            columns += tuple(freezing_tables.PAPER_COLUMNS)
-            of_costs += tuple(freezing_tables.PAPER_COST_COLUMNS)
-            costs = freezing_tables.costs_beside_paper(costs, shown, papers, names)
-            shown = freezing_tables.beside_paper(shown, papers, names)
-        write_csv(folder / "freezing.csv", shown, columns)
-        write_csv(folder / "adaptation_cost.csv", costs, of_costs)
+        _write_frozen(plan, store, folder, model_name, frozen, table, lines, papers)
     write_json(folder / STATE, {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole})
     return lines
+
+
+def _write_frozen(
+    plan: Plan,
+    store: Store,
+    folder: Path,
+    model_name: str,
+    frozen: Sequence[masks.Mask],
+    table: Measurements,
+    lines: Sequence[dict[str, Any]],
+    papers: Sequence[PaperRow],
+) -> None:
+    """Write what is told of frozen tensors: masks, what they are worth, and what they save."""
+    overlaps, against = masks.table(frozen), masks_against_random.lines(frozen, table)
+    write_csv(folder / "masks.csv", overlaps, masks.COLUMNS)
+    write_csv(folder / "masks_against_random.csv", against, masks_against_random.COLUMNS)
+    write_text(folder / "masks.md", masks_against_random.markdown(overlaps, against))
+    for name, is_drawn in (
+        ("masks.png", mask_figure.draw(frozen, folder / "masks.png")),
+        (_AGAINST, against_random_figure.draw(overlaps, against, folder / _AGAINST)),
+    ):
+        if not is_drawn:
+            (folder / name).unlink(missing_ok=True)
+    adaptations = adaptation_cost.records(plan, store)
+    costs = adaptation_cost.lines(plan, adaptations)
+    write_text(folder / "adaptation_cost.md", adaptation_cost.markdown(costs))
+    together = {trial.task: 0 for trial in plan.trials}
+    for trial in plan.trials:
+        together[trial.task] = max(together[trial.task], len(trial.protected))
+    erasing = {trial.task for trial in plan.trials if trial.defense == "original"}
+    shown = freezing_tables.lines(lines, frozen, together, table)
+    names = freezing_tables.paper_names(shown, frozen, erasing)
+    order = list(dict.fromkeys(name for known in table.defenses.values() for name in known))
+    origin = provenance.told(plan.suite, model_name, list(adaptations.values()))
+    write_text(folder / "freezing.md", freezing_tables.markdown(shown, costs, order, papers, names, origin))
+    columns, of_costs = freezing_tables.COLUMNS, adaptation_cost.COLUMNS
+    if papers:
+        columns += tuple(freezing_tables.PAPER_COLUMNS)
+        of_costs += tuple(freezing_tables.PAPER_COST_COLUMNS)
+        costs = freezing_tables.costs_beside_paper(costs, shown, papers, names)
+        shown = freezing_tables.beside_paper(shown, papers, names)
+    write_csv(folder / "freezing.csv", shown, columns)
+    write_csv(folder / "adaptation_cost.csv", costs, of_costs)
 
 
 def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool:

@@ -17,7 +17,6 @@ sample, so that the choice of the attack is part of the chance. An attack that s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -188,8 +187,9 @@ def paired_cells(
 
 def _seeds_kept(by_concept: Sequence[set[int]]) -> list[int]:
     """Return the seeds whose rectangle of concepts that have them all is largest; of equal ones that of most seeds."""
-    known = {frozenset(own) for own in by_concept}
-    choices = known | {a & b for a, b in combinations(known, 2)}
+    choices: set[frozenset[int]] = set()  # every intersection of what concepts have
+    for own in {frozenset(own) for own in by_concept}:
+        choices |= {own} | {own & other for other in choices}
 
     def kept(seeds: frozenset[int]) -> tuple:
         return len(seeds) * sum(seeds <= own for own in by_concept), len(seeds), sorted(seeds)

@@ -145,6 +145,15 @@ def test_one_seed_of_each_that_others_lack():
     assert (line["n_targets"], line["n_seeds"]) == (2, 2)
 
 
+def test_each_concept_lacks_another_seed():
+    """Of five concepts and six seeds: three of each, which no two concepts alone tell."""
+    made = {f"{n}": rows({"mine": noise(1, 4, 6), "theirs": noise(2, 4, 6)}, concept=f"{n}") for n in range(1, 6)}
+    found = [r for name, own in made.items() for r in own if r["seed"] != int(name)]
+    line = only(compare(found, "mine", ["theirs"]))
+
+    assert (line["n_targets"], line["n_seeds"]) == (3, 3)
+
+
 def test_concepts_count_alike_whatever_their_prompts():
     """The mean over concepts of their means."""
     few = rows({"mine": noise(1, 2), "theirs": noise(2, 2)})

@@ -168,7 +168,8 @@ def test_costs_are_set_beside_the_undefended_models(tmp_path):
             "bold-dog": (100, 1000, 3.0), "bold-cat": (100, 1000, 3.0),
         }
     )  # fmt: skip
-    lines = {(line["defense"], line["attacker"]): line for line in adaptation_cost.lines(plan, store)}
+    told = adaptation_cost.lines(plan, adaptation_cost.records(plan, store))
+    lines = {(line["defense"], line["attacker"]): line for line in told}
     frozen = lines["frozen", "honest"]
 
     assert frozen["n_adaptations"] == 2
@@ -185,13 +186,13 @@ def test_costs_are_set_beside_the_undefended_models(tmp_path):
     assert set(lines["none", "honest"]) == set(adaptation_cost.COLUMNS)
     peaks = ("peak_memory_bytes", "peak_memory_ratio")
     store.device = "cpu"  # whose peak holds all that the process did before
-    costs = adaptation_cost.lines(plan, store)
+    costs = adaptation_cost.lines(plan, adaptation_cost.records(plan, store))
     assert {(line["peak_memory_bytes"], line["peak_memory_ratio"]) for line in costs} == {(None, None)}
     assert {line["time_ratio"] for line in costs} == {None}  # of stages side by side
     store.executor = "serial"
     assert lines == {
         (line["defense"], line["attacker"]): {**line, **{c: lines[line["defense"], line["attacker"]][c] for c in peaks}}
-        for line in adaptation_cost.lines(plan, store)
+        for line in adaptation_cost.lines(plan, adaptation_cost.records(plan, store))
     }
 
 
