@@ -1,0 +1,89 @@
+"""The plan of every bundled suite, pinned: results kept under a key stay valid as long as these digests do.
+
+A digest covers the key of every stage in order, the units with their stages and needs, and every trial. Where one
+changes on purpose, `KEY_VERSION` or a method's version was raised, and its docstring says why. The pins were made on
+the code before the rooms were laid anew, and are the same after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from harness import plan, suite
+
+PINS = {
+    "attack_unit_tests": "019fa94058b9c0f52b86cd0c3671ddcf",  # 108 stages, 50 units, 38 trials
+    "attacks_testbed": "4bd898e6196c24742401c131bbe866fd",  # 8256 stages, 1692 units, 1515 trials
+    "freezeasguard": "09c0222504c4fd0edd2d8e7a390829b7",  # 9956 stages, 1877 units, 5420 trials
+    "freezeasguard_testbed": "49209e335ff32e87f25d5bc4ecad937d",  # 4288 stages, 1012 units, 2094 trials
+    "mima_full": "27d1d9ce0c87ec99814576145a608d06",  # 11062 stages, 3457 units, 3397 trials
+    "mima_testbed": "1005f1564283cb42d479aaf2d073fa7d",  # 1321 stages, 337 units, 294 trials
+    "quickstart": "65e7d440d597adc887ba5867ebf48bd7",  # 563 stages, 153 units, 128 trials
+    "smoke": "2cb6ebc840abdea0fe2299fb038d462f",  # 137 stages, 44 units, 23 trials
+}
+IMAGES = 6
+"""Of each folder that a suite asks for and that does not ship; two a split."""
+
+
+def described(made: plan.Plan) -> dict[str, Any]:
+    """Return what a pin covers, as plain data."""
+    return {
+        "stages": list(made.stages),
+        "units": [[unit.name, list(unit.stages), sorted(unit.needs)] for unit in made.units],
+        "trials": [asdict(trial) for trial in made.trials],
+    }
+
+
+def digest(made: plan.Plan) -> str:
+    """Return the pin of a plan."""
+    text = json.dumps(described(made), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def write_bitmap(path: Path, colour: bytes) -> None:
+    """Write an image of one pixel: the same bytes whatever library is installed, since nothing is compressed."""
+    header = b"BM" + (58).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little")
+    size = (40).to_bytes(4, "little") + (1).to_bytes(4, "little") * 2
+    form = (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(4) + (4).to_bytes(4, "little") + bytes(16)
+    path.write_bytes(header + size + form + colour + b"\0")
+
+
+def folders(path: Path, root: Path) -> list[str]:
+    """Return overrides that give each concept of a suite that has a folder one with small images and captions."""
+    overrides = []
+    for name, spec in yaml.safe_load(path.read_text(encoding="utf-8")).get("concepts", {}).items():
+        if "folder" not in spec:
+            continue
+        folder = root / name
+        folder.mkdir()
+        captions = ["file_name,text"]
+        for index in range(IMAGES):
+            write_bitmap(folder / f"{index}.bmp", hashlib.sha256(f"{name} {index}".encode()).digest()[:3])
+            captions.append(f"{index}.bmp,a picture of {spec.get('attack_name', name)} {index}")
+        if "attack_captions" not in spec:
+            (folder / "metadata.csv").write_text("\n".join(captions), encoding="utf-8")
+        overrides += [f"concepts.{name}.folder={folder}", f"concepts.{name}.per_split=2"]
+    return overrides
+
+
+def made(path: Path, root: Path) -> plan.Plan:
+    """Return the plan of a bundled suite."""
+    return plan.make(suite.load(path, folders(path, root)))
+
+
+@pytest.mark.parametrize("path", suite.bundled_suites(), ids=lambda path: path.stem)
+def test_the_plan_is_as_it_was(path, tmp_path):
+    """Stage keys, units and trials are those that were pinned."""
+    assert digest(made(path, tmp_path)) == PINS[path.stem]
+
+
+def test_every_pin_is_of_a_bundled_suite():
+    """No pin is left of a suite that does not ship any more."""
+    assert set(PINS) == {path.stem for path in suite.bundled_suites()}
