@@ -1,1 +1,1 @@
-"""Attacks (adaptation methods), one a file, found by `harness.registry`. `base.py` is the contract."""
+"""Attacks (adaptation methods), one a file, found by `harness.core.registry`. `base.py` is the contract."""

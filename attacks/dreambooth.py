@@ -18,9 +18,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from attacks.base import Attack, Checkpoint, UsualBudget
-from harness.registry import register
-from harness.search import Choice, around
+from harness.contracts.attack import Attack, Checkpoint, UsualBudget
+from harness.core.registry import register
+from harness.core.search import Choice, around
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Annotated
 from pydantic import Field
 
 from attacks import lora
-from attacks.base import UsualBudget
 from attacks.lora import Lora
-from harness.registry import register
+from harness.contracts.attack import UsualBudget
+from harness.core.registry import register
 
 
 @dataclass(frozen=True)

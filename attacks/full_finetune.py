@@ -17,9 +17,9 @@ from typing import Annotated
 from pydantic import Field
 
 from attacks import dreambooth
-from attacks.base import UsualBudget
 from attacks.dreambooth import Dreambooth
-from harness.registry import register
+from harness.contracts.attack import UsualBudget
+from harness.core.registry import register
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Defenses, one a file, found by `harness.registry`. `base.py` is the contract."""
+"""Defenses, one a file, found by `harness.core.registry`. `base.py` is the contract."""

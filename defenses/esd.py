@@ -43,16 +43,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from defenses.base import Defense
-from harness.protection import Protection, ThreatModel
-from harness.registry import register
+from harness.contracts.defense import Defense
+from harness.contracts.protection import Protection, ThreatModel
+from harness.core.registry import register
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from harness.models import DiffusionModel
-    from harness.run import Run
+    from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
 
 _TESTBED_STYLES = ("twemoji", "noto", "blob", "fluent", "flat", "emojione")
 
@@ -203,7 +203,7 @@ class _Source:
     """Guided DDIM sampling for the concepts' texts: what both ways of drawing x_t have in common."""
 
     def __init__(self, model: DiffusionModel, run: Run, p: Parameters, phrases: list[str]):
-        from harness.sampling import scheduler_for
+        from harness.model.sampling import scheduler_for
 
         self.model, self.run, self.p = model, run, p
         self.scheduler = scheduler_for(model, "ddim")

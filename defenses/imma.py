@@ -40,16 +40,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from defenses.base import Defense, ProtectedConcept
-from harness.protection import Protection, ThreatModel
-from harness.registry import register
-from harness.sharding_rules import global_batch, hypergradient_mode
+from harness.contracts.defense import Defense, ProtectedConcept
+from harness.contracts.protection import Protection, ThreatModel
+from harness.core.registry import register
+from harness.core.sharding import global_batch, hypergradient_mode
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from harness.models import DiffusionModel
-    from harness.run import Run
+    from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
 
 Rate = Annotated[float, Field(gt=0, le=10)]
 _LOWER_RATES = {"lora": 1e-4, "dreambooth": 5e-6, "dreambooth_lora": 5e-6, "textual_inversion": 5e-4}

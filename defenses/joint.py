@@ -8,8 +8,8 @@ what exactly that is could not be read, so this one has a name of its own.
 from __future__ import annotations
 
 from defenses.imma import Imma, ImmaBase, immunize
-from harness.protection import Protection
-from harness.registry import register
+from harness.contracts.protection import Protection
+from harness.core.registry import register
 
 
 @register("defense")

@@ -18,8 +18,8 @@ from pydantic import Field
 
 from defenses import imma
 from defenses.imma import Imma, ImmaBase
-from harness.protection import Protection
-from harness.registry import register
+from harness.contracts.protection import Protection
+from harness.core.registry import register
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Merged(ImmaBase):
     @classmethod
     def files(cls, parameters) -> dict[str, Path]:
         """The caption list."""
-        from harness.captions import path
+        from harness.core.captions import path
 
         return {"regularization_captions": path(parameters.regularization_captions)}
 
@@ -71,7 +71,7 @@ class Merged(ImmaBase):
         """Return the merged attention weights."""
         import torch
 
-        from harness import captions
+        from harness.core import captions
         from harness.training import words
         from harness.training.merge import LayerMerging, Merge
         from harness.training.selection import select

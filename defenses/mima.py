@@ -43,14 +43,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from defenses.base import Defense, ProtectedConcept
-from harness.protection import Protection, ThreatModel
-from harness.registry import register
-from harness.sharding_rules import global_batch, hypergradient_mode
+from harness.contracts.defense import Defense, ProtectedConcept
+from harness.contracts.protection import Protection, ThreatModel
+from harness.core.registry import register
+from harness.core.sharding import global_batch, hypergradient_mode
 
 if TYPE_CHECKING:
-    from harness.models import DiffusionModel
-    from harness.run import Run
+    from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
     from harness.training.diffusion import EncodedImages
 
 Rate = Annotated[float, Field(gt=0, le=1000)]
@@ -203,7 +203,7 @@ class Mima(Defense):
     @classmethod
     def files(cls, parameters) -> dict[str, Path]:
         """The caption list."""
-        from harness.captions import path
+        from harness.core.captions import path
 
         return {"regularization_captions": path(parameters.regularization_captions)}
 
@@ -386,7 +386,7 @@ class _Immunization:
 
     def merging(self, step: int):
         """Return how the concepts' weights become one at a step: the same for all, unless C_reg is drawn anew."""
-        from harness import captions
+        from harness.core import captions
         from harness.training.merge import LayerMerging, Merge
 
         p = self.p

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from defenses.base import Defense
-from harness.protection import Protection, ThreatModel
-from harness.registry import register
+from harness.contracts.defense import Defense
+from harness.contracts.protection import Protection, ThreatModel
+from harness.core.registry import register
 
 
 @register("defense")

@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from defenses.base import Defense, ProtectedConcept
-from harness.protection import Protection, ThreatModel
-from harness.registry import register
+from harness.contracts.defense import Defense, ProtectedConcept
+from harness.contracts.protection import Protection, ThreatModel
+from harness.core.registry import register
 from harness.testbed.captions import COMMON_OBJECTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from harness.models import DiffusionModel
+    from harness.model.pipeline import DiffusionModel
 
 _TESTBED_STYLES = ("twemoji", "noto", "blob", "fluent", "flat", "emojione")
 

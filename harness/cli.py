@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.errors import ExitCode, UserMistake, one_line
-from harness.store import CACHE_MODES
-from harness.version import __version__
+from harness.core.errors import ExitCode, UserMistake, one_line
+from harness.core.version import __version__
+from harness.store.store import CACHE_MODES
 
 EPILOG = """\
 examples:
@@ -175,8 +175,9 @@ class _Opened:
     """A suite that was read and planned, with the folders of its run."""
 
     def __init__(self, given: argparse.Namespace):
-        from harness import plan, registry, suite
-        from harness.store import Store
+        from harness import plan, suite
+        from harness.core import registry
+        from harness.store.store import Store
 
         runs = _runs_folder(given.runs)
         registry.load_plugins(given.plugins)
@@ -201,22 +202,22 @@ class _Opened:
             raise UserMistake(f"--runs {self.folder.parent}: cannot be written: {one_line(error.strerror)}") from None
 
     def committed(self) -> set[str]:
-        from harness.executors.base import committed_stages
+        from harness.executors.walk import committed_stages
 
         return committed_stages(self.plan, self.store)
 
     def gates(self):
-        from metrics.leaderboard import Gates
+        from harness.analysis.leaderboard import Gates
 
         return Gates(**self.loaded.suite.gates.model_dump())
 
     def write_tables(self, papers: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        from harness import tables
+        from harness.results import tables
 
         return tables.write(self.plan, self.store, self.folder, self.source.name, self.gates(), papers)
 
     def has_tables(self) -> bool:
-        from harness import tables
+        from harness.results import tables
 
         return tables.are_written(self.plan, self.folder, self.source.name, self.gates())
 
@@ -242,16 +243,16 @@ def _console(width_when_piped: int = 160):
 
 
 def _run(given: argparse.Namespace) -> ExitCode:
-    from harness import launch
+    from harness.commands import launch
 
     return launch.run(_Opened(given), given, _console())
 
 
 def _plan(given: argparse.Namespace) -> ExitCode:
-    from harness import launch
+    from harness.commands import launch
 
     if given.power is not None:
-        from harness import power
+        from harness.results import power
 
         opened = _Opened(given)
         power.show(opened.plan, len(opened.loaded.suite.seeds), given, opened.folder, _console())
@@ -264,7 +265,8 @@ def _plan(given: argparse.Namespace) -> ExitCode:
 
 
 def _validate(given: argparse.Namespace) -> ExitCode:
-    from harness import fetching
+    from harness.core import fetched
+    from harness.suite import fetching
 
     opened = _Opened(given)
     print(
@@ -272,19 +274,20 @@ def _validate(given: argparse.Namespace) -> ExitCode:
         f"{len(opened.plan.units)} units"
     )
     missing = fetching.not_installed(opened.loaded)
-    for line in (*fetching.lines(fetching.of_suite(opened.loaded)), *missing):
+    for line in (*fetched.lines(fetching.of_suite(opened.loaded)), *missing):
         print(line)
     return ExitCode.DONE
 
 
 def _status(given: argparse.Namespace) -> ExitCode:
-    from harness import launch
+    from harness.commands import launch
 
     return launch.show_status(_Opened(given), _console())
 
 
 def _table(given: argparse.Namespace) -> ExitCode:
-    from harness import launch, papers, tables
+    from harness.commands import launch
+    from harness.results import papers, tables
 
     opened = _Opened(given)
     opened.make_folder()
@@ -300,7 +303,7 @@ def _table(given: argparse.Namespace) -> ExitCode:
 
 
 def _compare(given: argparse.Namespace) -> ExitCode:
-    from harness import comparison
+    from harness.results import comparison
 
     folder = Path(given.folder)
     lines = comparison.make(folder, given.defense, given.baselines)
@@ -317,7 +320,7 @@ def _report(given: argparse.Namespace) -> ExitCode:
 
 
 def _merge(given: argparse.Namespace) -> ExitCode:
-    from harness import merge
+    from harness.store import merging as merge
 
     try:
         merged = merge.merge(given.sources, given.into)
@@ -328,7 +331,8 @@ def _merge(given: argparse.Namespace) -> ExitCode:
 
 
 def _list(given: argparse.Namespace) -> ExitCode:
-    from harness import registry, suite
+    from harness import suite
+    from harness.core import registry
 
     registry.load_plugins(given.plugins)
     for kind in ("defense", "attack", "metric"):
@@ -344,7 +348,7 @@ def _list(given: argparse.Namespace) -> ExitCode:
 
 
 def _doctor(given: argparse.Namespace) -> ExitCode:
-    from harness import doctor
+    from harness.commands import doctor
 
     return doctor.run(Path(given.runs))
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from unittest import mock
 
-from harness.fetching import Fetched
+from harness.contracts.metric import Metric
+from harness.core.fetched import Fetched
 from metrics import encoders, torchvision_files
-from metrics.base import Metric
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.registry import register
+from harness.core.registry import register
 from metrics.encoders import by_prompt, flat
 from metrics.open_clip_metric import OpenClipMetric
 

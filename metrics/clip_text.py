@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.registry import register
+from harness.core.registry import register
 from metrics.encoders import clip, encode_images
 from metrics.open_clip_metric import OpenClipMetric
 

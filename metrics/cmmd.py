@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harness.registry import register
+from harness.core.registry import register
 from metrics.encoders import clip, encode_images, flat
 from metrics.open_clip_metric import OpenClipMetric
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.fetching import Fetched
+from harness.core.fetched import Fetched
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ def _location(backbone: str, kind: str) -> str:
     """Return what the library loads: the testbed's folder for "testbed", otherwise `backbone` itself."""
     if backbone != TESTBED:
         return backbone
-    from harness.testbed import paths
+    from harness.core import paths
 
     return f"local-dir:{paths.CLIP if kind == 'clip' else paths.VIT}"
 

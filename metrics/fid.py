@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 
-from harness.registry import register
+from harness.core.registry import register
 from metrics.clean_fid import CleanFid
 
 

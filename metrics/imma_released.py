@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from harness.registry import register
+from harness.core.registry import register
 from metrics.clip_image import ClipImage
 from metrics.encoders import clip, encode_images, vision
 from metrics.lpips_image import LpipsImage, Network

@@ -7,7 +7,7 @@ fixed seed here, so that the same images get the same value.
 
 from __future__ import annotations
 
-from harness.registry import register
+from harness.core.registry import register
 from metrics.clean_fid import CleanFid
 
 SEED = 0

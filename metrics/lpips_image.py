@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from harness.registry import register
+from harness.contracts.metric import Metric
+from harness.core.registry import register
 from metrics import torchvision_files
-from metrics.base import Metric
 from metrics.encoders import TESTBED, by_prompt, flat, library, vision
 
 if TYPE_CHECKING:

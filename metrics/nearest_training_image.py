@@ -7,7 +7,7 @@ the concept get (`nearest_training_real`: the reference split against the attack
 
 from __future__ import annotations
 
-from harness.registry import register
+from harness.core.registry import register
 from metrics.encoders import by_prompt, flat
 from metrics.self_supervised_image import SelfSupervisedImage
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metrics.base import Metric
+from harness.contracts.metric import Metric
 from metrics.encoders import clip, encode_images, fetched, library, local_files
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.registry import register
-from metrics.base import Metric
+from harness.contracts.metric import Metric
+from harness.core.registry import register
 from metrics.encoders import by_prompt, encode_images, fetched, flat, library, local_files, vision
 
 

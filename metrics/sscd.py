@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from harness.registry import register
-from metrics.base import Metric
+from harness.contracts.metric import Metric
+from harness.core.registry import register
 from metrics.encoders import by_prompt, encode_images, flat, library
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from harness.errors import did_you_mean, one_line
-from harness.registry import register
+from harness.contracts.metric import Metric
+from harness.core.errors import did_you_mean, one_line
+from harness.core.registry import register
 from metrics import torchvision_files
-from metrics.base import Metric
 from metrics.encoders import TESTBED, clip, encode_images, library
 
 if TYPE_CHECKING:

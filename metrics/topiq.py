@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from harness.fetching import Fetched
-from harness.registry import register
+from harness.contracts.metric import Metric
+from harness.core.fetched import Fetched
+from harness.core.registry import register
 from metrics import torchvision_files
-from metrics.base import Metric
 from metrics.encoders import by_prompt, flat, library
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.fetching import Fetched
+from harness.core.fetched import Fetched
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from harness import cli, digests, plan, suite
+from harness import cli, plan, suite
+from harness.core import digests
 
 SUITE = """\
 name: small
@@ -157,7 +158,7 @@ def write_plugin(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def unregister():
     """Forget after the test what it registered."""
-    from harness import registry
+    from harness.core import registry
 
     registry.load()
     before, digests_before = dict(registry._methods), dict(registry._plugin_digests)

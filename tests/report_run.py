@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from harness.rows import COLUMNS, write_csv
-from harness.store import Store, write_json
+from harness.core.files import write_json
+from harness.results.rows import COLUMNS, write_csv
+from harness.store.store import Store
 
 STEPS = (10, 40)
 SEEDS = (0, 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics.statistics import Estimate
+from harness.analysis.statistics import Estimate
 from tests.test_leaderboard import row
 
 METHODS = {"mine": "imma", "theirs": "uce"}
@@ -69,7 +69,7 @@ def claims(run: Run, runs: int, seed: int, stronger_by: float = 0.0, draws: int 
     attack, where there is a difference; false is any claim of the attacks that do not differ, and `weaker` of the
     first. The worst case is counted where nothing differs: elsewhere its truth is another.
     """
-    from metrics.compare import WORST, compare
+    from harness.analysis.compare import WORST, compare
 
     source = np.random.default_rng(seed)
     false = true = 0

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.concepts import MONOCHROME
 from harness.testbed import catalog
 from harness.testbed.captions import caption
+from harness.testbed.concepts import MONOCHROME
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 
 from harness import cli
-from harness.identity import describe
-from harness.store import Store
-from metrics.leaderboard import COLUMNS
+from harness.analysis.leaderboard import COLUMNS
+from harness.core.identity import describe
+from harness.store.store import Store
 from tests.conftest import run_python
 
 HEAVY = ("torch", "ray", "diffusers", "transformers", "pandas", "pydantic", "yaml", "numpy", "scipy", "rich")
@@ -402,7 +402,7 @@ def test_suite_beats_a_folder_of_the_same_name(project, monkeypatch, tmp_path):
     bundled = tmp_path / "bundled" / "quick.yaml"
     bundled.parent.mkdir()
     bundled.write_text("name: x\n")
-    monkeypatch.setattr(suite, "bundled_suites", lambda: [bundled])
+    monkeypatch.setattr("harness.suite.loading.bundled_suites", lambda: [bundled])
     (tmp_path / "quick").mkdir()
     monkeypatch.chdir(tmp_path)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metrics.compare import COLUMNS, WORST, compare
+from harness.analysis.compare import COLUMNS, WORST, compare
 from tests.test_leaderboard import row
 
 

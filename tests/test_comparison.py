@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from harness.cli import main
-from harness.errors import ExitCode
-from harness.identity import digest_of_json
-from harness.rows import COLUMNS, write_csv
+from harness.core.errors import ExitCode
+from harness.core.identity import digest_of_json
+from harness.results.rows import COLUMNS, write_csv
 from tests.test_compare import noise, rows
 
 HOSTILE = "<script>alert(1)</script>|&\\%_../x"

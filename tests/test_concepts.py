@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from harness import digests, suite
-from harness.concepts import SPLITS
+from harness import suite
+from harness.core import digests
+from harness.core.concept import SPLITS
 from tests.conftest import write_images
 
 

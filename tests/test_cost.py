@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from harness import cost
+from harness.plan import cost
 from tests.test_cli import arguments, commit_all
 from tests.test_fetching import SD1
 
@@ -50,7 +50,7 @@ def test_passes_without_sharing_are_each_attacks_own(project, told):
 
 def test_sharing_never_costs_more(project):
     """And something is shared in the small suite: innocents meet the same weights as targets."""
-    from harness.launch import _upstream
+    from harness.commands.launch import _upstream
 
     plan = project.plan()
 

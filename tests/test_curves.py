@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from metrics.curves import COLUMNS, area, curves, steps_to
+from harness.analysis.curves import COLUMNS, area, curves, steps_to
 from tests.test_leaderboard import before, mine, real, row
 
 ROWS = [

@@ -6,20 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from harness import adaptation_cost, freezing_tables, masks, masks_against_random
-from harness.comparison import SHOWN as SHOWN_OF_COMPARISON
-from harness.tables import LEGEND, SHOWN
-from metrics import compare, curves, definitions, leaderboard
+from defenses.freezing import against_random as masks_against_random
+from defenses.freezing import masks
+from defenses.freezing import tables as freezing_tables
+from harness.analysis import compare, curves, definitions, leaderboard
+from harness.results import adaptation_cost
+from harness.results.comparison import SHOWN as SHOWN_OF_COMPARISON
+from harness.results.tables import LEGEND, SHOWN
 from tests.conftest import run_python
 
-PAGE = Path(definitions.__file__).with_name("DEFINITIONS.md")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "definitions.md"
 NOT_COLUMNS = {
     "direction_higher", "direction_lower", "direction_none", "interval_over_seeds", "interval_over_seeds_and_prompts",
 }  # fmt: skip
 
 
 def test_the_page_is_made_of_the_definitions():
-    """Else: python -m metrics.definitions > metrics/DEFINITIONS.md."""
+    """Else: python -m harness.analysis.definitions > docs/definitions.md."""
     assert PAGE.read_text(encoding="utf-8") == definitions.markdown()
 
 
@@ -62,7 +65,7 @@ def test_our_reading_is_told_as_ours():
 
 def test_printing_imports_nothing_heavy():
     """The page on standard output."""
-    code = "import sys, metrics.definitions; print(sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
+    code = "import sys, harness.analysis.definitions; print(sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
 
     assert run_python("-c", code).stdout == "[]\n"
-    assert run_python("-m", "metrics.definitions").stdout == definitions.markdown()
+    assert run_python("-m", "harness.analysis.definitions").stdout == definitions.markdown()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metrics.compare import LEVEL
+from harness.analysis.compare import LEVEL
 from tests.simulated import Run, claims
 
 KINDS = {

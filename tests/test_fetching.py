@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import fetching, registry
-from harness.fetching import Fetched
-from harness.model_source import fetches, has_sd1_shape, resolve_model
-from harness.suite_spec import ModelSpec
+from harness.core import registry
+from harness.core.fetched import Fetched, is_cached
+from harness.model.source import fetches, has_sd1_shape, resolve_model
+from harness.suite.spec import ModelSpec
 from tests.conftest import run_python, write_model
 from tests.test_registry import DEFENSE
 from tests.test_suite_mistakes import assert_told
@@ -115,10 +115,10 @@ def test_variant_is_named_by_its_own_files(cache):
     (wanted,) = fetches(resolve_model(spec, "x", Path()))
     cache("CompVis/stable-diffusion-v1-4", *MODEL_FILES)
 
-    assert fetching.is_cached(wanted) is False
+    assert is_cached(wanted) is False
     assert "about 2.1 GB" in str(wanted)
     cache("CompVis/stable-diffusion-v1-4", *(f.replace("model.s", "model.fp16.s") for f in MODEL_FILES))
-    assert fetching.is_cached(wanted) is True
+    assert is_cached(wanted) is True
 
 
 def test_files_of_a_variant_do_not_stand_in_for_the_model(project, cache):
@@ -225,7 +225,7 @@ def test_naming_needs_neither_network_nor_torch(project, verb):
     ("function", "words"),
     [
         ("lambda cls, p: 1 / 0", "`fetches` of mine failed: ZeroDivisionError"),
-        ("lambda cls, p: ['some/id']", "`fetches` of mine must return objects of harness.fetching.Fetched"),
+        ("lambda cls, p: ['some/id']", "`fetches` of mine must return objects of harness.core.fetched.Fetched"),
         ("lambda cls, p: None", "`fetches` of mine failed: TypeError"),
         ("lambda cls, p: [Fetched('a', 7)]", "`fetches` of mine failed: TypeError"),
     ],
@@ -233,7 +233,7 @@ def test_naming_needs_neither_network_nor_torch(project, verb):
 def test_plugin_that_names_nonsense_is_told(project, write_plugin, unregister, cache, function, words):
     """One line, at the line that names it."""
     body = DEFENSE.replace("    def protect", f"    fetches = classmethod({function})\n\n    def protect")
-    body = f"from harness.fetching import Fetched\n{body}"
+    body = f"from harness.core.fetched import Fetched\n{body}"
     cache("a", "b", is_main=True)
     project.write(project.edited(("[none, uce, {", "[none, uce, mine, {")))
 
@@ -244,7 +244,7 @@ def test_defense_of_a_plugin_may_fetch(project, write_plugin, unregister, cache)
     """It stands in the list like the bundled."""
     one = "Fetched('some/teacher', (('model.safetensors',),), size=3 * 10**9)"
     body = DEFENSE.replace("    def protect", f"    fetches = classmethod(lambda cls, p: [{one}])\n\n    def protect")
-    registry.load_plugins([write_plugin(f"from harness.fetching import Fetched\n{body}")])
+    registry.load_plugins([write_plugin(f"from harness.core.fetched import Fetched\n{body}")])
     project.write(project.edited(("[none, uce, {", "[none, uce, mine, {")))
 
     assert f"{MUST}some/teacher (about 3.0 GB)" in told(project.validate())

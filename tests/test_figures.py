@@ -6,10 +6,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from harness.analysis.measurements import Measurements
 from harness.report import drawings
-from harness.report.figures import _grid, _panel, recovery_curves
-from harness.report.looks import COLOURS, looks
-from metrics.measurements import Measurements
+from harness.results.figures import _grid, _panel, recovery_curves
+from harness.results.looks import COLOURS, looks
 
 
 def row(value: float, **changes) -> dict:

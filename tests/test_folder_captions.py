@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from harness import digests, suite
+from harness import suite
+from harness.core import digests
 from tests.conftest import write_images
 
 SIZES = ("folder: purse,", "folder: purse, per_split: {defense: 1, attack: 3, reference: 2},")

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from harness import adaptation_cost, freezing_tables
-from harness.masks import Mask
-from metrics.leaderboard import COLUMNS as OF_LEADERBOARD
-from metrics.measurements import Measurements
-from metrics.paper_rows import load
+from defenses.freezing import tables as freezing_tables
+from defenses.freezing.masks import Mask
+from harness.analysis.leaderboard import COLUMNS as OF_LEADERBOARD
+from harness.analysis.measurements import Measurements
+from harness.analysis.paper_rows import load
+from harness.results import adaptation_cost
 from tests.test_leaderboard import row
 
 ELEMENTS = {f"unet.{index}": 1 for index in range(10)}

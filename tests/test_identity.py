@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from harness import identity, registry
-from harness.identity import Stage
+from harness.core import identity, registry
+from harness.core.identity import Stage
 from tests.conftest import SUITE, write_image, write_model
 from tests.test_registry import DEFENSE
 
@@ -381,8 +381,8 @@ METHOD_WITH_FILE = {
     "defense": DEFENSE,
     "attack": """
 from dataclasses import dataclass
-from attacks.base import Attack
-from harness.registry import register
+from harness.contracts.attack import Attack
+from harness.core.registry import register
 
 @register("attack")
 class Mine(Attack):

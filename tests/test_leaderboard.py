@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from metrics.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, interval, leaderboard, worst_case
+from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, interval, leaderboard, worst_case
 
 GATES = Gates()
 

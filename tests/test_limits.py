@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metrics import limits
+from harness.analysis import limits
 
 DEGREES = [(2, 5), (2, 15), (4, 45), (2, 2), (15, 2)]
 DRAWS = 400_000

@@ -8,11 +8,11 @@ import itertools
 
 import pytest
 
-from harness import adaptation_cost, masks
-from harness.masks import Mask
-from harness.plan import Plan, Trial
-from harness.protection import Protection
-from harness.report import mask_figure
+from defenses.freezing import mask_figure, masks
+from defenses.freezing.masks import Mask
+from harness.contracts.protection import Protection
+from harness.plan.graph import Plan, Trial
+from harness.results import adaptation_cost
 
 ELEMENTS = {
     "unet.conv_in.weight": 36, "unet.time_embedding.linear_1.weight": 16, "unet.down_blocks.0.resnets.0.norm1.bias": 4,
@@ -143,7 +143,7 @@ def test_masks_that_no_seed_changes_are_one():
 
 def test_costs_are_set_beside_the_undefended_models(tmp_path):
     """Means over adaptations, shared ones once; ratios to none, of the same attack and attacker, as far as both are."""
-    from harness.identity import Stage
+    from harness.core.identity import Stage
 
     plan = Plan("small")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from harness import masks_against_random
-from harness.masks import Mask
-from harness.report import against_random_figure
-from metrics.compare import compare
-from metrics.measurements import Measurements
+from defenses.freezing import against_random as masks_against_random
+from defenses.freezing import against_random_figure
+from defenses.freezing.masks import Mask
+from harness.analysis.compare import compare
+from harness.analysis.measurements import Measurements
 from tests.test_leaderboard import row
 
 ELEMENTS = {f"unet.{index}": 1 + 2 * (index >= 20) for index in range(100)}

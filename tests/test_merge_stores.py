@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UserMistake
-from harness.identity import digest_of_json
-from harness.merge import Merged, merge
-from harness.store import Store
+from harness.core.errors import UserMistake
+from harness.core.identity import digest_of_json
+from harness.store.merging import Merged, merge
+from harness.store.store import Store
 
 
 def put(runs: Path, number: int, text: str = "x", *, kind: str = "score", checkpoint: str | None = None) -> str:

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from harness import digests
-from harness.errors import UserMistake
-from harness.model_source import preflight, resolve_model
-from harness.suite_spec import ModelSpec
+from harness.core import digests
+from harness.core.errors import UserMistake
+from harness.model.source import preflight, resolve_model
+from harness.suite.spec import ModelSpec
 from tests.conftest import write_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

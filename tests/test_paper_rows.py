@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from metrics.paper_rows import COLUMNS, PaperRow, load, papers, parse
+from harness.analysis.paper_rows import COLUMNS, PaperRow, load, papers, parse
 
 GOOD = {
     "paper": "mine",
@@ -250,5 +250,5 @@ def test_a_broken_file_is_refused_with_its_line(broken: str, message: str):
 
 
 def test_reading_papers_needs_no_torch():
-    code = "import sys, metrics.paper_rows as p; p.load(); sys.exit('torch' in sys.modules)"
+    code = "import sys, harness.analysis.paper_rows as p; p.load(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from harness import parameters, registry
+from harness.core import parameters, registry
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from harness.identity import describe
+from harness.core.identity import describe
 from tests.conftest import SUITE
 
 DEFENSES, SEEDS, ATTACKS, METRICS = 3, 2, 1, 2

@@ -10,11 +10,11 @@ import pytest
 from scipy import stats
 
 from harness import cli
-from harness.errors import ExitCode
-from harness.power import cells
-from metrics.compare import WORST
-from metrics.power import COLUMNS, seeds_needed
-from metrics.statistics import Estimate
+from harness.analysis.compare import WORST
+from harness.analysis.power import COLUMNS, seeds_needed
+from harness.analysis.statistics import Estimate
+from harness.core.errors import ExitCode
+from harness.results.power import cells
 from tests.simulated import Run
 from tests.test_compare import noise, rows
 from tests.test_comparison import write

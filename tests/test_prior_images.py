@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from harness import registry, suite
+from harness import suite
+from harness.core import registry
 from tests.conftest import SUITE, write_images
 from tests.test_suite_mistakes import assert_told
 
 DEFENSE = """
 from dataclasses import dataclass
-from defenses.base import Defense
-from harness.protection import ThreatModel
-from harness.registry import register
+from harness.contracts.defense import Defense
+from harness.contracts.protection import ThreatModel
+from harness.core.registry import register
 
 @register("defense")
 class Prior(Defense):

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from harness.provenance import checkout, told
+from harness.store.provenance import checkout, told
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from harness import registry
-from harness.errors import UserMistake
+from harness.core import registry
+from harness.core.errors import UserMistake
 
 DEFENSE = """
 from dataclasses import dataclass
-from defenses.base import Defense
-from harness.registry import register
+from harness.contracts.defense import Defense
+from harness.core.registry import register
 
 @register("defense")
 class Mine(Defense):
@@ -103,7 +103,7 @@ BAD_PLUGINS = {
     "no name": (DEFENSE.replace('    name = "mine"\n', ""), "class Mine: a defense needs the class attribute 'name'"),
     "no version": (DEFENSE.replace("    version = 1\n", ""), "needs the class attribute 'version'"),
     "version in words": (DEFENSE.replace("version = 1", "version = '1'"), "version '1' must be a whole number"),
-    "no base class": (DEFENSE.replace("(Defense)", ""), "a defense is a subclass of Defense of defenses.base"),
+    "no base class": (DEFENSE.replace("(Defense)", ""), "a defense is a subclass of Defense of harness.contracts"),
     "no protect": (DEFENSE.replace("def protect", "def protekt"), "a defense needs the function 'protect'"),
     "parameters that change": (DEFENSE.replace("(frozen=True)", ""), "Parameters must be a frozen dataclass"),
     "parameters without a form": (DEFENSE.replace("    @dataclass(frozen=True)\n", ""), "must be a frozen dataclass"),
@@ -115,8 +115,8 @@ BAD_PLUGINS = {
 }
 
 METRIC = """
-from metrics.base import Metric
-from harness.registry import register
+from harness.contracts.metric import Metric
+from harness.core.registry import register
 
 @register("metric")
 class Mine(Metric):

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from harness import adaptation_cost, masks, masks_against_random
+from defenses.freezing import against_random as masks_against_random
+from defenses.freezing import masks
+from harness.analysis.front import front
+from harness.analysis.leaderboard import leaderboard
 from harness.cli import main
-from harness.errors import ExitCode
+from harness.core.errors import ExitCode
 from harness.report import drawings, page, records, run_folder, sheets, views
-from harness.rows import write_csv
-from harness.store import Store
-from metrics.front import front
-from metrics.leaderboard import leaderboard
+from harness.results import adaptation_cost
+from harness.results.rows import write_csv
+from harness.store.store import Store
 from tests.report_run import PROMPTS, STEPS, key, make
 
 HOSTILE = "<script>hacked=1</script>\"'><img src=x onerror=hacked=2>{{7*7}}../..\u202e,\n$x$ü\N{SNOWMAN}"

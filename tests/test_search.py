@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from harness import search
-from harness.search import Choice, Probe, Range
+from harness.core import search
+from harness.core.search import Choice, Probe, Range
 
 SPACE = search.as_json({"learning_rate": Range(1e-5, 1e-1), "rank": Choice((1, 4, 16))})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness import seeds
+from harness.core import seeds
 
 
 def test_seed_is_the_same_in_every_release():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metrics.statistics import Estimate, estimate, holm
+from harness.analysis.statistics import Estimate, estimate, holm
 
 DRAWS = 20_000
 NOISE = 0.05

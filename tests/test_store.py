@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import store as store_module
-from harness.store import RECORD, Store, write_json, write_text
+from harness.core.files import write_json, write_text
+from harness.store import store as store_module
+from harness.store.store import RECORD, Store
 from tests.conftest import run_python
 
 KEY = "0" * 32
@@ -37,7 +38,7 @@ def killed_while(tmp_path: Path, where: str) -> None:
     """Let a process of its own write the stage and kill itself at `where`: a function of `harness.store`."""
     code = f"""
         import os, signal
-        from harness import store
+        from harness.store import store
         store.{where} = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
         with store.Store({str(tmp_path / "store")!r}).writing("adapt", {KEY!r}) as (folder, record):
             (folder / "file").write_text("half")
@@ -87,7 +88,7 @@ def test_record_that_is_no_json_leaves_nothing(store):
     assert store.committed("adapt") == set()
 
 
-@pytest.mark.parametrize("where", ["write_json", "_sync_folder"])
+@pytest.mark.parametrize("where", ["write_json", "sync_folder"])
 def test_kill_before_the_rename_leaves_nothing_that_counts(store, tmp_path, where):
     """Before or after the record was written: without the rename there is no stage."""
     killed_while(tmp_path, where)
@@ -181,7 +182,7 @@ def test_work_folder_survives_until_the_commit(store):
 def test_second_process_waits_for_the_first(store):
     """Two processes that do the same stage at the same time do it one after the other."""
     code = f"""
-        from harness.store import Store
+        from harness.store.store import Store
         input()
         print("waiting", flush=True)
         with Store({str(store.root)!r}).locked_work_folder("adapt", {KEY!r}):
@@ -208,7 +209,7 @@ def test_lock_of_a_killed_process_is_free(store):
     """The kernel gives locks back; nobody has to clean up."""
     code = f"""
         import os, signal
-        from harness.store import Store
+        from harness.store.store import Store
         with Store({str(store.root)!r}).locked_work_folder("adapt", {KEY!r}) as folder:
             (folder / "state").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)

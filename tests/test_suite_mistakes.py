@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from harness import plan, suite
-from harness.errors import UserMistake
+from harness.core.errors import UserMistake
 from tests.conftest import SUITE, run_python, write_images, write_model
 
 DEFENSES = "defenses: [none, uce, {method: imma, rounds: 3}]"
@@ -396,9 +396,9 @@ def test_attack_that_asks_for_more_images_than_there_are(project):
 
 
 PLUGIN = """
-from defenses.base import Defense
-from harness.protection import ThreatModel
-from harness.registry import register
+from harness.contracts.defense import Defense
+from harness.contracts.protection import ThreatModel
+from harness.core.registry import register
 
 @register("defense")
 class Broken(Defense):

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from harness.executors.base import EventLog, Walk
-from harness.identity import Stage
-from harness.plan import Plan, Unit
+from harness.core.identity import Stage
+from harness.executors.events import EventLog
+from harness.executors.walk import Walk
+from harness.plan.graph import Plan, Unit
 
 
 def make_plan(needs: dict[str, set[str]]) -> Plan:

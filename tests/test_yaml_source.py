@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness import yaml_source
-from harness.errors import UserMistake
+from harness.core.errors import UserMistake
+from harness.suite import yaml_source
 
 
 @pytest.fixture

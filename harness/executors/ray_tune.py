@@ -18,12 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.errors import StageFailure, UserMistake, one_line
-from harness.executors.base import Listener, Summary, Walk
-from harness.identity import Stage
+from harness.core.errors import StageFailure, UserMistake, one_line
+from harness.core.files import is_alive, write_json
+from harness.core.identity import Stage
+from harness.executors.events import Listener
+from harness.executors.walk import Summary, Walk
 from harness.stages.execution import execute_unit
 from harness.stages.workplace import Workplace
-from harness.store import is_alive, write_json
 
 _LONE_RETRIES = 1
 """How often a unit is tried again after its worker died (not after its method raised)."""
@@ -159,7 +160,7 @@ def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> N
     """Do one unit in a worker. What a method raises is a result, told to the searcher; a dead worker is retried."""
     from ray import tune
 
-    from harness import registry
+    from harness.core import registry
 
     registry.load_plugins(workplace.plugins)
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from harness.errors import StageFailure
-from harness.executors.base import Listener, Summary, Walk
+from harness.core.errors import StageFailure
+from harness.executors.events import Listener
+from harness.executors.walk import Summary, Walk
 from harness.stages.execution import execute_unit
 from harness.stages.workplace import Workplace
 

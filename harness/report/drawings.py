@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report.looks import COLOURS, Look, looks
 from harness.report.views import ConceptCurves, CurvePoint, Plane
+from harness.results.looks import COLOURS, Look, looks
 
 DARK = (
     "#f2f2f2", "#4aa8e0", "#ff8a3d", "#2fc79a", "#e39ac6", "#f0b429", "#8fd0f5", "#f5e96b",

@@ -12,14 +12,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from defenses.freezing import section as frozen
 from harness import report
-from harness.errors import UserMistake, one_line
-from harness.report import drawings, frozen, records, run_folder, sheets, views
-from harness.tables import SOON_LEGEND, soon_text
-from harness.version import __version__
-from metrics.curves import curves
-from metrics.definitions import BY_NAME, SECTIONS
-from metrics.leaderboard import by_concept, leaderboard
+from harness.analysis.curves import curves
+from harness.analysis.definitions import BY_NAME, SECTIONS
+from harness.analysis.leaderboard import by_concept, leaderboard
+from harness.core.errors import UserMistake, one_line
+from harness.core.version import __version__
+from harness.report import drawings, records, run_folder, sheets, views
+from harness.results.tables import SOON_LEGEND, soon_text
 
 FOLDER = "report"
 DATA = (

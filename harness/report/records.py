@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.identity import KINDS
-from harness.store import Store
+from harness.core.identity import KINDS
+from harness.store.store import Store
 
 
 @dataclass

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from harness.errors import UserMistake, one_line
-from harness.rows import read_rows
-from harness.store import Store
-from harness.tables import STATE
-from metrics.leaderboard import Gates
-from metrics.measurements import Measurements
+from harness.analysis.leaderboard import Gates
+from harness.analysis.measurements import Measurements
+from harness.core.errors import UserMistake, one_line
+from harness.results.rows import read_rows
+from harness.results.tables import STATE
+from harness.store.store import Store
 
 RESOLVED = "suite.resolved.yaml"
 _KEY = re.compile(r"[0-9a-f]{32}")

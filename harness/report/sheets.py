@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.report.run_folder import Drawn, RunFolder, TrialName
-from harness.stages.at_work import step_folder
+from harness.store.layout import step_folder
 
 PROMPTS = 3
 """Of each concept and attack."""

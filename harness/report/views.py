@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.tables import SHOWN, TEXT, cells
-from metrics.front import front
-from metrics.leaderboard import interval, worst_case
-from metrics.measurements import Measurements, Trial
+from harness.analysis.front import front
+from harness.analysis.leaderboard import interval, worst_case
+from harness.analysis.measurements import Measurements, Trial
+from harness.results.tables import SHOWN, TEXT, cells
 
 Line = Mapping[str, Any]
 

@@ -11,16 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import parameters, pictures, search
-from harness.concepts import PRIOR
-from harness.stages.at_work import StageAtWork, step_folder
-from harness.stages.checkpoints import CHECKPOINTS
+from harness.core import parameters, pictures, search
+from harness.core.concept import PRIOR
+from harness.core.files import sync_files, write_json
+from harness.core.words import Words
 from harness.stages.sample import sampling_hooks
-from harness.store import sync_files, write_json
-from harness.words import Words
+from harness.stages.work import StageAtWork
+from harness.store.layout import CHECKPOINTS, step_folder
 
 if TYPE_CHECKING:
-    from attacks.base import Checkpoint
+    from harness.contracts.attack import Checkpoint
 
 log = logging.getLogger("immunitybench")
 
@@ -42,7 +42,7 @@ def adapt(s: StageAtWork) -> None:
 
 def probe(s: StageAtWork) -> None:
     """Try other settings of an attack on a part of the attacker's images: probe.json says which, and how it went."""
-    from harness.sampling import sample
+    from harness.model.sampling import sample
 
     described = s.stage.parameters
     attack = s.method("attack")
@@ -119,7 +119,7 @@ def _split(
 
 def _trajectory(s: StageAtWork, attack: Any, files: Sequence[Path], captions: Sequence[str]) -> Path:
     """Run an attack on images; return the folder with a folder of each step."""
-    from attacks.base import AttackedConcept, Budget
+    from harness.contracts.attack import AttackedConcept, Budget
 
     described = s.stage.parameters
     budget, known = described["budget"], described["concept"]

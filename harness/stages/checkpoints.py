@@ -12,10 +12,9 @@ import shutil
 import uuid
 from collections.abc import Mapping
 
-from harness.identity import Stage
-from harness.store import Store
-
-CHECKPOINTS = "checkpoints"
+from harness.core.identity import Stage
+from harness.store.layout import CHECKPOINTS
+from harness.store.store import Store
 
 
 def gone_but_needed(stages: Mapping[str, Stage], store: Store) -> frozenset[str]:

@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from harness import parameters, provenance, registry
-from harness.errors import StageFailure, one_line
-from harness.identity import Stage, describe
-from harness.run import Run
+from harness.core import parameters, registry
+from harness.core.errors import StageFailure, one_line
+from harness.core.files import write_json
+from harness.core.identity import Stage, describe
+from harness.model.run import Run
 from harness.stages import checkpoints
-from harness.stages.at_work import StageAtWork
 from harness.stages.kinds import DO
+from harness.stages.tracking import tracker
+from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
-from harness.store import Store, write_json
-from harness.tracking import tracker
+from harness.store import provenance
+from harness.store.store import Store
 
 log = logging.getLogger("immunitybench")
 
@@ -70,7 +72,7 @@ def execute(
 
 def _forget_model() -> None:
     """Drop the warm model: a method that raised may have left anything behind."""
-    models = sys.modules.get("harness.models")
+    models = sys.modules.get("harness.model.pipeline")
     if models is not None:
         models.forget()
 
@@ -127,7 +129,7 @@ def _execute_locked(
             checkpoint_interval_s=workplace.checkpoint_interval_s,
         )
         if _is_shared(stage, workplace):
-            from harness.training import ranks
+            from harness.stages import ranks
 
             _forget_model()  # it would stand beside those of the processes
             ledger = ranks.run(stage, workplace, work_folder, folder, report)

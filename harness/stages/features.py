@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import pictures
-from harness.stages.at_work import StageAtWork
+from harness.core import pictures
+from harness.stages.work import StageAtWork
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.concepts import SPLITS
-from harness.stages.at_work import StageAtWork
+from harness.core.concept import SPLITS
+from harness.stages.work import StageAtWork
 
 
 def lay_out(s: StageAtWork) -> None:
@@ -14,7 +14,7 @@ def lay_out(s: StageAtWork) -> None:
 
     described = s.stage.parameters
     if "prompts" in described:
-        from harness.sampling import sample
+        from harness.model.sampling import sample
 
         model = s.base()
         total = sum(len(p) for p in described["prompts"].values())

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from harness import masks
-from harness.concepts import PRIOR
-from harness.protection import Protection
-from harness.stages.at_work import StageAtWork
+from defenses.freezing import masks
+from harness.contracts.protection import Protection
+from harness.core.concept import PRIOR
+from harness.stages.work import StageAtWork
 
 if TYPE_CHECKING:
-    from defenses.base import Defense
+    from harness.contracts.defense import Defense
 
 
 def protect(s: StageAtWork) -> None:
     """Run a defense (as eraser or immunizer) or its preparation, and keep its protection."""
-    from defenses.base import ProtectedConcept
+    from harness.contracts.defense import ProtectedConcept
 
     defense = s.method("preparation" if s.stage.kind == "prepare" else "defense")
     concepts = {

@@ -6,17 +6,17 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from harness import registry
-from harness.stages.at_work import StageAtWork, step_folder
-from harness.stages.checkpoints import CHECKPOINTS
+from harness.core import registry
+from harness.stages.work import StageAtWork
+from harness.store.layout import CHECKPOINTS, step_folder
 
 if TYPE_CHECKING:
-    from harness.protection import Protection
+    from harness.contracts.protection import Protection
 
 
 def draw(s: StageAtWork) -> None:
     """Draw the images, going on after a kill with the steps that are left."""
-    from harness.sampling import sample
+    from harness.model.sampling import sample
 
     described = s.stage.parameters
     settings = described["sampling"]
@@ -58,7 +58,7 @@ def draw(s: StageAtWork) -> None:
 
 def sampling_hooks(protection: Protection, attacker: str) -> list[Any]:
     """Return what the publisher runs before images are drawn; an adaptive attacker, who has the weights, does not."""
-    from harness.protection import make_hooks
+    from harness.contracts.hooks import make_hooks
 
     if attacker != "honest":
         return []

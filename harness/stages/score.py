@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import pictures
+from harness.core import pictures
 from harness.stages import features
-from harness.stages.at_work import StageAtWork
+from harness.stages.work import StageAtWork
 
 if TYPE_CHECKING:
-    from metrics.base import Metric
+    from harness.contracts.metric import Metric
 
 
 def score(s: StageAtWork) -> None:

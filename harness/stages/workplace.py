@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.model_source import ModelSource
-from harness.run import CHECKPOINT_INTERVAL_S, Sharding
+from harness.core.sharding import Sharding
+from harness.model.run import CHECKPOINT_INTERVAL_S
+from harness.model.source import ModelSource
 
 
 @dataclass(frozen=True)

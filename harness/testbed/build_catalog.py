@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from harness.core.paths import ROOT
 from harness.testbed.curated import HELD_OUT_OBJECTS, HELD_OUT_STYLES, LEARNED_OBJECTS
-from harness.testbed.paths import ROOT
 from harness.testbed.sources import NAMES, STYLES
 from harness.testbed.training import load_images
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from harness.testbed.paths import CATALOG
+from harness.core.paths import CATALOG
 
 SPLITS = ("attack", "defense", "reference")
 

@@ -3,7 +3,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from harness.testbed.paths import DIGESTS, ROOT
+from harness.core.paths import DIGESTS, ROOT
 
 SUFFIXES = (".safetensors", ".json", ".txt", ".zip")
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+from harness.core.paths import ROOT
 from harness.testbed import captions, catalog, evaluation_data, training
 from harness.testbed.evaluation_data import CURATED, STYLE_WORDS, Pictures
-from harness.testbed.paths import ROOT
 from harness.testbed.train_vae import colour_report, learned_rows
 
 STEPS, GUIDANCE = 20, 3.0

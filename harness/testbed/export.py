@@ -12,8 +12,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from harness.core.paths import CLIP, GENERATOR, ROOT, VIT
 from harness.testbed import digests, vocabulary
-from harness.testbed.paths import CLIP, GENERATOR, ROOT, VIT
 
 
 def export_generator(source: Path, target: Path = GENERATOR) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from harness.testbed.paths import IMAGES
+from harness.core.paths import IMAGES
 
 SIZE = 64
 

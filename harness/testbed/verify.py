@@ -2,8 +2,8 @@
 import json
 from pathlib import Path
 
+from harness.core.paths import DIGESTS, ROOT
 from harness.testbed.digests import digest, shipped
-from harness.testbed.paths import DIGESTS, ROOT
 
 
 def check(root: Path = ROOT) -> int:

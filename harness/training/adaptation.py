@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from harness.models import DiffusionModel
-from harness.run import Run
+from harness.model.pipeline import DiffusionModel
+from harness.model.run import Run
 from harness.training import sharding
 from harness.training.concept_loss import ConceptLoss
 from harness.training.diffusion import TextSource, encode_images, mean_value
@@ -22,8 +22,8 @@ from harness.training.loop import trajectory
 from harness.training.weights import Level, Weights
 
 if TYPE_CHECKING:
-    from attacks.base import AttackedConcept, Budget
-    from harness.protection import Protection
+    from harness.contracts.attack import AttackedConcept, Budget
+    from harness.contracts.protection import Protection
 
 LEVEL = "adaptation"
 
@@ -82,7 +82,7 @@ def adapt(
     `text` makes the embeddings of captions (or templates) at each step, `prior_text` those of the class captions, where
     what they depend on is trained. Raises ValueError when class images are weighed that there are not.
     """
-    from harness.protection import make_hooks
+    from harness.contracts.hooks import make_hooks
 
     hooks = make_hooks("adaptation_hook", protection.adaptation) if budget.is_honest else []
     prior = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.models import DiffusionModel
+from harness.model.pipeline import DiffusionModel
 
 FILES = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
 """What holds the weights of a component in its folder."""

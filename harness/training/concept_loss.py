@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from harness.models import DiffusionModel
-from harness.run import Run
-from harness.seeds import mix
+from harness.core.seeds import mix
+from harness.model.pipeline import DiffusionModel
+from harness.model.run import Run
 from harness.training import diffusion
 from harness.training.diffusion import Draw, EncodedImages, LossPart, TextSource, Weigh, denoising_loss, encode_images
 
 if TYPE_CHECKING:
-    from harness.protection import AdaptationHook
+    from harness.contracts.hooks import AdaptationHook
 
 
 class ConceptLoss:
@@ -92,7 +92,7 @@ class ConceptLoss:
         """Return the product of what the publisher's hooks say of each example of a step."""
         if not self._hooks:
             return None
-        from harness.protection import Batch
+        from harness.contracts.hooks import Batch
 
         def weigh(batch: Draw, noisy: Tensor, prediction: Tensor, losses: Tensor) -> Tensor:
             seen = Batch(step, noisy, batch.timesteps, batch.embeddings, prediction, losses)

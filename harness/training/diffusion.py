@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from harness.models import DiffusionModel
-from harness.run import Run
+from harness.model.pipeline import DiffusionModel
+from harness.model.run import Run
 
 
 class TextSource(Protocol):
@@ -102,7 +102,7 @@ def draw(encoded: EncodedImages, batch_size: int, timesteps: int, *, seed: int, 
     Images go through shuffled epochs: every image is seen once before any is seen again. Everything is drawn on the
     CPU, so that a GPU sees the same numbers.
     """
-    from harness.seeds import mix
+    from harness.core.seeds import mix
 
     generator = torch.Generator().manual_seed(mix(seed, "batch", step))
     count = len(encoded)

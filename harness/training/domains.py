@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from harness.models import DiffusionModel
-from harness.run import Run
-from harness.seeds import mix
+from harness.core.seeds import mix
+from harness.model.pipeline import DiffusionModel
+from harness.model.run import Run
 from harness.training import diffusion
 from harness.training.diffusion import Draw, EncodedImages, LossPart, denoising_loss, encode_images
 
 if TYPE_CHECKING:
-    from defenses.base import ProtectedConcept
+    from harness.contracts.defense import ProtectedConcept
 
 Weighting = Literal["domain_means", "batch_mean"]
 _NO_DIVISION_BY_ZERO = 1e-5

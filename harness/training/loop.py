@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from harness.run import Run
+from harness.model.run import Run
 from harness.training.weights import Weights
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.models import DiffusionModel
+from harness.model.pipeline import DiffusionModel
 
 Variant = Literal["lora", "dora", "loha", "lokr", "oft"]
 

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.models import DiffusionModel
-from harness.run import Run, Sharding, World
+from harness.core.sharding import Sharding
+from harness.model.pipeline import DiffusionModel
+from harness.model.run import Run, World
 from harness.training.weights import (
     Level,
     LevelAdamW,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.run import Run
+from harness.model.run import Run
 
 
 def require_finite(value: Tensor, name: str) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from harness.models import DiffusionModel
+from harness.model.pipeline import DiffusionModel
 
 
 class TrainedTextEncoder:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.models import DiffusionModel
+from harness.model.pipeline import DiffusionModel
 
 SLOT = -1
 

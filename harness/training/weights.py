@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.run import Run
+from harness.model.run import Run
 
 Vector = dict[str, Tensor]
 """A value for some of the weights, by name."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from harness.models import DiffusionModel
+from harness.model.pipeline import DiffusionModel
 
 BATCH = 32
 

@@ -65,12 +65,12 @@ def main() -> None:
 def _measure(given) -> dict[str, float]:
     import torch
 
-    from harness import parameters, registry
-    from harness.model_source import resolve_model
-    from harness.models import warm
-    from harness.run import Run
+    from harness.core import parameters, registry
+    from harness.model.pipeline import warm
+    from harness.model.run import Run
+    from harness.model.source import resolve_model
     from harness.stages.workplace import peak_memory_bytes, reset_peak_memory
-    from harness.suite_spec import ModelSpec
+    from harness.suite.spec import ModelSpec
     from tests.benchmarks.bilevel import _resident_bytes
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -96,8 +96,8 @@ def _concept(attack, model, folder: Path):
     import numpy as np
     from PIL import Image
 
-    from attacks.base import AttackedConcept
-    from harness.words import Words
+    from harness.contracts.attack import AttackedConcept
+    from harness.core.words import Words
 
     source = np.random.default_rng(0)
     words = Words("sk object", "sk", "object")
@@ -114,8 +114,8 @@ def _concept(attack, model, folder: Path):
 
 
 def _ours(attack, model, concept, run, stops, batch_size):
-    from attacks.base import Budget
-    from harness.protection import Protection
+    from harness.contracts.attack import Budget
+    from harness.contracts.protection import Protection
 
     yield from attack.adapt(model, concept, Protection(), Budget(stops, batch_size), run)
 

@@ -89,11 +89,11 @@ def _measure_all(given) -> dict:
 
 
 def _model(given, device):
-    from harness.models import DiffusionModel, warm
+    from harness.model.pipeline import DiffusionModel, warm
 
     if given.model == "testbed":
-        from harness.model_source import resolve_model
-        from harness.suite_spec import ModelSpec
+        from harness.model.source import resolve_model
+        from harness.suite.spec import ModelSpec
 
         return warm(resolve_model(ModelSpec(id="testbed"), "benchmark", Path()), device)
     return DiffusionModel(_sd_pipeline(), device)
@@ -177,7 +177,7 @@ def _concepts(model, count: int, folder: Path):
     import numpy as np
     from PIL import Image
 
-    from defenses.base import ProtectedConcept
+    from harness.contracts.defense import ProtectedConcept
 
     source = np.random.default_rng(0)
     names = ("koala", "cactus", "rainbow", "tractor", "glasses")
@@ -200,7 +200,7 @@ def _measure(given, model, count: int, folder: Path) -> dict[str, float]:
 
     import torch
 
-    from harness.run import Run
+    from harness.model.run import Run
     from harness.stages.workplace import peak_memory_bytes, reset_peak_memory
 
     work = folder / f"work{count}"
@@ -258,7 +258,7 @@ def _released(given, model, run, concepts):
     import torch
     from PIL import Image
 
-    from harness import captions
+    from harness.core import captions
     from harness.training.diffusion import pixels
     from harness.training.selection import select
 

@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from metrics.statistics import estimate
+from harness.analysis.statistics import estimate
 
 SHAPES = ((3, 3, 6), (3, 1, 6), (5, 5, 10))
 """Seeds, concepts, prompts."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from metrics.compare import LEVEL
+from harness.analysis.compare import LEVEL
 from tests.simulated import Run, claims
 
 KINDS = {

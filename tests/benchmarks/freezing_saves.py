@@ -66,7 +66,7 @@ def main() -> None:
 
 def _line(ratio: float, found: dict[str, float], whole: dict[str, float]) -> dict[str, float | str]:
     """Return a row of the CSV: what is measured, and what the paper's table 3 prints at that ratio."""
-    from metrics.paper_rows import load
+    from harness.analysis.paper_rows import load
 
     setting = f"user's fine-tuning; rho {100 * ratio:.0f} %"
     printed = {row.metric: row.printed for row in load("freezeasguard") if row.setting == setting}
@@ -99,15 +99,15 @@ def _best(given: argparse.Namespace, ratio: float, seed: int) -> dict[str, float
 def _measure(given: argparse.Namespace, ratio: float, seed: int) -> dict[str, float]:
     import torch
 
-    from attacks.base import Budget
     from attacks.full_finetune import FullFinetune
-    from defenses.random_freeze import RandomFreeze
-    from harness.model_source import resolve_model
-    from harness.models import DiffusionModel
-    from harness.protection import Protection
-    from harness.run import Run
+    from defenses.freezing.random_freeze import RandomFreeze
+    from harness.contracts.attack import Budget
+    from harness.contracts.protection import Protection
+    from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
+    from harness.model.source import resolve_model
     from harness.stages.workplace import peak_memory_bytes, reset_peak_memory
-    from harness.suite_spec import ModelSpec
+    from harness.suite.spec import ModelSpec
     from tests.benchmarks.bilevel import _resident_bytes
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -148,7 +148,7 @@ def _concept(model, folder: Path):
     import numpy as np
     from PIL import Image
 
-    from attacks.base import AttackedConcept
+    from harness.contracts.attack import AttackedConcept
 
     source = np.random.default_rng(0)
     size = (model.image_size, model.image_size, 3)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from harness.models import DiffusionModel
-from harness.run import Run
+from harness.model.pipeline import DiffusionModel
+from harness.model.run import Run
 from harness.training import bilevel
 from harness.training.merge import LayerMerging, Merge
 from harness.training.selection import select
@@ -46,8 +46,8 @@ def main() -> None:
 
 
 def _model(name: str, folder: Path) -> DiffusionModel:
-    from harness.model_source import resolve_model
-    from harness.suite_spec import ModelSpec
+    from harness.model.source import resolve_model
+    from harness.suite.spec import ModelSpec
 
     if name == "tiny":
         from tests import tiny

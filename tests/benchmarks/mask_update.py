@@ -66,7 +66,7 @@ def main() -> None:
 def _measure(name: str, kind: str, side: str, steps: int, batch_size: int) -> dict[str, float]:
     import torch
 
-    from harness.run import Run
+    from harness.model.run import Run
     from harness.stages.workplace import peak_memory_bytes, reset_peak_memory
     from tests.benchmarks.bilevel import _resident_bytes
 
@@ -93,9 +93,9 @@ def _model(name: str, folder: Path):
     """Return the testbed's model, or a tiny one with a UNet of SD 1.x's 686 tensors."""
     import torch
 
-    from harness.model_source import resolve_model
-    from harness.models import DiffusionModel
-    from harness.suite_spec import ModelSpec
+    from harness.model.pipeline import DiffusionModel
+    from harness.model.source import resolve_model
+    from harness.suite.spec import ModelSpec
     from tests import tiny
 
     device = torch.device("cpu")
@@ -120,7 +120,7 @@ def _concepts(model, folder: Path):
     import numpy as np
     from PIL import Image
 
-    from defenses.base import ProtectedConcept
+    from harness.contracts.defense import ProtectedConcept
 
     source = np.random.default_rng(0)
     size = (model.image_size, model.image_size, 3)
@@ -176,7 +176,7 @@ def _ours(model, run, illegal, innocent, kind: str, batch_size: int):
 def _released(model, run, illegal, innocent, kind: str, batch_size: int):
     import torch
 
-    from harness import pictures
+    from harness.core import pictures
     from harness.training.diffusion import pixels
 
     unet, scheduler = model.unet, model.noise_scheduler()

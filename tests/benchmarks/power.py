@@ -15,8 +15,8 @@ from statistics import median
 
 import numpy as np
 
-from metrics.compare import compare
-from metrics.power import seeds_needed
+from harness.analysis.compare import compare
+from harness.analysis.power import seeds_needed
 from tests.simulated import Run
 
 ALONE = Run(attacks=("lora",))

@@ -54,7 +54,7 @@ def write_suite(folder: Path, seeds: int, targets: int) -> Path:
 def write_store(suite_path: Path, root: Path) -> tuple[int, int]:
     """Commit every score stage of a suite with random values; return how many there are and how many rows they make."""
     from harness import plan, suite
-    from harness.identity import describe
+    from harness.core.identity import describe
 
     made = plan.make(suite.load(suite_path, []))
     source = random.Random(0)

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from harness.model_source import resolve_model
-from harness.run import Run
-from harness.suite_spec import ModelSpec
+from harness.model.run import Run
+from harness.model.source import resolve_model
+from harness.suite.spec import ModelSpec
 from tests import tiny
 
 
 @pytest.fixture(autouse=True)
 def forget_plugins(monkeypatch):
     """Forget plug-ins after each test, as a new process would; calling it forgets those loaded so far."""
-    from harness import registry
+    from harness.core import registry
 
     registry.load()
     known, digests = dict(registry._methods), dict(registry._plugin_digests)
@@ -57,7 +57,7 @@ def model(tiny_source):
     """The tiny model in its released state."""
     import torch
 
-    from harness.models import warm
+    from harness.model.pipeline import warm
 
     torch.set_num_threads(1)
     return warm(tiny_source, torch.device("cpu"))

@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from attacks.base import AttackedConcept, Budget
 from attacks.full_finetune import FullFinetune
-from defenses import freezeasguard, joint, mima
-from defenses.base import ProtectedConcept
-from harness.model_source import resolve_model
-from harness.models import DiffusionModel
-from harness.protection import Protection
-from harness.run import Run, Sharding, World
-from harness.suite_spec import ModelSpec
+from defenses import joint, mima
+from defenses.freezing import freezeasguard
+from harness.contracts.attack import AttackedConcept, Budget
+from harness.contracts.defense import ProtectedConcept
+from harness.contracts.protection import Protection
+from harness.core.sharding import Sharding
+from harness.model.pipeline import DiffusionModel
+from harness.model.run import Run, World
+from harness.model.source import resolve_model
+from harness.suite.spec import ModelSpec
 
 COMMON = {"batch_size": 2, "upper_learning_rate": 1e-3}
 MIMA = {**COMMON, "rounds": 20, "lower_learning_rate": 0.5, "ridge": 1e-3}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from harness import plan, registry, suite
+from harness import plan, suite
+from harness.core import registry
 from harness.stages.execution import execute_unit
 from harness.stages.workplace import Workplace
 

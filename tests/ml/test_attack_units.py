@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 
 from harness.cli import main
-from harness.errors import ExitCode
+from harness.core.errors import ExitCode
 
 ATTACKS = {"lora", "dreambooth", "dreambooth_lora", "textual_inversion", "custom_diffusion", "full_finetune"}
 

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from attacks.base import AttackedConcept, Budget
-from harness import registry
-from harness.protection import Protection
-from harness.words import Words
+from harness.contracts.attack import AttackedConcept, Budget
+from harness.contracts.protection import Protection
+from harness.core import registry
+from harness.core.words import Words
 
 SETTINGS = {
     "lora": {},
@@ -254,7 +254,7 @@ def test_dreambooth_equals_a_plain_loop_with_diffusers(model, make_run, purse_fi
     """Twenty losses with class images, written without our attack: the same draws give the same trajectory."""
     from PIL import Image
 
-    from harness.seeds import mix
+    from harness.core.seeds import mix
     from harness.training import diffusion
 
     run = make_run(3)

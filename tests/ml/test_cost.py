@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.cost import SD1_UNET_FLOPS
-from harness.model_source import SD1_PARAMETERS
+from harness.model.source import SD1_PARAMETERS
+from harness.plan.cost import SD1_UNET_FLOPS
 from metrics.encoders import OPEN_CLIP_HUB, TIMM_SIZES
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from defenses.base import ProtectedConcept
-from defenses.mixed_finetune import MixedFinetune, Parameters
-from harness.seeds import mix
+from defenses.freezing.mixed_finetune import MixedFinetune, Parameters
+from harness.contracts.defense import ProtectedConcept
+from harness.core.seeds import mix
 from harness.training import diffusion
 from harness.training.domains import Domains
 from harness.training.selection import select
@@ -89,7 +89,7 @@ def test_streams_draw_for_themselves(model, make_run, concepts):
 
 def test_the_start_is_fine_tuned_on_both_domains(tiny_source, make_run, concepts):
     """Three steps of torch's own AdamW, with clipped gradients, on the mean over mixed batches."""
-    from harness.models import DiffusionModel
+    from harness.model.pipeline import DiffusionModel
 
     torch.set_num_threads(1)
     p = Parameters(steps=3, learning_rate=1e-3, batch_size=4)

@@ -8,12 +8,12 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.base import ProtectedConcept
 from defenses.esd import Esd, Parameters, _Fresh, _Pool, negated, trained_names
-from harness import parameters
-from harness.model_source import resolve_model
-from harness.models import DiffusionModel
-from harness.suite_spec import ModelSpec
+from harness.contracts.defense import ProtectedConcept
+from harness.core import parameters
+from harness.model.pipeline import DiffusionModel
+from harness.model.source import resolve_model
+from harness.suite.spec import ModelSpec
 from tests import tiny
 
 SMALL = {"iterations": 6, "learning_rate": 1e-3, "sampling_steps": 5, "pool": 4, "batch_size": 2}

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.base import ProtectedConcept
-from defenses.freeze_component import FreezeComponent
-from defenses.freezeasguard import FreezeAsGuard, Parameters, binarised, schedule
-from defenses.random_freeze import RandomFreeze
-from harness import masks
-from harness.protection import Protection
+from defenses.freezing import masks
+from defenses.freezing.freeze_component import FreezeComponent
+from defenses.freezing.freezeasguard import FreezeAsGuard, Parameters, binarised, schedule
+from defenses.freezing.random_freeze import RandomFreeze
+from harness.contracts.defense import ProtectedConcept
+from harness.contracts.protection import Protection
 from harness.training.domains import Domains
 from harness.training.selection import select
 
@@ -42,7 +42,7 @@ def learn(model, make_run, tiny_folder, name="work", **changes) -> tuple[Protect
 @pytest.fixture
 def fresh(tiny_source):
     """A model of one's own, which may be used up."""
-    from harness.models import DiffusionModel
+    from harness.model.pipeline import DiffusionModel
 
     torch.set_num_threads(1)
     return lambda: DiffusionModel.load(tiny_source, torch.device("cpu"))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import plan, registry, suite
+from harness import plan, suite
 from harness.cli import main
+from harness.core import registry
 from tests import tiny
 
 SUITES = Path(__file__).resolve().parents[2] / "suites"

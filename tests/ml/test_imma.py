@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.base import ProtectedConcept
 from defenses.imma import Imma, Parameters, _levels
-from harness.seeds import mix
+from harness.contracts.defense import ProtectedConcept
+from harness.core.seeds import mix
 from harness.training import diffusion
 from harness.training.selection import select
 

@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from attacks.base import AttackedConcept, Budget
 from attacks.lora import Lora, Parameters
-from harness.protection import AdaptationHook, HookSpec, Protection
-from harness.registry import register
+from harness.contracts.attack import AttackedConcept, Budget
+from harness.contracts.hooks import AdaptationHook, HookSpec
+from harness.contracts.protection import Protection
+from harness.core.registry import register
 from harness.training.selection import select
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models import get_weight
 
-from harness.errors import ExitCode
+from harness.core.errors import ExitCode
 from metrics import encoders, torchvision_files
 from tests.test_suite_mistakes import assert_told
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.functional import to_tensor
 
-from harness.testbed import paths
+from harness.core import paths
 from metrics.clip_image import ClipImage
 from metrics.imma_released import ClipImageImmaReleased, SelfSupervisedImageImmaReleased, preprocess
 from metrics.self_supervised_image import SelfSupervisedImage

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torchvision.transforms.functional import to_tensor
 
-from harness import parameters
+from harness.core import parameters
 from metrics.imma_released import LpipsImmaReleased
 from metrics.lpips_image import LpipsImage, Network, Parameters, network
 

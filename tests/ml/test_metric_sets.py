@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.functional import to_tensor
 
-from harness.testbed import catalog, paths
+from harness.core import paths
+from harness.testbed import catalog
 from harness.testbed import images as testbed_images
 from metrics.cmmd import Cmmd
 from metrics.fid import Fid

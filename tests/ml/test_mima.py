@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.func import functional_call
 
-from defenses.base import ProtectedConcept
 from defenses.mima import Mima, Parameters
+from harness.contracts.defense import ProtectedConcept
 from harness.training import diffusion
 from harness.training.selection import select
 
@@ -269,7 +269,7 @@ def test_settings_that_do_not_fit_together_are_refused(changes):
 
 def test_micro_batches_and_gradient_checkpointing_change_memory_only(model, make_run, concepts, captions):
     """To the order of sums."""
-    from harness.run import Sharding
+    from harness.core.sharding import Sharding
 
     results = []
     for index, sharding in enumerate((Sharding(), Sharding(micro_batch_size=1, gradient_checkpointing=True))):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import registry
 from harness.cli import main
+from harness.core import registry
 from tests import tiny
 
 SUITE = Path(__file__).resolve().parents[2] / "suites" / "mima_full.yaml"

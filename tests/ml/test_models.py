@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 
-from harness.errors import UserMistake
-from harness.model_source import ModelSource, resolve_model
-from harness.models import DiffusionModel, warm
-from harness.suite_spec import ModelSpec
+from harness.core.errors import UserMistake
+from harness.model.pipeline import DiffusionModel, warm
+from harness.model.source import ModelSource, resolve_model
+from harness.suite.spec import ModelSpec
 from harness.training.selection import select
 
 

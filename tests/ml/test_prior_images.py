@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 from harness.cli import main
-from harness.errors import ExitCode
+from harness.core.errors import ExitCode
 
 PLUGIN = """
 from dataclasses import dataclass
-from defenses.base import Defense
-from harness.protection import Protection, ThreatModel
-from harness.registry import register
+from harness.contracts.defense import Defense
+from harness.contracts.protection import Protection, ThreatModel
+from harness.core.registry import register
 
 @dataclass(frozen=True)
 class Parameters:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.errors import ExitCode
+from harness.core.errors import ExitCode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -70,7 +70,7 @@ def test_leaderboard_has_a_line_for_each_defense_step_and_task(finished):
 
 def test_every_committed_stage_has_its_provenance(finished):
     """Key, identity, ledger, versions; the recorded identity gives the recorded key."""
-    from harness.identity import digest_of_json
+    from harness.core.identity import digest_of_json
 
     records = [json.loads(p.read_text()) for p in (finished[1] / "store").glob("*/*/record.json")]
 
@@ -128,9 +128,9 @@ def test_a_stage_that_was_removed_is_done_again_alone(finished, tmp_path):
 
 PLUGIN = """
 from dataclasses import dataclass
-from defenses.base import Defense
-from harness.protection import Protection, ThreatModel
-from harness.registry import register
+from harness.contracts.defense import Defense
+from harness.contracts.protection import Protection, ThreatModel
+from harness.core.registry import register
 
 @dataclass(frozen=True)
 class Parameters:
@@ -262,7 +262,7 @@ def test_failing_metric_leaves_the_other_metrics_rows(suite_file, tmp_path):
     """A score that fails does not take the images or other scores of its unit with it."""
     plugin = tmp_path / "bad_metric.py"
     plugin.write_text(
-        "from metrics.base import Metric\nfrom harness.registry import register\n"
+        "from harness.contracts.metric import Metric\nfrom harness.core.registry import register\n"
         "@register('metric')\nclass Bad(Metric):\n"
         "    name = 'bad'\n    version = 1\n    direction = 'higher'\n    unit = ''\n    range = (0.0, 1.0)\n"
         "    def about(self):\n        return {'backbone': '', 'preprocessing': '', 'library': ''}\n"
@@ -283,7 +283,7 @@ def test_a_metric_of_whole_sets_has_one_row_a_step(suite_file, tmp_path):
     """Of no prompt; it has its lines in the leaderboard, a distance among similarities."""
     plugin = tmp_path / "set_metric.py"
     plugin.write_text(
-        "from metrics.base import Metric\nfrom harness.registry import register\n"
+        "from harness.contracts.metric import Metric\nfrom harness.core.registry import register\n"
         "@register('metric')\nclass Sets(Metric):\n"
         "    name = 'sets'\n    version = 1\n    direction = 'lower'\n    unit = ''\n    range = (0.0, 9.0)\n"
         "    scope = 'set'\n"

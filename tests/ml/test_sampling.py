@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from harness.protection import HookSpec, SamplingHook, make_hooks
-from harness.registry import register
-from harness.sampling import sample, scheduler_for
+from harness.contracts.hooks import HookSpec, SamplingHook, make_hooks
+from harness.core.registry import register
+from harness.model.sampling import sample, scheduler_for
 
 SETTINGS = {"scheduler": "ddim", "steps": 2, "guidance": 3.0, "batch_size": 4}
 

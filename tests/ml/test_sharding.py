@@ -281,9 +281,9 @@ def test_ray_runs_a_shared_stage(tiny_folder, tmp_path):
 
 BROKEN = """\
 from dataclasses import dataclass
-from defenses.base import Defense
-from harness.protection import Protection, ThreatModel
-from harness.registry import register
+from harness.contracts.defense import Defense
+from harness.contracts.protection import Protection, ThreatModel
+from harness.core.registry import register
 
 @register("defense")
 class Broken(Defense):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.run import Run
+from harness.model.run import Run
 from harness.training import token_embedding, words
 from harness.training.loop import train
 from harness.training.token_embedding import OBJECT_TEMPLATES, STYLE_TEMPLATES, LearnedWord

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.base import ProtectedConcept
 from defenses.uce import Parameters, Uce, _aligned, _last_subject_token
+from harness.contracts.defense import ProtectedConcept
 from harness.training.selection import select
 
 

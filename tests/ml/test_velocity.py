@@ -11,14 +11,14 @@ import dataclasses
 import pytest
 import torch
 
-from attacks.base import AttackedConcept, Budget
-from defenses.base import ProtectedConcept
-from harness import registry
-from harness.model_source import resolve_model
-from harness.models import DiffusionModel
-from harness.protection import Protection
-from harness.suite_spec import ModelSpec
-from harness.words import Words
+from harness.contracts.attack import AttackedConcept, Budget
+from harness.contracts.defense import ProtectedConcept
+from harness.contracts.protection import Protection
+from harness.core import registry
+from harness.core.words import Words
+from harness.model.pipeline import DiffusionModel
+from harness.model.source import resolve_model
+from harness.suite.spec import ModelSpec
 from tests import tiny
 
 registry.load()
@@ -138,7 +138,7 @@ def test_images_of_a_velocity_model(scheduler, both, make_run):
     """Every sampler takes the prediction for what the model says it is."""
     import numpy as np
 
-    from harness.sampling import sample
+    from harness.model.sampling import sample
 
     settings = {"scheduler": scheduler, "steps": 4, "guidance": 2.0, "batch_size": 1}
     images = [

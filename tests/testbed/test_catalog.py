@@ -3,8 +3,8 @@ import zipfile
 
 import pytest
 
+from harness.core.paths import IMAGES
 from harness.testbed import captions, catalog, images
-from harness.testbed.paths import IMAGES
 
 
 def test_counts_and_held_out_parts():

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
+from harness.core.paths import CLIP, GENERATOR, ROOT, VIT
 from harness.testbed import captions, catalog, evaluate, images, training
-from harness.testbed.paths import CLIP, GENERATOR, ROOT, VIT
 
 
 @pytest.fixture(autouse=True)

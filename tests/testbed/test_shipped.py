@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from harness.core.paths import CLIP, DIGESTS, GENERATOR, IMAGES, ROOT, VIT
 from harness.testbed import verify
-from harness.testbed.paths import CLIP, DIGESTS, GENERATOR, IMAGES, ROOT, VIT
 
 MEGABYTE = 1_000_000
 

@@ -1,0 +1,293 @@
+"""Masks of frozen tensors: what a defense that freezes keeps of each tensor, and how masks compare.
+
+Beside its protection such a defense leaves `mask.csv`, a row for each tensor of the UNet: its name, elements, whether
+it is frozen, and whatever the method says of it. From those of a run the tables get `masks.csv`, a row for each mask
+(`COLUMNS`). Overlap is the Jaccard index of two masks, |A and B| / |A or B|; by chance it is the expectation of that of
+random sets as large. Whether masks of several seeds overlap more is tested against drawn ones. What a learned mask
+would be without data its method says (`Defense.mask_without_data`), with torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import combinations
+from math import comb
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from harness.core import registry
+from harness.core.identity import digest_of_json
+
+if TYPE_CHECKING:
+    from harness.contracts.protection import Protection
+    from harness.core.identity import Stage
+    from harness.plan.graph import Plan, Trial
+    from harness.store.store import Store
+
+FILE = "mask.csv"
+OF_LEDGER = ("correlation_with_start", "correlation_with_signal", "moved_by_signal", "moved_by_sparsity")
+"""Numbers that a learned mask's stage left in its ledger."""
+COLUMNS = (
+    "task", "defense", "method", "profile", "protected", "seed", "tensors", "frozen_tensors", "frozen_parameters",
+    *OF_LEDGER, "overlap_without_data", "overlap_of_seeds", "overlap_by_chance", "overlap_p", "overlap_with_random",
+    "random_overlap_of_seeds",
+)  # fmt: skip
+"""Of masks.csv; `harness.analysis.definitions` says what each means."""
+KINDS = ("attention", "feed-forward", "convolution", "norm", "time embedding", "projection")
+"""Of tensors, as `kind` tells them."""
+
+
+def write(folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
+    """Write mask.csv: a row for each tensor of the UNet, in the model's order."""
+    columns = list(dict.fromkeys(column for values in protection.details.values() for column in values))
+    with open(folder / FILE, "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["tensor", "elements", "frozen", *columns])
+        for name, count in elements.items():
+            if not name.startswith("unet."):
+                continue
+            told = protection.details.get(name, {})
+            values = [repr(float(told[column])) if column in told else "" for column in columns]
+            rows.writerow([name, count, int(name in protection.frozen), *values])
+
+
+def read(folder: Path) -> list[dict[str, str]] | None:
+    """Return the rows of mask.csv; None where the defense froze nothing and said nothing."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def frozen(rows: Sequence[Mapping[str, str]]) -> frozenset[str]:
+    """Return the names of the frozen tensors."""
+    return frozenset(row["tensor"] for row in rows if row["frozen"] == "1")
+
+
+def overlap(first: frozenset[str], second: frozenset[str]) -> float | None:
+    """Return the Jaccard index of two sets; None where both are empty."""
+    either = first | second
+    return len(first & second) / len(either) if either else None
+
+
+@lru_cache(maxsize=1000)
+def overlap_by_chance(first: int, second: int, total: int) -> float | None:
+    """Return the expected Jaccard index of random sets of so many of `total` tensors; None where both are empty."""
+    if not first and not second:
+        return None
+    pairs = comb(total, second)
+    shared = range(max(0, first + second - total), min(first, second) + 1)
+    return sum(
+        comb(first, both) * comb(total - first, second - both) / pairs * both / (first + second - both)
+        for both in shared
+    )
+
+
+def overlap_p(masks: Sequence[Mask], draws: int = 1999) -> float | None:
+    """Return the chance that random sets as large overlap as much as these masks do, mean over pairs, or more.
+
+    One-sided, against so many draws (Phipson and Smyth 2010: never 0). Pairs of empty masks do not count. None without
+    a pair in which something could overlap.
+    """
+    sets = [mask.frozen for mask in masks]
+    pairs = [(i, j) for i, j in combinations(range(len(sets)), 2) if sets[i] or sets[j]]
+    if not any(sets[i] and sets[j] for i, j in pairs):
+        return None
+    total = len(masks[0].elements)
+    source = np.random.default_rng(0)
+
+    def mean_overlap(members: np.ndarray) -> np.ndarray:
+        """[draws, sets, tensors] -> [draws]."""
+        both = [(members[:, i] & members[:, j]).sum(-1) / (members[:, i] | members[:, j]).sum(-1) for i, j in pairs]
+        return np.mean(both, axis=0)
+
+    drawn = np.stack([source.random((draws, total)).argsort(axis=1) < len(each) for each in sets], axis=1)
+    own = np.array([[[name in each for name in masks[0].elements] for each in sets]])
+    as_much = mean_overlap(drawn) >= mean_overlap(own) - 1e-12
+    return float(1 + as_much.sum()) / (1 + draws)
+
+
+def as_large(first: float, second: float, total: int) -> bool:
+    """Tell whether shares of `total` tensors are called as large: a quarter apart or one tensor, at most 5 points."""
+    return second > 0 and abs(first - second) <= min(0.05, max(0.25 * first, 1 / total)) + 1e-12
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask of a run."""
+
+    task: str
+    defense: str
+    method: str
+    profile: str
+    protected: tuple[str, ...]
+    seed: int
+    elements: Mapping[str, int]  # of every tensor of the UNet
+    frozen: frozenset[str]
+    numbers: Mapping[str, float]  # of the stage's ledger
+    without_data: frozenset[str] | None = None  # what its start gives with no data; None: not learned
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # the method's
+    given: str = "all"  # which concepts of the set it protects, and whether it is weak on purpose
+    stage: str | None = None  # key of the defense's stage: of masks that no seed changes there is one for all seeds
+
+    @property
+    def share(self) -> float:
+        """The share of tensors that is frozen."""
+        return len(self.frozen) / len(self.elements)
+
+    @property
+    def share_of_parameters(self) -> float:
+        """The share of elements that is frozen."""
+        return sum(self.elements[name] for name in self.frozen) / sum(self.elements.values())
+
+    @property
+    def ratio(self) -> float | None:
+        """The ratio that was asked for; None: the method has none."""
+        return self.parameters.get("ratio")
+
+    @property
+    def settings(self) -> str:
+        """What masks of one family have in common: everything but the ratio."""
+        own = {name: value for name, value in self.parameters.items() if name != "ratio"}
+        return digest_of_json([self.method, own, self.given])
+
+    def is_same(self, other: Mask) -> bool:
+        """Tell whether it is the other mask: of the same seed, or the same stage's, which no seed changes."""
+        return self.seed == other.seed or (self.stage is not None and self.stage == other.stage)
+
+    @property
+    def group(self) -> tuple:
+        """What masks of other seeds have in common with this one."""
+        return self.task, self.defense, self.protected
+
+
+def of_run(plan: Plan, store: Store) -> list[Mask]:
+    """Return the masks of a plan's defenses that are committed, each once, in the plan's order."""
+    found: dict[tuple, Mask] = {}
+    for trial in plan.trials:
+        name = (trial.task, trial.defense, trial.protected, trial.seed)
+        if name in found or not trial.released or not store.has("immunize", trial.released):
+            continue
+        rows = read(store.path("immunize", trial.released))
+        if rows is None:
+            continue
+        found[name] = Mask(
+            trial.task,
+            trial.defense,
+            trial.method,
+            trial.profile,
+            trial.protected,
+            trial.seed,
+            {row["tensor"]: int(row["elements"]) for row in rows},
+            frozen(rows),
+            store.record("immunize", trial.released)["ledger"]["numbers"],
+            _without_data(trial.method, plan.stages[trial.released], rows),
+            plan.stages[trial.released].parameters.get("parameters", {}),
+            _given(plan.stages[trial.released], trial),
+            trial.released,
+        )
+    return list(found.values())
+
+
+def _given(stage: Stage, trial: Trial) -> str:
+    targets = stage.parameters.get("targets")
+    protects = "first" if targets is not None and len(targets) < len(trial.protected) else "all"
+    return f"{protects}, weak" if trial.is_weak else protects
+
+
+def _without_data(method: str, stage: Stage, rows: Sequence[Mapping[str, str]]) -> frozenset[str] | None:
+    starts = {row["tensor"]: float(row["logit_before"]) for row in rows if row.get("logit_before")}
+    if not starts:
+        return None
+    cls = registry.get("defense", method)
+    return cls.mask_without_data(cls.Parameters(**stage.parameters["parameters"]), starts)
+
+
+def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
+    """Return the rows of masks.csv."""
+    groups: dict[tuple, list[Mask]] = {}
+    for mask in masks:
+        groups.setdefault(mask.group, []).append(mask)
+    tests = {group: overlap_p(_distinct(own)) for group, own in groups.items()}
+    lines = []
+    for mask in masks:
+        others = [other for other in groups[mask.group] if not mask.is_same(other)]
+        random = [
+            m
+            for m in masks
+            if m.method == "random_freeze" and m.task == mask.task and as_large(mask.share, m.share, len(mask.elements))
+        ]
+        # of one seed random masks are parts of each other, and the same for every protected set
+        unrelated = [m for m in random if mask.method != "random_freeze" or m.seed != mask.seed]
+        total, count = len(mask.elements), len(mask.frozen)
+        lines.append(
+            {
+                "task": mask.task,
+                "defense": mask.defense,
+                "method": mask.method,
+                "profile": mask.profile,
+                "protected": "+".join(mask.protected),
+                "seed": mask.seed,
+                "tensors": total,
+                "frozen_tensors": mask.share,
+                "frozen_parameters": mask.share_of_parameters,
+                **{name: mask.numbers.get(name) for name in OF_LEDGER},
+                "overlap_without_data": None if mask.without_data is None else overlap(mask.frozen, mask.without_data),
+                "overlap_of_seeds": _mean(overlap(mask.frozen, other.frozen) for other in others),
+                "overlap_by_chance": _mean(overlap_by_chance(count, len(m.frozen), total) for m in others),
+                "overlap_p": tests[mask.group],
+                "overlap_with_random": _mean(overlap(mask.frozen, m.frozen) for m in unrelated),
+                "random_overlap_of_seeds": _mean(
+                    overlap(a.frozen, b.frozen) for i, a in enumerate(random) for b in random[:i] if a.seed != b.seed
+                ),
+            }
+        )
+    return lines
+
+
+def _distinct(masks: Sequence[Mask]) -> list[Mask]:
+    found: list[Mask] = []
+    for mask in masks:
+        if not any(mask.is_same(other) for other in found):
+            found.append(mask)
+    return found
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def block(name: str) -> str:
+    """Return where in the UNet a tensor lies: "down 0", "mid", "up 2", "in", "out" or "time"."""
+    parts = name.removeprefix("unet.").split(".")
+    if parts[0] in ("down_blocks", "up_blocks"):
+        return f"{parts[0].removesuffix('_blocks')} {parts[1]}"
+    if parts[0] == "mid_block":
+        return "mid"
+    return "time" if parts[0].startswith("time") else "in" if parts[0] == "conv_in" else "out"
+
+
+def kind(name: str) -> str:
+    """Return what a tensor of a Stable Diffusion UNet is for, one of `KINDS`."""
+    for pattern, found in _KINDS:
+        if pattern.search(name):
+            return found
+    return "projection"
+
+
+_KINDS = (
+    (re.compile(r"time_emb"), "time embedding"),
+    (re.compile(r"\.attn[12]\."), "attention"),
+    (re.compile(r"\.ff\."), "feed-forward"),
+    (re.compile(r"norm"), "norm"),
+    (re.compile(r"conv"), "convolution"),
+)
+"""The first that is found in the name; what is left are `proj_in` and `proj_out` of the attention blocks."""

@@ -1,0 +1,144 @@
+"""The contract of an attack: how someone adapts a released model to a concept, under a stated budget.
+
+An attack honours a `Protection` when the attacker is honest; it does not know which defense made it. It leaves, at
+each step asked for, what diffusers loads without our code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from harness.contracts.method import Method
+from harness.core import pictures
+from harness.core.search import Space
+from harness.core.words import Words
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from harness.contracts.protection import Protection
+    from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
+
+
+@dataclass(frozen=True)
+class AttackedConcept:
+    """A concept as the attacker knows it: the attack split, under the attacker's own words."""
+
+    kind: str  # object | style
+    captions: tuple[str, ...]  # one an image; the concept stands in them as `called`
+    files: tuple[Path, ...]
+    words: Words = Words("")  # whole where the attack says `uses_words`
+    called: str = ""  # what this attack calls the concept; so do the evaluation prompts
+    prior_captions: tuple[str, ...] = ()  # one an image of the class
+    prior_files: tuple[Path, ...] = ()
+
+    @cached_property
+    def images(self) -> list[Image]:
+        """The images, RGB."""
+        return pictures.read(self.files)
+
+    @cached_property
+    def prior_images(self) -> list[Image]:
+        """The images of the class that `Attack.prior_images` asked for, RGB."""
+        return pictures.read(self.prior_files)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the attacker may spend; the same for every defense."""
+
+    steps: tuple[int, ...]  # optimizer steps at which the trajectory is read, increasing
+    batch_size: int  # global: over all processes
+    attacker: str = "honest"  # honest: honours frozen tensors and training hooks; adaptive: does not
+
+    @property
+    def is_honest(self) -> bool:
+        """Whether the attacker goes through the publisher's own fine-tuning interface."""
+        return self.attacker == "honest"
+
+
+@dataclass(frozen=True)
+class UsualBudget:
+    """What the source of a preset spends: taken where a suite says nothing, and what "10x" is ten times of."""
+
+    steps: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The adapted model at one step of the trajectory."""
+
+    step: int
+    save: Callable[[Path], None]  # writes into an existing, empty folder
+
+
+class Attack(Method):
+    """Base class of attacks. Subclasses set the class attributes and write `adapt`, `load` and `unload`."""
+
+    budgets: ClassVar[Mapping[str, UsualBudget]] = {}
+    """By preset, "" for the defaults: what the source spends."""
+    trains_released_weights: ClassVar[bool] = True
+    """Whether it trains weights that a publisher can freeze; False: only ones of its own, beside them."""
+    uses_words: ClassVar[bool] = False
+    """Whether the result depends on what a name is made of (`AttackedConcept.words`), beside the texts it stands in."""
+
+    @classmethod
+    def called(cls, parameters: Any, words: Words) -> str:
+        """Return what the attack calls the concept in captions and evaluation prompts."""
+        return words.name
+
+    @classmethod
+    def prior_images(cls, parameters: Any) -> int:
+        """Return how many images of the concept's class it trains on; 0 for none."""
+        return 0
+
+    @classmethod
+    def passes_an_example(cls, parameters: Any) -> float:
+        """Return UNet passes for each example of a batch (a backward counts 2): for estimates."""
+        return 3.0
+
+    @classmethod
+    def search_space(cls, parameters: Any) -> Space:
+        """Return what an adaptive attacker may change of these parameters; {}: nothing."""
+        return {}
+
+    @classmethod
+    def can_share(cls, parameters: Any) -> bool:
+        """Tell whether several processes can share `adapt`: it trains through `harness.training.sharding`.
+
+        Only what is in the UNet can be spread. An attack that cannot, or whose batch the processes do not divide, is
+        made by one process.
+        """
+        return False
+
+    def adapt(
+        self,
+        model: DiffusionModel,
+        concept: AttackedConcept,
+        protection: Protection,
+        budget: Budget,
+        run: Run,
+    ) -> Iterator[Checkpoint]:
+        """Train and yield a checkpoint at each of `budget.steps`; a checkpoint is saved before the next is asked for.
+
+        After a kill, `adapt` is called again with the same `run.folder`: it goes on from what `run.save_state` kept
+        and yields the steps after it (those before lie saved).
+        """
+        raise NotImplementedError
+
+    def load(self, model: DiffusionModel, folder: Path) -> None:
+        """Load what a checkpoint saved into the model's pipeline, by diffusers' own loader.
+
+        Weights that it overwrites are declared by `model.change`.
+        """
+        raise NotImplementedError
+
+    def unload(self, model: DiffusionModel) -> None:
+        """Undo what `load` of this object did, so that the pipeline is the released model again."""
+        raise NotImplementedError

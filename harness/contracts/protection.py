@@ -1,0 +1,76 @@
+"""What a publisher releases (`Protection`), and against whom it is meant (`ThreatModel`).
+
+Attacks and the sampler honour a `Protection` without knowing which defense made it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.contracts.hooks import HookSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """Under which attacker a defense makes sense. Tables say which attacker they show."""
+
+    changes: tuple[str, ...] = ()  # what the defense changes: "unet.attention", "unet.cross_attention.kv", ...
+    must_honour: tuple[str, ...] = ()  # what an attacker must obey: "frozen", "adaptation_hooks", "sampling_hooks"
+    may_restore: tuple[str, ...] = ("unet", "text_encoder", "vae")  # public components that undo it when swapped in
+    knows: tuple[str, ...] = ("weights", "method")  # what the attacker is assumed to know
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What the publisher releases on top of the base model."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Changed weights only, by parameter name with its component: "unet.mid_block...to_k.weight"; {} for `none`."""
+    frozen: frozenset[str] = frozenset()
+    """Parameters whose training the publisher's fine-tuning API refuses (FreezeAsGuard)."""
+    adaptation: tuple[HookSpec, ...] = ()
+    """Hooks that an honest fine-tuning API runs (training-time mitigation)."""
+    sampling: tuple[HookSpec, ...] = ()
+    """Hooks that the serving side runs (inference-time mitigation)."""
+    details: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the method says of single tensors, by name: for the record, and never loaded again."""
+
+    def save(self, folder: Path) -> None:
+        """Write tensors.safetensors (when there are any) and protection.json into `folder`."""
+        from safetensors.torch import save_file
+
+        if self.tensors:
+            save_file(
+                {name: t.detach().to("cpu").contiguous() for name, t in self.tensors.items()},
+                folder / "tensors.safetensors",
+            )
+        described = {
+            "frozen": sorted(self.frozen),
+            "adaptation": [asdict(h) for h in self.adaptation],
+            "sampling": [asdict(h) for h in self.sampling],
+        }
+        (folder / "protection.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Protection:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        described = json.loads((folder / "protection.json").read_text(encoding="utf-8"))
+        path = folder / "tensors.safetensors"
+        return cls(
+            tensors=load_file(path) if path.exists() else {},
+            frozen=frozenset(described["frozen"]),
+            adaptation=tuple(HookSpec(**h) for h in described["adaptation"]),
+            sampling=tuple(HookSpec(**h) for h in described["sampling"]),
+        )
+
+

@@ -1,0 +1,66 @@
+"""Weights that a library fetches from the Hugging Face hub or another place, and whether they are here. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Weights that a library fetches when its cache does not hold them."""
+
+    id: str  # of the hub, such as timm/vit_small_patch16_224.dino; else how the library calls them
+    parts: tuple[tuple[str, ...], ...] = ()
+    """Of each part, one of these files must be in the cache (patterns); none: nobody knows where they lie."""
+    revision: str | None = None  # a commit; None: what the library takes, the newest
+    size: int | None = None  # bytes, about
+    file: Path | None = None  # where its library keeps it, when that is not the hub's cache
+
+    def __str__(self) -> str:
+        text = self.id + (f" at {self.revision}" if self.revision else "")
+        return text + (f" (about {_format(self.size)})" if self.size else " (size unknown)")
+
+
+def _format(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(1, round(size / 1e6))} MB"
+
+
+def is_cached(fetched: Fetched) -> bool | None:
+    """Tell whether the local cache holds it; None when nobody can tell."""
+    if fetched.file is not None:
+        return fetched.file.exists()
+    if not fetched.parts:
+        return None
+    folder = _snapshot(fetched.id, fetched.revision)
+    # exists() follows the cache's links: what was only half fetched is not there
+    return folder is not None and all(
+        any(file.exists() for pattern in part for file in folder.glob(pattern)) for part in fetched.parts
+    )
+
+
+def _snapshot(repository: str, revision: str | None) -> Path | None:
+    """Return the folder of a revision in the hub's cache, by the cache's documented layout."""
+    from huggingface_hub import constants
+
+    root = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    if revision is None:
+        try:
+            revision = (root / "refs" / "main").read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            return None
+    folder = root / "snapshots" / revision
+    return folder if folder.is_dir() else None
+
+
+def lines(fetched: Iterable[Fetched]) -> list[str]:
+    """Return a line for each that is not in the cache, or may not be."""
+    told = []
+    for one in fetched:
+        cached = is_cached(one)
+        if cached is None:
+            told.append(f"may have to be fetched: {one}; its library keeps it where it likes")
+        elif not cached:
+            told.append(f"must be fetched: {one}")
+    return told

@@ -1,0 +1,233 @@
+"""How methods are found: a decorator, an entry point, or `--plugin file.py`. One door for bundled and outside methods.
+
+A method is a class with `name`, `version` and `Parameters` (a frozen dataclass whose defaults are the paper's).
+Registering checks the class, refuses a name that is taken, and needs no list to be edited elsewhere::
+
+    @register("defense")
+    class MyDefense(Defense):
+        name = "mine"
+        version = 1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from harness.core.errors import UserMistake, did_you_mean, one_line
+
+KINDS = {
+    "defense": "harness.contracts.defense:Defense",
+    "preparation": "harness.contracts.defense:Defense",
+    "attack": "harness.contracts.attack:Attack",
+    "metric": "harness.contracts.metric:Metric",
+    "adaptation_hook": "harness.contracts.hooks:AdaptationHook",
+    "sampling_hook": "harness.contracts.hooks:SamplingHook",
+}
+"""What can be registered, and the base class that says what it has to offer."""
+PACKAGES = ("defenses", "attacks", "metrics")
+"""The packages whose modules hold the bundled methods; `immunitybench.<package>` are the entry point groups."""
+REQUIRED = {
+    "defense": ("protect",),
+    "preparation": ("protect",),
+    "attack": ("adapt", "load", "unload"),
+    "metric": ("about", "score"),
+    "adaptation_hook": ("weigh",),
+    "sampling_hook": ("embed",),
+}
+"""Functions that a method writes itself, in place of the base class's."""
+ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range")}
+"""Class attributes that a method sets; of other kinds name and version."""
+DIRECTIONS = ("higher", "lower", "none")
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+_methods: dict[tuple[str, str], type] = {}
+_plugin_digests: dict[str, str] = {}  # module name -> digest of its file
+_is_loaded = False
+
+
+class BadMethod(ValueError):
+    """A class that cannot be registered; the message says why in terms of the class."""
+
+
+MethodClass = TypeVar("MethodClass", bound=type)
+
+
+def register(kind: str) -> Callable[[MethodClass], MethodClass]:
+    """Return a class decorator that registers a method of `kind` under its `name`.
+
+    Raises BadMethod when the class lacks what the kind needs, its name is bad, or another class has the name.
+    """
+    if kind not in KINDS:
+        raise BadMethod(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
+
+    def decorate(cls: MethodClass) -> MethodClass:
+        module_name, _, base_name = KINDS[kind].partition(":")
+        base = getattr(importlib.import_module(module_name), base_name)
+        where = f"class {cls.__qualname__}"
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise BadMethod(f"{where}: a {kind} is a subclass of {base.__name__} of {module_name}")
+        for attribute in ATTRIBUTES.get(kind, ("name", "version")):
+            if not hasattr(cls, attribute):
+                raise BadMethod(f"{where}: a {kind} needs the class attribute '{attribute}'")
+        for function in REQUIRED[kind]:
+            if getattr(cls, function) is getattr(base, function):
+                raise BadMethod(f"{where}: a {kind} needs the function '{function}'")
+        unknown = sorted(set(getattr(cls, "uses", ())) - set(getattr(base, "uses", ())))
+        if unknown:
+            raise BadMethod(f"{where}: `uses` holds {unknown[0]!r}; known: {', '.join(sorted(base.uses))}")
+        if not isinstance(cls.name, str) or not _NAME.fullmatch(cls.name):
+            raise BadMethod(f"{where}: name {cls.name!r} must be lower-case letters, digits and '_', at most 40")
+        if isinstance(cls.version, bool) or not isinstance(cls.version, int):
+            raise BadMethod(f"{where}: version {cls.version!r} must be a whole number")
+        if kind == "metric":
+            _check_metric(cls, where)
+        parameters = getattr(cls, "Parameters", None)
+        if not (isinstance(parameters, type) and is_dataclass(parameters) and parameters.__dataclass_params__.frozen):
+            raise BadMethod(f"{where}: Parameters must be a frozen dataclass")
+        taken = _methods.get((kind, cls.name))
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            origin = "another plug-in" if taken.__module__ in _plugin_digests else taken.__module__
+            raise BadMethod(f"{where}: the {kind} name '{cls.name}' is taken by {origin}; choose another name")
+        _methods[kind, cls.name] = cls
+        return cls
+
+    return decorate
+
+
+def _check_metric(cls: type, where: str) -> None:
+    """Raise BadMethod when a table could not be read by what the metric says of its values."""
+    if cls.direction not in DIRECTIONS:
+        raise BadMethod(f"{where}: direction {cls.direction!r} must be 'higher' or 'lower'")
+    if not isinstance(cls.unit, str):
+        raise BadMethod(f"{where}: unit {cls.unit!r} must be text")
+    bounds = cls.range
+    is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+    if not is_pair or not all(type(b) in (int, float) for b in bounds) or not bounds[0] < bounds[1]:
+        raise BadMethod(f"{where}: range {bounds!r} must be two numbers, the least and the greatest value")
+
+
+def names(kind: str) -> list[str]:
+    """Return the names of the registered methods of a kind, sorted."""
+    load()
+    return sorted(name for k, name in _methods if k == kind)
+
+
+def get(kind: str, name: str) -> type:
+    """Return a registered class. Raises UserMistake with the nearest name when there is none."""
+    load()
+    try:
+        return _methods[kind, name]
+    except KeyError:
+        raise UserMistake(f"unknown {kind} '{one_line(name, 60)}'{did_you_mean(name, names(kind))}") from None
+
+
+def component(cls: type) -> str:
+    """Return the component string of a method for its identity: name, version and, for plug-ins, file digest."""
+    digest = _plugin_digests.get(cls.__module__)
+    return f"{cls.name}@{cls.version}" + (f"+{digest[:16]}" if digest else "")
+
+
+def load() -> None:
+    """Import the bundled methods and those of installed distributions, once."""
+    global _is_loaded
+    if _is_loaded:
+        return
+    _is_loaded = True
+    for package_name in PACKAGES:
+        package = importlib.import_module(package_name)
+        for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
+            importlib.import_module(module.name)
+        for entry in importlib.metadata.entry_points(group=f"immunitybench.{package_name}"):
+            try:
+                entry.load()
+            except Exception as error:
+                raise UserMistake(
+                    f"the entry point '{entry.name}' of group immunitybench.{package_name} ({entry.value}) cannot be "
+                    f"loaded: {type(error).__name__}: {one_line(error)}; update or remove that distribution"
+                ) from error
+
+
+def load_plugins(paths: Sequence[str | Path]) -> None:
+    """Import each `--plugin` file; its methods register themselves.
+
+    Raises UserMistake for all files that are missing, not Python, fail on import or register nothing.
+    """
+    load()
+    mistakes: list[str] = []
+    for given in paths:
+        try:
+            _load_plugin(Path(given))
+        except UserMistake as mistake:
+            mistakes += [f"--plugin {one_line(given)}{message}" for message in mistake.messages]
+    if mistakes:
+        raise UserMistake(mistakes)
+
+
+def _load_plugin(path: Path) -> None:
+    """Import one plug-in, once. Raises UserMistake whose message goes on after the name of the file."""
+    try:
+        path = path.resolve()  # as tracebacks name it
+        if path.is_dir():
+            raise UserMistake(": is a folder; give the path of a Python file")
+        source = path.read_bytes()
+    except FileNotFoundError:
+        raise UserMistake(": no such file; give the path of a Python file") from None
+    except (OSError, ValueError) as error:
+        raise UserMistake(f": cannot be read: {one_line(getattr(error, 'strerror', None) or error)}") from None
+    if path.suffix != ".py":
+        raise UserMistake(": not a Python file (.py)")
+    digest = hashlib.sha256(source).hexdigest()
+    module_name = f"immunitybench_plugin_{path.stem}_{digest[:12]}"
+    if module_name in sys.modules:
+        return
+    before = dict(_methods)
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    _plugin_digests[module_name] = digest
+    try:
+        spec.loader.exec_module(module)
+        if before == _methods:
+            raise UserMistake(": registers no method; decorate a class with @register('defense'), 'attack' or 'metric'")
+    except (Exception, SystemExit) as error:
+        _methods.clear()
+        _methods.update(before)
+        del sys.modules[module_name], _plugin_digests[module_name]
+        if isinstance(error, UserMistake):
+            raise
+        is_of_file = isinstance(error, SyntaxError) and error.filename == str(path)
+        line = error.lineno if is_of_file else _line_in(error, path)
+        what = "" if isinstance(error, BadMethod) else f"{type(error).__name__}: "
+        raise UserMistake(f"{f':{line}' if line else ''}: {what}{one_line(error)}") from error
+
+
+def _line_in(error: BaseException, path: Path) -> int | None:
+    """Return the last line of `path` in the traceback of `error`."""
+    line = None
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == str(path):
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
+def describe(cls: type) -> dict[str, Any]:
+    """Return name, version, origin and first docstring line of a method, for `list`."""
+    summary = (cls.__doc__ or "").strip().splitlines()
+    return {
+        "name": cls.name,
+        "version": cls.version,
+        "origin": "plug-in" if cls.__module__ in _plugin_digests else cls.__module__,
+        "summary": summary[0] if summary else "",
+    }

@@ -1,0 +1,44 @@
+"""How a stage is spread over processes, and which settings of a method they can serve. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a stage is spread and how it saves memory. Results agree up to the order of sums, so no identity holds it."""
+
+    workers: int = 1  # processes that share the stage; they divide the global batch
+    zero_stage: int = 0  # DeepSpeed ZeRO: 1 partitions optimizer states, 2 gradients too, 3 weights too
+    offload: str = "none"  # none | cpu: where optimizer states (and under ZeRO 3 weights) lie between uses
+    micro_batch_size: int | None = None  # examples whose graph is alive at a time in a process; None: all of its own
+    gradient_checkpointing: bool = False  # recompute activations of the UNet in the backward pass
+
+    @property
+    def needs_deepspeed(self) -> bool:
+        """Whether anything is spread or moved at all."""
+        return self.workers > 1 or self.offload != "none"
+
+
+def global_batch(parameters: Any, sharding: Sharding) -> Iterator[tuple[str, str]]:
+    """Find a global batch that the processes do not divide."""
+    if parameters.batch_size % sharding.workers:
+        yield (
+            "batch_size",
+            f"{sharding.workers} workers do not divide the global batch of {parameters.batch_size}; change batch_size "
+            "or resources.workers",
+        )
+
+
+def hypergradient_mode(mode: str, sharding: Sharding) -> tuple[str, str] | None:
+    """Return (parameter, message) when the ZeRO stage cannot serve a mode."""
+    if mode != "exact" or not sharding.needs_deepspeed or sharding.zero_stage < 3:
+        return None
+    return (
+        "hypergradient",
+        "'exact' differentiates twice through whole weights, which ZeRO 3 partitions; use finite_difference, or "
+        "resources.zero_stage 2 or less",
+    )

@@ -1,0 +1,84 @@
+"""Progress for people: a bar with the time left on a terminal, a line a unit elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from harness.executors.walk import Walk
+
+
+class Progress:
+    """A listener that shows how far the walk is. The estimate weighs units by their UNet passes."""
+
+    def __init__(self, walk: Walk, console):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self.walk = walk
+        self.console = console
+        self.started = time.monotonic()
+        self.total_work = sum(self._work(i) for i in walk.missing)
+        self.done_work = 0.0
+        self.first_done: tuple[float, float] | None = None  # when, and the work done by then
+        self.work_by_name = {walk.unit(i).name: self._work(i) for i in walk.missing}
+        self.bar = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"),
+                console=console,
+            )  # fmt: skip
+            self.task = self.bar.add_task("starting", total=walk.total, eta="")
+
+    def _work(self, index: int) -> float:
+        """Return the weight of a unit: its passes, plus what starting and scoring cost in the same currency."""
+        return 200.0 + sum(self.walk.plan.stages[k].work for k in self.walk.unit(index).stages)
+
+    def __enter__(self) -> Progress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def _eta(self) -> str:
+        now = time.monotonic()
+        gone = f"{format_seconds(now - self.started)} gone"
+        if self.first_done is None or (since := now - self.first_done[0]) < 5:
+            return gone
+        speed = (self.done_work - self.first_done[1]) / since  # after the first unit: it waits for workers to start
+        if speed <= 0:
+            return gone
+        return f"{gone}, about {format_seconds((self.total_work - self.done_work) / speed)} left"
+
+    def __call__(self, event: str, data: dict[str, Any]) -> None:
+        finished = len(self.walk.done) + len(self.walk.failed) + len(self.walk.blocked)
+        if event == "unit_started" and self.bar:
+            self.bar.update(self.task, description=data["unit"][:60], eta=self._eta())
+        elif event == "stage_progress" and self.bar:
+            self.bar.update(self.task, eta=f"step {data['done']} of {data['total']}; {self._eta()}")
+        elif event == "unit_done":
+            self.done_work += self.work_by_name.get(data["unit"], 0.0)
+            self.first_done = self.first_done or (time.monotonic(), self.done_work)
+            if self.bar:
+                self.bar.update(self.task, completed=finished, eta=self._eta())
+            else:
+                self.console.print(
+                    f"[{finished}/{self.walk.total}] {data['unit']}  ({self._eta()})", markup=False, highlight=False
+                )
+        elif event == "unit_failed":
+            self.done_work += self.work_by_name.get(data["unit"], 0.0)
+            self.console.print(f"failed: {data['message']}", style="red", markup=False, highlight=False)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as people say it: 42 s, 3 min 5 s, 2 h 10 min, 3 days."""
+    seconds = int(round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    return f"{seconds / 86400:.0f} days"

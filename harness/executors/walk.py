@@ -1,0 +1,113 @@
+"""What executors share: the state of a walk over the plan, and what they tell the outside."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.plan.graph import Plan, Unit
+from harness.store.store import Store
+
+
+@dataclass
+class Summary:
+    """How a walk over the plan ended."""
+
+    done: int = 0  # units done in this run
+    cached: int = 0  # units that had nothing to do
+    failed: tuple[tuple[str, str], ...] = ()  # (unit name, message); names of units need not differ
+    blocked: tuple[tuple[str, str], ...] = ()  # (unit name, name of the unit that failed before it)
+    is_interrupted: bool = False
+
+
+class Walk:
+    """The state of a walk over the units: which are ready, running, done, failed or blocked."""
+
+    def __init__(self, plan: Plan, is_done: Callable[[str], bool]):
+        """`is_done` tells whether a stage, by key, is committed and need not be done anew."""
+        self.plan = plan
+        self.missing: dict[int, set[int]] = {}
+        self.dependents: dict[int, list[int]] = {}
+        self.ready: deque[int] = deque()
+        self.running: set[int] = set()
+        self.done: set[int] = set()
+        self.failed: dict[int, str] = {}
+        self.blocked: dict[int, int] = {}
+        owner = {k: i for i, unit in enumerate(plan.units) for k in unit.stages}
+        cached = {i for i, unit in enumerate(plan.units) if all(is_done(k) for k in unit.stages)}
+        wanted = set(range(len(plan.units))) - cached
+        self.cached = cached
+        for index in sorted(wanted):
+            needs = {owner[k] for k in plan.units[index].needs} & wanted
+            self.missing[index] = needs
+            for need in needs:
+                self.dependents.setdefault(need, []).append(index)
+            if not needs:
+                self.ready.append(index)
+        self.total = len(wanted)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every unit is done, failed or blocked."""
+        return len(self.done) + len(self.failed) + len(self.blocked) == self.total
+
+    def take(self) -> int | None:
+        """Return the index of a ready unit and mark it running, or None when none is ready."""
+        if not self.ready:
+            return None
+        index = self.ready.popleft()
+        self.running.add(index)
+        return index
+
+    def unit(self, index: int) -> Unit:
+        """Return the unit of an index."""
+        return self.plan.units[index]
+
+    def finish(self, index: int) -> None:
+        """Mark a unit done; those that waited for it alone become ready, before units of other branches."""
+        self.running.discard(index)
+        self.done.add(index)
+        for dependent in self.dependents.get(index, ()):
+            self.missing[dependent].discard(index)
+            if not self.missing[dependent] and dependent not in self.blocked:
+                self.ready.append(dependent)
+
+    def fail(self, index: int, message: str) -> list[int]:
+        """Mark a unit failed; return the units that can therefore not be done."""
+        self.running.discard(index)
+        self.failed[index] = message
+        newly: list[int] = []
+        stack = list(self.dependents.get(index, ()))
+        while stack:
+            dependent = stack.pop()
+            if dependent not in self.blocked:
+                self.blocked[dependent] = index
+                newly.append(dependent)
+                stack += self.dependents.get(dependent, ())
+        return newly
+
+    def abandon(self, message: str) -> None:
+        """Mark everything that is not done as failed: the executor cannot go on."""
+        for index in set(self.missing) - self.done - self.failed.keys() - self.blocked.keys():
+            self.failed[index] = message
+        self.running.clear()
+
+    def summary(self, *, is_interrupted: bool = False) -> Summary:
+        """Return how things stand."""
+        return Summary(
+            done=len(self.done),
+            cached=len(self.cached),
+            failed=tuple((self.unit(i).name, m) for i, m in self.failed.items()),
+            blocked=tuple((self.unit(i).name, self.unit(j).name) for i, j in self.blocked.items()),
+            is_interrupted=is_interrupted,
+        )
+
+
+def committed_stages(plan: Plan, store: Store) -> set[str]:
+    """Return the keys of the plan's stages that the store holds."""
+    by_kind: dict[str, set[str]] = {}
+    for stage in plan.stages.values():
+        if stage.kind not in by_kind:
+            by_kind[stage.kind] = store.committed(stage.kind)
+    return {k for k, stage in plan.stages.items() if k in by_kind[stage.kind]}

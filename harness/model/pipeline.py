@@ -1,0 +1,243 @@
+"""A text-to-image model: loaded once, changed in declared places, and put back exactly.
+
+The model is a genuine diffusers `StableDiffusionPipeline`, from the hub, a folder or the embedded testbed. Weights are
+held in fp32 (masters); `precision: bf16` computes under autocast. The safety checker is left out in every arm: its
+black images would enter the means of both (papers' released scripts differ here).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from harness.core.errors import UserMistake, one_line
+from harness.model.source import ModelSource
+
+COMPONENTS = ("unet", "text_encoder", "vae")
+
+
+class DiffusionModel:
+    """A pipeline and the memory of its released state.
+
+    `overlay` and `change` keep the original of every tensor before it is changed; `restore` puts the originals back
+    bit for bit. A change that was not declared is noticed by `is_restorable` (a checksum of every tensor, between
+    stages), and the model is then loaded anew.
+    """
+
+    def __init__(self, pipeline, device: torch.device):
+        self.pipeline = pipeline
+        self.device = device
+        for component in COMPONENTS:
+            module: nn.Module = getattr(pipeline, component)
+            module.to(device=device, dtype=torch.float32)
+            module.requires_grad_(False)
+            module.eval()
+        if self.image_size >= 256:
+            pipeline.vae.enable_slicing()  # decode one image at a time: sixteen at once do not fit a 24 GB card
+        self._originals: dict[str, Tensor] = {}
+        self._is_spent = False
+        self._seen = {name: _checksum(tensor) for name, tensor in self._tensors().items()}
+        self._tokenizer_length = len(pipeline.tokenizer)
+        self._processors = dict(pipeline.unet.attn_processors)
+        self._scheduler = pipeline.scheduler
+        self.engine: nn.Module | None = None  # what calls the UNet while its weights are spread over processes
+
+    @classmethod
+    def load(cls, source: ModelSource, device: torch.device) -> DiffusionModel:
+        """Load the pipeline of `source`: safetensors only, no code from the hub, no network for local folders.
+
+        Raises UserMistake when the files cannot be had or are no Stable Diffusion pipeline.
+        """
+        from diffusers import StableDiffusionPipeline
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        is_local = source.identity["source"] != "hub"
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                source.location,
+                revision=source.revision,
+                variant=source.variant,
+                use_safetensors=True,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+                local_files_only=is_local or bool(os.environ.get("HF_HUB_OFFLINE")),
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UserMistake(
+                f"model '{one_line(source.location)}' cannot be loaded: {type(error).__name__}: {one_line(error)}"
+            ) from error
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, device)
+
+    # -- parts -------------------------------------------------------------------------------------------
+
+    @property
+    def unet(self) -> nn.Module:
+        """The denoiser."""
+        return self.pipeline.unet
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        """The text encoder, a transformers CLIPTextModel."""
+        return self.pipeline.text_encoder
+
+    @property
+    def vae(self) -> nn.Module:
+        """The autoencoder."""
+        return self.pipeline.vae
+
+    @property
+    def tokenizer(self):
+        """The tokenizer; its `model_max_length` is the number of text tokens."""
+        return self.pipeline.tokenizer
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that the model was made for, in pixels."""
+        return self.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the UNet's prediction [batch, channels, height, width], through the sharding engine if any."""
+        return (self.engine or self.unet)(noisy, timesteps, embeddings, return_dict=False)[0]
+
+    def noise_scheduler(self):
+        """Return the DDPM scheduler that training uses (same betas and prediction type as the model's)."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self.pipeline.scheduler.config)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return all parameters by "component.name", as a `Protection` names them."""
+        return {
+            f"{component}.{name}": parameter
+            for component in COMPONENTS
+            for name, parameter in getattr(self.pipeline, component).named_parameters()
+        }
+
+    def tokenize(self, texts: Iterable[str]) -> Tensor:
+        """Return token ids [texts, tokens], padded and cut to full length; learned words of several vectors spread."""
+        prompts = [self.pipeline.maybe_convert_prompt(text, self.tokenizer) for text in texts]
+        return self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+
+    def encode_text(self, texts: Iterable[str]) -> Tensor:
+        """Return the last hidden states [texts, tokens, width] of the text encoder, padded to full length."""
+        with torch.no_grad():
+            return self.text_encoder(self.tokenize(texts).to(self.device))[0]
+
+    # -- changes -----------------------------------------------------------------------------------------
+
+    def change(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Declare that these parameters will change; return them. Raises KeyError for an unknown name."""
+        known = self.parameters()
+        changed = {}
+        for name in names:
+            if name not in known:
+                raise KeyError(f"the model has no parameter '{name}'")
+            changed[name] = known[name]
+            if name not in self._originals:
+                self._originals[name] = known[name].detach().clone()
+        return changed
+
+    def use_up(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """As `change`, without keeping the originals, for a method that has no memory for them: it spends the model.
+
+        The next stage loads it anew.
+        """
+        self._is_spent = True
+        known = self.parameters()
+        return {name: known[name] for name in names}
+
+    def overlay(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write changed weights over the model's. Raises KeyError or ValueError when they do not fit it."""
+        parameters = self.change(tensors)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if parameters[name].shape != tensor.shape:
+                    raise ValueError(
+                        f"'{name}' has shape {tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
+                    )
+                parameters[name].copy_(tensor)
+
+    def restore(self) -> None:
+        """Put back every declared change, bit for bit, and what methods set on modules: mode, processors, scheduler."""
+        parameters = self.parameters()
+        with torch.no_grad():
+            for name, original in self._originals.items():
+                parameters[name].copy_(original)
+        self._originals.clear()
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for component in COMPONENTS:
+            getattr(self.pipeline, component).eval()
+        if self.unet.is_gradient_checkpointing:
+            self.unet.disable_gradient_checkpointing()
+        if self.unet.attn_processors != self._processors:
+            self.unet.set_attn_processor(dict(self._processors))
+        self.pipeline.scheduler = self._scheduler
+
+    def is_restorable(self) -> bool:
+        """Tell whether `restore` gives the released model: nothing was added, and what is not declared is unchanged."""
+        is_grown = len(self.tokenizer) != self._tokenizer_length
+        if self._is_spent or is_grown or any(_has_hooks(m) for m in self._modules()):
+            return False
+        now = {name: p for name, p in self._tensors().items() if name not in self._originals}
+        return now.keys() | self._originals.keys() == self._seen.keys() and all(
+            self._seen[name] == _checksum(tensor) for name, tensor in now.items()
+        )
+
+    def _modules(self) -> Iterable[nn.Module]:
+        return (m for component in COMPONENTS for m in getattr(self.pipeline, component).modules())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers by "component.name"."""
+        buffers = {
+            f"{component}.{name}": buffer
+            for component in COMPONENTS
+            for name, buffer in getattr(self.pipeline, component).named_buffers()
+        }
+        return {**self.parameters(), **buffers}
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Return a number that changes when bits of the tensor do: the wrapped sum of its bytes read as integers."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    return int(flat.view(whole).sum(dtype=torch.int64))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+_cached: dict[str, DiffusionModel] = {}
+
+
+def warm(source: ModelSource, device: torch.device) -> DiffusionModel:
+    """Return the base model in its released state, from memory when this process has it."""
+    cache_key = f"{sorted(source.identity.items())}|{device}"
+    model = _cached.get(cache_key)
+    if model is not None and model.is_restorable():
+        model.restore()
+        return model
+    forget()  # one model in memory; one that is changed beyond repair is dropped here
+    model = DiffusionModel.load(source, device)
+    _cached[cache_key] = model
+    return model
+
+
+def forget() -> None:
+    """Drop the warm model; the next stage loads it anew."""
+    _cached.clear()

@@ -1,0 +1,160 @@
+"""Which base model a suite names, and the revision that makes its identity. No torch here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.core import digests
+from harness.core.errors import UserMistake, one_line
+from harness.core.fetched import Fetched
+from harness.core.paths import path_from
+
+TESTBED = "testbed"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_COMPONENTS = ("unet", "vae", "text_encoder")
+
+SD1_PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+"""Numbers of weights of what is loaded of SD 1.x."""
+SD1_IDS = frozenset(
+    {
+        *(f"CompVis/stable-diffusion-v1-{i}" for i in range(1, 5)),
+        "runwayml/stable-diffusion-v1-5",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    }
+)
+"""Hub ids of models of that shape."""
+_SD1_UNET = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "sample_size": 64}
+"""What a UNet of SD 1.x says of itself."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model: what it is (identity), and where this machine finds it."""
+
+    identity: Mapping[str, str]  # source: testbed | folder | hub; id (hub only); revision; variant
+    location: str = field(compare=False)  # a folder or a hub id
+    revision: str | None = field(default=None, compare=False)  # hub only
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name that tables show."""
+        return self.identity.get("id") or self.identity["source"]
+
+
+def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
+    """Return the source of a `ModelSpec`. Raises UserMistake when it cannot be a model; reaches no network."""
+    extra = {"variant": spec.variant} if spec.variant else {}
+    if spec.id == TESTBED:
+        from harness.core import paths
+
+        if spec.revision or spec.variant:
+            raise UserMistake(f"{where}: model: 'testbed' takes neither revision nor variant; remove them")
+        try:
+            revision = digests.of_testbed("generator")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserMistake(f"{where}: model: the embedded testbed is damaged: {one_line(error)}") from None
+        return ModelSource({"source": "testbed", "revision": revision}, str(paths.GENERATOR))
+    path = path_from(spec.id, relative_to)
+    looks_like_path = spec.id.startswith((".", "/", "~")) or (path is not None and path.is_dir())
+    if looks_like_path:
+        _check_folder(path, spec.id, spec.variant, where)
+        return ModelSource(
+            {"source": "folder", "revision": digests.of_folder(path), **extra}, str(path), None, spec.variant
+        )
+    if not _HUB_ID.fullmatch(spec.id):
+        raise UserMistake(
+            f"{where}: model: '{one_line(spec.id)}' is neither 'testbed', a folder, nor a hub id such as "
+            "CompVis/stable-diffusion-v1-4"
+        )
+    if spec.revision is None or not _COMMIT.fullmatch(spec.revision):
+        raise UserMistake(
+            f"{where}: model: '{spec.id}' needs 'revision', the 40 hexadecimal digits of a commit (got "
+            f"{one_line(repr(spec.revision), 50)}): a branch can move under a published table"
+        )
+    return ModelSource(
+        {"source": "hub", "id": spec.id, "revision": spec.revision, **extra}, spec.id, spec.revision, spec.variant
+    )
+
+
+def preflight(source: ModelSource) -> None:
+    """Check before any compute that the model can be had: digests of the testbed, the index of a hub model.
+
+    Raises UserMistake. Reaches the hub only for hub models, and not when HF_HUB_OFFLINE is set.
+    """
+    if source.identity["source"] == "testbed":
+        from harness.testbed import verify
+
+        try:
+            verify.check()
+        except ValueError as error:
+            raise UserMistake(f"the embedded testbed is damaged: {one_line(error)}; install it again") from None
+    elif source.identity["source"] == "hub":
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(source.location, "model_index.json", revision=source.revision)
+        except Exception as error:  # the hub's client raises many types; all mean the same here
+            raise UserMistake(
+                f"model '{source.location}' at revision {source.revision} cannot be had: {type(error).__name__}: "
+                f"{one_line(error, 120)}; download it to a folder and name the folder, or check the network"
+            ) from None
+
+
+def has_sd1_shape(source: ModelSource) -> bool:
+    """Tell whether the model's UNet is of SD 1.x's shape: by hub id, or by the configuration in its folder."""
+    if source.identity["source"] == "hub":
+        return source.identity["id"] in SD1_IDS
+    try:
+        config = json.loads((Path(source.location) / "unet" / "config.json").read_text(encoding="utf-8"))
+        return all(config[name] == value for name, value in _SD1_UNET.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def fetches(source: ModelSource) -> list[Fetched]:
+    """Return what must be fetched for a model of the hub; [] for others."""
+    if source.identity["source"] != "hub":
+        return []
+    names = ("model", "diffusion_pytorch_model", "*-of-*")
+    if source.variant:
+        names = (f"*.{source.variant}", f"*.{source.variant}-*")
+    parts = [("model_index.json",), *(tuple(f"{c}/{name}.safetensors" for name in names) for c in _COMPONENTS)]
+    bytes_each = {None: 4, "fp16": 2}.get(source.variant)
+    is_known = source.location in SD1_IDS and bytes_each
+    size = sum(SD1_PARAMETERS.values()) * bytes_each if is_known else None
+    return [Fetched(source.location, tuple(parts), source.revision, size)]
+
+
+def _check_folder(path: Path | None, given: str, variant: str | None, where: str) -> None:
+    """Refuse a folder that is no diffusers model, or whose weights are not safetensors."""
+    given = one_line(given)
+    if path is None or not path.is_dir():
+        raise UserMistake(f"{where}: model: folder '{given}' does not exist")
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserMistake(f"{where}: model: folder '{given}' has no model_index.json; give a diffusers folder")
+    try:
+        class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        raise UserMistake(f"{where}: model: '{given}/model_index.json' is not valid JSON") from None
+    if class_name != "StableDiffusionPipeline":
+        raise UserMistake(
+            f"{where}: model: folder '{given}' holds a {one_line(class_name, 60)}; only StableDiffusionPipeline "
+            "is supported"
+        )
+    for component in _COMPONENTS:
+        files = list((path / component).glob("*.safetensors"))
+        if variant:
+            files = [f for f in files if f".{variant}." in f.name or f".{variant}-" in f.name]
+        if not files:
+            wanted = f" of variant '{variant}'" if variant else ""
+            raise UserMistake(
+                f"{where}: model: '{given}/{component}' holds no safetensors weights{wanted}; pickled weights are "
+                "not loaded: save the model with safe_serialization=True"
+            )

@@ -1,0 +1,50 @@
+"""What a plan costs before anything was measured: UNet passes, and GPU-hours where the UNet is Stable Diffusion 1.x's.
+
+A pass is one forward pass over one sample; a backward pass counts as two. No torch here: the operations of a pass are
+a number that a test counts (tests/ml/test_cost.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from harness.plan.graph import Plan
+
+SD1_UNET_FLOPS = 803_273_441_280
+"""Floating-point operations of a forward pass of the SD 1.x UNet: latents of 64 x 64, 77 tokens, one sample."""
+SUSTAINED = {
+    "fp32": (0.4 * 19.5, "40 % of an A100's 19.5 TFLOP/s in fp32 (TF32 is off: fp32 means fp32)"),
+    "bf16": (0.4 * 312.0, "40 % of an A100's 312 TFLOP/s in bf16"),
+}
+"""By precision: TFLOP/s that a GPU is assumed to sustain, and in words. Not measured."""
+OWN_KINDS = frozenset({"erase", "prepare", "immunize", "probe", "adapt", "sample"})
+"""What a script that knows of no other trial does itself."""
+
+
+def shared_passes(plan: Plan) -> float:
+    """Return the UNet passes of the plan: each stage once."""
+    return sum(stage.work for stage in plan.stages.values())
+
+
+def unshared_passes(plan: Plan, upstream: Callable[[str], frozenset[str]]) -> float:
+    """Return the UNet passes where each attack on each concept erases, immunizes, adapts and samples for itself.
+
+    What else there is (images of concepts, samples before any attack) is counted once, as in the plan.
+    """
+    own: dict[str, float] = {}
+    of_trials: set[str] = set()
+    total = 0.0
+    for trial in plan.trials:
+        if not trial.attack:
+            continue
+        if trial.sample not in own:
+            stages = [k for k in upstream(trial.sample) if plan.stages[k].kind in OWN_KINDS]
+            of_trials.update(stages)
+            own[trial.sample] = sum(plan.stages[k].work for k in stages)
+        total += own[trial.sample]
+    return total + sum(stage.work for key, stage in plan.stages.items() if key not in of_trials)
+
+
+def gpu_hours(passes: float, tflops: float) -> float:
+    """Return the GPU-hours of so many passes of the SD 1.x UNet at a sustained throughput."""
+    return passes * SD1_UNET_FLOPS / (tflops * 1e12) / 3600

@@ -1,0 +1,120 @@
+"""What adaptations cost the one who makes them: what a publisher's frozen tensors save an honest user. No torch here.
+
+From the records of a run, a line for each task, defense and attack: means over its adaptations. Bytes of trained
+weights and of the optimizer's states are counted; gradients take as many as the weights. Peak memory is the device's on
+a GPU; of a CPU's process, which holds what it did before too, it would be no measure, and there is none. Seconds a step
+are training alone, without loading, encoding and saving; their ratio is told where stages had their device to
+themselves: on GPUs, or one after the other (`--executor serial`). `tests/benchmarks/freezing_saves.py` measures both on
+a CPU. Stages that trials share (of attackers who feel nothing of a defense) are the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.plan.graph import Plan
+    from harness.store.store import Store
+
+COLUMNS = (
+    "task", "defense", "attack", "attacker", "n_adaptations", "trained_parameters", "trained_bytes", "optimizer_bytes",
+    "peak_memory_bytes", "seconds_per_step", "trained_ratio", "peak_memory_ratio", "time_ratio",
+)  # fmt: skip
+"""Ratios are to the undefended model's adaptations of the same concepts and seeds, as far as both are done."""
+_RATIOS = {
+    "trained_ratio": "trained_parameters",
+    "peak_memory_ratio": "peak_memory_bytes",
+    "time_ratio": "seconds_per_step_alone",
+}
+_ALONE = _RATIOS["time_ratio"]
+_HEAD = (
+    "| defense | trained weights, MB | optimizer, MB | peak memory, MB | s / step | of undefended: weights | memory | "
+    "time |"
+)
+
+
+def records(plan: Plan, store: Store) -> dict[str, Mapping[str, Any]]:
+    """Return the records of the adaptations that are done, by key."""
+    keys = dict.fromkeys(plan.stages[trial.sample].inputs["adapt"] for trial in plan.trials if trial.attack)
+    return {key: store.record("adapt", key) for key in keys if store.has("adapt", key)}
+
+
+def lines(plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of adaptation_cost.csv; `done` are the `records`."""
+    made: dict[tuple, dict[tuple, str]] = {}  # of a line: of an adaptation (protected set, concept, seed) its key
+    undefended: dict[tuple, tuple] = {}
+    costs: dict[str, dict[str, float | None]] = {}
+    for trial in plan.trials:
+        if not trial.attack:
+            continue
+        name = (trial.task, trial.defense, trial.attack, trial.attacker)
+        if trial.method == "none":
+            undefended[trial.task, trial.attack, trial.attacker] = name
+        adapted = plan.stages[trial.sample].inputs["adapt"]
+        if adapted in done:
+            costs[adapted] = _cost(done[adapted], trial.steps[-1])
+            made.setdefault(name, {})[trial.protected, trial.concept, trial.seed] = adapted
+    result = []
+    for name, own in made.items():
+        task, _, attack, attacker = name
+        base = made.get(undefended.get((task, attack, attacker), ()), {})
+        pairs = dict.fromkeys((key, base[adapted]) for adapted, key in own.items() if adapted in base)
+        left, right = ([costs[pair[side]] for pair in pairs] for side in (0, 1))
+        line = dict(zip(COLUMNS, name, strict=False))
+        keys = dict.fromkeys(own.values())
+        found = {**line, "n_adaptations": len(keys), **_mean([costs[k] for k in keys]), **_ratios(left, right)}
+        result.append({column: found[column] for column in COLUMNS})
+    return result
+
+
+def _ratios(own: Sequence[Mapping[str, float | None]], base: Sequence[Mapping[str, float | None]]) -> dict:
+    """Return the ratios of means over adaptations in pairs; None where there are none, or something is not known."""
+    if not own:
+        return dict.fromkeys(_RATIOS)
+    means, of_base = _mean(own), _mean(base)
+    return {
+        ratio: means[column] / of_base[column] if means[column] is not None and of_base[column] else None
+        for ratio, column in _RATIOS.items()
+    }
+
+
+def _cost(record: Mapping[str, Any], steps: int) -> dict[str, float | None]:
+    ledger, provenance = record["ledger"], record["provenance"]
+    numbers, seconds = ledger["numbers"], ledger["seconds"].get("train", 0.0) / steps
+    is_cpu = provenance["device"] == "cpu"
+    return {
+        "trained_parameters": numbers.get("trainable_parameters"),
+        "trained_bytes": numbers.get("trained_bytes"),
+        "optimizer_bytes": numbers.get("optimizer_bytes"),
+        "peak_memory_bytes": None if is_cpu else ledger["peak_memory_bytes"],
+        "seconds_per_step": seconds,
+        _ALONE: None if is_cpu and provenance["executor"] != "serial" else seconds,
+    }
+
+
+def _mean(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Return the mean of each number, where all adaptations have it."""
+    found = {}
+    for column in costs[0]:
+        values = [cost[column] for cost in costs]
+        found[column] = None if None in values else sum(values) / len(values)
+    return found
+
+
+def markdown(costs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the lines as Markdown tables, one a task and attack."""
+    text = ["# What adaptations cost", "", " ".join(__doc__.split("\n\n", 1)[1].split())]
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for line in costs:
+        groups.setdefault((line["task"], line["attack"], line["attacker"]), []).append(line)
+    for (task, attack, attacker), own in groups.items():
+        text += ["", f"## {task}: {attack}, {attacker} attacker", ""]
+        text += [_HEAD, "| --- |" + " ---: |" * 7]
+        for line in own:
+            sizes = [line[c] for c in ("trained_bytes", "optimizer_bytes", "peak_memory_bytes")]
+            cells = ["–" if size is None else f"{size / 1e6:.1f}" for size in sizes]
+            cells.append(f"{line['seconds_per_step']:.3f}")
+            cells += ["–" if line[ratio] is None else f"{line[ratio]:.2f}" for ratio in _RATIOS]
+            text.append(f"| {line['defense']} | {' | '.join(cells)} |")
+    return "\n".join([*text, ""])

@@ -1,0 +1,200 @@
+"""`compare`: two or more defenses of a finished run side by side, as text, CSV, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.analysis.compare import COLUMNS, WORST, compare
+from harness.core.errors import UserMistake, one_line
+from harness.core.files import write_text
+from harness.results.rows import read_rows, write_csv
+
+SHOWN = (
+    ("attack", "attack"),
+    ("step", "step"),
+    ("reached_none", "undefended"),
+    ("reached_baseline", "baseline"),
+    ("reached_defense", "defense"),
+    ("stronger_by", "stronger by"),
+    ("interval", "95 %"),
+    ("p", "p"),
+    ("p_corrected", "p corrected"),
+    ("retained_by", "innocents better by"),
+    ("verdict", "verdict"),
+)
+LEGEND = (
+    "stronger by: how much less the attack reaches on the defense than on the baseline, mean over targets; above 0 "
+    "the defense protects more. 95 %: covers chance in seeds and prompts (where it says seeds: in these alone) for "
+    "these concepts; paired by concept, prompt and seed. p corrected: Holm over the attacks and the worst case of a "
+    "task, metric and step. unclear: not told apart; in brackets the least difference that would have been seen in "
+    "four of five runs."
+)
+
+
+def make(folder: Path, defense: str, baselines: Sequence[str]) -> list[dict[str, Any]]:
+    """Compare, and write compare_<defense>.csv, .md and .tex into the folder; return the lines.
+
+    Raises UserMistake for a defense that is not there.
+    """
+    if defense in baselines:
+        raise UserMistake(f"--baseline {one_line(defense)}: a defense is not compared with itself")
+    try:
+        lines = compare(read_rows(folder), defense, list(dict.fromkeys(baselines)))
+    except ValueError as error:
+        raise UserMistake(f"{one_line(folder)}: {one_line(error)}") from None
+    if not lines:
+        raise UserMistake(f"{one_line(folder)}: no attack was made on both in the same task")
+    stem = f"compare_{re.sub(r'[^A-Za-z0-9_-]', '_', defense)[:60]}"
+    try:
+        write_csv(folder / f"{stem}.csv", lines, COLUMNS)
+        write_text(folder / f"{stem}.md", markdown(lines))
+        write_text(folder / f"{stem}.tex", latex(lines))
+    except OSError as error:
+        raise UserMistake(f"{one_line(folder)}: cannot be written: {one_line(error.strerror)}") from None
+    return lines
+
+
+def tables(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str, str], list[dict[str, Any]]]:
+    """Return the lines by (task, metric, defense, baseline): a table each."""
+    grouped: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        grouped.setdefault(tuple(line[k] for k in ("task", "metric", "defense", "baseline")), []).append(line)
+    return grouped
+
+
+def sentences(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each task, metric and baseline: the worst case, or the only attack, at the last step."""
+    found = []
+    for (task, metric, defense, baseline), group in tables(lines).items():
+        last = max(line["step"] for line in group)
+        at_last = [line for line in group if line["step"] == last]
+        line = next((line for line in at_last if line["attack"] == WORST), at_last[0])
+        attacks = f"the closest of {len(at_last) - 1} attacks" if line["attack"] == WORST else line["attack"]
+        reached = (
+            f"{task}, {metric}: after {last} steps {attacks} reaches {_number(line['reached_defense'])} on {defense} "
+            f"and {_number(line['reached_baseline'])} on {baseline}"
+        )
+        found.append(f"{reached}{_judgement(line, defense, baseline)}")
+    return found
+
+
+def _judgement(line: dict[str, Any], defense: str, baseline: str) -> str:
+    if line["verdict"] == "not tested":
+        return "; one seed says nothing of another run."
+    chance = f"95 % {_between(line)} over {line['covers']}, corrected p {_p(line['p_corrected'])}"
+    if line["verdict"] == "unclear":
+        return f", which is not told apart ({chance}; {_number(line['detectable'])} would have been seen)."
+    better = defense if line["verdict"] == "stronger" else baseline
+    return f": {better} protects more, by {_number(abs(line['stronger_by']))} ({chance})."
+
+
+def _number(value: float) -> str:
+    """Return a number with three digits after the point, or fewer where it is great."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _between(line: dict[str, Any]) -> str:
+    return f"{_number(line['low'])} to {_number(line['high'])}"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """Return the shown cells of a line as text."""
+    texts = []
+    for column, _ in SHOWN:
+        value = line.get(column)
+        if column == "interval":
+            known = line["low"] is not None
+            also = "" if line["covers"] == "seeds and prompts" else f" ({line['covers']})"
+            texts.append(f"{_between(line)}{also}" if known else "–")
+        elif column == "attack":
+            texts.append(f"{value} ({line['attacker']})" if line["attacker"] == "adaptive" else value)
+        elif column in ("p", "p_corrected"):
+            texts.append(_p(value))
+        elif column == "verdict":
+            texts.append(f"unclear ({_number(line['detectable'])})" if value == "unclear" else value)
+        elif isinstance(value, float):
+            is_gap = column in ("stronger_by", "retained_by")
+            texts.append(("+" if is_gap and value > 0 else "") + _number(value))
+        else:
+            texts.append("–" if value is None else str(value))
+    return texts
+
+
+def _title(task: str, metric: str, defense: str, baseline: str, group: Sequence[dict[str, Any]]) -> str:
+    first = group[0]
+    return (
+        f"{defense} against {baseline}: {task}, {metric} ({first['unit']}), {first['n_targets']} target(s), "
+        f"{first['n_innocents']} innocent(s), {first['n_seeds']} seed(s)"
+    )
+
+
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the comparison as Markdown."""
+    parts = [*(f"- {_plain(sentence)}" for sentence in sentences(lines)), ""]
+    for key, group in tables(lines).items():
+        parts.append(f"### {_plain(_title(*key, group))}\n")
+        parts.append("| " + " | ".join(header for _, header in SHOWN) + " |")
+        parts.append("|" + " --- |" + " ---: |" * (len(SHOWN) - 2) + " --- |")
+        parts += ["| " + " | ".join(_plain(cell) for cell in cells(line)) + " |" for line in group]
+        parts.append("")
+    return "\n".join([*parts, LEGEND, ""])
+
+
+def _plain(text: str) -> str:
+    """Return a text that ends no cell of a Markdown table and opens no tag."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "<": r"\textless{}", ">": r"\textgreater{}",
+    "\n": " ",
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def latex(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the comparison as LaTeX tables (package booktabs)."""
+    parts = ["% needs \\usepackage{booktabs}"]
+    for key, group in tables(lines).items():
+        parts += [
+            r"\begin{table}",
+            rf"\caption{{{_tex(_title(*key, group))}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(SHOWN) - 2)}l}}",
+            r"\toprule",
+            " & ".join(_tex(header) for _, header in SHOWN) + r" \\",
+            r"\midrule",
+            *(" & ".join(_tex(cell) for cell in cells(line)) + r" \\" for line in group),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    return "\n".join([*parts, *(f"% {line}" for line in re.findall(r".{1,110}(?:\s|$)", LEGEND)), ""])
+
+
+def show(lines: Sequence[dict[str, Any]], console) -> None:
+    """Print the comparison to a rich console: the sentences, then the tables."""
+    from rich.table import Table
+
+    for key, group in tables(lines).items():
+        table = Table(title=_title(*key, group), title_justify="left", pad_edge=False)
+        for column, header in SHOWN:
+            is_text = column in ("attack", "verdict")
+            table.add_column(header, justify="left" if is_text else "right", no_wrap=is_text)
+        for line, following in zip(group, [*group[1:], None], strict=True):
+            table.add_row(*cells(line), end_section=following is not None and following["step"] != line["step"])
+        console.print(table)
+    console.print(LEGEND, style="dim", highlight=False)
+    for sentence in sentences(lines):
+        console.print(f"- {sentence}", highlight=False)

@@ -1,0 +1,120 @@
+"""`plan --power`: how many seeds a claim of a suite needs, from the rows of a pilot run, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.analysis.measurements import Measurements
+from harness.analysis.power import MOST, POWER, seeds_needed
+from harness.core.errors import UserMistake, one_line
+from harness.plan.graph import Plan
+from harness.results.rows import read_rows
+
+LEGEND = (
+    f"Seeds with which `compare` tells two defenses apart in {100 * POWER:.0f} of 100 runs, if one protects more by "
+    "the difference, at the level of 5 % over the attacks and the worst case that are corrected together. As the pilot "
+    "varied: by its variances as they came out, means over the pairs of its defenses. To be safe: by variances so much "
+    "greater that four pilots of five with so few seeds have the truth below them. For these concepts and as many "
+    "prompts as the pilot had; the last column says of what chance it speaks."
+)
+
+
+def show(plan: Plan, seeds: int, given, own_folder: Path, console) -> None:
+    """Print how many seeds a difference needs, for each task, metric and attack that the pilot shares with the plan.
+
+    Raises UserMistake for a pilot that cannot tell.
+    """
+    value, is_share = given.power
+    folder = Path(given.pilot) if given.pilot is not None else own_folder
+    if given.pilot is None and not (folder / "rows.csv").is_file():
+        raise UserMistake(
+            f"--power: {one_line(folder)} has no rows.csv yet; run this suite with two seeds or more, or name the "
+            "folder of another run with --pilot"
+        )
+    table = Measurements(read_rows(folder))
+    between = tuple(given.between) if given.between else None
+    known = list(dict.fromkeys(name for of in table.defenses.values() for name in of))
+    for name in between or ():
+        if name not in known:
+            what = f"no defense '{one_line(name, 60)}' in {one_line(folder)}; there are {', '.join(known) or 'none'}"
+            raise UserMistake(f"--between: {what}")
+    if between and between[0] == between[1]:
+        raise UserMistake("--between: name two different defenses")
+    asked = {(t.task, metric, t.attack): None for t in plan.trials if t.attack for metric in t.scores}
+    there = {(task, metric, attack) for task, attack, _, metric, _ in table.groups}
+    if not there & set(asked):
+        first = "/".join(next(iter(asked), ("no attack",)))
+        has = f"; it has {', '.join('/'.join(key) for key in sorted(there)[:3])}" if there else ""
+        what = f"holds none of the suite's task/metric/attack such as {first}{has}"
+        raise UserMistake(f"--pilot {one_line(folder)}: {one_line(what, 400)}")
+    lines = seeds_needed(table, value, is_share=is_share, planned_seeds=seeds, asked=set(asked), between=between)
+    if not lines:
+        what = "no attack was made on two defenses in the same task that it feels"
+        raise UserMistake(f"--pilot {one_line(folder)}: {what}")
+    if all(line["limit"] == "one seed" for line in lines):
+        raise UserMistake(f"--pilot {one_line(folder)}: one seed tells nothing of another run; a pilot needs two")
+    _print(lines, is_share, seeds, console)
+    missing = [key for key in asked if key not in there and key[1] != table.guard]
+    if missing:
+        named = ", ".join(" / ".join(key) for key in missing[:5]) + (", …" if len(missing) > 5 else "")
+        console.print(f"not in the pilot: {named}", highlight=False)
+
+
+def _print(lines: Sequence[dict[str, Any]], is_share: bool, seeds: int, console) -> None:
+    from rich.table import Table
+
+    tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        tables.setdefault((line["task"], line["metric"]), []).append(line)
+    headers = (
+        "attack", "step", "difference", f"{seeds} seed(s), as planned, find", "seeds needed, as the pilot varied",
+        "to be safe", "covers chance in",
+    )  # fmt: skip
+    for (task, metric), group in tables.items():
+        first = group[0]
+        title = (
+            f"{task} / {metric} ({first['unit']}): {first['n_targets']} target(s), {first['n_prompts']} prompt(s); "
+            f"pilot of {first['pilot_seeds']} seed(s), {first['n_pairs']} pair(s) of defenses"
+        )
+        table = Table(title=title, title_justify="left", pad_edge=False)
+        for header in headers:
+            table.add_column(header, justify="left" if header in (headers[0], headers[-1]) else "right")
+        for line in group:
+            table.add_row(*cells(line, is_share))
+        console.print(table)
+    console.print(LEGEND, style="dim", highlight=False)
+
+
+def cells(line: dict[str, Any], is_share: bool) -> list[str]:
+    """Return the shown cells of a line as text."""
+    attack = f"{line['attack']} ({line['attacker']})" if line["attacker"] == "adaptive" else line["attack"]
+    none = line["reached_none"] if is_share else None
+    return [
+        attack,
+        str(line["step"]),
+        _amount(line["difference"], none),
+        _amount(line["detectable"], none),
+        _seeds(line["seeds"], line["limit"]),
+        _seeds(line["seeds_safe"], line["limit_safe"]),
+        line["covers"],
+    ]
+
+
+def _amount(value: float | None, none: float | None) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{text} ({100 * value / none:.0f} %)" if none is not None and none > 0 else text
+
+
+def _seeds(count: int | None, limit: str) -> str:
+    """Return a number of seeds, or why there is none."""
+    words = {
+        "prompts": f"not even {MOST}: more prompts are needed",
+        "seeds": f"more than {MOST}",
+        "one seed": "the pilot has one seed",
+        "undefined": "nothing is reached undefended",
+    }
+    return words[limit] if count is None else str(count)

@@ -1,0 +1,85 @@
+"""One process of a stage that several share: `python -m harness.stages.rank`, started by `harness.stages.ranks`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import threading
+import traceback
+
+
+def main() -> None:
+    """Read the stage from standard input, do this process's part, and say how it went."""
+    stage, workplace, work_folder = pickle.load(sys.stdin.buffer)
+    rank = int(os.environ["RANK"])
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _work(stage, workplace, work_folder, rank)
+    except BaseException as error:
+        from harness.core.errors import one_line
+
+        traceback.print_exc()
+        recorded = {"error": f"{type(error).__name__}: {one_line(error, 500)}"}
+        (work_folder / f"rank{rank}.json").write_text(json.dumps(recorded), encoding="utf-8")
+        sys.stderr.flush()
+        os._exit(1)  # at once: others may wait in a collective call for ever
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """End when the pipe closes: whoever started this process is gone."""
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    os._exit(1)
+
+
+def _work(stage, workplace, work_folder, rank: int) -> None:
+    import torch
+
+    from harness.core import registry
+    from harness.core.files import write_json
+    from harness.model.run import Run
+    from harness.stages import ranks
+    from harness.stages.kinds import DO
+    from harness.stages.work import StageAtWork
+    from harness.stages.workplace import peak_memory_bytes, prepare_device
+    from harness.store.store import Store
+    from harness.training import sharding
+
+    registry.load_plugins(workplace.plugins)
+    printed = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)  # libraries print too
+    os.dup2(2, 1)
+    device = prepare_device(workplace, int(os.environ["LOCAL_RANK"]))
+    folder = work_folder / ranks.RELEASED
+    if rank == 0:
+        folder.mkdir()
+    with sharding.joined(device) as world:
+        report = (lambda done, total: print(done, total, file=printed)) if rank == 0 else lambda done, total: None
+        run = Run(
+            stage.seed,
+            device,
+            stage.precision,
+            work_folder,
+            report=report,
+            sharding=workplace.sharding,
+            world=world,
+            checkpoint_interval_s=workplace.checkpoint_interval_s,
+        )
+        DO[stage.kind](StageAtWork(stage, workplace, Store(workplace.store), run, folder))
+        run.ledger.peak_memory_bytes = peak_memory_bytes(device)
+        gathered = [None] * world.size
+        torch.distributed.all_gather_object(gathered, run.ledger.as_json())
+        if rank == 0:
+            total = gathered[0]
+            for name in ("forward_passes", "backward_passes"):
+                total[name] = sum(each[name] for each in gathered)
+            total["peak_memory_bytes"] = max(each["peak_memory_bytes"] for each in gathered)
+            total["peak_memory_bytes_of_each"] = [each["peak_memory_bytes"] for each in gathered]
+            write_json(work_folder / ranks.OUTCOME, total)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""A checked suite with all that it names resolved, ready to be planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.suite import yaml_source
+from harness.suite.spec import AttackSpec, DefenseSpec, Suite
+
+Mistake = tuple[tuple, str]
+"""(path in the suite, message)"""
+
+
+class LoadedSuite:
+    """A checked suite with all that it names resolved, ready to be planned."""
+
+    def __init__(self, suite: Suite, source: yaml_source.YamlSource, folder: Path):
+        self.suite = suite
+        self.source = source
+        self.folder = folder  # relative paths in the suite start here
+        self.parameters: dict[tuple[str, ...], Any] = {}  # ("defenses", "0") -> parameters instance
+        self.broken: frozenset[str] = frozenset()  # sections that could not be read in full; empty once loaded
+        self.concepts: dict[str, Any] = {}  # name -> harness.suite.concepts.Concept
+        self.model: Any = None  # harness.model.source.ModelSource
+
+    def budget(self, index: int) -> tuple[tuple[int, ...], int]:
+        """Return (steps, batch size) of an attack that is built. Raises ValueError when the suite leaves them open."""
+        from harness.core import registry
+
+        spec = self.suite.attacks[index]
+        return spec.budget(registry.get("attack", spec.method).budgets.get(spec.preset or ""))
+
+    def defenses_in(self, task: str) -> list[tuple[int, DefenseSpec]]:
+        """Return (index, defense) of the defenses that are made in a task."""
+        return [
+            (index, spec)
+            for index, spec in enumerate(self.suite.defenses)
+            if spec is not None and task in (spec.tasks or [task])
+        ]
+
+    def attacks_on(self, task: str) -> list[tuple[int, AttackSpec]]:
+        """Return (index, attack) of the attacks that are made in a task."""
+        return [
+            (index, spec)
+            for index, spec in enumerate(self.suite.attacks)
+            if spec is not None and task in (spec.tasks or [task])
+        ]
