@@ -1,10 +1,10 @@
 """How many seeds a claim needs, before it is run: from the variances of a pilot run. No torch, no files.
 
 A claim is what `harness.analysis.compare` makes of two defenses: that under an attack one protects more. How sure it is
-depends on how much the difference between two defenses varies over seeds and prompts, which a pilot of two seeds or more tells:
-of every pair of its defenses (those made weak on purpose left out, and of those that an attacker feels nothing of, so
-that they share their images, all but one) both variances are estimated as `compare` does, and their means taken, for
-two defenses that vary as the pilot's do.
+depends on how much the difference between two defenses varies over seeds and prompts, which a pilot of two seeds or
+more tells: of every pair of its defenses (those made weak on purpose left out, and of those that an attacker feels
+nothing of, so that they share their images, all but one) both variances are estimated as `compare` does, and their
+means taken, for two defenses that vary as the pilot's do.
 
     difference    that is to be found, in the metric's unit; as a share: of what the attack reaches on the undefended
                   model (SGR, taken of the mean over targets)

@@ -17,9 +17,10 @@ are those of Student's t of each part, put together as squares (Zou and Donner 2
 
 From three seeds up intervals are calibrated so that they hold as often as they say; tests of a difference keep the
 limits above, whose claims are false less often than their level whatever brings the chance (`harness.analysis.limits`).
-So where both kinds of chance matter an interval may leave zero out where p is a little above its level. One t at Satterthwaite's
-(1946) degrees of freedom would hold 88 % with two seeds that bring most of the chance: it takes a variance that came
-out small for one that is well known. `tests/benchmarks/coverage.py` measures how often intervals hold the truth.
+So where both kinds of chance matter an interval may leave zero out where p is a little above its level. One t at
+Satterthwaite's (1946) degrees of freedom would hold 88 % with two seeds that bring most of the chance: it takes a
+variance that came out small for one that is well known. `tests/benchmarks/coverage.py` measures how often intervals
+hold the truth.
 """
 
 from __future__ import annotations

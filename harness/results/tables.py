@@ -1,8 +1,8 @@
 """Tables of a run: rows.csv, leaderboard.csv and .md, concepts.csv and .md, and the text that a terminal shows.
 
 Where a defense freezes tensors, also masks.csv, masks.md and masks.png (`defenses/freezing/masks.py`),
-masks_against_random.csv and .png (`defenses/freezing/against_random.py`), adaptation_cost.csv and .md, and freezing.csv and .md
-(`defenses/freezing/tables.py`).
+masks_against_random.csv and .png (`defenses/freezing/against_random.py`), adaptation_cost.csv and .md, and
+freezing.csv and .md (`defenses/freezing/tables.py`).
 """
 
 from __future__ import annotations
