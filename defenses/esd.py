@@ -101,7 +101,7 @@ class Esd(Defense):
 
     name = "esd"
     version = 1
-    threat_model = ThreatModel(changes=("unet",), may_restore=("unet",))
+    threat_model = ThreatModel(changes=("unet",))
     uses = frozenset({"targets", "seed"})
     can_erase = True
     Parameters = Parameters

@@ -120,7 +120,7 @@ class Parameters:
 class ImmaBase(Defense):
     """What IMMA and the baselines made from it have in common."""
 
-    threat_model = ThreatModel(changes=("unet.attention",), may_restore=("unet",))
+    threat_model = ThreatModel(changes=("unet.attention",))
     uses = frozenset({"targets", "images", "seed"})
     can_shard = True
     Parameters = Parameters

@@ -171,7 +171,7 @@ class Mima(Defense):
 
     name = "mima"
     version = 1
-    threat_model = ThreatModel(changes=("unet.cross_attention",), may_restore=("unet",))
+    threat_model = ThreatModel(changes=("unet.cross_attention",))
     uses = frozenset({"targets", "preserved", "images", "seed"})
     can_shard = True
     Parameters = Parameters

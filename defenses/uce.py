@@ -71,7 +71,7 @@ class Uce(Defense):
 
     name = "uce"
     version = 1
-    threat_model = ThreatModel(changes=("unet.cross_attention_kv",), may_restore=("unet",))
+    threat_model = ThreatModel(changes=("unet.cross_attention_kv",))
     uses = frozenset({"targets", "preserved"})
     can_erase = True
     Parameters = Parameters

@@ -270,7 +270,7 @@ def _validate(given: argparse.Namespace) -> ExitCode:
 
     opened = _Opened(given)
     print(
-        f"{one_line(given.suite)}: valid; {len(opened.plan.trials)} trials, {len(opened.plan.stages)} stages in "
+        f"{one_line(given.suite)}: valid; {len(opened.plan.measurements)} trials, {len(opened.plan.stages)} stages in "
         f"{len(opened.plan.units)} units"
     )
     missing = fetching.not_installed(opened.loaded)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from harness.core.described import as_json
 from tests.conftest import SUITE
 from tests.test_suite_mistakes import assert_told
+from tests.trials import trials
 
 SECOND = "  - {method: lora, name: l8, steps: [8], tasks: [personalization]}\n"
 
@@ -27,7 +29,7 @@ def test_attack_is_made_in_its_tasks_alone(project):
     """The other task has the attacks without limits."""
     plan = project.plan(with_attacks(SECOND))
 
-    made = {(t.task, t.attack) for t in plan.trials if t.attack}
+    made = {(t.task, t.attack) for t in trials(plan) if t.attack}
     assert made == {("relearning", "lora"), ("personalization", "lora"), ("personalization", "l8")}
 
 
@@ -120,8 +122,8 @@ def test_probes_are_judged_by_plain_words(project):
     plan = project.plan(named(", probe_prompts: [a sks purse on grass]"))
 
     probe = next(stage for stage in plan.stages.values() if stage.kind == "probe")
-    assert probe.parameters["prompts"] == ["a <concept> on grass"]
-    assert probe.parameters["descriptions"] == ["a purse on grass"]
+    assert as_json(probe.parameters)["prompts"] == ["a <concept> on grass"]
+    assert as_json(probe.parameters)["descriptions"] == ["a purse on grass"]
 
 
 def test_class_images_suffice_for_every_probe(project):
@@ -133,7 +135,7 @@ def test_class_images_suffice_for_every_probe(project):
     plan = project.plan(with_attacks(tuned))
 
     probe = next(stage for stage in plan.stages.values() if stage.kind == "probe")
-    assert len(probe.parameters["concept"]["prior_captions"]) == 5
+    assert len(as_json(probe.parameters)["concept"]["prior_captions"]) == 5
 
 
 # -- what an attack is scored against ----------------------------------------------------------------------------
@@ -146,10 +148,10 @@ def test_the_guard_compares_with_the_images_that_were_trained_on(project):
     plan = project.plan(few.replace("metrics: [", guard))
 
     cut = {
-        (trial.attack, name, plan.stages[k].parameters["images"])
-        for trial in plan.trials
+        (trial.attack, name, as_json(plan.stages[k].parameters)["images"])
+        for trial in trials(plan)
         for name, k in trial.scores.items()
-        if "images" in plan.stages[k].parameters
+        if "images" in as_json(plan.stages[k].parameters)
     }
     assert cut == {("few", "nearest_training_image", 1)}
 
@@ -158,7 +160,7 @@ def test_an_adaptive_attacker_draws_without_the_publishers_hooks(project):
     """It has the weights: no one runs anything in between."""
     plan = project.plan(with_attacks("  - {method: lora, name: free, steps: [2, 4], attacker: adaptive}\n"))
 
-    drawn = {(t.attack, plan.stages[t.sample].parameters.get("attacker")) for t in plan.trials if t.attack}
+    drawn = {(t.attack, as_json(plan.stages[t.sample].parameters).get("attacker")) for t in trials(plan) if t.attack}
     assert drawn == {("lora", None), ("free", "adaptive")}
 
 
@@ -169,7 +171,7 @@ def test_an_attack_may_leave_innocents_alone(project):
     """They are drawn before the attack, and attacked by the others."""
     plan = project.plan(with_attacks("  - {method: lora, name: l8, steps: [8], innocents: false}\n"))
 
-    made = {(t.role, t.attack) for t in plan.trials if t.role in ("target", "innocent")}
+    made = {(t.role, t.attack) for t in trials(plan) if t.role in ("target", "innocent")}
     assert made == {("target", ""), ("innocent", ""), ("target", "lora"), ("innocent", "lora"), ("target", "l8")}
 
 
@@ -177,10 +179,10 @@ def test_a_weak_defense_is_attacked_on_targets_alone(project):
     """Its utility is measured; its rows say that it is weak, those of others do not."""
     plan = project.plan(SUITE.replace("imma, rounds: 3", "imma, rounds: 3, weak: true"))
 
-    weak = {(t.role, t.attack) for t in plan.trials if t.is_weak}
+    weak = {(t.role, t.attack) for t in trials(plan) if t.is_weak}
     assert weak == {("target", ""), ("target", "lora"), ("utility", "")}
-    assert {t.defense for t in plan.trials if t.is_weak} == {"imma"}
-    assert {t.role for t in plan.trials if t.defense == "uce"} == {"target", "innocent", "utility"}
+    assert {t.defense for t in trials(plan) if t.is_weak} == {"imma"}
+    assert {t.role for t in trials(plan) if t.defense == "uce"} == {"target", "innocent", "utility"}
 
 
 def test_weakness_is_in_no_key(project):
@@ -204,8 +206,8 @@ def test_null_takes_a_task_away(project):
     """Its concepts may stay described, and its attacks named."""
     plan = project.plan(with_attacks(SECOND), ["tasks.personalization=null"])
 
-    assert {t.task for t in plan.trials} == {"relearning"}
-    assert {t.attack for t in plan.trials} == {"", "lora"}
+    assert {t.task for t in trials(plan)} == {"relearning"}
+    assert {t.attack for t in trials(plan)} == {"", "lora"}
     assert not any("purse" in s.label for s in plan.stages.values())
 
 
@@ -241,7 +243,7 @@ def test_null_elsewhere_is_a_value(project):
     plan = project.plan(text, ["metrics.0.pretrained=null"])
 
     scores = [s for s in plan.stages.values() if s.component.startswith("clip_image@")]
-    assert {s.parameters["parameters"]["pretrained"] for s in scores} == {None}
+    assert {as_json(s.parameters)["parameters"]["pretrained"] for s in scores} == {None}
 
 
 @pytest.mark.parametrize(

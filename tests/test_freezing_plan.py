@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import SUITE
 from tests.test_plan import stages
+from tests.trials import reads, trials
 
 ATTACKS = """\
 attacks:
@@ -39,8 +40,8 @@ def freezing(project):
 def adapted(plan, defense: str, attack: str) -> set[str]:
     """Return the keys of the adaptations that a defense's trials of an attack are read from."""
     return {
-        plan.stages[trial.sample].inputs["adapt"]
-        for trial in plan.trials
+        reads(plan, trial.sample)["adapt"]
+        for trial in trials(plan)
         if trial.defense == defense and trial.attack == attack
     }
 
@@ -53,7 +54,7 @@ def test_masks_of_the_same_concepts_and_seed_start_from_one_fine_tuning(project,
 
     assert len(prepared) == 2 * 2 * 2  # once erased before, once not
     assert len(learned) == 4 * 2 * 2
-    assert {s.inputs["prepared"] for s in learned} == {k for k, s in plan.stages.items() if s.kind == "prepare"}
+    assert {s.inputs["prepared"].key for s in learned} == {k for k, s in plan.stages.items() if s.kind == "prepare"}
     assert all(("erase" in s.inputs) == ("erased before" in s.label) for s in prepared)
 
 
@@ -66,7 +67,7 @@ def test_who_does_not_honour_it_meets_the_undefended_model(project, freezing, de
         assert adapted(plan, defense, attack) == adapted(plan, "none", attack)
     for attack in ("full_finetune", "custom_diffusion"):
         assert not adapted(plan, defense, attack) & adapted(plan, "none", attack)
-    before = {d: {t.sample for t in plan.trials if t.defense == d and not t.attack} for d in (defense, "none")}
+    before = {d: {t.sample for t in trials(plan) if t.defense == d and not t.attack} for d in (defense, "none")}
     assert before[defense] == before["none"]
 
 
@@ -81,7 +82,7 @@ def test_who_changes_weights_is_met_by_everyone(project, freezing):
 def test_each_defense_still_has_its_own_rows(project, freezing):
     """Sharing is of stages, not of trials."""
     plan = project.plan(freezing)
-    count = {d: sum(t.defense == d for t in plan.trials) for d in (*FREEZING, "none")}
+    count = {d: sum(t.defense == d for t in trials(plan)) for d in (*FREEZING, "none")}
 
     assert set(count.values()) == {count["none"]}
 
@@ -101,8 +102,8 @@ def test_a_defense_is_made_in_the_tasks_it_names(project):
     limited = SUITE.replace("rounds: 3}", "rounds: 3, tasks: [personalization]}")
     plan = project.plan(limited)
 
-    assert {t.task for t in plan.trials if t.defense == "imma"} == {"personalization"}
-    assert {t.task for t in plan.trials if t.defense == "none"} == {"relearning", "personalization"}
+    assert {t.task for t in trials(plan) if t.defense == "imma"} == {"personalization"}
+    assert {t.task for t in trials(plan) if t.defense == "none"} == {"relearning", "personalization"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import shutil
 import pytest
 
 from harness.core import identity, registry
-from harness.core.identity import Stage
+from harness.core.described import as_json
+from harness.core.identity import Input, Stage
 from tests.conftest import SUITE, write_image, write_model
 from tests.test_registry import DEFENSE
 
@@ -17,7 +18,7 @@ STAGE = Stage(
     kind="adapt",
     component="lora@1",
     parameters={"parameters": {"rank": 4, "learning_rate": 1e-4}, "budget": {"steps": [2, 4]}},
-    inputs={"immunize": "a" * 32, "images": "b" * 32},
+    inputs={"immunize": Input("immunize", "a" * 32), "images": Input("images", "b" * 32)},
     model={"source": "hub", "id": "some/model", "revision": "c" * 40},
     data={"images": "d" * 64},
     seed=7,
@@ -36,9 +37,9 @@ CHANGES = {
         "parameters": {**STAGE.parameters, "parameters": {"rank": 4, "learning_rate": math.nextafter(1e-4, 1)}}
     },
     "budget": {"parameters": {**STAGE.parameters, "budget": {"steps": [2, 5]}}},
-    "key of an input": {"inputs": {**STAGE.inputs, "immunize": "e" * 32}},
-    "role of an input": {"inputs": {"erase": "a" * 32, "images": "b" * 32}},
-    "further input": {"inputs": {**STAGE.inputs, "erase": "f" * 32}},
+    "key of an input": {"inputs": {**STAGE.inputs, "immunize": Input("immunize", "e" * 32)}},
+    "role of an input": {"inputs": {"erase": Input("erase", "a" * 32), "images": Input("images", "b" * 32)}},
+    "further input": {"inputs": {**STAGE.inputs, "erase": Input("erase", "f" * 32)}},
     "model source": {"model": {**STAGE.model, "source": "folder"}},
     "model id": {"model": {**STAGE.model, "id": "other/model"}},
     "model revision": {"model": {**STAGE.model, "revision": "0" * 40}},
@@ -342,7 +343,7 @@ def test_files_of_a_metric_are_known_by_content_not_by_path(project):
         scores = [s for s in plan.stages.values() if s.kind == "score" and s.component.startswith("clip_image@")]
         assert scores
         for stage in scores:
-            assert stage.parameters["parameters"]["backbone"].startswith("sha256:")
+            assert as_json(stage.parameters)["parameters"]["backbone"].startswith("sha256:")
             assert stage.local["parameters"] == {"backbone": f"local-dir:{folder}"}
         assert str(folder) not in identity.canonical_json([identity.describe(s) for s in plan.stages.values()])
 

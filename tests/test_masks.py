@@ -11,7 +11,7 @@ import pytest
 from defenses.freezing import mask_figure, masks
 from defenses.freezing.masks import Mask
 from harness.contracts.protection import Protection
-from harness.plan.graph import Plan, Trial
+from harness.plan.graph import Plan
 from harness.results import adaptation_cost
 
 ELEMENTS = {
@@ -143,16 +143,17 @@ def test_masks_that_no_seed_changes_are_one():
 
 def test_costs_are_set_beside_the_undefended_models(tmp_path):
     """Means over adaptations, shared ones once; ratios to none, of the same attack and attacker, as far as both are."""
-    from harness.core.identity import Stage
+    from harness.contracts.task import Measurement
+    from harness.core.identity import Input, Stage
 
     plan = Plan("small")
 
     def add(defense: str, attacker: str, adapt: str, concept: str) -> None:
         key = f"{defense}{attacker}{concept}"
-        plan.stages[key] = Stage("sample", "sample@1", {}, {"adapt": adapt}, {}, {}, 0, "fp32")
-        plan.trials.append(
-            Trial("task", defense, defense, "", ("dog",), "lora", attacker, concept, "target", 0, (5, 10), key, {})
-        )
+        plan.stages[key] = Stage("sample", "sample@1", None, {"adapt": Input("adapt", adapt)}, {}, {}, 0, "fp32")
+        labels = {"task": "task", "defense": defense, "method": defense, "protected": ("dog",), "attack": "lora"}
+        labels |= {"attacker": attacker, "concept": concept, "seed": 0}
+        plan.measurements.append(Measurement(labels, key, {}, (5, 10)))
 
     for concept in ("dog", "cat"):
         add("none", "honest", f"none-{concept}", concept)

@@ -8,7 +8,8 @@ import pytest
 
 from harness.core import digests
 from harness.core.errors import UserMistake
-from harness.model.source import preflight, resolve_model
+from harness.model.source import resolve_model
+from harness.suite.preflight import preflight
 from harness.suite.spec import ModelSpec
 from tests.conftest import write_model
 

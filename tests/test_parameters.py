@@ -9,6 +9,7 @@ import pytest
 from pydantic import Field
 
 from harness.core import parameters, registry
+from harness.core.described import as_json
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def test_whole_number_is_a_number():
     """1 is taken for 1.0, and gives the same identity."""
     values, _ = parameters.resolve(Method, {"rate": 1})
 
-    assert parameters.as_json(values)["rate"] == 1.0 and isinstance(values.rate, float)
+    assert as_json(values)["rate"] == 1.0 and isinstance(values.rate, float)
 
 
 @pytest.mark.parametrize(
@@ -128,4 +129,4 @@ def test_defaults_and_presets_of_every_method_are_valid(kind):
             values, found = parameters.resolve(cls, {}, preset)
 
             assert not found, f"{name}, preset {preset}"
-            assert parameters.resolve(cls, parameters.as_json(values)) == (values, [])
+            assert parameters.resolve(cls, as_json(values)) == (values, [])

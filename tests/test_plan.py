@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 
+from harness.core.described import as_json
 from harness.core.identity import describe
 from tests.conftest import SUITE
+from tests.trials import reads, trials
 
 DEFENSES, SEEDS, ATTACKS, METRICS = 3, 2, 1, 2
 
@@ -82,9 +84,9 @@ def test_attack_on_an_innocent_is_shared_where_the_weights_are(project):
 def test_every_defense_meets_the_same_attack_seed(plan):
     """Comparisons are paired: a concept and a seed of the suite give one seed of the attack."""
     seeds: dict[tuple, set] = {}
-    for trial in plan.trials:
+    for trial in trials(plan):
         if trial.attack:
-            (adapt,) = [plan.stages[k] for r, k in plan.stages[trial.sample].inputs.items() if r == "adapt"]
+            (adapt,) = [plan.stages[k] for r, k in reads(plan, trial.sample).items() if r == "adapt"]
             seeds.setdefault((trial.concept, trial.seed), set()).add(adapt.seed)
 
     assert all(len(found) == 1 for found in seeds.values())
@@ -94,7 +96,7 @@ def test_every_defense_meets_the_same_attack_seed(plan):
 def test_every_defense_meets_the_same_sampling_seed(plan):
     """Before and after the attack, with every defense, images start from the same noise."""
     seeds: dict[tuple, set] = {}
-    for trial in plan.trials:
+    for trial in trials(plan):
         if trial.role not in ("real", "floor"):
             seeds.setdefault((trial.concept, trial.seed), set()).add(plan.stages[trial.sample].seed)
 
@@ -112,21 +114,21 @@ def test_needs_are_done_before_they_are_needed(plan):
     for unit in plan.units:
         assert unit.needs <= done
         for key in unit.stages:
-            assert set(plan.stages[key].inputs.values()) <= done
+            assert set(reads(plan, key).values()) <= done
             done.add(key)
 
 
 def test_needs_are_exactly_the_inputs_from_other_units(plan):
     """Nothing is waited for in vain."""
     for unit in plan.units:
-        inputs = {k for key in unit.stages for k in plan.stages[key].inputs.values()}
+        inputs = {k for key in unit.stages for k in reads(plan, key).values()}
 
         assert unit.needs == inputs - set(unit.stages)
 
 
 def test_trials_name_stages_of_the_plan(plan):
     """What a table reads is what the plan makes."""
-    for trial in plan.trials:
+    for trial in trials(plan):
         kind = "images" if trial.role in ("real", "floor") else "sample"
         assert plan.stages[trial.sample].kind == kind
         assert set(trial.scores) == {"clip_image", "clip_text"}
@@ -135,7 +137,7 @@ def test_trials_name_stages_of_the_plan(plan):
 
 def test_grid_is_complete(plan):
     """Every task, defense, concept in its role, attack and seed has one trial."""
-    attacked = Counter((t.task, t.role, t.concept) for t in plan.trials if t.attack)
+    attacked = Counter((t.task, t.role, t.concept) for t in trials(plan) if t.attack)
 
     assert attacked == {
         ("relearning", "target", "vangogh"): DEFENSES * SEEDS,
@@ -147,7 +149,7 @@ def test_grid_is_complete(plan):
 
 def test_erased_task_has_rows_of_the_model_before_erasure(plan):
     """What erasure took is measured against the original: of targets, of innocents and of utility."""
-    original = [(t.task, t.concept, t.role, t.seed) for t in plan.trials if t.defense == "original"]
+    original = [(t.task, t.concept, t.role, t.seed) for t in trials(plan) if t.defense == "original"]
 
     assert original == [
         ("relearning", concept, role, seed)
@@ -158,7 +160,7 @@ def test_erased_task_has_rows_of_the_model_before_erasure(plan):
 
 def test_original_model_is_sampled_without_any_change(plan):
     """Neither erased nor immunized nor attacked: one sample a concept and seed."""
-    samples = {t.sample for t in plan.trials if t.defense == "original"}
+    samples = {t.sample for t in trials(plan) if t.defense == "original"}
 
     assert len(samples) == 3 * SEEDS
     assert all(plan.stages[k].inputs == {} for k in samples)
@@ -166,7 +168,7 @@ def test_original_model_is_sampled_without_any_change(plan):
 
 def test_floor_of_utility_is_images_of_the_target_as_if_of_the_utility_concept(plan):
     """One trial a protected set and utility concept, whatever the defense and seed."""
-    floors = [t for t in plan.trials if t.role == "floor"]
+    floors = [t for t in trials(plan) if t.role == "floor"]
     images = {s.label: k for k, s in plan.stages.items() if s.kind == "images"}
 
     assert [(t.task, t.protected, t.concept, t.defense, t.attack, t.steps) for t in floors] == [
@@ -176,10 +178,9 @@ def test_floor_of_utility_is_images_of_the_target_as_if_of_the_utility_concept(p
     for trial in floors:
         (target,) = trial.protected
         for key in trial.scores.values():
-            inputs = plan.stages[key].inputs
-            known = plan.stages[inputs["references"]]
+            inputs = reads(plan, key)
             assert inputs["images"] == images[f"images of {target}"]
-            assert images["images of dog"] in (inputs["references"], known.inputs.get("images"))
+            assert images["images of dog"] in (inputs["references"], reads(plan, inputs["references"]).get("images"))
 
 
 def test_floor_has_a_description_for_each_image(project):
@@ -189,20 +190,20 @@ def test_floor_has_a_description_for_each_image(project):
 
     plan = project.plan(project.edited((old, new)))
 
-    (trial,) = (t for t in plan.trials if t.role == "floor" and t.task == "relearning")
+    (trial,) = (t for t in trials(plan) if t.role == "floor" and t.task == "relearning")
     for key in trial.scores.values():
-        assert plan.stages[key].parameters["descriptions"] == ["a dog runs", "a dog sits", "a dog runs"]
+        assert as_json(plan.stages[key].parameters)["descriptions"] == ["a dog runs", "a dog sits", "a dog runs"]
 
 
 def test_erasure_is_an_input_of_all_that_follows(plan):
     """In the task that erases, every released model is made from the erased one."""
     (erase,) = [k for k, s in plan.stages.items() if s.kind == "erase"]
-    for trial in plan.trials:
+    for trial in trials(plan):
         if trial.task == "relearning" and trial.attack:
             sample = plan.stages[trial.sample]
-            assert sample.inputs["erase"] == erase
-            assert plan.stages[sample.inputs["adapt"]].inputs["erase"] == erase
-            assert plan.stages[sample.inputs["immunize"]].inputs["erase"] == erase
+            assert sample.inputs["erase"].key == erase
+            assert reads(plan, sample.inputs["adapt"].key)["erase"] == erase
+            assert reads(plan, sample.inputs["immunize"].key)["erase"] == erase
 
 
 def test_attacker_never_sees_the_publishers_captions(project):
@@ -260,7 +261,7 @@ def test_all_of_a_set_are_attacked_whatever_part_the_defense_was_given(project):
 
     attacked = {
         (t.defense, t.protected, t.concept)
-        for t in plan.trials
+        for t in trials(plan)
         if t.attack and t.role == "target" and t.task == "personalization"
     }
     assert attacked == {(d, ("purse", "bag"), c) for d in ("none", "uce", "imma") for c in ("purse", "bag")}
@@ -299,12 +300,12 @@ def test_references_are_encoded_once_for_all_that_are_compared_with_them(project
     plan = project.plan()
 
     (stages,) = _features(plan).values()
-    concepts = {stage.inputs["images"] for stage in stages}
+    concepts = {stage.inputs["images"].key for stage in stages}
     assert len(stages) == len(concepts) == 4
-    for trial in plan.trials:
-        known = plan.stages[plan.stages[trial.scores["clip_image"]].inputs["references"]]
+    for trial in trials(plan):
+        known = plan.stages[reads(plan, trial.scores["clip_image"])["references"]]
         assert known.kind == "features"
-        assert plan.stages[plan.stages[trial.scores["clip_text"]].inputs["references"]].kind == "images"
+        assert plan.stages[reads(plan, trial.scores["clip_text"])["references"]].kind == "images"
 
 
 def test_metrics_with_the_same_encoder_share_features(project):
@@ -316,7 +317,7 @@ def test_metrics_with_the_same_encoder_share_features(project):
     other = text.replace("name: again", "name: again, backbone: ViT-L-14-quickgelu")
     assert len(_features(project.plan(other))["open_clip@1"]) == 8
     guarded = SUITE.replace("metrics: [", "metrics: [self_supervised_image, nearest_training_image, ")
-    assert sorted(s.parameters["split"] for s in _features(project.plan(guarded))["timm@1"]) == (
+    assert sorted(as_json(s.parameters)["split"] for s in _features(project.plan(guarded))["timm@1"]) == (
         ["attack"] * 4 + ["reference"] * 4
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,21 @@ IMAGES = 6
 
 
 def described(made: plan.Plan) -> dict[str, Any]:
-    """Return what a pin covers, as plain data."""
+    """Return what a pin covers, as plain data: of measurements in the words of the day when the pins were made."""
     return {
         "stages": list(made.stages),
         "units": [[unit.name, list(unit.stages), sorted(unit.needs)] for unit in made.units],
-        "trials": [asdict(trial) for trial in made.trials],
+        "trials": [
+            {
+                **{name: value for name, value in each.labels.items() if name != "n_probes"},
+                "probes": each.labels["n_probes"],
+                "steps": each.steps,
+                "sample": each.observed,
+                "scores": dict(each.scores),
+                "released": each.needs.get("immunize", ""),
+            }
+            for each in made.measurements
+        ],
     }
 
 

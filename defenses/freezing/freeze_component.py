@@ -29,7 +29,7 @@ class FreezeComponent(Defense):
 
     name = "freeze_component"
     version = 1
-    threat_model = ThreatModel(must_honour=("frozen",), may_restore=())
+    threat_model = ThreatModel(must_honour=("frozen",))
     uses = frozenset()
     Parameters = Parameters
 

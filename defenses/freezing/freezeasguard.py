@@ -134,7 +134,7 @@ class FreezeAsGuard(Defense):
 
     name = "freezeasguard"
     version = 3
-    threat_model = ThreatModel(must_honour=("frozen",), may_restore=())
+    threat_model = ThreatModel(must_honour=("frozen",))
     can_shard = True
     Parameters = Parameters
     presets = {
@@ -229,14 +229,14 @@ class FreezeAsGuard(Defense):
         first = torch.rand(len(names), generator=source) - (1.0 if p.chosen("initial") == "negative" else 0.0)
         masked = MaskedWeights(
             weights,
-            {name: run.prepared.tensors[name] for name in names},
+            {name: run.prepared[name] for name in names},
             first.to(precision),
             MaskRule(p.ratio, p.temperature, p.mask_learning_rate, p.sparsity, p.normalise),
             user_learning_rate=p.user_learning_rate,
             user_optimizer=p.chosen("user_optimizer"),
             delta_dtype=precision,
         )
-        run.prepared = None  # as large as the model, and in Delta now
+        run.prepared = {}  # as large as the model, and in Delta now
         learned = _Learned(masked)
         epoch = math.ceil(len(domains) / p.batch_size) if is_mixed else None
         plan = list(schedule(p.rounds, p.chosen("user_steps"), epoch))

@@ -27,7 +27,7 @@ from harness.core.identity import digest_of_json
 if TYPE_CHECKING:
     from harness.contracts.protection import Protection
     from harness.core.identity import Stage
-    from harness.plan.graph import Plan, Trial
+    from harness.plan.graph import Plan
     from harness.store.store import Store
 
 FILE = "mask.csv"
@@ -171,35 +171,37 @@ class Mask:
 def of_run(plan: Plan, store: Store) -> list[Mask]:
     """Return the masks of a plan's defenses that are committed, each once, in the plan's order."""
     found: dict[tuple, Mask] = {}
-    for trial in plan.trials:
-        name = (trial.task, trial.defense, trial.protected, trial.seed)
-        if name in found or not trial.released or not store.has("immunize", trial.released):
+    for each in plan.measurements:
+        about, key = each.labels, each.needs.get("immunize")
+        name = (about["task"], about["defense"], about["protected"], about["seed"])
+        if name in found or not key or not store.has("immunize", key):
             continue
-        rows = read(store.path("immunize", trial.released))
+        rows = read(store.path("immunize", key))
         if rows is None:
             continue
+        stage = plan.stages[key]
         found[name] = Mask(
-            trial.task,
-            trial.defense,
-            trial.method,
-            trial.profile,
-            trial.protected,
-            trial.seed,
+            about["task"],
+            about["defense"],
+            about["method"],
+            about["profile"],
+            about["protected"],
+            about["seed"],
             {row["tensor"]: int(row["elements"]) for row in rows},
             frozen(rows),
-            store.record("immunize", trial.released)["ledger"]["numbers"],
-            _without_data(trial.method, plan.stages[trial.released], rows),
-            plan.stages[trial.released].parameters.get("parameters", {}),
-            _given(plan.stages[trial.released], trial),
-            trial.released,
+            store.record("immunize", key)["ledger"]["numbers"],
+            _without_data(about["method"], stage, rows),
+            stage.parameters.parameters,
+            _given(stage, about),
+            key,
         )
     return list(found.values())
 
 
-def _given(stage: Stage, trial: Trial) -> str:
-    targets = stage.parameters.get("targets")
-    protects = "first" if targets is not None and len(targets) < len(trial.protected) else "all"
-    return f"{protects}, weak" if trial.is_weak else protects
+def _given(stage: Stage, about: Mapping[str, Any]) -> str:
+    targets = stage.parameters.targets
+    protects = "first" if targets is not None and len(targets) < len(about["protected"]) else "all"
+    return f"{protects}, weak" if about["is_weak"] else protects
 
 
 def _without_data(method: str, stage: Stage, rows: Sequence[Mapping[str, str]]) -> frozenset[str] | None:
@@ -207,7 +209,7 @@ def _without_data(method: str, stage: Stage, rows: Sequence[Mapping[str, str]]) 
     if not starts:
         return None
     cls = registry.get("defense", method)
-    return cls.mask_without_data(cls.Parameters(**stage.parameters["parameters"]), starts)
+    return cls.mask_without_data(cls.Parameters(**stage.parameters.parameters), starts)
 
 
 def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:

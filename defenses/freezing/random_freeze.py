@@ -35,7 +35,7 @@ class RandomFreeze(Defense):
 
     name = "random_freeze"
     version = 1
-    threat_model = ThreatModel(must_honour=("frozen",), may_restore=())
+    threat_model = ThreatModel(must_honour=("frozen",))
     uses = frozenset({"seed"})
     Parameters = Parameters
 

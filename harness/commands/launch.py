@@ -6,23 +6,23 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness.contracts.stage import kinds_in_order
 from harness.core import fetched
 from harness.core.errors import ExitCode, UserMistake
 from harness.core.files import write_text
-from harness.core.identity import KINDS
 from harness.executors.events import EventLog
 from harness.executors.walk import Walk
-from harness.model.source import has_sd1_shape, preflight
+from harness.model.source import has_sd1_shape
 from harness.plan import cost
 from harness.stages import tracking
 from harness.stages.execution import failure_path
 from harness.stages.workplace import Workplace
 from harness.store.store import RECORD
 from harness.suite import fetching
+from harness.suite.preflight import preflight
 
 
 def run(opened, given, console) -> ExitCode:
@@ -180,13 +180,12 @@ def show_plan(opened, console, tflops: float | None = None) -> None:
 
     plan, committed = opened.plan, opened.committed()
     rates = _rates(opened)
-    table = Table(title=f"{plan.suite} on {opened.source.name}: {len(plan.trials)} trials", title_justify="left")
+    table = Table(title=f"{plan.suite} on {opened.source.name}: {len(plan.measurements)} trials", title_justify="left")
     for header in ("stage", "in the grid", "after sharing", "done", "to do", "UNet passes to do", "estimate"):
         table.add_column(header, justify="left" if header == "stage" else "right")
     total_seconds, is_known = 0.0, True
-    upstream = _upstream(plan)
-    asked = _asked(plan, upstream)
-    for kind in KINDS:
+    asked = cost.asked(plan)
+    for kind in kinds_in_order():
         stages = {k: s for k, s in plan.stages.items() if s.kind == kind}
         if not stages:
             continue
@@ -203,7 +202,7 @@ def show_plan(opened, console, tflops: float | None = None) -> None:
     console.print(
         f"sharing saves {sum(asked.values()) - len(plan.stages)} of {sum(asked.values())} stages", highlight=False
     )
-    shared, unshared = cost.shared_passes(plan), cost.unshared_passes(plan, upstream)
+    shared, unshared = cost.shared_passes(plan), cost.unshared_passes(plan)
     ratio = f" ({unshared / shared:.1f} times as many)" if shared else ""
     console.print(
         f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing; {unshared:,.0f}{ratio} if each "
@@ -246,31 +245,6 @@ def _tell_gpu_hours(opened, passes: float, tflops: float | None, console) -> Non
     )
 
 
-def _upstream(plan) -> Callable[[str], frozenset[str]]:
-    """Return a function from a key to itself and the keys of all that it needs."""
-    closure: dict[str, frozenset[str]] = {}
-
-    def upstream(key: str) -> frozenset[str]:
-        if key not in closure:
-            inputs = plan.stages[key].inputs.values()
-            closure[key] = frozenset({key}).union(*(upstream(other) for other in inputs))
-        return closure[key]
-
-    return upstream
-
-
-def _asked(plan, upstream: Callable[[str], frozenset[str]]) -> Counter:
-    """Return how many stages of each kind the grid would do if nothing were shared."""
-    kinds = {key: stage.kind for key, stage in plan.stages.items()}
-    asked: Counter = Counter()
-    for trial in plan.trials:
-        needed = {trial.sample, *trial.scores.values()}
-        for key in tuple(needed):
-            needed.update(*(upstream(other) for other in plan.stages[key].inputs.values()))
-        asked.update([kinds[key] for key in needed])
-    return asked
-
-
 def _rates(opened, limit: int = 40) -> dict[str, tuple[float, float]]:
     """Return kind -> (seconds a pass, seconds a stage), medians over records in the store for this model."""
     rates = {}
@@ -307,7 +281,7 @@ def show_status(opened, console) -> ExitCode:
     plan = opened.plan
     kinds = Counter(s.kind for s in plan.stages.values())
     done = Counter(plan.stages[k].kind for k in committed)
-    for kind in KINDS:
+    for kind in kinds_in_order():
         if kinds[kind]:
             console.print(f"{kind:<9} {done[kind]:>6} of {kinds[kind]}", highlight=False)
     failures = [

@@ -90,7 +90,8 @@ class Defense(Method):
     def preparation(cls, parameters: Any) -> Defense | None:
         """Return a method that runs before, as a stage of its own, for all who ask for the same; None: nothing.
 
-        It is registered as "preparation" and gets the same concepts and seed; what it releases is `run.prepared`.
+        It is registered as "preparation" and gets the same concepts and seed; the tensors that it changed are
+        `run.prepared`.
         """
         return None
 
@@ -111,6 +112,9 @@ class Defense(Method):
     def check_sharding(cls, parameters: Any, sharding: Sharding) -> Sequence[tuple[str, str]]:
         """Return (parameter, message) for what the processes cannot serve, such as a batch that they do not divide."""
         return ()
+
+    def keep(self, folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
+        """Write into the stage's folder what else belongs beside the protection; `elements`: of each parameter."""
 
     def protect(
         self,

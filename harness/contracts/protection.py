@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.contracts.hooks import HookSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,6 @@ class ThreatModel:
 
     changes: tuple[str, ...] = ()  # what the defense changes: "unet.attention", "unet.cross_attention.kv", ...
     must_honour: tuple[str, ...] = ()  # what an attacker must obey: "frozen", "adaptation_hooks", "sampling_hooks"
-    may_restore: tuple[str, ...] = ("unet", "text_encoder", "vae")  # public components that undo it when swapped in
-    knows: tuple[str, ...] = ("weights", "method")  # what the attacker is assumed to know
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,22 @@ class Protection:
     sampling: tuple[HookSpec, ...] = ()
     """Hooks that the serving side runs (inference-time mitigation)."""
     details: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """What the method says of single tensors, by name: for the record, and never loaded again."""
+    """What the method records of single tensors, by name; never loaded again."""
+    components: Mapping[str, nn.Module | Path] = field(default_factory=dict)
+    """Whole components in the place of the model's, by name ("unet"), where their configuration is another one (a
+    pruned UNet): a module, or the folder that it was saved to. `tensors` are written over them."""
+
+    def with_asked(self, layer: Protection) -> Protection:
+        """Return this protection with what a further layer asks of others: frozen names and hooks, no weights."""
+        return replace(
+            self,
+            frozen=self.frozen | layer.frozen,
+            adaptation=(*self.adaptation, *layer.adaptation),
+            sampling=(*self.sampling, *layer.sampling),
+        )
 
     def save(self, folder: Path) -> None:
-        """Write tensors.safetensors (when there are any) and protection.json into `folder`."""
+        """Write protection.json into `folder`, tensors.safetensors where there are any, and a folder a component."""
         from safetensors.torch import save_file
 
         if self.tensors:
@@ -56,7 +65,10 @@ class Protection:
             "frozen": sorted(self.frozen),
             "adaptation": [asdict(h) for h in self.adaptation],
             "sampling": [asdict(h) for h in self.sampling],
+            **({"components": sorted(self.components)} if self.components else {}),
         }
+        for name, component in self.components.items():
+            component.save_pretrained(folder / name, safe_serialization=True)
         (folder / "protection.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
 
     @classmethod
@@ -71,6 +83,7 @@ class Protection:
             frozen=frozenset(described["frozen"]),
             adaptation=tuple(HookSpec(**h) for h in described["adaptation"]),
             sampling=tuple(HookSpec(**h) for h in described["sampling"]),
+            components={name: folder / name for name in described.get("components", ())},
         )
 
 

@@ -16,23 +16,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.core.described import as_json
+
 KEY_VERSION = 1
 """Raised when the meaning of a stage's description changes, or what shared code (training, sampling, stages) makes of
 it, so that old records are not taken for new ones. Methods have versions of their own."""
 
 
-KINDS = ("images", "erase", "prepare", "immunize", "probe", "adapt", "sample", "features", "score")
-"""The kinds of stages, in the order in which they need each other."""
+@dataclass(frozen=True)
+class Input:
+    """A committed stage that another one reads."""
+
+    kind: str
+    key: str
 
 
 @dataclass(frozen=True)
 class Stage:
     """One unit of work whose result is kept. Plain data: printable, comparable, equal when rebuilt."""
 
-    kind: str  # one of KINDS
+    kind: str  # a registered kind of stage
     component: str  # method and its version, such as "imma@1"
-    parameters: Mapping[str, Any]  # resolved (defaults filled in); JSON values only
-    inputs: Mapping[str, str]  # role -> key of the stage that is read
+    parameters: Any  # an instance of the kind's Parameters, resolved (defaults filled in)
+    inputs: Mapping[str, Input]  # role -> the stage that is read
     model: Mapping[str, str]  # source, id and revision of the base model; {} when none is read
     data: Mapping[str, str]  # role -> digest of files that do not come from a stage
     seed: int | None  # None: the result does not depend on chance
@@ -47,12 +53,15 @@ class Stage:
 
 def describe(stage: Stage) -> dict[str, Any]:
     """Return the description that is hashed: the identity of `stage` as JSON values."""
+    return {**_without_parameters(stage), "parameters": as_json(stage.parameters)}
+
+
+def _without_parameters(stage: Stage) -> dict[str, Any]:
     return {
         "key_version": KEY_VERSION,
         "kind": stage.kind,
         "component": stage.component,
-        "parameters": dict(stage.parameters),
-        "inputs": dict(stage.inputs),
+        "inputs": {role: read.key for role, read in stage.inputs.items()},
         "model": dict(stage.model),
         "data": dict(stage.data),
         "seed": stage.seed,
@@ -82,10 +91,9 @@ def key(stage: Stage, parameters_json: str | None = None) -> str:
     `parameters_json` is the canonical JSON of the stage's parameters, where the caller has it already: thousands of
     stages of a plan share few parameters. The key is the same without it.
     """
-    description = describe(stage)
     if parameters_json is None:
-        return digest_of_json(description)[:32]
-    del description["parameters"]
+        return digest_of_json(describe(stage))[:32]
+    description = _without_parameters(stage)
     after = {name: description.pop(name) for name in ("precision", "seed")}  # what stands behind it in sorted order
     text = f'{canonical_json(description)[:-1]},"parameters":{parameters_json},{canonical_json(after)[1:]}'
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]

@@ -128,16 +128,3 @@ def _show(value: Any) -> str:
     if value is None:
         return "nothing"
     return str(value).lower() if isinstance(value, bool) else one_line(value, 60)
-
-
-def as_json(parameters: Any) -> dict[str, Any]:
-    """Return the parameters as JSON values, for the identity of a stage (tuples become lists)."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(k): convert(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [convert(v) for v in value]
-        return value
-
-    return convert(dataclasses.asdict(parameters))

@@ -30,22 +30,28 @@ KINDS = {
     "preparation": "harness.contracts.defense:Defense",
     "attack": "harness.contracts.attack:Attack",
     "metric": "harness.contracts.metric:Metric",
+    "task": "harness.contracts.task:Task",
+    "stage": "harness.contracts.stage:StageKind",
     "adaptation_hook": "harness.contracts.hooks:AdaptationHook",
     "sampling_hook": "harness.contracts.hooks:SamplingHook",
 }
 """What can be registered, and the base class that says what it has to offer."""
-PACKAGES = ("defenses", "attacks", "metrics")
-"""The packages whose modules hold the bundled methods; `immunitybench.<package>` are the entry point groups."""
+PACKAGES = ("harness.stages", "harness.tasks", "defenses", "attacks", "metrics")
+"""The packages whose modules hold what is bundled."""
+GROUPS = ("tasks", "stages", "defenses", "attacks", "metrics")
+"""`immunitybench.<group>` are the entry points of installed distributions."""
 REQUIRED = {
     "defense": ("protect",),
     "preparation": ("protect",),
     "attack": ("adapt", "load", "unload"),
     "metric": ("about", "score"),
+    "task": ("plan",),
+    "stage": ("do",),
     "adaptation_hook": ("weigh",),
     "sampling_hook": ("embed",),
 }
 """Functions that a method writes itself, in place of the base class's."""
-ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range")}
+ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range"), "task": ("name", "version", "Spec")}
 """Class attributes that a method sets; of other kinds name and version."""
 DIRECTIONS = ("higher", "lower", "none")
 
@@ -147,12 +153,13 @@ def load() -> None:
         package = importlib.import_module(package_name)
         for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
             importlib.import_module(module.name)
-        for entry in importlib.metadata.entry_points(group=f"immunitybench.{package_name}"):
+    for group in GROUPS:
+        for entry in importlib.metadata.entry_points(group=f"immunitybench.{group}"):
             try:
                 entry.load()
             except Exception as error:
                 raise UserMistake(
-                    f"the entry point '{entry.name}' of group immunitybench.{package_name} ({entry.value}) cannot be "
+                    f"the entry point '{entry.name}' of group immunitybench.{group} ({entry.value}) cannot be "
                     f"loaded: {type(error).__name__}: {one_line(error)}; update or remove that distribution"
                 ) from error
 

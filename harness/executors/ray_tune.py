@@ -14,13 +14,12 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harness.contracts.stage import from_json, to_json
 from harness.core.errors import StageFailure, UserMistake, one_line
 from harness.core.files import is_alive, write_json
-from harness.core.identity import Stage
 from harness.executors.events import Listener
 from harness.executors.walk import Summary, Walk
 from harness.stages.execution import execute_unit
@@ -165,7 +164,7 @@ def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> N
     registry.load_plugins(workplace.plugins)
     try:
         unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
-        execute_unit({key: Stage(**fields) for key, fields in unit}, workplace)
+        execute_unit({key: from_json(plain) for key, plain in unit}, workplace)
     except StageFailure as failure:
         tune.report({"done": 0, "failure": str(failure)})
     else:
@@ -194,7 +193,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
                 return None
             self.units[trial_id] = index
             # a list: their order is the order in which they are done
-            write_json(_unit_file(scratch, index), [(k, asdict(walk.plan.stages[k])) for k in walk.unit(index).stages])
+            write_json(_unit_file(scratch, index), [(k, to_json(walk.plan.stages[k])) for k in walk.unit(index).stages])
             listen("unit_started", {"unit": walk.unit(index).name})
             return {"unit": index, "workers": max(walk.plan.stages[k].workers for k in walk.unit(index).stages)}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class DiffusionModel:
         if self.image_size >= 256:
             pipeline.vae.enable_slicing()  # decode one image at a time: sixteen at once do not fit a 24 GB card
         self._originals: dict[str, Tensor] = {}
+        self._replaced: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}  # component -> the base's, its originals
         self._is_spent = False
         self._seen = {name: _checksum(tensor) for name, tensor in self._tensors().items()}
         self._tokenizer_length = len(pipeline.tokenizer)
@@ -49,7 +51,7 @@ class DiffusionModel:
     def load(cls, source: ModelSource, device: torch.device) -> DiffusionModel:
         """Load the pipeline of `source`: safetensors only, no code from the hub, no network for local folders.
 
-        Raises UserMistake when the files cannot be had or are no Stable Diffusion pipeline.
+        Raises UserMistake when the files cannot be loaded or are no Stable Diffusion pipeline.
         """
         from diffusers import StableDiffusionPipeline
         from diffusers.utils import logging
@@ -170,8 +172,33 @@ class DiffusionModel:
                     )
                 parameters[name].copy_(tensor)
 
+    def replace(self, component: str, other: nn.Module | Path) -> None:
+        """Put another component in the place of the model's, with a configuration of its own; `restore` undoes it.
+
+        `other` is a module, or a folder that its library's `from_pretrained` loads. Raises KeyError for another name.
+        """
+        if component not in COMPONENTS:
+            raise KeyError(f"the model has no component '{component}'; it has {', '.join(COMPONENTS)}")
+        own = getattr(self.pipeline, component)
+        if not isinstance(other, nn.Module):
+            other = type(own).from_pretrained(other, torch_dtype=torch.float32, use_safetensors=True)
+        other.to(device=self.device, dtype=torch.float32).requires_grad_(False).eval()
+        of_own = {name: t for name, t in self._originals.items() if name.startswith(f"{component}.")}
+        self._originals = {name: t for name, t in self._originals.items() if name not in of_own}
+        self._replaced.setdefault(component, (own, of_own))
+        setattr(self.pipeline, component, other)
+
+    def _put_back(self) -> None:
+        """Put the base's components back where others are, with the memory of what was changed in them."""
+        for component, (own, of_own) in self._replaced.items():
+            setattr(self.pipeline, component, own)
+            others = {n: t for n, t in self._originals.items() if not n.startswith(f"{component}.")}
+            self._originals = others | of_own
+        self._replaced.clear()
+
     def restore(self) -> None:
         """Put back every declared change, bit for bit, and what methods set on modules: mode, processors, scheduler."""
+        self._put_back()
         parameters = self.parameters()
         with torch.no_grad():
             for name, original in self._originals.items():
@@ -189,7 +216,11 @@ class DiffusionModel:
         self.pipeline.scheduler = self._scheduler
 
     def is_restorable(self) -> bool:
-        """Tell whether `restore` gives the released model: nothing was added, and what is not declared is unchanged."""
+        """Tell whether `restore` gives the released model: nothing was added, and what is not declared is unchanged.
+
+        Components that were replaced are put back already.
+        """
+        self._put_back()
         is_grown = len(self.tokenizer) != self._tokenizer_length
         if self._is_spent or is_grown or any(_has_hooks(m) for m in self._modules()):
             return False
@@ -222,22 +253,25 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-_cached: dict[str, DiffusionModel] = {}
+_cached: dict[str, tuple[str, DiffusionModel]] = {}
+"""Name of a state -> (which model, the model)."""
 
 
-def warm(source: ModelSource, device: torch.device) -> DiffusionModel:
-    """Return the base model in its released state, from memory when this process has it."""
-    cache_key = f"{sorted(source.identity.items())}|{device}"
-    model = _cached.get(cache_key)
-    if model is not None and model.is_restorable():
+def warm(source: ModelSource, device: torch.device, name: str = "") -> DiffusionModel:
+    """Return the base model in its released state, from memory when this process has it; one model a name."""
+    wanted = f"{sorted(source.identity.items())}|{device}"
+    known, model = _cached.get(name, ("", None))
+    if known == wanted and model.is_restorable():
         model.restore()
         return model
-    forget()  # one model in memory; one that is changed beyond repair is dropped here
-    model = DiffusionModel.load(source, device)
-    _cached[cache_key] = model
-    return model
+    _cached.pop(name, None)  # one model in memory; one that is changed beyond repair is dropped here
+    model = None
+    loaded = DiffusionModel.load(source, device)
+    _cached[name] = wanted, loaded
+    return loaded
 
 
-def forget() -> None:
-    """Drop the warm model; the next stage loads it anew."""
-    _cached.clear()
+def forget(*, further_alone: bool = False) -> None:
+    """Drop the warm models, so that the next stage loads them anew; `further_alone`: all but the unnamed one."""
+    for name in [name for name in _cached if name or not further_alone]:
+        del _cached[name]

@@ -17,8 +17,6 @@ from harness.core.sharding import Sharding
 if TYPE_CHECKING:
     import torch
 
-    from harness.contracts.protection import Protection
-
 CHECKPOINT_INTERVAL_S = 20.0
 
 
@@ -88,7 +86,7 @@ class Run:
     sharding: Sharding = field(default_factory=Sharding)
     world: World = field(default_factory=World)
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
-    prepared: Protection | None = None  # what the stage released that the defense's `preparation` asked for
+    prepared: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the defense's `preparation` changed
     keeps_end: bool = False  # keep the state at the end too: of a part, when others follow in the same stage
     _last_checkpoint: float = field(default_factory=time.monotonic)
 

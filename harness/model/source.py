@@ -82,30 +82,6 @@ def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
     )
 
 
-def preflight(source: ModelSource) -> None:
-    """Check before any compute that the model can be had: digests of the testbed, the index of a hub model.
-
-    Raises UserMistake. Reaches the hub only for hub models, and not when HF_HUB_OFFLINE is set.
-    """
-    if source.identity["source"] == "testbed":
-        from harness.testbed import verify
-
-        try:
-            verify.check()
-        except ValueError as error:
-            raise UserMistake(f"the embedded testbed is damaged: {one_line(error)}; install it again") from None
-    elif source.identity["source"] == "hub":
-        from huggingface_hub import hf_hub_download
-
-        try:
-            hf_hub_download(source.location, "model_index.json", revision=source.revision)
-        except Exception as error:  # the hub's client raises many types; all mean the same here
-            raise UserMistake(
-                f"model '{source.location}' at revision {source.revision} cannot be had: {type(error).__name__}: "
-                f"{one_line(error, 120)}; download it to a folder and name the folder, or check the network"
-            ) from None
-
-
 def has_sd1_shape(source: ModelSource) -> bool:
     """Tell whether the model's UNet is of SD 1.x's shape: by hub id, or by the configuration in its folder."""
     if source.identity["source"] == "hub":

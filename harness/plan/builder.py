@@ -1,21 +1,28 @@
-"""The stages of a plan: what each depends on, so what its key is made of. A method a kind of stage."""
+"""Adds stages to one plan: what each depends on, so what its key is made of. What tasks plan with.
+
+A method a kind of stage that several tasks share; `stage` adds any other. Every method returns the key.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
-from harness.core import digests, parameters, registry, seeds
+from harness.contracts.defense import Defense
+from harness.contracts.state import ModelState
+from harness.core import digests, registry, seeds
 from harness.core.concept import PRIOR, SPLITS, Concept
-from harness.core.identity import Stage, canonical_json, digest_of_file, digest_of_json, key
-from harness.model.source import ModelSource
+from harness.core.described import Described, as_json
+from harness.core.identity import Input, Stage, canonical_json, digest_of_file, digest_of_json, key
+from harness.core.sampling import Sampling
 from harness.plan.graph import Plan, Unit
+from harness.stages.features import FeaturesParameters
+from harness.stages.images import ImagesParameters
+from harness.stages.protect import PREPARED, KnownConcept, ProtectParameters
+from harness.stages.sample import SampleParameters
+from harness.stages.score import ScoreParameters
 from harness.suite.loaded import LoadedSuite
-
-if TYPE_CHECKING:
-    from harness.contracts.defense import Defense
 
 
 @dataclass(frozen=True)
@@ -25,57 +32,73 @@ class Metric:
     name: str  # label in the suite
     cls: type
     component: str
-    parameters: Mapping[str, Any]  # for the identity
+    parameters: Described  # for the identity
     local: Mapping[str, Any]  # those for this machine
 
 
-class PlanStages:
-    """Adds stages to one plan; every method returns their keys."""
+class Builder:
+    """Adds stages to one plan; see the module."""
 
     def __init__(self, loaded: LoadedSuite):
         self.loaded = loaded
         self.suite = loaded.suite
         self.concepts: dict[str, Concept] = loaded.concepts
-        self.model: ModelSource = loaded.model
-        self.result = Plan(self.suite.name)
+        self.plan = Plan(self.suite.name)
         self.units: dict[tuple[str, ...], Unit] = {}
         self._images: dict[str, str] = {}
-        # by the parameters' object, which is kept: a freed one's number is given to another
+        # keyed by id(); the object is kept so that its id is not reused
         self._identities: dict[int, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
-        self._shared: dict[tuple, tuple[dict[str, Any], str]] = {}  # parameters of many stages, with their JSON
+        self._shared: dict[tuple, tuple[Any, str]] = {}  # parameters of many stages, with their JSON
+        given = self.suite.sampling.model_dump()
+        self.sampling = Sampling(**{f.name: given[f.name] for f in fields(Sampling)})
         self.metrics: list[Metric] = []
         for index, spec in enumerate(self.suite.metrics):
             cls, values = registry.get("metric", spec.method), loaded.parameters["metrics", str(index)]
             self.metrics.append(Metric(spec.name, cls, registry.component(cls), *self.identified(cls, values)))
-        self.sampling = self.suite.sampling.model_dump()
 
-    def identified(self, cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return (parameters for the identity, local parameters): what lies in files is known by its content."""
-        if id(values) not in self._identities:
-            self._identities[id(values)] = (values, *self._identify(cls, values))
-        return self._identities[id(values)][1:]
+    def read(self, key: str) -> Input:
+        """Return a planned stage as the input of another."""
+        return self.plan.read(key)
 
-    @staticmethod
-    def _identify(cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        identity = parameters.as_json(values)
-        local = {name: identity[name] for name in cls.files(values)}
-        for name, path in cls.files(values).items():
-            content = digests.of_folder(path, None) if path.is_dir() else digest_of_file(path)
-            identity[name] = f"sha256:{content}"
-        return identity, local
+    def stage(
+        self,
+        kind: str,
+        parameters: Any,
+        *,
+        inputs: Mapping[str, Input],
+        label: str,
+        seed: int | None = None,
+        component: str | None = None,
+        reads_model: bool = True,
+        data: Mapping[str, str] | None = None,
+        local: Mapping[str, Any] | None = None,
+        work: float = 0.0,
+        workers: int = 1,
+        parameters_json: str | None = None,
+    ) -> str:
+        """Add a stage.
 
-    def share(self, *name: Any, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str]:
-        """Return parameters that many stages have in common, and their JSON: made once."""
-        if name not in self._shared:
-            made = make()
-            self._shared[name] = made, canonical_json(made)
-        return self._shared[name]
-
-    def add(self, *, parameters_json: str | None = None, **fields: Any) -> str:
-        stage = Stage(model=fields.pop("model", self.model.identity), precision=self.suite.model.precision,
-                      **fields)  # fmt: skip
-        k = key(stage, parameters_json)
-        self.result.stages.setdefault(k, stage)
+        `component`: the method that does it; None: the kind itself. `seed` None: chance has no part in the result.
+        `reads_model`: whether the base model is part of the identity. `data`: digests of files that no stage made,
+        `local`: where they are on this machine. `work`: UNet sample passes, a backward pass counts as two. `workers`:
+        how many processes may share it. `parameters_json`: the canonical JSON of the parameters, where it is known.
+        """
+        added = Stage(
+            kind=kind,
+            component=component or registry.component(registry.get("stage", kind)),
+            parameters=parameters,
+            inputs=dict(inputs),
+            model=self.loaded.model.identity if reads_model else {},
+            data=data or {},
+            seed=seed,
+            precision=self.suite.model.precision,
+            label=label,
+            local=local or {},
+            workers=workers,
+            work=work,
+        )
+        k = key(added, parameters_json)
+        self.plan.stages.setdefault(k, added)
         return k
 
     def unit(self, name: str, stages: Iterable[str]) -> None:
@@ -83,13 +106,23 @@ class PlanStages:
         members = tuple(dict.fromkeys(stages))
         if members in self.units:
             return
-        needs = {
-            upstream
-            for member in members
-            for upstream in self.result.stages[member].inputs.values()
-            if upstream not in members
-        }
-        self.units[members] = Unit(name, members, frozenset(needs))
+        reads = (read.key for member in members for read in self.plan.stages[member].inputs.values())
+        self.units[members] = Unit(name, members, frozenset(reads) - set(members))
+
+    def share(self, *name: Any, make: Callable[[], Any]) -> dict[str, Any]:
+        """Return parameters that many stages have in common, with their JSON, as `stage` takes them: made once."""
+        if name not in self._shared:
+            made = make()
+            self._shared[name] = made, canonical_json(as_json(made))
+        return dict(zip(("parameters", "parameters_json"), self._shared[name], strict=True))
+
+    def identified(self, cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (parameters for the identity, local parameters): files are identified by their content."""
+        if id(values) not in self._identities:
+            self._identities[id(values)] = (values, *_identify(cls, values))
+        return self._identities[id(values)][1:]
+
+    # -- images ------------------------------------------------------------------------------------------
 
     def images(self, name: str) -> str:
         """Add the stage that lays out the images of a concept, one folder a split."""
@@ -97,17 +130,15 @@ class PlanStages:
             return self._images[name]
         concept = self.concepts[name]
         if concept.source == "generated":
-            prompts = {s: list(concept.prompts[s]) for s in SPLITS}
+            prompts = {s: concept.prompts[s] for s in SPLITS}
             k = self._drawn(prompts, seeds.derive("images", self.suite.images.seed, name), f"images of {name}")
         else:
-            k = self.add(
-                kind="images",
-                component="images@1",
-                parameters={"count": {s: len(concept.images[s]) for s in SPLITS}},
-                model={},
+            k = self.stage(
+                "images",
+                ImagesParameters(count={s: len(concept.images[s]) for s in SPLITS}),
+                reads_model=False,
                 inputs={},
                 data={"images": concept.digest},
-                seed=None,
                 label=f"images of {name}",
                 local={
                     "source": concept.source,
@@ -119,21 +150,16 @@ class PlanStages:
         self.unit(f"images of {name}", [k])
         return k
 
-    def _drawn(self, prompts: Mapping[str, list[str]], seed: int, label: str) -> str:
+    def _drawn(self, prompts: Mapping[str, Sequence[str]], seed: int, label: str) -> str:
         """Add a stage in which the base model draws an image for each prompt, one folder a key of `prompts`."""
-        return self.add(
-            kind="images",
-            component="images@1",
-            parameters={
-                "prompts": dict(prompts),
-                # one image a prompt, however many are evaluated
-                "sampling": {k: v for k, v in self.sampling.items() if k != "images_per_prompt"},
-            },
+        return self.stage(
+            "images",
+            # one image a prompt, however many are evaluated
+            ImagesParameters({split: tuple(own) for split, own in prompts.items()}, self.sampling.alone),
             inputs={},
-            data={},
             seed=seed,
             label=label,
-            work=sum(len(p) for p in prompts.values()) * self.suite.sampling.steps * 2.0,
+            work=sum(len(p) for p in prompts.values()) * self.sampling.passes_an_image,
         )
 
     def prior_images(self, concept: Concept, count: int) -> str:
@@ -146,51 +172,43 @@ class PlanStages:
         self.unit(label, [k])
         return k
 
-    def protective(
+    # -- releases ----------------------------------------------------------------------------------------
+
+    def release(
         self,
         kind: str,
-        cls: type[Defense],
+        defense: Defense,
         called: str,
-        values: Any,
-        targets: tuple[str, ...],
-        preserve: tuple[str, ...],
+        targets: Sequence[str],
+        preserve: Sequence[str],
         seed: int,
-        erased: str | None,
+        over: ModelState,
     ) -> str:
-        """Add an erase, prepare or immunize stage; what the method does not use does not enter its identity."""
-        inputs = {"erase": erased} if erased else {}
+        """Add a stage in which a defense works on a state of the model, as eraser or immunizer (`kind`).
+
+        `called` is its label in the suite. What the method does not use does not enter its identity.
+        """
+        cls, values = type(defense), defense.parameters
+        inputs = over.inputs()
         used = cls.used(values)
         prepared = cls.preparation(values)
         if prepared is not None:
-            inputs["prepared"] = self.protective(
-                "prepare", type(prepared), prepared.name, prepared.parameters, targets, preserve, seed, erased
-            )
-        prior = cls.prior_images(values)
-        described: dict[str, list] = {}
+            done = self.release("prepare", prepared, prepared.name, targets, preserve, seed, over)
+            inputs[PREPARED] = self.read(done)
+        known = {}
         for role, names in (("targets", targets), ("preserved", preserve)):
-            if role not in used:
-                continue
-            described[role] = []
-            for index, name in enumerate(names):
-                concept = self.concepts[name]
-                entry: dict[str, Any] = {"kind": concept.kind, "phrase": concept.phrase}
-                if "images" in used:
-                    entry["captions"] = list(concept.captions["defense"])
-                    inputs[f"{role}.{index}"] = self.images(name)
-                if role == "targets" and prior:
-                    entry["prior_captions"] = cycled(concept.class_prompts, prior)
-                    inputs[f"prior.{index}"] = self.prior_images(concept, prior)
-                described[role].append(entry)
+            if role in used:
+                known[role], read = self._known(role, names, used, cls.prior_images(values))
+                inputs |= read
         label = f"{kind} {called}" + (f" for {', '.join(targets)}" if "targets" in used else "")
         label += f", seed {seed}" if "seed" in used else ""
-        label += ", erased before" if erased else ""
+        label += ", erased before" if over.layers else ""
         identity, local = self.identified(cls, values)
-        k = self.add(
-            kind=kind,
+        k = self.stage(
+            kind,
+            ProtectParameters(identity, **known),
             component=registry.component(cls),
-            parameters={"parameters": identity, **described},
             inputs=inputs,
-            data={},
             local={"parameters": local} if local else {},
             seed=seeds.derive("defense", seed) if "seed" in used else None,
             label=label,
@@ -200,47 +218,66 @@ class PlanStages:
         self.unit(label, [k])
         return k
 
+    def _known(
+        self, role: str, names: Sequence[str], used: frozenset[str], prior: int
+    ) -> tuple[tuple[KnownConcept, ...], dict[str, Input]]:
+        """Return what a defense knows of concepts, and the images of them that it reads."""
+        found, inputs = [], {}
+        for index, name in enumerate(names):
+            concept = self.concepts[name]
+            captions = prior_captions = None
+            if "images" in used:
+                captions = concept.captions["defense"]
+                inputs[f"{role}.{index}"] = self.read(self.images(name))
+            if role == "targets" and prior:
+                prior_captions = cycled(concept.class_prompts, prior)
+                inputs[f"prior.{index}"] = self.read(self.prior_images(concept, prior))
+            found.append(KnownConcept(concept.kind, concept.phrase, captions, prior_captions))
+        return tuple(found), inputs
+
+    # -- what is drawn, and its scores -------------------------------------------------------------------
+
     def sample(
         self,
         concept: Concept,
         seed: int,
         steps: tuple[int, ...],
-        inputs: Mapping[str, str],
+        inputs: Mapping[str, Input],
         label: str,
+        *,
         called: str | None = None,
-        liberties: Mapping[str, Any] = MappingProxyType({}),
+        restore: tuple[str, ...] = (),
+        attacker: str | None = None,
     ) -> str:
         """Add a stage that draws the evaluation images; `called`: what the model was taught to call the concept.
 
-        `liberties`: what an adaptive attacker takes: components restored, the publisher's hooks left out.
+        `restore`, `attacker`: components that an adaptive attacker puts back, and that he is one.
         """
         called = concept.words.name if called is None else called
         images = len(concept.evaluations) * self.suite.sampling.images_per_prompt * len(steps)
-        described, described_json = self.share(
-            "sample", concept.name, called, steps, canonical_json(dict(liberties)),
-            make=lambda: {
-                "prompts": [concept.words.renamed(e.prompt, called) for e in concept.evaluations],
-                "steps": list(steps),
-                "sampling": self.sampling,
-                **liberties,
-            },
+        shared = self.share(
+            "sample", concept.name, called, steps, restore, attacker,
+            make=lambda: SampleParameters(
+                tuple(concept.words.renamed(e.prompt, called) for e in concept.evaluations),
+                steps,
+                self.sampling,
+                restore or None,
+                attacker,
+            ),
         )  # fmt: skip
-        return self.add(
-            kind="sample",
-            component="sample@1",
-            parameters=described,
-            parameters_json=described_json,
+        return self.stage(
+            "sample",
+            **shared,
             inputs=inputs,
-            data={},
             seed=seeds.derive("sampling", seed, concept.name),
             label=label,
-            work=images * self.suite.sampling.steps * 2.0,
+            work=images * self.sampling.passes_an_image,
         )
 
     def scores(
         self,
         concept: Concept,
-        generated: Mapping[str, str],
+        generated: Mapping[str, Input],
         label: str,
         descriptions: tuple[str, ...] | None = None,
         images: int | None = None,
@@ -252,23 +289,19 @@ class PlanStages:
         descriptions = descriptions or tuple(e.description for e in concept.evaluations)
         scores = {}
         for metric in self.metrics:
-            cut = {"images": images} if images and metric.cls.compares_with == "attack" else {}
-
-            def describe(metric=metric, cut=cut) -> dict[str, Any]:
-                return {"parameters": metric.parameters, "descriptions": list(descriptions), **cut}
-
-            described, described_json = self.share(
-                "score", metric.name, concept.name, descriptions, *cut.values(), make=describe
-            )
-            scores[metric.name] = self.add(
-                kind="score",
+            trained = images if metric.cls.compares_with == "attack" else None
+            shared = self.share(
+                "score", metric.name, concept.name, descriptions, trained or 0,
+                make=lambda metric=metric, trained=trained: ScoreParameters(
+                    metric.parameters, descriptions, trained or None
+                ),
+            )  # fmt: skip
+            scores[metric.name] = self.stage(
+                "score",
+                **shared,
                 component=metric.component,
-                parameters=described,
-                parameters_json=described_json,
-                model={},
-                inputs={**generated, "references": self._references(concept, metric)},
-                data={},
-                seed=None,
+                reads_model=False,
+                inputs={**generated, "references": self.read(self._references(concept, metric))},
                 label=f"{metric.name} of {label}",
                 local={"parameters": metric.local} if metric.local else {},
             )
@@ -280,26 +313,32 @@ class PlanStages:
         cls = metric.cls
         if cls.encoder is None:
             return images
-        split = cls.compares_with
-        k = self.add(
-            kind="features",
+        k = self.stage(
+            "features",
+            FeaturesParameters({n: metric.parameters[n] for n in cls.encoder_parameters}, cls.compares_with),
             component=cls.encoder,
-            parameters={"parameters": {n: metric.parameters[n] for n in cls.encoder_parameters}, "split": split},
-            model={},
-            inputs={"images": images},
-            data={},
-            seed=None,
-            label=f"features of {concept.name} ({split}) for {metric.name}",
+            reads_model=False,
+            inputs={"images": self.read(images)},
+            label=f"features of {concept.name} ({cls.compares_with}) for {metric.name}",
             # any metric of the encoder gives the same
             local={
                 "metric": {"component": metric.component, "parameters": dict(metric.parameters)},
                 "parameters": dict(metric.local),
             },
         )
-        self.unit(self.result.stages[k].label, [k])
+        self.unit(self.plan.stages[k].label, [k])
         return k
 
 
-def cycled(prompts: Sequence[str], count: int) -> list[str]:
+def _identify(cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    identity = as_json(values)
+    local = {name: identity[name] for name in cls.files(values)}
+    for name, path in cls.files(values).items():
+        content = digests.of_folder(path, None) if path.is_dir() else digest_of_file(path)
+        identity[name] = f"sha256:{content}"
+    return identity, local
+
+
+def cycled(prompts: Sequence[str], count: int) -> tuple[str, ...]:
     """Return `count` prompts, those given coming round."""
-    return [prompts[i % len(prompts)] for i in range(count)]
+    return tuple(prompts[i % len(prompts)] for i in range(count))

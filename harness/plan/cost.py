@@ -6,8 +6,9 @@ a number that a test counts (tests/ml/test_cost.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 
+from harness.core import registry
 from harness.plan.graph import Plan
 
 SD1_UNET_FLOPS = 803_273_441_280
@@ -17,8 +18,6 @@ SUSTAINED = {
     "bf16": (0.4 * 312.0, "40 % of an A100's 312 TFLOP/s in bf16"),
 }
 """By precision: TFLOP/s that a GPU is assumed to sustain, and in words. Not measured."""
-OWN_KINDS = frozenset({"erase", "prepare", "immunize", "probe", "adapt", "sample"})
-"""What a script that knows of no other trial does itself."""
 
 
 def shared_passes(plan: Plan) -> float:
@@ -26,23 +25,39 @@ def shared_passes(plan: Plan) -> float:
     return sum(stage.work for stage in plan.stages.values())
 
 
-def unshared_passes(plan: Plan, upstream: Callable[[str], frozenset[str]]) -> float:
+def unshared_passes(plan: Plan) -> float:
     """Return the UNet passes where each attack on each concept erases, immunizes, adapts and samples for itself.
 
     What else there is (images of concepts, samples before any attack) is counted once, as in the plan.
     """
+    upstream = plan.upstream()
+    per_trial = {kind for kind in registry.names("stage") if registry.get("stage", kind).per_trial}
     own: dict[str, float] = {}
     of_trials: set[str] = set()
     total = 0.0
-    for trial in plan.trials:
-        if not trial.attack:
+    for measurement in plan.measurements:
+        if not measurement.is_apart:
             continue
-        if trial.sample not in own:
-            stages = [k for k in upstream(trial.sample) if plan.stages[k].kind in OWN_KINDS]
+        observed = measurement.observed
+        if observed not in own:
+            stages = [k for k in upstream(observed) if plan.stages[k].kind in per_trial]
             of_trials.update(stages)
-            own[trial.sample] = sum(plan.stages[k].work for k in stages)
-        total += own[trial.sample]
+            own[observed] = sum(plan.stages[k].work for k in stages)
+        total += own[observed]
     return total + sum(stage.work for key, stage in plan.stages.items() if key not in of_trials)
+
+
+def asked(plan: Plan) -> Counter[str]:
+    """Return how many stages of each kind the grid would have if nothing were shared."""
+    upstream = plan.upstream()
+    kinds = {key: stage.kind for key, stage in plan.stages.items()}
+    counted: Counter[str] = Counter()
+    for measurement in plan.measurements:
+        needed = {measurement.observed, *measurement.scores.values()}
+        for key in tuple(needed):
+            needed |= upstream(key)
+        counted.update([kinds[key] for key in needed])
+    return counted
 
 
 def gpu_hours(passes: float, tflops: float) -> float:

@@ -1,40 +1,18 @@
-"""The graph that a suite asks for: stages by key, units of them for workers, and the trials that they serve.
+"""The graph that a suite asks for: stages by key, units of them for workers, and the measurements that they serve.
 
-A trial of the grid is (task, defense, protected set, attack, concept, seed). Most of its work is shared: stages are
-content-addressed, so two trials that need the same stage name the same key, and it is done once. What varies last is
-done together: an adaptation, the images sampled from its trajectory and their scores form one *unit*, which is what an
-executor hands to a worker; the stages of a unit are committed one by one. `harness.tasks.immunization` walks the grid,
-`harness.plan.builder` describes the stages.
+Most work of the grid is shared: stages are content-addressed, so two measurements that need the same stage name the
+same key, and it is done once. What varies last is done together: an adaptation, the images sampled from its trajectory
+and their scores form one *unit*, which is what an executor hands to a worker; the stages of a unit are committed one by
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from harness.core.identity import Stage
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One row group of the table: where its images and scores come from."""
-
-    task: str
-    defense: str  # label in the suite; "original" is the model before it was erased
-    method: str
-    profile: str
-    protected: tuple[str, ...]
-    attack: str
-    attacker: str
-    concept: str
-    role: str  # target | innocent | utility | real (the attack split itself, scored as if drawn) | floor (another's)
-    seed: int
-    steps: tuple[int, ...]  # 0: before the attack
-    sample: str  # key of the sample stage; of the images stage for role "real"
-    scores: Mapping[str, str]  # metric label -> key of the score stage
-    probes: int = 0  # how often an adaptive attacker tried before
-    is_weak: bool = False  # the defense was made weak on purpose
-    released: str = ""  # key of the defense's stage; "" where there is none
+from harness.contracts.task import Measurement
+from harness.core.identity import Input, Stage
 
 
 @dataclass(frozen=True)
@@ -48,11 +26,26 @@ class Unit:
 
 @dataclass
 class Plan:
-    """The graph: stages by key, units in an order that respects their needs, and the trials they serve."""
+    """The graph: stages by key, units in an order that respects their needs, and the measurements they serve."""
 
     suite: str
     stages: dict[str, Stage] = field(default_factory=dict)
     units: list[Unit] = field(default_factory=list)
-    trials: list[Trial] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    tasks: dict[str, str] = field(default_factory=dict)  # name of a task -> its kind, in the order of the suite
 
+    def read(self, key: str) -> Input:
+        """Return a stage as what another one reads."""
+        return Input(self.stages[key].kind, key)
 
+    def upstream(self) -> Callable[[str], frozenset[str]]:
+        """Return a function from a key to itself and the keys of all that it needs."""
+        closure: dict[str, frozenset[str]] = {}
+
+        def upstream(key: str) -> frozenset[str]:
+            if key not in closure:
+                inputs = self.stages[key].inputs.values()
+                closure[key] = frozenset({key}).union(*(upstream(read.key) for read in inputs))
+            return closure[key]
+
+        return upstream

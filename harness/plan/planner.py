@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from harness.core import registry
+from harness.plan.builder import Builder
 from harness.plan.graph import Plan, Unit
 from harness.suite.loaded import LoadedSuite
 
 
 def make(loaded: LoadedSuite) -> Plan:
-    """Return the plan of a checked suite: the same for the same suite, of which alone it is made."""
-    from harness.tasks.immunization import Planner
+    """Return the plan of a checked suite: the same for the same suite, and made of it alone."""
+    build = Builder(loaded)
+    for name, spec in loaded.suite.tasks.items():
+        task = registry.get("task", spec.kind)(None)
+        build.plan.tasks[name] = spec.kind
+        build.plan.measurements += task.plan(name, spec, build)
+    build.plan.units = list(build.units.values())
+    return ordered(build.plan)
 
-    result = Planner(loaded).plan()
-    _order(result)
-    return result
 
-
-def _order(plan: Plan) -> None:
-    """Give each stage to one unit and sort the units so that what is needed comes first."""
+def ordered(plan: Plan) -> Plan:
+    """Give each stage to one unit and sort the units so that what is needed comes first; return the plan."""
     owner: dict[str, int] = {}
     units: list[Unit] = []
     for unit in plan.units:
@@ -24,7 +28,7 @@ def _order(plan: Plan) -> None:
         if not own:
             continue
         if own != unit.stages:
-            needs = {i for k in own for i in plan.stages[k].inputs.values() if i not in own}
+            needs = {read.key for k in own for read in plan.stages[k].inputs.values() if read.key not in own}
             unit = Unit(unit.name, own, frozenset(needs))
         owner.update(dict.fromkeys(own, len(units)))
         units.append(unit)
@@ -38,3 +42,4 @@ def _order(plan: Plan) -> None:
 
     order = sorted(range(len(units)), key=lambda i: (depth_of(i), i))
     plan.units = [units[i] for i in order]
+    return plan

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.core.identity import KINDS
+from harness.contracts.stage import kinds_in_order
 from harness.store.store import Store
 
 
@@ -62,8 +62,8 @@ def summary(store: Store, scores: Iterable[str]) -> Summary:
         for name, value in _facts(record["provenance"]):
             told.setdefault(name, Counter())[value] += 1
         result.stages += 1
-    place = {kind: index for index, kind in enumerate(KINDS)}
-    result.costs = sorted(costs.values(), key=lambda c: (place.get(c.kind, len(KINDS)), c.component))
+    place = {kind: index for index, kind in enumerate(kinds_in_order())}
+    result.costs = sorted(costs.values(), key=lambda c: (place.get(c.kind, len(place)), c.component))
     result.phases = phases.most_common()
     result.provenance = [(name, counted.most_common()) for name, counted in told.items()]
     return result
@@ -90,12 +90,9 @@ def _walk(store: Store, scores: Iterable[str], result: Summary) -> Iterator[dict
 def _kinds(store: Store) -> dict[str, str]:
     """Return the kind of every committed stage: an input is named by its key alone."""
     found: dict[str, str] = {}
-    for kind in KINDS:
-        try:
-            with os.scandir(store.root / kind) as entries:
-                found |= {entry.name: kind for entry in entries if not entry.name.startswith(".")}
-        except OSError:
-            continue
+    for kind in store.kinds():
+        with os.scandir(store.root / kind) as entries:
+            found |= {entry.name: kind for entry in entries if not entry.name.startswith(".")}
     return found
 
 

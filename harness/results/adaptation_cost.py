@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.contracts.task import Measurement
     from harness.plan.graph import Plan
     from harness.store.store import Store
 
@@ -36,8 +37,13 @@ _HEAD = (
 
 def records(plan: Plan, store: Store) -> dict[str, Mapping[str, Any]]:
     """Return the records of the adaptations that are done, by key."""
-    keys = dict.fromkeys(plan.stages[trial.sample].inputs["adapt"] for trial in plan.trials if trial.attack)
+    keys = dict.fromkeys(adapted(plan, each) for each in plan.measurements if each.labels.get("attack"))
     return {key: store.record("adapt", key) for key in keys if store.has("adapt", key)}
+
+
+def adapted(plan: Plan, measurement: Measurement) -> str:
+    """Return the key of the adaptation that a measurement is of."""
+    return plan.stages[measurement.observed].inputs["adapt"].key
 
 
 def lines(plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -45,16 +51,17 @@ def lines(plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, A
     made: dict[tuple, dict[tuple, str]] = {}  # of a line: of an adaptation (protected set, concept, seed) its key
     undefended: dict[tuple, tuple] = {}
     costs: dict[str, dict[str, float | None]] = {}
-    for trial in plan.trials:
-        if not trial.attack:
+    for each in plan.measurements:
+        about = each.labels
+        if not about.get("attack"):
             continue
-        name = (trial.task, trial.defense, trial.attack, trial.attacker)
-        if trial.method == "none":
-            undefended[trial.task, trial.attack, trial.attacker] = name
-        adapted = plan.stages[trial.sample].inputs["adapt"]
-        if adapted in done:
-            costs[adapted] = _cost(done[adapted], trial.steps[-1])
-            made.setdefault(name, {})[trial.protected, trial.concept, trial.seed] = adapted
+        name = (about["task"], about["defense"], about["attack"], about["attacker"])
+        if about["method"] == "none":
+            undefended[about["task"], about["attack"], about["attacker"]] = name
+        key = adapted(plan, each)
+        if key in done:
+            costs[key] = _cost(done[key], each.steps[-1])
+            made.setdefault(name, {})[about["protected"], about["concept"], about["seed"]] = key
     result = []
     for name, own in made.items():
         task, _, attack, attacker = name

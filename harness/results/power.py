@@ -42,7 +42,12 @@ def show(plan: Plan, seeds: int, given, own_folder: Path, console) -> None:
             raise UserMistake(f"--between: {what}")
     if between and between[0] == between[1]:
         raise UserMistake("--between: name two different defenses")
-    asked = {(t.task, metric, t.attack): None for t in plan.trials if t.attack for metric in t.scores}
+    asked = {
+        (each.labels["task"], metric, each.labels["attack"]): None
+        for each in plan.measurements
+        if each.labels.get("attack")
+        for metric in each.scores
+    }
     there = {(task, metric, attack) for task, attack, _, metric, _ in table.groups}
     if not there & set(asked):
         first = "/".join(next(iter(asked), ("no attack",)))

@@ -12,9 +12,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from harness.core import registry
 from harness.core.errors import UserMistake, one_line
 from harness.core.files import write_text
 from harness.plan.graph import Plan
+from harness.store.layout import SCORES
 from harness.store.store import Store
 
 COLUMNS = (
@@ -30,47 +32,40 @@ def collect(plan: Plan, store: Store, model_name: str) -> Iterator[dict[str, Any
     A defense that is not committed has no rows, even where its trials share the undefended model's stages.
     """
     read: dict[str, dict[str, Any] | None] = {}
-    released: dict[str, bool] = {"": True}
-    for trial in plan.trials:
-        if trial.released not in released:
-            released[trial.released] = store.has("immunize", trial.released)
-        if not released[trial.released]:
+    committed: dict[tuple[str, str], bool] = {}
+    for measurement in plan.measurements:
+        for need in measurement.needs.items():
+            if need not in committed:
+                committed[need] = store.has(*need)
+        if not all(committed[need] for need in measurement.needs.items()):
             continue
-        prompts = plan.stages[trial.sample].parameters.get("prompts", ())  # as they were asked: attacks have own words
-        for metric, key in trial.scores.items():
+        observed = plan.stages[measurement.observed]
+        prompts = registry.get("stage", observed.kind).prompts(observed.parameters)
+        labels = {n: "+".join(v) if isinstance(v, tuple) else v for n, v in measurement.labels.items()}
+        for metric, key in measurement.scores.items():
             if key not in read:
-                path = store.path("score", key) / "scores.json"
-                read[key] = json.loads(path.read_text("utf-8")) if store.has("score", key) else None
+                kind = plan.stages[key].kind
+                path = store.path(kind, key) / SCORES
+                read[key] = json.loads(path.read_text("utf-8")) if store.has(kind, key) else None
             scores = read[key]
             if scores is None:
                 continue
             shared = {
                 "suite": plan.suite,
                 "model": model_name,
-                "task": trial.task,
-                "defense": trial.defense,
-                "method": trial.method,
-                "profile": trial.profile,
-                "is_weak": trial.is_weak,
-                "protected": "+".join(trial.protected),
-                "attack": trial.attack,
-                "attacker": trial.attacker,
-                "n_probes": trial.probes,
-                "concept": trial.concept,
-                "role": trial.role,
-                "seed": trial.seed,
+                **labels,
                 "metric": metric,
-                "sample_key": trial.sample,
+                "sample_key": measurement.observed,
                 "score_key": key,
                 **scores["about"],
             }
             for entry in scores["values"]:
-                is_asked = entry["prompt"] is not None and trial.role not in ("real", "floor")
+                prompt = entry["prompt"]
                 yield {
                     **shared,
                     "step": entry["step"],
-                    "prompt_index": entry["prompt"],  # None, and so empty, of a metric of whole sets
-                    "prompt": prompts[entry["prompt"]] if is_asked else "",
+                    "prompt_index": prompt,  # None, and so empty, of a metric of whole sets
+                    "prompt": prompts[prompt] if prompt is not None and prompt < len(prompts) else "",
                     "value": entry["value"],
                 }
 

@@ -91,7 +91,7 @@ def write(
 
     `papers` are numbers that stand beside, in freezing.md, freezing.csv and adaptation_cost.csv.
     """
-    is_whole = all(store.has("score", key) for trial in plan.trials for key in trial.scores.values())
+    is_whole = all(store.has(plan.stages[k].kind, k) for each in plan.measurements for k in each.scores.values())
     folder.mkdir(parents=True, exist_ok=True)
     table = Measurements(write_through(folder / "rows.csv", collect(plan, store, model_name), ROW_COLUMNS))
     lines = leaderboard(table, gates)
@@ -137,10 +137,11 @@ def _write_frozen(
     adaptations = adaptation_cost.records(plan, store)
     costs = adaptation_cost.lines(plan, adaptations)
     write_text(folder / "adaptation_cost.md", adaptation_cost.markdown(costs))
-    together = {trial.task: 0 for trial in plan.trials}
-    for trial in plan.trials:
-        together[trial.task] = max(together[trial.task], len(trial.protected))
-    erasing = {trial.task for trial in plan.trials if trial.defense == "original"}
+    labels = [each.labels for each in plan.measurements]
+    together = {about["task"]: 0 for about in labels}
+    for about in labels:
+        together[about["task"]] = max(together[about["task"]], len(about["protected"]))
+    erasing = {about["task"] for about in labels if about["defense"] == "original"}
     shown = freezing_tables.lines(lines, frozen, together, table)
     names = freezing_tables.paper_names(shown, frozen, erasing)
     order = list(dict.fromkeys(name for known in table.defenses.values() for name in known))
@@ -168,7 +169,8 @@ def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool
 
 def _fingerprint(plan: Plan, model_name: str, gates: Gates) -> str:
     """Return a digest of everything that the tables are made from, but the values: those the score keys stand for."""
-    return digest_of_json([VERSION, plan.suite, model_name, asdict(gates), [asdict(trial) for trial in plan.trials]])
+    measured = [asdict(each) for each in plan.measurements]
+    return digest_of_json([VERSION, plan.suite, model_name, asdict(gates), measured])
 
 
 def sections(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:

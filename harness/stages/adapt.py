@@ -7,105 +7,208 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.core import parameters, pictures, search
+from harness.contracts.attack import AttackedConcept, Budget
+from harness.contracts.stage import StageKind
+from harness.core import parameters as method_parameters
+from harness.core import pictures, registry, search
 from harness.core.concept import PRIOR
+from harness.core.described import Described, as_json, optional
 from harness.core.files import sync_files, write_json
+from harness.core.identity import Stage
+from harness.core.registry import register
+from harness.core.sampling import Sampling
 from harness.core.words import Words
 from harness.stages.sample import sampling_hooks
-from harness.stages.work import StageAtWork
+from harness.stages.work import StageAtWork, made
 from harness.store.layout import CHECKPOINTS, step_folder
 
 if TYPE_CHECKING:
     from harness.contracts.attack import Checkpoint
 
 log = logging.getLogger("immunitybench")
+PROBE = "probe.json"
+"""What a probe tried and how it scored."""
+SEARCH = "search.json"
+"""Of an adaptation that was tuned: its probes, and which was chosen."""
 
 
-def adapt(s: StageAtWork) -> None:
+@dataclass(frozen=True)
+class SpentBudget:
+    """What the attack spends."""
+
+    steps: tuple[int, ...]  # optimizer steps at which the trajectory is read
+    batch_size: int  # global: over all processes
+    images: int | None  # of the attack split; None: all
+
+
+@dataclass(frozen=True)
+class AttackerKnows:
+    """The attacked concept, in the attacker's words."""
+
+    kind: str  # object | style
+    captions: tuple[str, ...]  # one an image
+    called: str  # what the attack calls the concept
+    words: Words | None = optional()  # where the attack depends on what the name is made of
+    prior_captions: tuple[str, ...] | None = optional()  # one an image of the class
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptParameters:
+    """An attack's own parameters, its budget, and what it is made on."""
+
+    parameters: Described
+    budget: SpentBudget
+    attacker: str  # honest | adaptive
+    concept: AttackerKnows
+    restore: tuple[str, ...] | None = optional()  # components put back to before the defense
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The metric that probes are judged by."""
+
+    component: str
+    parameters: Described
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeParameters(AdaptParameters):
+    """One try of an adaptive attacker's search."""
+
+    space: Described  # what may be changed (`harness.core.search`)
+    search: int  # version of the search
+    held_out: int  # images that are judged by, and not trained on
+    prompts: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    sampling: Sampling
+    metric: Judge
+    place: int | None = optional()  # among the probes of its batch
+    repeat: int | None = optional()  # instead: which repeat it is
+
+
+class Attacking(StageKind):
+    """What the kinds that run an attack have in common."""
+
+    version = 1
+    per_trial = True
+
+
+@register("stage")
+class Adapt(Attacking):
     """Run an attack, tuned where probes went before, and keep the adapted model at each step of its trajectory."""
-    attack = s.method("attack")
-    probes = _probes(s)
-    if probes:
-        chosen = search.chosen(probes)
-        attack = _with(attack, chosen.values)
-        found = {"chosen": chosen.values, "score": chosen.score, "probes": [asdict(probe) for probe in probes]}
-        if s.run.world.rank == 0:
-            write_json(s.folder / "search.json", found)
-    saved = _trajectory(s, attack, *_own(s))
-    if s.run.world.rank == 0:
-        shutil.copytree(saved, s.folder / CHECKPOINTS, copy_function=os.link)
+
+    name = "adapt"
+    after = ("images", "erase", "immunize", "probe")
+    spare = CHECKPOINTS
+    Parameters = AdaptParameters
+
+    @classmethod
+    def can_spread(cls, stage: Stage) -> bool:
+        """Whether the attack trains through `harness.training.sharding` with these parameters."""
+        attack = registry.get("attack", stage.component.partition("@")[0])
+        given = {**stage.parameters.parameters, **stage.local.get("parameters", {})}
+        values, mistakes = method_parameters.resolve(attack, given)
+        return not mistakes and attack.can_share(values)
+
+    def do(self, parameters: AdaptParameters, work: StageAtWork) -> None:
+        """Keep a folder for each step, and the search where there was one."""
+        attack = work.method("attack")
+        probes = _probes(work)
+        if probes:
+            chosen = search.chosen(probes)
+            attack = _with(attack, chosen.values)
+            found = {"chosen": chosen.values, "score": chosen.score, "probes": [asdict(probe) for probe in probes]}
+            if work.run.world.rank == 0:
+                write_json(work.folder / SEARCH, found)
+        saved = _trajectory(work, parameters, attack, *_own(work, parameters))
+        if work.run.world.rank == 0:
+            shutil.copytree(saved, work.folder / CHECKPOINTS, copy_function=os.link)
 
 
-def probe(s: StageAtWork) -> None:
-    """Try other settings of an attack on a part of the attacker's images: probe.json says which, and how it went."""
+@register("stage")
+class Probe(Attacking):
+    """Try other settings of an attack on a part of the attacker's images, and judge them by the rest."""
+
+    name = "probe"
+    after = ("images", "erase", "immunize")
+    Parameters = ProbeParameters
+
+    def do(self, parameters: ProbeParameters, work: StageAtWork) -> None:
+        """Write which settings were tried, and how they scored; no score where the training diverged."""
+        values, fold = _tried(work, parameters)
+        if values is None:
+            write_json(work.folder / PROBE, {"values": None, "score": None})
+            return
+        attack = _with(work.method("attack"), values)
+        own, captions, judged = _split(*_own(work, parameters), parameters.held_out, fold)
+        try:
+            saved = _trajectory(work, parameters, attack, own, captions)
+        except FloatingPointError as error:
+            log.info("diverged: %s", error)
+            write_json(work.folder / PROBE, {"values": values, "score": None})
+            return
+        score = _judged(work, parameters, attack, saved / step_folder(parameters.budget.steps[-1]), judged)
+        write_json(work.folder / PROBE, {"values": values, "score": score})
+
+
+def _tried(work: StageAtWork, parameters: ProbeParameters) -> tuple[Mapping[str, Any] | None, int]:
+    """Return (the settings to try or None where none are needed, which part of the images is held out)."""
+    if parameters.repeat is not None:
+        return search.repeated(_probes(work), parameters.repeat), parameters.repeat // 2 + 1
+    return search.propose(parameters.space, work.run.seed_for("study"), _probes(work), parameters.place), 0
+
+
+def _judged(
+    work: StageAtWork, parameters: ProbeParameters, attack: Any, checkpoint: Path, judged: Sequence[Path]
+) -> float:
+    """Return how close an adapted model comes to the images that it did not train on: greater is closer."""
     from harness.model.sampling import sample
 
-    described = s.stage.parameters
-    attack = s.method("attack")
-    fold = 0
-    if "repeat" in described:
-        values = search.repeated(_probes(s), described["repeat"])
-        fold = described["repeat"] // 2 + 1
-        if values is None:
-            write_json(s.folder / "probe.json", {"values": None, "score": None})
-            return
-    else:
-        values = search.propose(described["space"], s.run.seed_for("study"), _probes(s), described["place"])
-    attack = _with(attack, values)
-    own, captions = _own(s)
-    own, captions, judged = _split(own, captions, described["held_out"], fold)
+    local = work.stage.local.get("metric", {})
+    metric = made("metric", parameters.metric.component, parameters.metric.parameters, local)
+    known = metric.known(pictures.read(judged), work.run.device)
+    model, protection = work.state()
+    hooks = sampling_hooks(protection, parameters.attacker)
+    attack.load(model, checkpoint)
     try:
-        saved = _trajectory(s, attack, own, captions)
-    except FloatingPointError as error:
-        log.info("diverged: %s", error)
-        write_json(s.folder / "probe.json", {"values": values, "score": None})
-        return
-    metric = s.method("metric", described["metric"], s.stage.local.get("metric", {}))
-    known = metric.known(pictures.read(judged), s.run.device)
-    model, protection = s.released()
-    hooks = sampling_hooks(protection, described["attacker"])
-    attack.load(model, saved / step_folder(described["budget"]["steps"][-1]))
-    try:
-        with s.run.ledger.phase("sample"):
-            drawn: list[list[Any]] = [[] for _ in described["prompts"]]
+        with work.run.ledger.phase("sample"):
+            drawn: list[list[Any]] = [[] for _ in parameters.prompts]
             for prompt, _, image in sample(
-                model, s.run, described["prompts"], described["sampling"],
-                images_per_prompt=search.IMAGES, seed=s.run.seed_for("sampling"), hooks=hooks,
+                model, work.run, parameters.prompts, parameters.sampling,
+                images_per_prompt=search.IMAGES, seed=work.run.seed_for("sampling"), hooks=hooks,
             ):  # fmt: skip
                 drawn[prompt].append(image)
     finally:
         attack.unload(model)
-    with s.run.ledger.phase("score"):
-        scored = metric.score(drawn, known, described["descriptions"], s.run.device)
-    score = (1 if metric.direction == "higher" else -1) * sum(scored) / len(scored)
-    write_json(s.folder / "probe.json", {"values": values, "score": score})
+    with work.run.ledger.phase("score"):
+        scored = metric.score(drawn, known, parameters.descriptions, work.run.device)
+    return (1 if metric.direction == "higher" else -1) * sum(scored) / len(scored)
 
 
-def _probes(s: StageAtWork) -> list[search.Probe]:
+def _probes(work: StageAtWork) -> list[search.Probe]:
     """Return the probes that the stage knows of, in order."""
-    roles = sorted((r for r in s.stage.inputs if r.startswith("probe.")), key=lambda r: int(r.partition(".")[2]))
-    found = [json.loads((s.input(role, "probe") / "probe.json").read_text(encoding="utf-8")) for role in roles]
+    roles = sorted((r for r in work.stage.inputs if r.startswith("probe.")), key=lambda r: int(r.partition(".")[2]))
+    found = [json.loads((work.input(role) / PROBE).read_text(encoding="utf-8")) for role in roles]
     return [search.Probe(each["values"], each["score"]) for each in found]
 
 
 def _with(attack: Any, values: Mapping[str, Any]) -> Any:
     """Return an attack with some parameters changed."""
-    given = {**parameters.as_json(attack.parameters), **values}
-    resolved, mistakes = parameters.resolve(type(attack), given)
+    given = {**as_json(attack.parameters), **values}
+    resolved, mistakes = method_parameters.resolve(type(attack), given)
     if mistakes:
         raise ValueError("; ".join(message for _, message in mistakes))
     return type(attack)(resolved)
 
 
-def _own(s: StageAtWork) -> tuple[list[Path], list[str]]:
+def _own(work: StageAtWork, parameters: AdaptParameters) -> tuple[list[Path], Sequence[str]]:
     """Return the attacker's images, as many as the budget allows, and a caption for each."""
-    described = s.stage.parameters
-    files = s.files("images", "attack")[: described["budget"]["images"]]
-    return files, described["concept"]["captions"][: len(files)]
+    files = work.files("images", "attack")[: parameters.budget.images]
+    return files, parameters.concept.captions[: len(files)]
 
 
 def _split(
@@ -117,36 +220,34 @@ def _split(
     return [files[i] for i in trained], [captions[i] for i in trained], [files[i] for i in judged]
 
 
-def _trajectory(s: StageAtWork, attack: Any, files: Sequence[Path], captions: Sequence[str]) -> Path:
+def _trajectory(
+    work: StageAtWork, parameters: AdaptParameters, attack: Any, files: Sequence[Path], captions: Sequence[str]
+) -> Path:
     """Run an attack on images; return the folder with a folder of each step."""
-    from harness.contracts.attack import AttackedConcept, Budget
-
-    described = s.stage.parameters
-    budget, known = described["budget"], described["concept"]
+    known, run = parameters.concept, work.run
     prior = attack.prior_images(attack.parameters)
     concept = AttackedConcept(
-        kind=known["kind"],
+        kind=known.kind,
         captions=tuple(captions),
         files=tuple(files),
-        words=Words(**known.get("words", {"name": known["called"]})),
-        called=known["called"],
-        prior_captions=tuple(known["prior_captions"][:prior]) if prior else (),
-        prior_files=tuple(s.files("prior", PRIOR)[:prior]) if prior else (),
+        words=known.words or Words(known.called),
+        called=known.called,
+        prior_captions=tuple(known.prior_captions[:prior]) if prior else (),
+        prior_files=tuple(work.files("prior", PRIOR)[:prior]) if prior else (),
     )
-    model, protection = s.released()
-    saved = s.run.folder / "checkpoints"  # survives a kill, like the state that training goes on from
+    model, protection = work.state()
+    saved = run.folder / CHECKPOINTS  # survives a kill, like the state that training goes on from
     saved.mkdir(exist_ok=True)
-    steps = tuple(budget["steps"])
-    kept = s.run.load_state()
+    steps = parameters.budget.steps
+    kept = run.load_state()
     if kept is not None and any(step <= kept[0] and not (saved / step_folder(step)).is_dir() for step in steps):
-        s.run.drop_state()  # a checkpoint that was passed is gone: only a fresh start can give it again
-    s.run.world.wait()  # before any process saves one
-    for checkpoint in attack.adapt(
-        model, concept, protection, Budget(steps, budget["batch_size"], described["attacker"]), s.run
-    ):
-        if s.run.world.rank == 0:
+        run.drop_state()  # a checkpoint that was passed is gone: only a fresh start can give it again
+    run.world.wait()  # before any process saves one
+    budget = Budget(steps, parameters.budget.batch_size, parameters.attacker)
+    for checkpoint in attack.adapt(model, concept, protection, budget, run):
+        if run.world.rank == 0:
             _keep(checkpoint, saved)
-        s.run.world.wait()
+        run.world.wait()
     missing = [step for step in steps if not (saved / step_folder(step)).is_dir()]
     if missing:
         raise RuntimeError(f"{attack.name} yielded no checkpoint at steps {missing}")

@@ -1,8 +1,8 @@
 """Which adapted models are kept: whole fine-tuned UNets fill a disk, and adapters do not.
 
-A checkpoint above the suite's `keep_checkpoint_mb` goes when the images of its trajectory are drawn. The stage stays
-committed: its record, and what was drawn. Whoever needs the weights again (images under other prompts, say) has the
-adaptation done anew, under the same key.
+A checkpoint above the suite's `keep_checkpoint_mb` is deleted when the images of its trajectory are drawn. The stage
+stays committed: its record, and what was drawn. When the weights are needed again (for images under other prompts), the
+adaptation is run again, under the same key. Which folder of a stage may go is what its kind names as `spare`.
 """
 
 from __future__ import annotations
@@ -11,28 +11,33 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 
+from harness.core import registry
 from harness.core.identity import Stage
-from harness.store.layout import CHECKPOINTS
 from harness.store.store import Store
 
 
 def gone_but_needed(stages: Mapping[str, Stage], store: Store) -> frozenset[str]:
-    """Return the committed adaptations among a unit's stages whose checkpoints are gone and wanted again."""
+    """Return the committed stages of a unit whose spare folder is gone and wanted again."""
     return frozenset(
         key
         for key, stage in stages.items()
-        if stage.kind == "adapt" and store.has("adapt", key) and _is_gone(key, store)
-        if not _are_read(key, stages, store)
+        if (folder := _spare(key, stage, store)) is not None
+        and store.has(stage.kind, key)
+        and not folder.is_dir()
+        and not _are_read(key, stages, store)
     )
 
 
 def thin(stages: Mapping[str, Stage], store: Store, keep_mb: float | None) -> None:
-    """Delete checkpoints of more than `keep_mb` megabytes (None: none) that no stage of the unit reads any more."""
+    """Delete what takes more than `keep_mb` megabytes a step (None: nothing) and was read by the unit's stages."""
+    if keep_mb is None:
+        return
     for key, stage in stages.items():
-        if keep_mb is None or stage.kind != "adapt" or not store.has("adapt", key) or _is_gone(key, store):
+        folder = _spare(key, stage, store)
+        if folder is None or not folder.is_dir() or not store.has(stage.kind, key):
             continue
-        folder = store.path("adapt", key) / CHECKPOINTS
         sizes = [sum(p.stat().st_size for p in step.rglob("*") if p.is_file()) for step in folder.iterdir()]
         if max(sizes, default=0) > keep_mb * 1e6 and _are_read(key, stages, store):
             away = folder.parent.parent / f".old.{uuid.uuid4().hex}"  # swept, should a kill come between
@@ -40,10 +45,13 @@ def thin(stages: Mapping[str, Stage], store: Store, keep_mb: float | None) -> No
             shutil.rmtree(away, ignore_errors=True)
 
 
-def _is_gone(key: str, store: Store) -> bool:
-    return not (store.path("adapt", key) / CHECKPOINTS).is_dir()
+def _spare(key: str, stage: Stage, store: Store) -> Path | None:
+    """Return the folder of a stage that may be deleted when it was read; None: its kind has none."""
+    spare = registry.get("stage", stage.kind).spare
+    return None if spare is None else store.path(stage.kind, key) / spare
 
 
 def _are_read(key: str, stages: Mapping[str, Stage], store: Store) -> bool:
-    """Tell whether every stage of the unit that reads an adaptation is committed."""
-    return all(store.has(other.kind, k) for k, other in stages.items() if key in other.inputs.values())
+    """Tell whether every stage of the unit that reads a stage is committed."""
+    readers = {k: s for k, s in stages.items() if key in {read.key for read in s.inputs.values()}}
+    return all(store.has(stage.kind, k) for k, stage in readers.items())

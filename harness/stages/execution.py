@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from harness.core import parameters, registry
+from harness.core import registry
 from harness.core.errors import StageFailure, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage, describe
 from harness.model.run import Run
 from harness.stages import checkpoints
-from harness.stages.kinds import DO
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
@@ -67,14 +66,15 @@ def execute(
             )
             raise StageFailure(f"{stage.label}: {type(error).__name__}: {one_line(error)}") from error
     failure.unlink(missing_ok=True)
+    _forget_model(further_alone=True)
     return True
 
 
-def _forget_model() -> None:
-    """Drop the warm model: a method that raised may have left anything behind."""
+def _forget_model(*, further_alone: bool = False) -> None:
+    """Drop the warm models: a method that raised may have left anything behind."""
     models = sys.modules.get("harness.model.pipeline")
     if models is not None:
-        models.forget()
+        models.forget(further_alone=further_alone)
 
 
 def execute_unit(
@@ -90,7 +90,7 @@ def execute_unit(
     done = 0
     failed: dict[str, str] = {}
     for key, stage in stages.items():
-        if failed.keys() & set(stage.inputs.values()):
+        if failed.keys() & {read.key for read in stage.inputs.values()}:
             failed[key] = ""
             continue
         try:
@@ -131,11 +131,13 @@ def _execute_locked(
         if _is_shared(stage, workplace):
             from harness.stages import ranks
 
-            _forget_model()  # it would stand beside those of the processes
+            _forget_model()  # it would be in memory beside those of the processes
             ledger = ranks.run(stage, workplace, work_folder, folder, report)
         else:
             run.sharding = replace(workplace.sharding, workers=1, offload="none")
-            DO[stage.kind](StageAtWork(stage, workplace, store, run, folder))
+            registry.get("stage", stage.kind)(None).do(
+                stage.parameters, StageAtWork(stage, workplace, store, run, folder)
+            )
             run.ledger.peak_memory_bytes = peak_memory_bytes(device)
             ledger = run.ledger.as_json()
         seconds = time.perf_counter() - clock
@@ -164,15 +166,7 @@ def _is_shared(stage: Stage, workplace: Workplace) -> bool:
     sharding = workplace.sharding
     if not sharding.needs_deepspeed or stage.workers != sharding.workers:
         return False
-    name = stage.component.partition("@")[0]
-    if stage.kind in ("erase", "prepare", "immunize"):
-        return registry.get("preparation" if stage.kind == "prepare" else "defense", name).can_shard
-    if stage.kind != "adapt":
-        return False
-    cls = registry.get("attack", name)
-    given = {**stage.parameters["parameters"], **stage.local.get("parameters", {})}
-    values, mistakes = parameters.resolve(cls, given)
-    return not mistakes and cls.can_share(values)
+    return registry.get("stage", stage.kind).can_spread(stage)
 
 
 @contextlib.contextmanager

@@ -2,45 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from harness.contracts.stage import StageKind
 from harness.core.concept import SPLITS
+from harness.core.described import optional
+from harness.core.registry import register
+from harness.core.sampling import Sampling
 from harness.stages.work import StageAtWork
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-def lay_out(s: StageAtWork) -> None:
-    """Fill a folder for each split."""
+
+@dataclass(frozen=True)
+class ImagesParameters:
+    """Either what is drawn, or how many images are copied: where they are is the stage's `local`."""
+
+    prompts: Mapping[str, tuple[str, ...]] | None = optional()  # split -> one prompt an image
+    sampling: Sampling | None = optional()
+    count: Mapping[str, int] | None = optional()  # split -> images
+
+
+@register("stage")
+class Images(StageKind):
+    """Lay out images, one folder a split."""
+
+    name = "images"
+    version = 1
+    Parameters = ImagesParameters
+
+    def do(self, parameters: ImagesParameters, work: StageAtWork) -> None:
+        """Fill a folder for each split."""
+        if parameters.prompts is not None:
+            _draw(parameters, work)
+            return
+        for split in SPLITS:
+            folder = work.folder / split
+            folder.mkdir()
+            for index, picture in enumerate(_known(work, split)):
+                picture.save(folder / f"{index:04d}.png")
+
+
+def _draw(parameters: ImagesParameters, work: StageAtWork) -> None:
+    from harness.model.sampling import sample
+
+    model = work.base()
+    total = sum(len(p) for p in parameters.prompts.values())
+    done = 0
+    for split, prompts in parameters.prompts.items():
+        folder = work.folder / split
+        folder.mkdir()
+        with work.run.ledger.phase("sample"):
+            drawn = sample(
+                model, work.run, prompts, parameters.sampling, images_per_prompt=1, seed=work.run.seed_for(split)
+            )
+            for index, _, image in drawn:
+                image.save(folder / f"{index:04d}.png")
+                done += 1
+                work.run.report(done, total)
+
+
+def _known(work: StageAtWork, split: str) -> Iterator[Image]:
+    """Yield the images of a split from where they are on this machine."""
+    local = work.stage.local
+    if local["source"] == "catalog":
+        from harness.testbed import images
+
+        yield from images.read(local["images"][split])
+        return
     from PIL import Image
 
-    described = s.stage.parameters
-    if "prompts" in described:
-        from harness.model.sampling import sample
-
-        model = s.base()
-        total = sum(len(p) for p in described["prompts"].values())
-        done = 0
-        for split, prompts in described["prompts"].items():
-            folder = s.folder / split
-            folder.mkdir()
-            with s.run.ledger.phase("sample"):
-                drawn = sample(
-                    model, s.run, prompts, described["sampling"],
-                    images_per_prompt=1, seed=s.run.seed_for(split),
-                )  # fmt: skip
-                for index, _, image in drawn:
-                    image.save(folder / f"{index:04d}.png")
-                    done += 1
-                    s.run.report(done, total)
-        return
-    local = s.stage.local
-    for split in SPLITS:
-        folder = s.folder / split
-        folder.mkdir()
-        if local["source"] == "catalog":
-            from harness.testbed import images as testbed_images
-
-            pictures = testbed_images.read(local["images"][split])
-        else:
-            pictures = [Image.open(Path(local["folder"]) / name).convert("RGB") for name in local["images"][split]]
-        for index, picture in enumerate(pictures):
-            picture.save(folder / f"{index:04d}.png")
+    for name in local["images"][split]:
+        yield Image.open(Path(local["folder"]) / name).convert("RGB")

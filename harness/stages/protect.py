@@ -2,72 +2,149 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from defenses.freezing import masks
-from harness.contracts.protection import Protection
+from harness.contracts.defense import Defense, ProtectedConcept
+from harness.contracts.stage import StageKind
+from harness.core import registry
 from harness.core.concept import PRIOR
+from harness.core.described import Described, optional
+from harness.core.identity import Stage
+from harness.core.registry import register
 from harness.stages.work import StageAtWork
 
 if TYPE_CHECKING:
-    from harness.contracts.defense import Defense
+    import torch
+
+    from harness.contracts.protection import Protection
+
+PREPARED = "prepared"
+"""The role of what a defense asked to have done before."""
 
 
-def protect(s: StageAtWork) -> None:
-    """Run a defense (as eraser or immunizer) or its preparation, and keep its protection."""
-    from harness.contracts.defense import ProtectedConcept
+@dataclass(frozen=True)
+class KnownConcept:
+    """A concept as a defense may know it: what it does not use is left out."""
 
-    defense = s.method("preparation" if s.stage.kind == "prepare" else "defense")
-    concepts = {
-        role: [
-            ProtectedConcept(
-                kind=c["kind"],
-                phrase=c["phrase"],
-                captions=tuple(c.get("captions", ())),
-                files=tuple(s.files(f"{role}.{i}", "defense")) if "images" in defense.used(defense.parameters) else (),
-                prior_captions=tuple(c.get("prior_captions", ())),
-                prior_files=tuple(s.files(f"prior.{i}", PRIOR)) if "prior_captions" in c else (),
-            )
-            for i, c in enumerate(s.stage.parameters.get(role, ()))
-        ]
-        for role in ("targets", "preserved")
-    }
-    if "prepared" in s.stage.inputs:
-        with s.run.ledger.phase("load"):
-            s.run.prepared = Protection.load(s.input("prepared", "prepare"))
-    model, _ = s.released()
-    known = {name: p.shape for name, p in model.parameters().items()}
-    returned = defense.protect(model, concepts["targets"], concepts["preserved"], s.run)
-    # copied at once: a defense may return the model's own tensors, which are put back before the next stage
-    tensors = {name: t.detach().to("cpu", copy=True) for name, t in returned.tensors.items()}
-    protection = replace(returned, tensors=tensors)
-    _require_told(defense, protection)
+    kind: str  # object | style
+    phrase: str
+    captions: tuple[str, ...] | None = optional()  # one an image of the defense split
+    prior_captions: tuple[str, ...] | None = optional()  # one an image of the class
+
+
+@dataclass(frozen=True)
+class ProtectParameters:
+    """A defense's own parameters, and the concepts that it uses."""
+
+    parameters: Described
+    targets: tuple[KnownConcept, ...] | None = optional()
+    preserved: tuple[KnownConcept, ...] | None = optional()
+
+
+class Protect(StageKind):
+    """What the kinds that run a defense have in common."""
+
+    version = 1
+    per_trial = True
+    method_kind = "defense"
+    Parameters = ProtectParameters
+
+    @classmethod
+    def can_spread(cls, stage: Stage) -> bool:
+        """Whether the defense trains through `harness.training.sharding`."""
+        return registry.get(cls.method_kind, stage.component.partition("@")[0]).can_shard
+
+    def do(self, parameters: ProtectParameters, work: StageAtWork) -> None:
+        """Run the defense, and keep its protection."""
+        defense = work.method(self.method_kind)
+        targets, preserved = _concepts(parameters, work, "targets"), _concepts(parameters, work, "preserved")
+        if PREPARED in work.stage.inputs:
+            from harness.contracts.protection import Protection
+
+            with work.run.ledger.phase("load"):
+                work.run.prepared = Protection.load(work.input(PREPARED)).tensors
+        model, _ = work.state()
+        known = {name: p.shape for name, p in model.parameters().items()}
+        returned = defense.protect(model, targets, preserved, work.run)
+        # copied at once: a defense may return the model's own tensors, which are put back before the next stage
+        tensors = {name: t.detach().to("cpu", copy=True) for name, t in returned.tensors.items()}
+        protection = replace(returned, tensors=tensors)
+        _require_declared(defense, protection)
+        _require_fitting(defense, protection, known)
+        work.run.ledger.numbers["changed_tensors"] = len(protection.tensors)
+        work.run.ledger.numbers["frozen_tensors"] = len(protection.frozen)
+        if work.run.world.rank == 0:
+            protection.save(work.folder)
+            defense.keep(work.folder, {name: shape.numel() for name, shape in known.items()}, protection)
+
+
+@register("stage")
+class Erase(Protect):
+    """Remove a concept from what the model draws, before the defense."""
+
+    name = "erase"
+    after = ("images",)
+    is_layer = True
+
+
+@register("stage")
+class Prepare(Protect):
+    """Do what a defense asked to have done before, once for all who ask for the same."""
+
+    name = "prepare"
+    after = ("images", "erase")
+    method_kind = "preparation"
+
+
+@register("stage")
+class Immunize(Protect):
+    """Run a defense on the model, erased or not."""
+
+    name = "immunize"
+    after = ("images", "erase", "prepare")
+    is_layer = True
+    restorable = True
+
+
+def _concepts(parameters: ProtectParameters, work: StageAtWork, role: str) -> list[ProtectedConcept]:
+    """Return the concepts of a role, with the files of their images."""
+    return [
+        ProtectedConcept(
+            kind=known.kind,
+            phrase=known.phrase,
+            captions=known.captions or (),
+            files=tuple(work.files(f"{role}.{index}", "defense")) if known.captions is not None else (),
+            prior_captions=known.prior_captions or (),
+            prior_files=tuple(work.files(f"prior.{index}", PRIOR)) if known.prior_captions is not None else (),
+        )
+        for index, known in enumerate(getattr(parameters, role) or ())
+    ]
+
+
+def _require_declared(defense: Defense, protection: Protection) -> None:
+    """Raise ValueError when a protection contains something that the method's threat model does not declare."""
+    model = defense.threat_model
+    if (protection.tensors or protection.components) and not model.changes:
+        raise ValueError(f"{defense.name} changed weights, but its threat_model names none under `changes`")
+    released = {"frozen": "frozen", "adaptation": "adaptation_hooks", "sampling": "sampling_hooks"}
+    for attribute, word in released.items():
+        if getattr(protection, attribute) and not model.changes and word not in model.must_honour:
+            raise ValueError(f"{defense.name} released '{attribute}', but threat_model.must_honour lacks '{word}'")
+
+
+def _require_fitting(defense: Defense, protection: Protection, known: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError where a protection does not fit the model, or holds values that are not finite."""
+    whole = tuple(f"{component}." for component in protection.components)
     for name, tensor in protection.tensors.items():
-        if known.get(name) != tensor.shape:
+        if known.get(name) != tensor.shape and not (whole and name.startswith(whole)):
             raise ValueError(
                 f"{defense.name} returned '{name}' of shape {tuple(tensor.shape)}, but the model has "
                 f"{'no such parameter' if name not in known else tuple(known[name])}"
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{defense.name} returned '{name}' with values that are not finite")
-    unknown = sorted(protection.frozen - known.keys())
+    unknown = sorted(name for name in protection.frozen - known.keys() if not (whole and name.startswith(whole)))
     if unknown:
         raise ValueError(f"{defense.name} froze '{unknown[0]}', which the model does not have")
-    s.run.ledger.numbers["changed_tensors"] = len(protection.tensors)
-    s.run.ledger.numbers["frozen_tensors"] = len(protection.frozen)
-    if s.run.world.rank == 0:
-        protection.save(s.folder)
-        if protection.frozen or protection.details:
-            masks.write(s.folder, {n: shape.numel() for n, shape in known.items()}, protection)
-
-
-def _require_told(defense: Defense, protection: Protection) -> None:
-    """Raise ValueError when a protection holds what the method's threat model does not tell of."""
-    model = defense.threat_model
-    if protection.tensors and not model.changes:
-        raise ValueError(f"{defense.name} changed weights, but its threat_model names none under `changes`")
-    released = {"frozen": "frozen", "adaptation": "adaptation_hooks", "sampling": "sampling_hooks"}
-    for attribute, word in released.items():
-        if getattr(protection, attribute) and not model.changes and word not in model.must_honour:
-            raise ValueError(f"{defense.name} released '{attribute}', but threat_model.must_honour lacks '{word}'")

@@ -12,11 +12,11 @@ import traceback
 
 def main() -> None:
     """Read the stage from standard input, do this process's part, and say how it went."""
-    stage, workplace, work_folder = pickle.load(sys.stdin.buffer)
+    described, workplace, work_folder = pickle.load(sys.stdin.buffer)
     rank = int(os.environ["RANK"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _work(stage, workplace, work_folder, rank)
+        _work(described, workplace, work_folder, rank)
     except BaseException as error:
         from harness.core.errors import one_line
 
@@ -36,20 +36,21 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(stage, workplace, work_folder, rank: int) -> None:
+def _work(described, workplace, work_folder, rank: int) -> None:
     import torch
 
+    from harness.contracts.stage import from_json
     from harness.core import registry
     from harness.core.files import write_json
     from harness.model.run import Run
     from harness.stages import ranks
-    from harness.stages.kinds import DO
     from harness.stages.work import StageAtWork
     from harness.stages.workplace import peak_memory_bytes, prepare_device
     from harness.store.store import Store
     from harness.training import sharding
 
     registry.load_plugins(workplace.plugins)
+    stage = from_json(described)
     printed = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)  # libraries print too
     os.dup2(2, 1)
     device = prepare_device(workplace, int(os.environ["LOCAL_RANK"]))
@@ -68,7 +69,8 @@ def _work(stage, workplace, work_folder, rank: int) -> None:
             world=world,
             checkpoint_interval_s=workplace.checkpoint_interval_s,
         )
-        DO[stage.kind](StageAtWork(stage, workplace, Store(workplace.store), run, folder))
+        work = StageAtWork(stage, workplace, Store(workplace.store), run, folder)
+        registry.get("stage", stage.kind)(None).do(stage.parameters, work)
         run.ledger.peak_memory_bytes = peak_memory_bytes(device)
         gathered = [None] * world.size
         torch.distributed.all_gather_object(gathered, run.ledger.as_json())

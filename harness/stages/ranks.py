@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.contracts.stage import to_json
+
 if TYPE_CHECKING:
     from harness.core.identity import Stage
     from harness.stages.workplace import Workplace
@@ -66,7 +68,7 @@ def run(
                         stderr=log,
                     )
                 )
-            pickle.dump((stage, workplace, work_folder), processes[-1].stdin)
+            pickle.dump((to_json(stage), workplace, work_folder), processes[-1].stdin)
             processes[-1].stdin.flush()
         threading.Thread(target=_tell, args=(processes[0].stdout, report), daemon=True).start()
         _wait(processes, work_folder, logs)

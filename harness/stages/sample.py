@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.contracts.hooks import make_hooks
+from harness.contracts.stage import StageKind
 from harness.core import registry
+from harness.core.described import optional
+from harness.core.registry import register
+from harness.core.sampling import Sampling
 from harness.stages.work import StageAtWork
 from harness.store.layout import CHECKPOINTS, step_folder
 
@@ -14,52 +21,73 @@ if TYPE_CHECKING:
     from harness.contracts.protection import Protection
 
 
-def draw(s: StageAtWork) -> None:
-    """Draw the images, going on after a kill with the steps that are left."""
-    from harness.model.sampling import sample
+@dataclass(frozen=True)
+class SampleParameters:
+    """What is drawn, at which steps of an adaptation, and what an adaptive attacker does differently."""
 
-    described = s.stage.parameters
-    settings = described["sampling"]
-    model, protection = s.released()
-    hooks = sampling_hooks(protection, described.get("attacker", "honest"))
-    attack, checkpoints = None, None
-    if "adapt" in s.stage.inputs:
-        record = s.store.record("adapt", s.stage.inputs["adapt"])
-        attack = registry.get("attack", record["identity"]["component"].partition("@")[0])(None)
-        checkpoints = s.input("adapt", "adapt") / CHECKPOINTS
-    saved = s.run.folder / "images"
-    saved.mkdir(exist_ok=True)
-    total = len(described["steps"]) * len(described["prompts"]) * settings["images_per_prompt"]
-    done = 0
-    for step in described["steps"]:
-        final, temporary = saved / step_folder(step), saved / f".{step_folder(step)}"
-        if final.is_dir():  # drawn before a kill
-            done += len(list(final.iterdir()))
-            continue
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        if checkpoints is not None:
-            attack.load(model, checkpoints / step_folder(step))
-        try:
-            with s.run.ledger.phase("sample"):
-                for prompt, index, image in sample(
-                    model, s.run, described["prompts"], settings,
-                    images_per_prompt=settings["images_per_prompt"], seed=s.run.seed, hooks=hooks,
-                ):  # fmt: skip
-                    image.save(temporary / f"{prompt:03d}_{index:03d}.png")
-                    done += 1
-                    s.run.report(done, total)
-        finally:
+    prompts: tuple[str, ...]
+    steps: tuple[int, ...]  # (0,): before any
+    sampling: Sampling
+    restore: tuple[str, ...] | None = optional()  # components put back to before the defense
+    attacker: str | None = optional()  # "adaptive": the publisher's hooks are left out; None: honest
+
+
+@register("stage")
+class Sample(StageKind):
+    """Draw images from a released model, or from an adapted one along its trajectory."""
+
+    name = "sample"
+    version = 1
+    after = ("erase", "immunize", "adapt")
+    per_trial = True
+    Parameters = SampleParameters
+
+    @classmethod
+    def prompts(cls, parameters: SampleParameters) -> Sequence[str]:
+        """As they were asked: attacks have words for the concept that are theirs alone."""
+        return parameters.prompts
+
+    def do(self, parameters: SampleParameters, work: StageAtWork) -> None:
+        """Draw the images, going on after a kill with the steps that are left."""
+        from harness.model.sampling import sample
+
+        settings = parameters.sampling
+        model, protection = work.state()
+        hooks = sampling_hooks(protection, parameters.attacker or "honest")
+        attack, checkpoints = None, None
+        if "adapt" in work.stage.inputs:
+            record = work.store.record("adapt", work.stage.inputs["adapt"].key)
+            attack = registry.get("attack", record["identity"]["component"].partition("@")[0])(None)
+            checkpoints = work.input("adapt") / CHECKPOINTS
+        saved = work.run.folder / "images"
+        saved.mkdir(exist_ok=True)
+        total = len(parameters.steps) * len(parameters.prompts) * settings.images_per_prompt
+        done = 0
+        for step in parameters.steps:
+            final, temporary = saved / step_folder(step), saved / f".{step_folder(step)}"
+            if final.is_dir():  # drawn before a kill
+                done += len(list(final.iterdir()))
+                continue
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
             if checkpoints is not None:
-                attack.unload(model)
-        temporary.rename(final)
-    shutil.copytree(saved, s.folder / "images", copy_function=os.link)
+                attack.load(model, checkpoints / step_folder(step))
+            try:
+                with work.run.ledger.phase("sample"):
+                    for prompt, index, image in sample(
+                        model, work.run, parameters.prompts, settings,
+                        images_per_prompt=settings.images_per_prompt, seed=work.run.seed, hooks=hooks,
+                    ):  # fmt: skip
+                        image.save(temporary / f"{prompt:03d}_{index:03d}.png")
+                        done += 1
+                        work.run.report(done, total)
+            finally:
+                if checkpoints is not None:
+                    attack.unload(model)
+            temporary.rename(final)
+        shutil.copytree(saved, work.folder / "images", copy_function=os.link)
 
 
 def sampling_hooks(protection: Protection, attacker: str) -> list[Any]:
-    """Return what the publisher runs before images are drawn; an adaptive attacker, who has the weights, does not."""
-    from harness.contracts.hooks import make_hooks
-
-    if attacker != "honest":
-        return []
-    return make_hooks("sampling_hook", protection.sampling)
+    """Return what the publisher runs while images are drawn; an adaptive attacker, who has the weights, does not."""
+    return make_hooks("sampling_hook", protection.sampling) if attacker == "honest" else []

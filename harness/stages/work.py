@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from harness.contracts.layers import apply
+from harness.contracts.state import ModelState
 from harness.core import parameters, registry
 from harness.core.identity import Stage
 from harness.model.run import Run
@@ -17,7 +19,7 @@ from harness.store.store import Store
 
 @dataclass
 class StageAtWork:
-    """One stage being done: its description and surroundings, with the steps that several kinds share."""
+    """What a stage is done with: the `StageWork` of `harness.contracts.stage`."""
 
     stage: Stage
     workplace: Workplace
@@ -25,51 +27,52 @@ class StageAtWork:
     run: Run
     folder: Path  # becomes the committed folder
 
-    def input(self, role: str, kind: str) -> Path:
-        """Return the folder of a committed input."""
-        return self.store.path(kind, self.stage.inputs[role])
+    def input(self, role: str) -> Path:
+        """Return the folder of the committed stage that is read in a role."""
+        read = self.stage.inputs[role]
+        return self.store.path(read.kind, read.key)
 
     def files(self, role: str, split: str) -> list[Path]:
         """Return the images of a split of an `images` input, in order."""
-        return sorted((self.input(role, "images") / split).glob("*.png"))
+        return sorted((self.input(role) / split).glob("*.png"))
 
-    def method(
-        self, kind: str, described: Mapping[str, Any] | None = None, local: Mapping[str, Any] = MappingProxyType({})
-    ) -> Any:
-        """Return the method of the stage, or another that its parameters describe, with its parameters."""
-        component = described["component"] if described else self.stage.component
-        own = described["parameters"] if described else self.stage.parameters["parameters"]
-        cls = registry.get(kind, component.partition("@")[0])
-        given = {**own, **(local if described else self.stage.local.get("parameters", {}))}
-        values, mistakes = parameters.resolve(cls, given)
-        if mistakes:
-            raise ValueError("; ".join(message for _, message in mistakes))
-        return cls(values)
+    def method(self, kind: str) -> Any:
+        """Return the method that the stage's component names, with its parameters."""
+        return made(
+            kind, self.stage.component, self.stage.parameters.parameters, self.stage.local.get("parameters", {})
+        )
 
     def base(self):
         """Return the base model in its released state."""
+        return self._model("")
+
+    def state(self, name: str = ""):
+        """Return (model, protection): the state that the stage's inputs name, all layers over the base model.
+
+        An attacker who restores components has the tensors from before the defense there in the place of the defense's:
+        the base model's, or those of the layers below it. States of different names are different models in memory.
+        """
+        restored = frozenset(getattr(self.stage.parameters, "restore", None) or ())
+        model = self._model(name)
+        layers = [
+            (self.store.path(layer.kind, layer.key), restored if registry.get("stage", layer.kind).restorable else ())
+            for layer in ModelState.read(self.stage.inputs, name).layers
+        ]
+        return model, apply(model, layers)
+
+    def _model(self, name: str):
         from harness.model.pipeline import warm
 
         with self.run.ledger.phase("load"):
-            return warm(self.workplace.source, self.run.device)
-
-    def released(self):
-        """Return (model, protection): the base, erased if the task erases, with the defense's changes over it.
-
-        An attacker who restores components has the tensors from before the defense there in the place of the defense's:
-        the base model's, or those of the erased model that the task begins with.
-        """
-        from harness.contracts.protection import Protection
-
-        model = self.base()
-        restored = tuple(f"{component}." for component in self.stage.parameters.get("restore", ()))
-        protection, changed = Protection(), {}
-        for role in ("erase", "immunize"):
-            if role in self.stage.inputs:
-                protection = Protection.load(self.input(role, role))
-                is_kept = role == "erase" or not restored
-                changed |= {n: t for n, t in protection.tensors.items() if is_kept or not n.startswith(restored)}
-        model.overlay(changed)
-        return model, protection
+            return warm(self.workplace.source, self.run.device, name)
 
 
+def made(
+    kind: str, component: str, described: Mapping[str, Any], local: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """Return the method of a component with these parameters; `local`: what they are on this machine, such as paths."""
+    cls = registry.get(kind, component.partition("@")[0])
+    values, mistakes = parameters.resolve(cls, {**described, **local})
+    if mistakes:
+        raise ValueError("; ".join(message for _, message in mistakes))
+    return cls(values)

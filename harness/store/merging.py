@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.core.errors import UserMistake, one_line
 from harness.core.files import sync_files
-from harness.core.identity import KINDS, digest_of_file, digest_of_json
+from harness.core.identity import digest_of_file, digest_of_json
 from harness.store.layout import CHECKPOINTS
 from harness.store.store import RECORD, Store
 
@@ -69,7 +69,7 @@ def _store_in(path: Path, given: str, must_exist: bool = True) -> Path:
     """Return the store of a results folder, or the folder itself where it is one."""
     if (path / "store").is_dir():
         return path / "store"
-    if any((path / kind).is_dir() for kind in KINDS):
+    if Store(path).kinds():
         return path
     if path.is_file() or must_exist:
         raise UserMistake(f"{one_line(given)}: holds no store; name a folder of results, such as runs")
@@ -77,7 +77,7 @@ def _store_in(path: Path, given: str, must_exist: bool = True) -> Path:
 
 
 def _stages(store: Store) -> Iterator[tuple[str, str]]:
-    for kind in KINDS:
+    for kind in store.kinds():
         for key in sorted(store.committed(kind)):
             yield kind, key
 

@@ -38,6 +38,15 @@ class Store:
         """Tell whether the stage is committed."""
         return os.path.isfile(f"{self.root}/{kind}/{key}/{RECORD}")  # asked for thousands of stages at each start
 
+    def kinds(self) -> list[str]:
+        """Return the kinds of stages that have a folder here, sorted."""
+        try:
+            with os.scandir(self.root) as entries:
+                names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(name for name in names if self.committed(name))
+
     def committed(self, kind: str) -> set[str]:
         """Return the keys of all committed stages of a kind."""
         try:

@@ -1,6 +1,7 @@
-"""Checks of what a suite means: methods and their parameters, names, roles, sizes. Each returns (path, message) pairs.
+"""Checks of what a suite means: methods and their parameters, names, sizes. Each returns (path, message) pairs.
 
-A suite with mistakes of form is checked as far as it can be read: what is wrong in it is None here.
+A suite with mistakes of form is checked as far as it can be read: what is wrong in it is None here. What concerns one
+kind of task alone is checked by it (`harness.contracts.task`).
 """
 
 from __future__ import annotations
@@ -8,17 +9,53 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from harness.core import parameters, registry, search
+from harness.core.described import as_json
 from harness.core.errors import did_you_mean, one_line
 from harness.core.fetched import Fetched, is_cached
 from harness.suite.loaded import LoadedSuite, Mistake
-from harness.suite.loading import MAX_TRIALS
-from harness.suite.spec import METHOD_SECTIONS, RESERVED_DEFENSE_NAMES, RESERVED_SUITE_NAMES, AttackSpec, Suite
+from harness.suite.spec import (
+    METHOD_SECTIONS,
+    RESERVED_DEFENSE_NAMES,
+    RESERVED_SUITE_NAMES,
+    SECTIONS,
+    AttackSpec,
+    Suite,
+)
 
 MAX_PRIOR_IMAGES = 100_000
 """More images of a class are a slip of the pen."""
+MAX_TRIALS = 200_000
+"""Larger grids are refused: they are slips of the pen, and planning them takes minutes."""
+
+
+def before_concepts(loaded: LoadedSuite) -> list[Mistake]:
+    """Resolve the parameters of every method; return all mistakes that need neither images nor a model."""
+    mistakes = resolve_methods(loaded)
+    for check in (_reserved_names, _duplicates, _sections, _sharded, _unknown_tasks, _grid_size):
+        mistakes += check(loaded)
+    for kind, entries in _entries(loaded).items():
+        mistakes += registry.get("task", kind).check(loaded, entries)
+    return mistakes
+
+
+def after_concepts(loaded: LoadedSuite) -> list[Mistake]:
+    """Return the mistakes that show when concepts are resolved."""
+    mistakes: list[Mistake] = []
+    for kind, entries in _entries(loaded).items():
+        mistakes += registry.get("task", kind).check_concepts(loaded, entries)
+    return mistakes
+
+
+def _entries(loaded: LoadedSuite) -> dict[str, dict[str, Any]]:
+    """Return kind of task -> its entries."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, spec in loaded.suite.tasks.items():
+        found.setdefault(spec.kind, {})[name] = spec
+    return found
 
 
 def _unknown(kind: str, name: str) -> str:
@@ -28,31 +65,22 @@ def _unknown(kind: str, name: str) -> str:
 def resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
     """Resolve the parameters of every method into `loaded.parameters`; return the mistakes."""
     suite = loaded.suite
-    entries = [
-        ((section, index), kind, spec)
-        for section, kind in METHOD_SECTIONS.items()
-        for index, spec in enumerate(getattr(suite, section))
-    ]
-    entries += [(("tasks", name, "erase"), "defense", task.erase) for name, task in suite.tasks.items()]
     mistakes: list[Mistake] = []
-    for path, kind, spec in entries:
+    most_together = max((task.most_together() for task in suite.tasks.values()), default=1)
+    for path, kind, spec in loaded.methods():
         if spec is None:
             continue
         if spec.method not in registry.names(kind):
             mistakes.append((path, _unknown(kind, spec.method)))
             continue
         cls = registry.get(kind, spec.method)
-        if path[-1] == "erase" and not getattr(cls, "can_erase", False):
-            able = [n for n in registry.names(kind) if getattr(registry.get(kind, n), "can_erase", False)]
-            mistakes.append((path, f"'{spec.method}' is a defense that cannot erase; known: {', '.join(able)}"))
-            continue
         own = [key for key in type(spec).model_fields if key != "parameters"]
         values, found = parameters.resolve(cls, spec.parameters, spec.preset, own)
         mistakes += [((*path, field) if field else path, message) for field, message in found]
         if not found and kind == "attack":
             mistakes += _budget(cls, spec, path) + _search(cls, spec, values, path, suite)
         if not found:
-            most = 1 if getattr(spec, "protects", "all") == "first" else _most_targets(suite)
+            most = 1 if getattr(spec, "protects", "all") == "first" else most_together
             mistakes += [((*path, *field), message) for field, message in _planned(cls, values, most)]
         loaded.parameters[tuple(map(str, path))] = values
     return mistakes
@@ -86,14 +114,9 @@ def _search(cls: type, spec: AttackSpec, values: Any, path: tuple, suite: Suite)
         mistakes.append(((*path, "search"), f"{spec.method} has no search space of its own; give 'space'"))
     for name, part in space.items():
         for value in part["values"] if "values" in part else part.values():
-            _, found = parameters.resolve(cls, {**parameters.as_json(values), name: value})
+            _, found = parameters.resolve(cls, {**as_json(values), name: value})
             mistakes += [((*path, "search", "space", name), message) for _, message in found]
     return list(dict.fromkeys(mistakes))
-
-
-def _most_targets(suite: Suite) -> int:
-    """Return how many concepts are protected together at most."""
-    return max((len(together) for task in suite.tasks.values() for together in task.targets), default=1)
 
 
 def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...], str]]:
@@ -142,7 +165,7 @@ def _reserved_names(loaded: LoadedSuite) -> list[Mistake]:
 
 
 def _duplicates(loaded: LoadedSuite) -> list[Mistake]:
-    """Find labels that stand twice: two rows of a table would carry the same name."""
+    """Find labels that two methods have, and what is listed twice: two rows of a table would carry the same name."""
     suite = loaded.suite
     mistakes: list[Mistake] = []
     for section in METHOD_SECTIONS:
@@ -156,42 +179,30 @@ def _duplicates(loaded: LoadedSuite) -> list[Mistake]:
             seen.setdefault(spec.name, index)
     if suite.seeds and len(set(suite.seeds)) != len(suite.seeds):
         mistakes.append((("seeds",), "a seed stands twice"))
-    for name, task in suite.tasks.items():
-        flat = [concept for together in task.targets for concept in together]
-        for key, listed in (("targets", flat), ("innocents", task.innocents), ("preserve", task.preserve)):
-            mistakes += [(("tasks", name, key), f"'{c}' stands twice") for c, n in Counter(listed).items() if n > 1]
-    mistakes += [(("utility",), f"'{c}' stands twice") for c, n in Counter(suite.utility or ()).items() if n > 1]
-    return mistakes
+    return mistakes + twice(("utility",), suite.utility)
 
 
-def _crossed_concepts(loaded: LoadedSuite) -> list[Mistake]:
-    """Find concepts with two roles that exclude each other: a measured innocent must be new to the defense."""
+def twice(path: tuple, listed: Sequence[str]) -> list[Mistake]:
+    """Find names that a list holds twice."""
+    return [(path, f"'{name}' stands twice") for name, count in Counter(listed).items() if count > 1]
+
+
+def _sections(loaded: LoadedSuite) -> list[Mistake]:
+    """Find sections that a task needs and the suite lacks, and those that it has and no task needs."""
+    if "tasks" in loaded.broken or not loaded.suite.tasks:
+        return []
+    needed = {section for kind in _entries(loaded) for section in registry.get("task", kind).sections}
     mistakes: list[Mistake] = []
-    for name, task in loaded.suite.tasks.items():
-        targets = {concept for together in task.targets for concept in together}
-        for key, others in (("innocents", task.innocents), ("preserve", task.preserve)):
-            for both in sorted(targets & set(others)):
-                mistakes.append((("tasks", name, key), f"'{both}' is a target of this task too"))
-        for both in sorted(set(task.innocents) & set(task.preserve)):
-            why = "is measured as an innocent; what the defense sees must be another concept"
-            mistakes.append((("tasks", name, "preserve"), f"'{both}' {why}"))
-        for both in sorted(targets & set(loaded.suite.utility or ())):
-            mistakes.append((("utility",), f"'{both}' is a target of task '{name}'; utility is measured on others"))
+    for section in SECTIONS:
+        given = loaded.source.data.get(section)
+        if section in needed and (section not in loaded.source.data or given == []):
+            loaded.broken |= {section}
+            is_empty = section in loaded.source.data
+            what = "must hold at least 1 (got 0)" if is_empty else f"the key '{section}' is missing"
+            mistakes.append(((section,) if is_empty else (), what))
+        elif section not in needed and given:
+            mistakes.append(((section,), "no task of this suite uses it; remove it"))
     return mistakes
-
-
-def _undefended(loaded: LoadedSuite) -> list[Mistake]:
-    """Find out whether there is exactly one defense of the method none."""
-    defenses = loaded.suite.defenses
-    if any(spec is None or spec.method not in registry.names("defense") for spec in defenses):
-        return []  # what is wrong there may have been meant as none
-    none = [index for index, spec in enumerate(defenses) if spec.method == "none"]
-    if len(none) > 1:
-        first = f"defenses[{none[0]}] is of method none too"
-        return [(("defenses", index), f"{first}; keep one: every gap is measured against it") for index in none[1:]]
-    if defenses and not none:
-        return [(("defenses",), "no defense of method none; add 'none': every gap is measured against it")]
-    return []
 
 
 def _sharded(loaded: LoadedSuite) -> list[Mistake]:
@@ -200,199 +211,47 @@ def _sharded(loaded: LoadedSuite) -> list[Mistake]:
     sharding = suite.resources.sharding()
     if not sharding.needs_deepspeed:
         return []
-    entries = [(("defenses", index), spec) for index, spec in enumerate(suite.defenses)]
-    entries += [(("tasks", name, "erase"), task.erase) for name, task in suite.tasks.items()]
     mistakes: list[Mistake] = []
-    for path, spec in entries:
+    for path, kind, spec in loaded.methods():
         values = loaded.parameters.get(tuple(map(str, path)))
-        if spec is None or values is None:
+        if kind != "defense" or spec is None or values is None:
             continue
         cls = registry.get("defense", spec.method)
         if not cls.can_shard:
             continue
-        mistakes += _asked(cls, path, "check_sharding", values, sharding)
+        mistakes += asked(cls, path, "check_sharding", values, sharding)
     return mistakes
 
 
-def _protected_together(loaded: LoadedSuite) -> list[Mistake]:
-    """Find defenses that cannot protect as many concepts together as a task asks for."""
-    suite = loaded.suite
-    known = registry.names("defense")
-    mistakes: list[Mistake] = []
-    for task_name, task in suite.tasks.items():
-        entries = [(("defenses", index), spec) for index, spec in loaded.defenses_in(task_name)]
-        for path, spec in [*entries, (("tasks", task_name, "erase"), task.erase)]:
-            if spec is None or spec.method not in known or getattr(spec, "protects", "all") == "first":
-                continue
-            cls = registry.get("defense", spec.method)
-            most = cls.max_targets
-            large = next((together for together in task.targets if most is not None and len(together) > most), None)
-            if large:
-                together = one_line("+".join(large), 100)
-                what = f"{spec.method} protects at most {most} concept(s) at a time"
-                hint = "list them one by one" + (
-                    ", or give it the first of each set with 'protects: first'" if path[0] == "defenses" else ""
-                )
-                mistakes.append((path, f"{what}, but task '{task_name}' protects {together}; {hint}"))
-                continue
-            values = loaded.parameters.get(tuple(map(str, path)))
-            count = max((len(together) for together in task.targets), default=1)
-            if values is not None:
-                mistakes += _asked(cls, path, "check_task", values, count, len(task.preserve))
-    return list(dict.fromkeys(mistakes))
-
-
-def _asked(cls: type, path: tuple, hook: str, *arguments: Any) -> list[Mistake]:
-    """Return what a method's own check finds, or that it failed."""
-    try:
-        return [((*path, name), message) for name, message in getattr(cls, hook)(*arguments)]
-    except Exception as error:
-        return [(path, f"`{hook}` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
-
-
-def _limited_to_tasks(loaded: LoadedSuite) -> list[Mistake]:
-    """Find defenses and attacks limited to tasks that are not there, and tasks that no attack is left for."""
+def _unknown_tasks(loaded: LoadedSuite) -> list[Mistake]:
+    """Find defenses and attacks that are limited to tasks which the suite does not have."""
     suite = loaded.suite
     given = loaded.source.data.get("tasks")
     known = {str(name) for name in given} if isinstance(given, dict) else set()
-    taken_away = {path[1] for path in loaded.source.removed}
+    removed = {path[1] for path in loaded.source.removed}
     mistakes: list[Mistake] = []
     for section in ("defenses", "attacks"):
         for index, spec in enumerate(getattr(suite, section)):
             named = (spec.tasks or ()) if spec is not None and "tasks" not in loaded.broken else ()
             for place, name in enumerate(named):
-                if name not in known | taken_away:
+                if name not in known | removed:
                     path = (section, index, "tasks", place)
                     mistakes.append((path, f"unknown task '{name}'{did_you_mean(name, known)}"))
-    if mistakes or not suite.attacks or any(spec is None for spec in suite.attacks):
-        return mistakes
-    for name in suite.tasks:
-        if not loaded.attacks_on(name):
-            what = f"no attack is left for this task; name '{name}' under 'tasks' of one"
-            mistakes.append((("tasks", name), what))
     return mistakes
 
 
 def _grid_size(loaded: LoadedSuite) -> list[Mistake]:
     """Find grids that are too large to be meant."""
-    suite = loaded.suite
-    measured = sum(
-        ((len(together) + len(task.innocents)) * (1 + len(loaded.attacks_on(name))) + len(suite.utility or ()))
-        * len(loaded.defenses_in(name))
-        for name, task in suite.tasks.items()
-        for together in task.targets
-    )
-    trials = measured * len(suite.seeds or ())
+    tasks = loaded.suite.tasks.items()
+    trials = sum(registry.get("task", spec.kind).count(loaded, name, spec) for name, spec in tasks)
     if trials > MAX_TRIALS:
         return [((), f"the grid has {trials:,} trials, more than {MAX_TRIALS:,}; split the suite")]
     return []
 
 
-def attack_images(loaded: LoadedSuite) -> list[Mistake]:
-    """Find attacks that ask for more images than an attacked concept has, or search with too few to hold any out."""
-    mistakes: list[Mistake] = []
-    for index, attack in enumerate(loaded.suite.attacks):
-        if attack is None or (attack.images is None and attack.search is None):
-            continue
-        attacked = [name for name in _attacked(loaded, attack) if name in loaded.concepts]
-        counts = {name: loaded.concepts[name].count("attack") for name in attacked}
-        for name, count in counts.items():
-            if attack.images is not None and attack.images > count:
-                what = f"{attack.images} asked for, but the attack split of {name} holds {count}"
-                mistakes.append((("attacks", index, "images"), f"{what}; leave it out to use all"))
-            elif attack.search is not None and (attack.images or count) < 2:
-                what = f"probes are judged on images that they did not train on, but {name} has one"
-                mistakes.append((("attacks", index, "search"), f"{what}; give two or more"))
-    return mistakes
-
-
-def attack_words(loaded: LoadedSuite) -> list[Mistake]:
-    """Find attacks that call a concept by a word of their own, where its captions or prompts do not name it."""
-    mistakes: list[Mistake] = []
-    for index, attack in enumerate(loaded.suite.attacks):
-        values = loaded.parameters.get(("attacks", str(index)))
-        if attack is None or values is None:
-            continue
-        cls = registry.get("attack", attack.method)
-        for name in _attacked(loaded, attack):
-            concept = loaded.concepts.get(name)
-            if concept is None:
-                continue
-            try:
-                renames = cls.called(values, concept.words) != concept.words.name
-            except Exception as error:
-                failed = f"`called` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"
-                mistakes.append((("attacks", index), failed))
-                break
-            asked = [*concept.evaluations, *(concept.probes if attack.search is not None else ())]
-            texts = [*concept.captions["attack"], *(e.prompt for e in asked)] if renames else []
-            nameless = next((text for text in texts if concept.words.name not in text), None)
-            if nameless is not None:
-                what = f"{attack.method} puts a word of its own for '{one_line(concept.words.name, 60)}', which is not"
-                how = "; set 'attack_name' of the concept to what its captions call it"
-                mistakes.append(
-                    (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}'{how}")
-                )
-    return mistakes
-
-
-def probe_prompts(loaded: LoadedSuite) -> list[Mistake]:
-    """Find concepts that a search tunes attacks on, whose probes ask what an evaluation asks."""
-    mistakes: list[Mistake] = []
-    searched = [attack for attack in loaded.suite.attacks if attack is not None and attack.search is not None]
-    for name in dict.fromkeys(name for attack in searched for name in _attacked(loaded, attack)):
-        concept = loaded.concepts.get(name)
-        if concept is None:
-            continue
-        evaluated = {e.prompt for e in concept.evaluations}
-        shared = next((e.prompt for e in concept.probes if e.prompt in evaluated), None)
-        if shared is not None:
-            what = f"'{one_line(shared, 80)}' is asked by the evaluation too, which no search may see"
-            mistakes.append((("concepts", name), f"{what}; give 'probe_prompts' of their own"))
-    return mistakes
-
-
-def scored_concepts(loaded: LoadedSuite) -> list[Mistake]:
-    """Find concepts that a metric cannot score: all are scored by every metric."""
-    mistakes: list[Mistake] = []
-    sampling = loaded.suite.sampling
-    for index, spec in enumerate(loaded.suite.metrics if sampling is not None else ()):
-        values = loaded.parameters.get(("metrics", str(index)))
-        if spec is None or values is None:
-            continue
-        cls = registry.get("metric", spec.method)
-        for name, concept in loaded.concepts.items():
-            drawn = len(concept.evaluations) * sampling.images_per_prompt
-            found = _asked(cls, ("metrics", index), "check_concept", values, concept, drawn)
-            for path, text in found:  # a parameter is named where the fault is not the concept's
-                is_of_concept = path[-1] in ("", index)
-                mistakes.append((path[:2], f"concept '{name}': {text}") if is_of_concept else (path, text))
-    return list(dict.fromkeys(mistakes))
-
-
-def _attacked(loaded: LoadedSuite, attack: AttackSpec) -> list[str]:
-    """Return the concepts that an attack is made on."""
-    return list(
-        dict.fromkeys(
-            name
-            for task_name, task in loaded.suite.tasks.items()
-            if task_name in (attack.tasks or [task_name])
-            for name in (
-                *(concept for together in task.targets for concept in together),
-                *(task.innocents if attack.innocents else ()),
-            )
-        )
-    )
-
-
-CHECKS = (
-    _reserved_names,
-    _duplicates,
-    _crossed_concepts,
-    _undefended,
-    _protected_together,
-    _sharded,
-    _limited_to_tasks,
-    _grid_size,
-)
-"""Checks that need neither images nor a model."""
+def asked(cls: type, path: tuple, hook: str, *arguments: Any) -> list[Mistake]:
+    """Return what a method's own check finds, or that it failed."""
+    try:
+        return [((*path, name), message) for name, message in getattr(cls, hook)(*arguments)]
+    except Exception as error:
+        return [(path, f"`{hook}` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]

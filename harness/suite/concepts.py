@@ -56,29 +56,9 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
     for name in suite.concepts if not loaded.broken & {"tasks", "utility"} else ():
         if name not in used:
             mistakes.append(f"{loaded.source.where(('concepts', name))}: concept '{name}' is described but not used")
-    if not loaded.broken & {"tasks"}:
-        mistakes += _seen_by_both(loaded, concepts)
     if mistakes:
         raise UserMistake(list(dict.fromkeys(mistakes)))
     return concepts
-
-
-def _seen_by_both(loaded: LoadedSuite, concepts: Mapping[str, Concept]) -> Iterator[str]:
-    """Yield, of any two concepts of a task, the first image that the publisher sees and that is measured on."""
-    for task_name, task in loaded.suite.tasks.items():
-        targets = [name for together in task.targets for name in together]
-        shown: dict[str, tuple[str, str]] = {}
-        for name in (n for n in (*targets, *task.preserve) if n in concepts):
-            shown |= {digest: (name, file) for digest, file in concepts[name].files.get("defense", {}).items()}
-        for name in (n for n in (*targets, *task.innocents) if n in concepts):
-            measured = [concepts[name].files.get(split, {}) for split in ("attack", "reference")]
-            both = next(((d, file) for files in measured for d, file in files.items() if d in shown), None)
-            if both is not None:
-                other, its_file = shown[both[0]]
-                yield (
-                    f"{loaded.source.where(('tasks', task_name))}: '{one_line(both[1])}' of concept '{name}' is the "
-                    f"image that the defense sees as '{one_line(its_file)}' of '{other}'; remove one"
-                )
 
 
 def _texts(node: object) -> Iterator[str]:

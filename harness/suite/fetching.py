@@ -28,15 +28,8 @@ def of_suite(loaded: LoadedSuite) -> dict[Fetched, list[tuple]]:
 def _methods(loaded: LoadedSuite) -> Iterator[tuple[tuple, type, Any]]:
     """Yield (path, class, parameters) of every method of the suite that is built."""
     from harness.core import registry
-    from harness.suite.spec import METHOD_SECTIONS
 
-    entries: list[tuple[tuple, str, Any]] = [
-        ((section, index), kind, spec)
-        for section, kind in METHOD_SECTIONS.items()
-        for index, spec in enumerate(getattr(loaded.suite, section))
-    ]
-    entries += [(("tasks", name, "erase"), "defense", t.erase) for name, t in loaded.suite.tasks.items() if t.erase]
-    for path, kind, spec in entries:
+    for path, kind, spec in loaded.methods():
         values = loaded.parameters.get(tuple(map(str, path)))
         if values is not None:  # None: told among the mistakes
             yield path, registry.get(kind, spec.method), values

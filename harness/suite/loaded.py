@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from harness.core.concept import Concept
+from harness.model.source import ModelSource
 from harness.suite import yaml_source
-from harness.suite.spec import AttackSpec, DefenseSpec, Suite
+from harness.suite.spec import METHOD_SECTIONS, AttackSpec, DefenseSpec, MethodSpec, Suite
 
 Mistake = tuple[tuple, str]
 """(path in the suite, message)"""
@@ -21,8 +23,19 @@ class LoadedSuite:
         self.folder = folder  # relative paths in the suite start here
         self.parameters: dict[tuple[str, ...], Any] = {}  # ("defenses", "0") -> parameters instance
         self.broken: frozenset[str] = frozenset()  # sections that could not be read in full; empty once loaded
-        self.concepts: dict[str, Any] = {}  # name -> harness.suite.concepts.Concept
-        self.model: Any = None  # harness.model.source.ModelSource
+        self.concepts: dict[str, Concept] = {}
+        self.model: ModelSource | None = None  # None while there are mistakes
+
+    def methods(self) -> list[tuple[tuple[str | int, ...], str, MethodSpec | None]]:
+        """Return (path, kind, method) of every method of the suite; None where its entry is wrong."""
+        entries: list[tuple[tuple[str | int, ...], str, MethodSpec | None]] = [
+            ((section, index), kind, spec)
+            for section, kind in METHOD_SECTIONS.items()
+            for index, spec in enumerate(getattr(self.suite, section))
+        ]
+        for name, task in self.suite.tasks.items():
+            entries += [(("tasks", name, *path), kind, spec) for path, (kind, spec) in task.methods().items()]
+        return entries
 
     def budget(self, index: int) -> tuple[tuple[int, ...], int]:
         """Return (steps, batch size) of an attack that is built. Raises ValueError when the suite leaves them open."""

@@ -6,7 +6,7 @@ The shape of a suite::
     model: testbed                       # or {id: CompVis/stable-diffusion-v1-4, revision: <40 hex>}, or a folder
     seeds: 2                             # or a list of integers
     tasks:
-      relearning:                        # the name of the task
+      relearning:                        # the name of the task; kind: immunization unless it says otherwise
         erase: uce                       # done before the defense; leave out for personalization
         targets: [object:light-bulb]     # each entry is protected by itself; a nested list is protected together
         innocents: [object:umbrella]     # attacked too: what must stay learnable
@@ -43,6 +43,8 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Prompt = Annotated[str, Field(min_length=1, max_length=1000, pattern=_PRINTABLE)]
 Location = Annotated[str, Field(min_length=1, max_length=4000, pattern=_PRINTABLE)]
 
+DEFAULT_TASK = "immunization"
+"""The kind of a task that names none."""
 DEFAULT_BATCH_SIZE = 4
 """Of attacks whose source states none."""
 RESERVED_SUITE_NAMES = ("store",)
@@ -68,10 +70,6 @@ def _as_list(value: Any) -> Any:
 
 Step = Annotated[Any, AfterValidator(_step)]
 """Optimizer steps: a number, or a multiple of the usual one."""
-
-
-ProtectedSet = Annotated[list[ConceptName], BeforeValidator(_as_list), Field(min_length=1, max_length=1000)]
-"""Concepts that are protected together; one by itself may be written without brackets."""
 
 
 class Strict(BaseModel):
@@ -197,12 +195,21 @@ class AttackSpec(MethodSpec):
 
 
 class TaskSpec(Strict):
-    """What is protected, what must stay learnable, and whether the concept is erased first."""
+    """What every entry under `tasks` says: of which kind it is. Each kind of task adds what it needs."""
 
-    erase: MethodSpec | None = None
-    targets: Annotated[list[ProtectedSet], Field(min_length=1, max_length=10_000)]
-    innocents: list[ConceptName] = []
-    preserve: list[ConceptName] = []
+    kind: Annotated[str, Field(max_length=40)] = DEFAULT_TASK
+
+    def concept_names(self) -> list[str]:
+        """Return every concept that the entry names, in order of first use."""
+        return []
+
+    def methods(self) -> dict[tuple[str, ...], tuple[str, MethodSpec]]:
+        """Return path within the entry -> (kind, method) of the methods that it names itself."""
+        return {}
+
+    def most_together(self) -> int:
+        """Return how many concepts are protected together at most."""
+        return 1
 
 
 class GenerateSpec(Strict):
@@ -324,12 +331,12 @@ class Suite(Strict):
     description: Annotated[str, Field(max_length=10_000)] = ""
     model: ModelSpec
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=1000)] = [0]
-    tasks: Annotated[dict[Label, TaskSpec], Field(min_length=1)]
+    tasks: Annotated[dict[Label, Any], Field(min_length=1)]  # of the form that each one's kind has (`TaskSpec`)
     concepts: dict[ConceptName, ConceptSpec] = {}
-    defenses: Annotated[list[DefenseSpec], Field(min_length=1, max_length=1000)]
-    attacks: Annotated[list[AttackSpec], Field(min_length=1, max_length=1000)]
-    metrics: Annotated[list[MethodSpec], Field(min_length=1, max_length=100)]
-    utility: Annotated[list[ConceptName], Field(min_length=1)]  # a gate that is not measured keeps nobody out
+    defenses: Annotated[list[DefenseSpec], Field(max_length=1000)] = []  # this and the next three: where a task asks
+    attacks: Annotated[list[AttackSpec], Field(max_length=1000)] = []
+    metrics: Annotated[list[MethodSpec], Field(max_length=100)] = []
+    utility: list[ConceptName] = []
     sampling: SamplingSpec = SamplingSpec()
     images: ImagesSpec = ImagesSpec()
     gates: GatesSpec = GatesSpec()
@@ -355,12 +362,13 @@ class Suite(Strict):
         """Return every concept that the suite names, in order of first use."""
         names: dict[str, None] = {}
         for task in self.tasks.values():
-            names.update(dict.fromkeys(concept for together in task.targets for concept in together))
-            names.update(dict.fromkeys([*task.innocents, *task.preserve]))
-        names.update(dict.fromkeys(self.utility or ()))  # None in a part-suite
+            names.update(dict.fromkeys(task.concept_names()))
+        names.update(dict.fromkeys(self.utility))
         return list(names)
 
 
+SECTIONS = ("defenses", "attacks", "metrics", "utility")
+"""Keys that a suite may leave out where none of its tasks needs them."""
 METHOD_SECTIONS = {"defenses": "defense", "attacks": "attack", "metrics": "metric"}
 """Key of a suite -> kind of its methods."""
 METHOD_SPECS = {"defenses": DefenseSpec, "attacks": AttackSpec, "metrics": MethodSpec}

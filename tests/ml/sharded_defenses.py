@@ -86,9 +86,7 @@ def masks(folder: Path, label: str, settings: Sharding, world: World) -> None:
         run = _run(folder, f"{label}.mask_{profile}", settings, world)
         model = DiffusionModel.load(_source(folder), torch.device("cpu"))
         source = torch.Generator().manual_seed(3)
-        run.prepared = Protection(
-            {n: p + 0.01 * torch.randn(p.shape, generator=source) for n, p in model.parameters().items()}
-        )
+        run.prepared = {n: p + 0.01 * torch.randn(p.shape, generator=source) for n, p in model.parameters().items()}
         illegal, innocent = ([concept] for concept in _concepts(folder))
         p = dataclasses.replace(freezeasguard.Parameters(), **changes)
         protection = freezeasguard.FreezeAsGuard(p).protect(model, illegal, innocent, run)

@@ -72,12 +72,12 @@ def test_a_checkpoint_that_went_is_made_again_when_it_is_wanted(run, tmp_path):
 
 def test_checkpoints_of_a_unit_that_failed_half_way_stay(run, tmp_path, monkeypatch):
     """They are still to be drawn from."""
-    from harness.stages import kinds
+    from harness.stages.sample import Sample
 
-    def broken(s):
+    def broken(*arguments):
         raise RuntimeError("no images today")
 
-    monkeypatch.setitem(kinds.DO, "sample", broken)
+    monkeypatch.setattr(Sample, "do", broken)
     with pytest.raises(AssertionError):
         run(tmp_path, "0")
 

@@ -35,7 +35,7 @@ def learn(model, make_run, tiny_folder, name="work", **changes) -> tuple[Protect
     prepared = FreezeAsGuard.preparation(p).protect(model, illegal, innocent, make_run(name=f"{name}-prepared"))
     prepared = dataclasses.replace(prepared, tensors={n: t.detach().clone() for n, t in prepared.tensors.items()})
     model.restore()
-    run.prepared = prepared
+    run.prepared = prepared.tensors
     return FreezeAsGuard(p).protect(model, illegal, innocent, run), run.ledger.numbers
 
 
@@ -147,7 +147,7 @@ def test_the_signal_is_that_of_the_upper_loss(profile, fresh, make_run, tiny_fol
     prepared = FreezeAsGuard.preparation(p).protect(model, *concepts_of_both, make_run(name="prepared"))
     finetuned = {n: t.detach().clone() for n, t in prepared.tensors.items()}
     model.restore()
-    run.prepared = dataclasses.replace(prepared, tensors={n: t.clone() for n, t in finetuned.items()})
+    run.prepared = {n: t.clone() for n, t in finetuned.items()}
     told = FreezeAsGuard(p).protect(model, *concepts_of_both, run).details
 
     model, run = fresh(), make_run(name="theirs")

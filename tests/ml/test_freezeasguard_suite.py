@@ -11,6 +11,7 @@ from harness import plan, suite
 from harness.cli import main
 from harness.core import registry
 from tests import tiny
+from tests.trials import reads, trials
 
 SUITES = Path(__file__).resolve().parents[2] / "suites"
 SUBJECTS = [f"subject_{i:02d}" for i in range(1, 11)]
@@ -42,7 +43,7 @@ def test_the_papers_tables_are_planned(folders):
     """Rows of tables 2, 4, 5 and 6; the same start for every row of a task; captions from the folders."""
     loaded = suite.load(SUITES / "freezeasguard.yaml", folders)
     planned = plan.make(loaded)
-    rows = {task: {t.defense for t in planned.trials if t.task == task and t.defense} for task in loaded.suite.tasks}
+    rows = {task: {t.defense for t in trials(planned) if t.task == task and t.defense} for task in loaded.suite.tasks}
 
     ratios = (1, 5, 10, 20, 30, 40, 80)
     assert rows["ten"] == {"original", "none", "joint"} | {
@@ -52,11 +53,11 @@ def test_the_papers_tables_are_planned(folders):
         f"{kind}_{ratio}" for kind in ("random", "fag", "fag_released") for ratio in (20, 30)
     }
     for task in loaded.suite.tasks:
-        of_task = [t for t in planned.trials if t.task == task and t.attack]
-        starts = {planned.stages[t.released].inputs["erase"] for t in of_task if t.protected == of_task[0].protected}
+        of_task = [t for t in trials(planned) if t.task == task and t.attack]
+        starts = {reads(planned, t.released)["erase"] for t in of_task if t.protected == of_task[0].protected}
         assert len(starts) == 1
-    of_table_5 = [t for t in planned.trials if t.task in ("ten", "clothes") and t.attack]
-    assert len({planned.stages[t.released].inputs["erase"] for t in of_table_5}) == 1
+    of_table_5 = [t for t in trials(planned) if t.task in ("ten", "clothes") and t.attack]
+    assert len({reads(planned, t.released)["erase"] for t in of_table_5}) == 1
     assert [len(t) for t in loaded.suite.tasks["two"].targets] == [2, 2]
     captions = loaded.concepts["subject_01"].captions["attack"]
     assert captions == ("a picture that shows subject_01 1", "a picture that shows subject_01 4")

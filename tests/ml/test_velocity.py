@@ -87,8 +87,8 @@ def test_a_defense_of_a_velocity_model(name, both, make_run, tiny_folder, tmp_pa
         model, run = both(kind), make_run(name=kind)
         prepared = cls.preparation(parameters)
         if prepared is not None:
-            run.prepared = prepared.protect(model, targets, concepts[1:], make_run(name=f"{kind}-prepared"))
-            run.prepared = Protection({n: t.detach().clone() for n, t in run.prepared.tensors.items()})
+            released = prepared.protect(model, targets, concepts[1:], make_run(name=f"{kind}-prepared"))
+            run.prepared = {n: t.detach().clone() for n, t in released.tensors.items()}
             model = both(kind)
         found.append(cls(parameters).protect(model, targets, [] if len(targets) > 1 else concepts[1:], run))
     noise, velocity = found

@@ -1,0 +1,123 @@
+"""The contract of a kind of stage: what its typed parameters are, and how one such stage is done.
+
+A kind is one class, registered by a decorator::
+
+    @register("stage")
+    class Trajectory(StageKind):
+        name = "trajectory"
+        version = 1
+        after = ("immunize",)
+
+        @dataclass(frozen=True)
+        class Parameters:
+            prompts: tuple[str, ...]
+            steps: int
+
+        def do(self, parameters, work):
+            model, _ = work.state()
+            ...
+
+A task builds the parameters, the stage gets them: equal, also in another process. Their JSON is part of the stage's
+key. `do` fills `work.folder`, which is committed when it returns; what it raises is recorded and stops nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from harness.contracts.method import Method
+from harness.core import registry
+from harness.core.described import as_json, typed
+from harness.core.identity import Input, Stage
+
+if TYPE_CHECKING:
+    from harness.contracts.protection import Protection
+    from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
+
+
+class StageWork(Protocol):
+    """What a stage is done with: its surroundings, its folder, and what it reads."""
+
+    stage: Stage
+    run: Run
+    """Seeds by purpose, device, precision, a folder to resume from, progress, the ledger."""
+    folder: Path
+    """Becomes the committed folder of the stage."""
+
+    def input(self, role: str) -> Path:
+        """Return the folder of the committed stage that is read in a role."""
+
+    def files(self, role: str, split: str) -> list[Path]:
+        """Return the images of a split of an `images` input, in order."""
+
+    def base(self) -> DiffusionModel:
+        """Return the base model in its released state."""
+
+    def state(self, name: str = "") -> tuple[DiffusionModel, Protection]:
+        """Return (model, protection): the state that the stage's inputs name, all layers over the base model.
+
+        States of different names are different models in memory.
+        """
+
+
+class StageKind(Method):
+    """Base class of the kinds of stages. Subclasses set the class attributes and write `do`."""
+
+    after: ClassVar[tuple[str, ...]] = ()
+    """The kinds that such a stage may read; they come first in every list."""
+    per_trial: ClassVar[bool] = False
+    """Whether a script that knows of one trial alone would do it by itself: how `plan` counts what sharing saves."""
+    is_layer: ClassVar[bool] = False
+    """Whether its folder holds a `Protection`, so that it can be a layer of a model state."""
+    restorable: ClassVar[bool] = False
+    """Of a layer: whether an adaptive attacker who restores components puts back the weights from before it."""
+    spare: ClassVar[str | None] = None
+    """A folder of a committed stage that may be deleted when it is large and everything in its unit has read it."""
+
+    @classmethod
+    def can_spread(cls, stage: Stage) -> bool:
+        """Tell whether several processes can share a stage: it trains by a method that can be spread."""
+        return False
+
+    @classmethod
+    def prompts(cls, parameters: Any) -> Sequence[str]:
+        """Return what was asked for, by prompt index, for the rows of its scores; () where nothing was."""
+        return ()
+
+    def do(self, parameters: Any, work: StageWork) -> None:
+        """Fill `work.folder`."""
+        raise NotImplementedError
+
+
+def to_json(stage: Stage) -> dict[str, Any]:
+    """Return a stage as JSON values, for another process; `from_json` gives it back."""
+    plain = {field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)}
+    inputs = {role: [read.kind, read.key] for role, read in stage.inputs.items()}
+    return as_json({**plain, "parameters": stage.parameters, "inputs": inputs})
+
+
+def from_json(plain: Mapping[str, Any]) -> Stage:
+    """Return the stage that `to_json` described, with the typed parameters of its kind."""
+    kind = registry.get("stage", plain["kind"])
+    inputs = {role: Input(*read) for role, read in plain["inputs"].items()}
+    return Stage(**{**plain, "parameters": typed(kind.Parameters, plain["parameters"]), "inputs": inputs})
+
+
+def kinds_in_order() -> list[str]:
+    """Return the names of the registered kinds, each after those that it may read; else by name."""
+    order: dict[str, None] = {}
+
+    def visit(name: str, above: Mapping[str, None]) -> None:
+        if name in order or name in above:
+            return
+        for other in registry.get("stage", name).after:
+            visit(other, {**above, name: None})
+        order[name] = None
+
+    for name in registry.names("stage"):
+        visit(name, {})
+    return list(order)

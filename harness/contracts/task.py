@@ -1,0 +1,107 @@
+"""The contract of a task: which grid a suite walks, what is measured in it, and the tables that come of it.
+
+A task is one file: a class with the form of its entry in the suite (`Spec`) above it, registered by a decorator. The
+entry under `tasks` names it by `kind` (immunization, unless it says otherwise)::
+
+    tasks:
+      styles: {targets: [...], innocents: [...]}      # kind: immunization
+      copies: {kind: memorization, prompts: [...]}
+
+`plan` describes stages through a builder and yields measurements: which stage is observed, which stages score it, and
+under which labels the values stand in the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from harness.contracts.method import Method
+from harness.core.identity import Input, Stage
+from harness.suite.loaded import LoadedSuite, Mistake
+from harness.suite.spec import TaskSpec
+
+Label = str | int | bool | tuple[str, ...]
+"""A value of a label; a tuple stands in the rows joined by +."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row group of the table: where its images and scores come from, and under which labels."""
+
+    labels: Mapping[str, Label]
+    """The columns that name the group: task, defense, concept, seed, ..."""
+    observed: str
+    """Key of the stage whose output is scored."""
+    scores: Mapping[str, str]
+    """Metric label -> key of the stage that wrote its scores."""
+    steps: tuple[int, ...] = (0,)
+    """Training steps at which the output is read; 0: before any."""
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """Kind -> key of further stages without which there are no rows, even where all of the above are committed."""
+    is_apart: bool = False
+    """Whether a script that knows of no other measurement would do everything for it by itself."""
+
+
+class Build(Protocol):
+    """What a task plans with: it adds stages to one plan and returns their keys. Equal stages are one."""
+
+    loaded: LoadedSuite
+
+    def stage(
+        self,
+        kind: str,
+        parameters: Any,
+        *,
+        inputs: Mapping[str, Input],
+        label: str,
+        seed: int | None = None,
+        **further: Any,
+    ) -> str:
+        """Add a stage; see `harness.plan.builder.Builder.stage` for what else may be said of it."""
+
+    def unit(self, name: str, stages: Iterable[str]) -> None:
+        """Group stages that one worker does in a row; a stage belongs to the first unit that names it."""
+
+    def read(self, key: str) -> Input:
+        """Return a planned stage as the input of another."""
+
+
+class Task(Method):
+    """Base class of tasks. Subclasses set the class attributes and write `plan`."""
+
+    Spec: ClassVar[type[TaskSpec]]
+    """The form of its entry in a suite."""
+    sections: ClassVar[frozenset[str]] = frozenset()
+    """The sections of a suite that it needs, of defenses, attacks, metrics and utility."""
+
+    @classmethod
+    def check(cls, loaded: LoadedSuite, entries: Mapping[str, Any]) -> Iterable[Mistake]:
+        """Return what is wrong with the entries of this kind, before images are read; a wrong entry is not in them."""
+        return ()
+
+    @classmethod
+    def check_concepts(cls, loaded: LoadedSuite, entries: Mapping[str, Any]) -> Iterable[Mistake]:
+        """Return what is wrong with the entries, once their concepts are resolved."""
+        return ()
+
+    @classmethod
+    def count(cls, loaded: LoadedSuite, name: str, spec: Any) -> int:
+        """Return about how many trials an entry has: a slip of the pen is refused before it is planned."""
+        return 0
+
+    def plan(self, name: str, spec: Any, build: Any) -> Iterator[Measurement]:
+        """Yield the measurements of one entry, in the order of the table, adding their stages to the plan."""
+        raise NotImplementedError
+
+
+def entries_by_kind(tasks: Mapping[str, TaskSpec]) -> dict[str, dict[str, TaskSpec]]:
+    """Return kind of task -> its entries, both in the order of the suite."""
+    found: dict[str, dict[str, TaskSpec]] = {}
+    for name, spec in tasks.items():
+        found.setdefault(spec.kind, {})[name] = spec
+    return found
+
+
+__all__ = ["Build", "Input", "Label", "Measurement", "Stage", "Task", "TaskSpec", "entries_by_kind"]

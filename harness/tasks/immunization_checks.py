@@ -1,0 +1,224 @@
+"""What may not fit together in immunization tasks: roles, methods and images. Each returns (path, message) pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from harness.core import registry
+from harness.core.errors import one_line
+from harness.suite.checks import asked, twice
+from harness.suite.loaded import LoadedSuite, Mistake
+from harness.suite.spec import AttackSpec
+from harness.tasks.immunization_form import ImmunizationSpec
+
+Entries = Mapping[str, ImmunizationSpec]
+"""Name of a task -> what it says."""
+
+
+def before_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Return what is wrong before images are read."""
+    checks = (_erasers, _duplicates, _crossed_concepts, _undefended, _protected_together, _no_attack)
+    return [mistake for check in checks for mistake in check(loaded, entries)]
+
+
+def after_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Return what is wrong with concepts and their images."""
+    checks = (_seen_by_both, _attack_images, _attack_words, _probe_prompts, _scored_concepts)
+    return [mistake for check in checks for mistake in check(loaded, entries)]
+
+
+def _erasers(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find defenses under `erase` that do not take the concept away."""
+    known = registry.names("defense")
+    able = [name for name in known if registry.get("defense", name).can_erase]
+    return [
+        (("tasks", name, "erase"), f"'{task.erase.method}' is a defense that cannot erase; known: {', '.join(able)}")
+        for name, task in entries.items()
+        if task.erase is not None and task.erase.method in known and task.erase.method not in able
+    ]
+
+
+def _duplicates(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find concepts that a task lists twice."""
+    mistakes: list[Mistake] = []
+    for name, task in entries.items():
+        lists = (("targets", task.flat_targets()), ("innocents", task.innocents), ("preserve", task.preserve))
+        for key, listed in lists:
+            mistakes += twice(("tasks", name, key), listed)
+    return mistakes
+
+
+def _crossed_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find concepts with two roles that exclude each other: a measured innocent must be new to the defense."""
+    mistakes: list[Mistake] = []
+    for name, task in entries.items():
+        targets = set(task.flat_targets())
+        for key, others in (("innocents", task.innocents), ("preserve", task.preserve)):
+            for both in sorted(targets & set(others)):
+                mistakes.append((("tasks", name, key), f"'{both}' is a target of this task too"))
+        for both in sorted(set(task.innocents) & set(task.preserve)):
+            why = "is measured as an innocent; what the defense sees must be another concept"
+            mistakes.append((("tasks", name, "preserve"), f"'{both}' {why}"))
+        for both in sorted(targets & set(loaded.suite.utility)):
+            mistakes.append((("utility",), f"'{both}' is a target of task '{name}'; utility is measured on others"))
+    return mistakes
+
+
+def _undefended(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find out whether there is exactly one defense of the method none."""
+    defenses = loaded.suite.defenses
+    if any(spec is None or spec.method not in registry.names("defense") for spec in defenses):
+        return []  # what is wrong there may have been meant as none
+    none = [index for index, spec in enumerate(defenses) if spec.method == "none"]
+    if len(none) > 1:
+        first = f"defenses[{none[0]}] is of method none too"
+        return [(("defenses", index), f"{first}; keep one: every gap is measured against it") for index in none[1:]]
+    if defenses and not none:
+        return [(("defenses",), "no defense of method none; add 'none': every gap is measured against it")]
+    return []
+
+
+def _protected_together(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find defenses that cannot protect as many concepts together as a task asks for."""
+    known = registry.names("defense")
+    mistakes: list[Mistake] = []
+    for task_name, task in entries.items():
+        entries = [(("defenses", index), spec) for index, spec in loaded.defenses_in(task_name)]
+        for path, spec in [*entries, (("tasks", task_name, "erase"), task.erase)]:
+            if spec is None or spec.method not in known or getattr(spec, "protects", "all") == "first":
+                continue
+            cls = registry.get("defense", spec.method)
+            most = cls.max_targets
+            large = next((together for together in task.targets if most is not None and len(together) > most), None)
+            if large:
+                together = one_line("+".join(large), 100)
+                what = f"{spec.method} protects at most {most} concept(s) at a time"
+                hint = "list them one by one" + (
+                    ", or give it the first of each set with 'protects: first'" if path[0] == "defenses" else ""
+                )
+                mistakes.append((path, f"{what}, but task '{task_name}' protects {together}; {hint}"))
+                continue
+            values = loaded.parameters.get(tuple(map(str, path)))
+            count = task.most_together()
+            if values is not None:
+                mistakes += asked(cls, path, "check_task", values, count, len(task.preserve))
+    return list(dict.fromkeys(mistakes))
+
+
+def _no_attack(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find tasks that no attack is left for."""
+    suite = loaded.suite
+    if "tasks" in loaded.broken or not suite.attacks or any(spec is None for spec in suite.attacks):
+        return []
+    return [
+        (("tasks", name), f"no attack is left for this task; name '{name}' under 'tasks' of one")
+        for name in entries
+        if not loaded.attacks_on(name)
+    ]
+
+
+def _seen_by_both(loaded: LoadedSuite, entries: Entries) -> Iterator[Mistake]:
+    """Find, of any two concepts of a task, the first image that the publisher sees and that is measured on."""
+    concepts = loaded.concepts
+    for task_name, task in entries.items() if not loaded.broken & {"tasks"} else ():
+        shown: dict[str, tuple[str, str]] = {}
+        for name in (n for n in (*task.flat_targets(), *task.preserve) if n in concepts):
+            shown |= {digest: (name, file) for digest, file in concepts[name].files.get("defense", {}).items()}
+        for name in (n for n in (*task.flat_targets(), *task.innocents) if n in concepts):
+            measured = [concepts[name].files.get(split, {}) for split in ("attack", "reference")]
+            both = next(((d, file) for files in measured for d, file in files.items() if d in shown), None)
+            if both is not None:
+                other, its_file = shown[both[0]]
+                what = f"'{one_line(both[1])}' of concept '{name}' is the image that the defense sees as"
+                yield ("tasks", task_name), f"{what} '{one_line(its_file)}' of '{other}'; remove one"
+
+
+def _attack_images(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find attacks that ask for more images than an attacked concept has, or search with too few to hold any out."""
+    mistakes: list[Mistake] = []
+    for index, attack in enumerate(loaded.suite.attacks):
+        if attack is None or (attack.images is None and attack.search is None):
+            continue
+        attacked = [name for name in _attacked(entries, attack) if name in loaded.concepts]
+        counts = {name: loaded.concepts[name].count("attack") for name in attacked}
+        for name, count in counts.items():
+            if attack.images is not None and attack.images > count:
+                what = f"{attack.images} asked for, but the attack split of {name} holds {count}"
+                mistakes.append((("attacks", index, "images"), f"{what}; leave it out to use all"))
+            elif attack.search is not None and (attack.images or count) < 2:
+                what = f"probes are judged on images that they did not train on, but {name} has one"
+                mistakes.append((("attacks", index, "search"), f"{what}; give two or more"))
+    return mistakes
+
+
+def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find attacks that call a concept by a word of their own, where its captions or prompts do not name it."""
+    mistakes: list[Mistake] = []
+    for index, attack in enumerate(loaded.suite.attacks):
+        values = loaded.parameters.get(("attacks", str(index)))
+        if attack is None or values is None:
+            continue
+        cls = registry.get("attack", attack.method)
+        for name in _attacked(entries, attack):
+            concept = loaded.concepts.get(name)
+            if concept is None:
+                continue
+            try:
+                renames = cls.called(values, concept.words) != concept.words.name
+            except Exception as error:
+                failed = f"`called` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"
+                mistakes.append((("attacks", index), failed))
+                break
+            asked = [*concept.evaluations, *(concept.probes if attack.search is not None else ())]
+            texts = [*concept.captions["attack"], *(e.prompt for e in asked)] if renames else []
+            nameless = next((text for text in texts if concept.words.name not in text), None)
+            if nameless is not None:
+                what = f"{attack.method} puts a word of its own for '{one_line(concept.words.name, 60)}', which is not"
+                how = "; set 'attack_name' of the concept to what its captions call it"
+                mistakes.append(
+                    (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}'{how}")
+                )
+    return mistakes
+
+
+def _probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find concepts that a search tunes attacks on, whose probes ask what an evaluation asks."""
+    mistakes: list[Mistake] = []
+    searched = [attack for attack in loaded.suite.attacks if attack is not None and attack.search is not None]
+    for name in dict.fromkeys(name for attack in searched for name in _attacked(entries, attack)):
+        concept = loaded.concepts.get(name)
+        if concept is None:
+            continue
+        evaluated = {e.prompt for e in concept.evaluations}
+        shared = next((e.prompt for e in concept.probes if e.prompt in evaluated), None)
+        if shared is not None:
+            what = f"'{one_line(shared, 80)}' is asked by the evaluation too, which no search may see"
+            mistakes.append((("concepts", name), f"{what}; give 'probe_prompts' of their own"))
+    return mistakes
+
+
+def _scored_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find concepts that a metric cannot score: all are scored by every metric."""
+    mistakes: list[Mistake] = []
+    sampling = loaded.suite.sampling
+    for index, spec in enumerate(loaded.suite.metrics if sampling is not None else ()):
+        values = loaded.parameters.get(("metrics", str(index)))
+        if spec is None or values is None:
+            continue
+        cls = registry.get("metric", spec.method)
+        for name, concept in loaded.concepts.items():
+            drawn = len(concept.evaluations) * sampling.images_per_prompt
+            found = asked(cls, ("metrics", index), "check_concept", values, concept, drawn)
+            for path, text in found:  # a parameter is named where the fault is not the concept's
+                is_of_concept = path[-1] in ("", index)
+                mistakes.append((path[:2], f"concept '{name}': {text}") if is_of_concept else (path, text))
+    return list(dict.fromkeys(mistakes))
+
+
+def _attacked(entries: Entries, attack: AttackSpec) -> list[str]:
+    """Return the concepts that an attack is made on."""
+    names: dict[str, None] = {}
+    for task_name, task in entries.items():
+        if task_name in (attack.tasks or [task_name]):
+            names |= dict.fromkeys([*task.flat_targets(), *(task.innocents if attack.innocents else ())])
+    return list(names)
