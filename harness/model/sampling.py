@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness.core.sampling import Sampling
 from harness.core.seeds import mix
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run
@@ -33,7 +34,7 @@ def sample(
     model: DiffusionModel,
     run: Run,
     prompts: Sequence[str],
-    settings: Mapping[str, Any],
+    settings: Sampling,
     *,
     images_per_prompt: int,
     seed: int,
@@ -46,9 +47,9 @@ def sample(
     """
     pipeline = model.pipeline
     original = pipeline.scheduler
-    pipeline.scheduler = scheduler_for(model, settings["scheduler"])
+    pipeline.scheduler = scheduler_for(model, settings.scheduler)
     todo = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
-    size = settings["batch_size"]
+    size = settings.batch_size
     try:
         embeddings = model.encode_text(prompts)
         for hook in hooks:
@@ -61,15 +62,15 @@ def sample(
                 drawn = pipeline(
                     prompt_embeds=chosen,
                     negative_prompt_embeds=nothing.expand(len(part), -1, -1),
-                    num_inference_steps=settings["steps"],
-                    guidance_scale=settings["guidance"],
+                    num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance,
                     height=model.image_size,
                     width=model.image_size,
                     generator=[torch.Generator().manual_seed(mix(seed, p, i)) for p, i in part],
                     output_type="pil",
                 ).images
-            guided = 2 if settings["guidance"] > 1 else 1
-            run.ledger.forward_passes += len(part) * settings["steps"] * guided
+            guided = 2 if settings.guidance > 1 else 1
+            run.ledger.forward_passes += len(part) * settings.steps * guided
             for (prompt, index), image in zip(part, drawn, strict=True):
                 yield prompt, index, image
     finally:

@@ -25,6 +25,7 @@ def preflight(source: ModelSource) -> None:
             hf_hub_download(source.location, "model_index.json", revision=source.revision)
         except Exception as error:  # the hub's client raises many types; all mean the same here
             raise UserMistake(
-                f"model '{source.location}' at revision {source.revision} cannot be downloaded: {type(error).__name__}: "
-                f"{one_line(error, 120)}; download it to a folder and name the folder, or check the network"
+                f"model '{source.location}' at revision {source.revision} cannot be downloaded: "
+                f"{type(error).__name__}: {one_line(error, 120)}; download it to a folder and name "
+                "the folder, or check the network"
             ) from None
