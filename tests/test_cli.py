@@ -388,7 +388,7 @@ def test_interrupt_has_its_exit_code(project, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harness.suite.load", interrupt)
+    monkeypatch.setattr("harness.commands.opened.load", interrupt)
 
     outcome = project.validate()
 

@@ -1,7 +1,8 @@
-"""Check an installation: what a run would miss is told before it is missed."""
+"""`doctor`: whether this installation has what a run needs."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import re
@@ -10,9 +11,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.commands import arguments
 from harness.core.errors import ExitCode, one_line
 
+SUMMARY = "check this installation: packages, testbed, device, Ray"
+
 Check = Iterator[tuple[str, str]]  # (ok | warning | error, message)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    arguments.add_runs(parser)
+
+
+def main(given: argparse.Namespace) -> ExitCode:
+    """Run the verb."""
+    return run(Path(given.runs))
 
 
 def run(runs: Path) -> ExitCode:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.plan.graph import Plan, Unit
-from harness.store.store import Store
 
 
 @dataclass
@@ -102,12 +101,3 @@ class Walk:
             blocked=tuple((self.unit(i).name, self.unit(j).name) for i, j in self.blocked.items()),
             is_interrupted=is_interrupted,
         )
-
-
-def committed_stages(plan: Plan, store: Store) -> set[str]:
-    """Return the keys of the plan's stages that the store holds."""
-    by_kind: dict[str, set[str]] = {}
-    for stage in plan.stages.values():
-        if stage.kind not in by_kind:
-            by_kind[stage.kind] = store.committed(stage.kind)
-    return {k for k, stage in plan.stages.items() if k in by_kind[stage.kind]}

@@ -21,7 +21,6 @@ from typing import Any
 from harness.core.files import is_alive, sync_folder, write_json
 
 RECORD = "record.json"
-CACHE_MODES = ("always", "never", "only-missing", "only-cached")
 
 
 class Store:

@@ -1,0 +1,77 @@
+"""What several verbs take on the command line, and how numbers are read there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from harness.core.errors import one_line
+
+
+def add_suite(parser: argparse.ArgumentParser) -> None:
+    """Add the suite, and what may be said of it."""
+    parser.add_argument("suite", help="a suite file, or the name of a bundled one (see: list)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a value of the suite, such as seeds=3 or attacks.0.steps=[10,20]; tasks.NAME=null leaves a "
+        "task out",
+    )  # fmt: skip
+    add_plugins(parser)
+    add_runs(parser)
+
+
+def add_plugins(parser: argparse.ArgumentParser, what: str = "defenses, attacks, metrics, tasks, ...") -> None:
+    """Add the plug-ins to load."""
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE", dest="plugins",
+        help=f"a Python file that registers {what}",
+    )  # fmt: skip
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of results."""
+    parser.add_argument("--runs", default="runs", metavar="FOLDER", help="where results go (default: runs)")
+
+
+def count(text: str) -> int:
+    """Return an integer of at least 1; raise as argparse expects otherwise."""
+    if not (text.isascii() and text.isdigit() and int(text[:9]) > 0 and len(text) < 9):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1 (got '{one_line(text, 60)}')")
+    return int(text)
+
+
+def throughput(text: str) -> float:
+    """Return a number greater than 0; raise as argparse expects otherwise."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0 (got '{one_line(text, 60)}')")
+    return value
+
+
+def difference(text: str) -> tuple[float, bool]:
+    """Return (number greater than 0, whether it is a share) of a text such as 0.05 or 10%, for argparse."""
+    is_share = text.rstrip().endswith("%")
+    try:
+        value = float(text.rstrip().removesuffix("%")) / (100 if is_share else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        what = "a number greater than 0 in the metric's unit, or a share such as 10%"
+        raise argparse.ArgumentTypeError(f"must be {what} (got '{one_line(text, 60)}')")
+    return value, is_share
+
+
+def console(width_when_piped: int = 160):
+    """Return the rich console that results are printed to."""
+    from rich.console import Console
+
+    # labels such as object:pizza are no markup and no emoji codes
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
+
+
+def warn(line: str) -> None:
+    """Print what went wrong beside the results, which are there."""
+    print(f"warning: {one_line(line, 1000)}", file=sys.stderr)

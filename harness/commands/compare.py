@@ -1,0 +1,30 @@
+"""`compare`: a defense of a run beside others."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from harness.commands import arguments
+from harness.core.errors import ExitCode
+
+SUMMARY = "set a defense of a run beside others: differences, intervals, corrected tests"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.add_argument("folder", help="the folder of a run, such as runs/quickstart")
+    parser.add_argument("--defense", required=True, metavar="LABEL", help="the defense, as the suite labels it")
+    parser.add_argument(
+        "--baseline", required=True, action="append", metavar="LABEL", dest="baselines",
+        help="what it is compared with; may be given several times",
+    )  # fmt: skip
+
+
+def main(given: argparse.Namespace) -> ExitCode:
+    """Run the verb."""
+    from harness.results import comparison
+
+    lines = comparison.make(Path(given.folder), given.defense, given.baselines)
+    comparison.show(lines, arguments.console())
+    return ExitCode.DONE

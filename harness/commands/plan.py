@@ -1,0 +1,53 @@
+"""`plan`: the stages of a suite, what they share and cost; or how many seeds a claim needs."""
+
+from __future__ import annotations
+
+import argparse
+
+from harness.commands import arguments
+from harness.core.errors import ExitCode, UserMistake
+
+SUMMARY = "show the stages of a suite, what they share, cost, and what is done already"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    arguments.add_suite(parser)
+    parser.add_argument(
+        "--tflops", type=arguments.throughput, metavar="N",
+        help="TFLOP/s that your GPU sustains, for the estimate of GPU-hours from UNet passes (SD 1.x)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--power", type=arguments.difference, metavar="DIFFERENCE",
+        help="show instead how many seeds it takes to find that two defenses differ by so much, judged by how much a "
+        "pilot run varied: 10%% is a tenth of what the attack reaches on the undefended model (ten points of SGR), a "
+        "bare number such as 0.05 is in each metric's own unit",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pilot", metavar="FOLDER",
+        help="with --power: the folder of the pilot run, of two seeds and two defenses or more (default: this suite's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--between", nargs=2, metavar="LABEL",
+        help="with --power: judge by these two defenses of the pilot alone (default: the mean over all pairs)",
+    )  # fmt: skip
+
+
+def main(given: argparse.Namespace) -> ExitCode:
+    """Run the verb."""
+    if given.power is None:
+        for option in ("pilot", "between"):
+            if getattr(given, option) is not None:
+                raise UserMistake(f"--{option}: requires --power")
+    from harness.commands.opened import open_suite
+
+    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    if given.power is None:
+        from harness.commands.planning import show
+
+        show(opened, arguments.console(), given.tflops)
+        return ExitCode.DONE
+    from harness.results import power
+
+    power.show(opened.plan, len(opened.loaded.suite.seeds), given, opened.folder, arguments.console())
+    return ExitCode.DONE

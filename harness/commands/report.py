@@ -1,0 +1,32 @@
+"""`report`: the page of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from harness.commands import arguments
+from harness.core import registry
+from harness.core.errors import ExitCode, one_line
+
+SUMMARY = "make the page of a run: leaderboard, curves, images, provenance"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.add_argument("folder", help="the folder of a run, such as runs/quickstart")
+    parser.add_argument(
+        "--prompts", type=arguments.count, default=3, metavar="N",
+        help="prompts that an image sheet shows (default: 3)",
+    )  # fmt: skip
+    arguments.add_plugins(parser, "diagnostics with a section of the report")
+
+
+def main(given: argparse.Namespace) -> ExitCode:
+    """Run the verb."""
+    from harness.report import page
+
+    registry.load_plugins(given.plugins)
+    made = page.make(Path(given.folder), given.prompts)
+    print(f"written: {one_line(made.page, 1000)} ({made.sheets} image sheets, {made.images} images)")
+    return ExitCode.DONE

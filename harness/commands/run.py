@@ -1,0 +1,36 @@
+"""`run`: run the missing stages of a suite, then show its tables."""
+
+from __future__ import annotations
+
+import argparse
+
+from harness.commands import arguments
+from harness.core.errors import ExitCode
+
+SUMMARY = "run the missing stages of a suite, then show its leaderboard"
+CACHE_MODES = ("always", "never", "only-missing", "only-cached")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    arguments.add_suite(parser)
+    parser.add_argument(
+        "--executor", choices=("ray", "serial"), default="ray", help="who runs the stages (default: ray)"
+    )
+    parser.add_argument(
+        "--cache", choices=CACHE_MODES, default="only-missing",
+        help="only-missing: run what is not committed, and what failed before (default); always: take whatever is "
+        "recorded, failures too; never: run everything anew; only-cached: run nothing, show what is committed",
+    )  # fmt: skip
+    parser.add_argument("--track", action="store_true", help="write training curves for TensorBoard (extra: tracking)")
+    parser.add_argument("--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one")
+
+
+def main(given: argparse.Namespace) -> ExitCode:
+    """Run the verb."""
+    from harness.commands.opened import open_suite
+    from harness.commands.running import RunOptions, run
+
+    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    options = RunOptions(given.executor, given.cache, given.track, given.ray_address)
+    return run(opened, options, arguments.console())

@@ -1,0 +1,172 @@
+"""Running an opened suite: what is missing is walked by an executor, then the tables are written and shown."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.opened import Opened
+from harness.commands.written import are_written, finish, write_resolved, write_tables
+from harness.core.errors import ExitCode, UserMistake
+from harness.executors.events import EventLog
+from harness.executors.walk import Summary, Walk
+from harness.stages import tracking
+from harness.stages.workplace import Workplace
+from harness.suite import fetching
+from harness.suite.preflight import preflight
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a suite is run; none of it is part of what a result is."""
+
+    executor: str = "ray"  # ray | serial
+    cache: str = "only-missing"  # one of CACHE_MODES
+    is_tracked: bool = False  # write training curves for TensorBoard
+    ray_address: str | None = None  # join this cluster; None: a private Ray on loopback
+
+
+def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
+    """Run the stages that are missing and show the tables."""
+    committed = opened.committed()
+    recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
+    if options.cache == "only-cached":
+        opened.make_folder()
+        finish(opened, console)
+        return ExitCode.DONE
+    done = set() if options.cache == "never" else committed
+    walk = Walk(opened.plan, done.__contains__)
+    if options.cache == "always":
+        _fail_as_before(walk, recorded_failures)
+    if walk.is_finished:
+        if walk.failed:
+            finish(opened, console)
+            return _show_failures(opened, walk.summary(), console)
+        if not are_written(opened):
+            opened.make_folder()
+            write_tables(opened)
+            write_resolved(opened)
+        console.print(
+            f"nothing to do: all {len(opened.plan.stages)} stages of '{opened.plan.suite}' are committed; "
+            f"the leaderboard is in {opened.folder}/leaderboard.csv",
+            highlight=False,
+        )
+        return ExitCode.DONE
+    _require(opened, options)
+    opened.make_folder()
+    opened.store.sweep()
+    write_resolved(opened)
+    redo = frozenset(opened.plan.stages) & committed if options.cache == "never" else frozenset()
+    return _walked(opened, options, walk, redo, console)
+
+
+def _require(opened: Opened, options: RunOptions) -> None:
+    """Raise UserMistake for what the run needs and this machine lacks, before any compute."""
+    fetching.require_installed(opened.loaded)
+    fetching.require_offline(opened.loaded)
+    preflight(opened.source)
+    if options.is_tracked:
+        tracking.require()
+    if options.ray_address is None:
+        _check_devices(opened)
+
+
+def _walked(
+    opened: Opened, options: RunOptions, walk: Walk, redo: frozenset[str], console: Console
+) -> ExitCode:
+    """Walk the plan by the executor, tell how it goes, and show the tables."""
+    from harness.executors.progress import Progress, format_seconds
+
+    workplace = _workplace(opened, options, redo)
+    events = EventLog(opened.folder / "events.jsonl")
+    console.print(
+        f"{opened.plan.suite}: {walk.total} units to do, {len(walk.cached)} done before; results in {opened.folder}",
+        highlight=False,
+    )
+    started = time.monotonic()
+    with Progress(walk, console) as progress:
+
+        def listen(event: str, data: dict[str, Any]) -> None:
+            events(event, data)
+            progress(event, data)
+
+        if options.executor == "ray":
+            from harness.executors import ray_tune
+
+            summary = ray_tune.run(walk, workplace, listen, address=options.ray_address)
+        else:
+            from harness.executors import serial
+
+            summary = serial.run(walk, workplace, listen)
+    events("run_ended", {"done": summary.done, "failed": len(summary.failed), "blocked": len(summary.blocked)})
+    if summary.is_interrupted:
+        write_tables(opened)
+        console.print(
+            f"interrupted after {summary.done} of {walk.total} units; everything finished is kept. "
+            "Go on with the same command.",
+            highlight=False,
+        )
+        return ExitCode.INTERRUPTED
+    finish(opened, console)
+    console.print(f"{summary.done} units in {format_seconds(time.monotonic() - started)}", highlight=False)
+    if summary.failed:
+        return _show_failures(opened, summary, console)
+    return ExitCode.DONE
+
+
+def _workplace(opened: Opened, options: RunOptions, redo: frozenset[str]) -> Workplace:
+    resources = opened.loaded.suite.resources
+    return Workplace(
+        store=opened.store.root.resolve(),
+        run_folder=opened.folder.resolve(),
+        source=opened.source,
+        plugins=opened.plugins,
+        cpus=resources.cpus,
+        gpus=resources.gpus,
+        redo=redo,
+        executor=options.executor,
+        is_tracked=options.is_tracked,
+        sharding=resources.sharding(),
+        keep_checkpoint_mb=resources.keep_checkpoint_mb,
+    )
+
+
+def _check_devices(opened: Opened) -> None:
+    """Raise UserMistake when the suite asks for a GPU that this machine does not have, before any compute."""
+    resources = opened.loaded.suite.resources
+    wanted = resources.gpus * resources.workers
+    if wanted <= 0:
+        return
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted > found:
+        where = opened.loaded.source.where(("resources", "gpus"))
+        raise UserMistake(
+            f"{where}: resources.gpus: a stage wants {wanted:g} GPU, this machine has {found}; "
+            "use --set resources.gpus=0 for the CPU"
+        )
+
+
+def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:
+    """Mark units whose stages failed in an earlier run as failed, without trying again (--cache always)."""
+    for index in sorted(walk.missing):
+        broken = [recorded[k] for k in walk.unit(index).stages if k in recorded]
+        if broken and index not in walk.blocked:
+            walk.fail(index, json.loads(broken[0].read_text("utf-8"))["error"])
+    walk.ready = type(walk.ready)(i for i in walk.ready if i not in walk.failed and i not in walk.blocked)
+
+
+def _show_failures(opened: Opened, summary: Summary, console: Console) -> ExitCode:
+    console.print(
+        f"{len(summary.failed)} unit(s) failed and {len(summary.blocked)} could not be done because of them; "
+        f"see {opened.folder}/failures and logs. The same command tries them again.",
+        style="red",
+        highlight=False,
+    )
+    return ExitCode.TRIALS_FAILED

@@ -1,0 +1,38 @@
+"""`table`: the tables of what is committed."""
+
+from __future__ import annotations
+
+import argparse
+
+from harness.commands import arguments
+from harness.core.errors import ExitCode
+
+SUMMARY = "write and show the tables from what is committed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    arguments.add_suite(parser)
+    parser.add_argument(
+        "--with-paper", action="store_true",
+        help="also write what papers print of the same tasks and defenses, apart from what was measured",
+    )  # fmt: skip
+
+
+def main(given: argparse.Namespace) -> ExitCode:
+    """Run the verb."""
+    from harness.commands.opened import open_suite
+    from harness.commands.written import write_resolved, write_tables
+    from harness.results import papers, tables
+
+    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    opened.make_folder()
+    beside = papers.beside(opened.loaded.suite) if given.with_paper else []
+    lines = write_tables(opened, beside)
+    write_resolved(opened)
+    tables.show(lines, arguments.console())
+    print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more")
+    if given.with_paper:
+        papers.write(beside, opened.folder)
+        print(f"papers' numbers: {len(beside)} rows in {opened.folder}/{papers.FILE}.md and .csv")
+    return ExitCode.DONE

@@ -1,0 +1,33 @@
+"""`validate`: everything that is wrong with a suite, before any compute."""
+
+from __future__ import annotations
+
+import argparse
+
+from harness.commands import arguments
+from harness.core.errors import ExitCode, one_line
+
+SUMMARY = "check a suite and say all that is wrong with it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    arguments.add_suite(parser)
+
+
+def main(given: argparse.Namespace) -> ExitCode:
+    """Run the verb."""
+    from harness.commands.opened import open_suite
+    from harness.core import fetched
+    from harness.suite import fetching
+
+    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    plan = opened.plan
+    print(
+        f"{one_line(given.suite)}: valid; {len(plan.measurements)} trials, {len(plan.stages)} stages in "
+        f"{len(plan.units)} units"
+    )
+    missing = fetching.not_installed(opened.loaded)
+    for line in (*fetched.lines(fetching.of_suite(opened.loaded)), *missing):
+        print(line)
+    return ExitCode.DONE

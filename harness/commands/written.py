@@ -1,0 +1,44 @@
+"""The tables of an opened suite: written, shown, and whether they are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.opened import Opened
+from harness.core.files import write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def write_tables(opened: Opened, papers: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """Write the tables of what is committed."""
+    from harness.results import tables
+
+    return tables.write(opened.plan, opened.store, opened.folder, opened.source.name, opened.gates, papers)
+
+
+def are_written(opened: Opened) -> bool:
+    """Tell whether the folder holds the tables of this plan, with every row."""
+    from harness.results import tables
+
+    return tables.are_written(opened.plan, opened.folder, opened.source.name, opened.gates)
+
+
+def finish(opened: Opened, console: Console) -> None:
+    """Write the tables and show the leaderboard."""
+    from harness.results import tables
+
+    tables.show(write_tables(opened), console)
+    console.print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more", highlight=False)
+
+
+def write_resolved(opened: Opened) -> None:
+    """Keep the suite as it was resolved, defaults and overrides included."""
+    import yaml
+
+    described = opened.loaded.suite.model_dump(mode="json")
+    text = f"# resolved from {Path(opened.loaded.source.name).name}, with defaults and overrides\n"
+    write_text(opened.folder / "suite.resolved.yaml", text + yaml.safe_dump(described, sort_keys=False))
