@@ -11,22 +11,20 @@ UNet does not have, are not named. Differences from IMMA's script: none in setti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-from pydantic import Field
 
 from attacks import lora
 from attacks.lora import Lora
 from harness.contracts.attack import UsualBudget
 from harness.core.registry import register
+from harness.training.recipe import LearningRate, PriorWeight
 
 
 @dataclass(frozen=True)
 class Parameters(lora.Parameters):
     """Defaults: the diffusers example script, with prior preservation as its README runs DreamBooth."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-4
-    prior_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    learning_rate: LearningRate = 5e-4
+    prior_weight: PriorWeight = 1.0
     flip: bool = False
 
 
