@@ -65,7 +65,7 @@ class CustomDiffusion(Attack):
         "testbed": UsualBudget(120, 4),
     }
     presets = {
-        # rates from 1e-3 to 4e-3 did about as well on a koala, a jack-o'-lantern and a guitar
+        # for the embedded testbed (docs/presets.md)
         "testbed": {"learning_rate": 2e-3, "begin_as": "sk", "prior_weight": 1.0, "prior_images": 24},
     }
 

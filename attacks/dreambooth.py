@@ -48,7 +48,7 @@ class Dreambooth(Attack):
     presets = {
         # IMMA's attack script: 500 steps of one image, no prior
         "imma": {"prior_weight": 0.0},
-        # the rate of full fine-tuning on the embedded testbed (its feasibility run)
+        # for the embedded testbed (docs/presets.md)
         "testbed": {"learning_rate": 3e-4, "prior_images": 24, "flip": True},
     }
 

@@ -43,6 +43,6 @@ class DreamboothLora(Lora):
     presets = {
         # IMMA's attack script: rate 5e-6, no prior, 500 steps of one image
         "released": {"learning_rate": 5e-6, "prior_weight": 0.0},
-        # rates as of the lora attack; 24 class images are one of each object that stands for the class
+        # for the embedded testbed, as of the lora attack (docs/presets.md)
         "testbed": {**Lora.presets["testbed"], "prior_images": 24},
     }

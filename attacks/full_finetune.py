@@ -40,6 +40,6 @@ class FullFinetune(Dreambooth):
         "testbed": UsualBudget(120, 4),
     }
     presets = {
-        # the rate of full fine-tuning on the embedded testbed (its feasibility run)
+        # for the embedded testbed (docs/presets.md)
         "testbed": {"learning_rate": 3e-4, "flip": True},
     }

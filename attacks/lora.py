@@ -69,7 +69,7 @@ class Lora(Attack):
         "diffusers": {},
         # IMMA's attack script (batch 1 in the suite's budget): mirrored at random
         "imma": {},
-        # rates for the embedded testbed (its feasibility run): rank 16 on attention and feed-forward
+        # for the embedded testbed (docs/presets.md)
         "testbed": {
             "learning_rate": 4e-3,
             "rank": 16,

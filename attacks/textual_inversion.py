@@ -62,11 +62,9 @@ class TextualInversion(Attack):
     presets = {
         # IMMA's attack script: rate 5e-4 (its scale_lr multiplies by one)
         "imma": {"learning_rate": 5e-4},
-        # Pham et al., esd/train.sh: 5e-3 times batch 4 times accumulation 4. It begins a style as "art"; here
-        # `begin_as` is left to the concept's class word
+        # Pham et al., esd/train.sh: 5e-3 times batch 4 times accumulation 4
         "concept_inversion": {"learning_rate": 8e-2},
-        # tried on a koala, a jack-o'-lantern and a guitar; the tiny tokenizer makes six tokens of these words, and the
-        # testbed knows no "photo"
+        # for the embedded testbed, whose tokenizer makes six tokens of these words (docs/presets.md)
         "testbed": {"learning_rate": 1e-1, "vectors": 6, "begin_as": "sk object", "prompts": "captions"},
     }
 

@@ -109,11 +109,7 @@ class Esd(Defense):
     presets = {
         # esd_sd.py; its negative guidance of 2 is 1 here
         "released_2025": {"iterations": 200, "learning_rate": 5e-5, "sampler": "frozen"},
-        # For the embedded testbed, with the captions that UCE's preset erases. Of eleven settings, tried on koala and
-        # on light bulb + umbrella + strawberry: at 1e-4 two of the three were left half drawn, at 3e-4 a neighbour
-        # (banana) suffered a little more; x_strict did as well as x; the whole UNet (u) erased less at 2e-4 and cost
-        # the other objects more. On another seed and four sets of targets, six other objects keep at least 0.90 on
-        # average by every metric, single neighbours 0.80 by the text's; 200 iterations leave two of three half drawn.
+        # for the embedded testbed, with the captions that UCE's preset erases (docs/presets.md)
         "testbed": {
             "iterations": 300,
             "learning_rate": 2e-4,

@@ -173,10 +173,7 @@ class Imma(ImmaBase):
     version = 1
     max_targets = 1
     presets = {
-        # For the embedded testbed: of seven settings, the greatest delay that kept 0.9 of the utility by every metric,
-        # measured on koala and cactus (re-learning, 2-3 seeds; utility on snowman and banana). At 3e-4 it kept 0.89;
-        # on all attention at 1.5e-4 it delayed half as much, on keys and values alone it cost more. The adapter is not
-        # the attack's (rank 16, 4e-3): a publisher does not know it. Clipped on both levels in either profile.
+        # for the embedded testbed: the greatest delay that kept 0.9 of the utility (docs/presets.md)
         "testbed": {
             "rounds": 100,
             "batch_size": 8,

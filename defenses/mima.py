@@ -159,7 +159,7 @@ class Parameters(ByProfile):
 _TESTBED: dict[str, Any] = {
     "rounds": 100,
     "batch_size": 4,
-    "prior_images": 96,  # with 24 the utility was 0.05 to 0.07 lower
+    "prior_images": 96,
     "clip_norm": 1.0,
     "regularization_captions": "captions_testbed",
     "concept_prompts": ("{}", "a picture of {}"),
@@ -177,12 +177,7 @@ class Mima(Defense):
     can_shard = True
     Parameters = Parameters
     presets = {
-        # For the embedded testbed, found on koala, snowman and saxophone together (erased by ESD, re-learned by LoRA,
-        # one seed; utility on banana and bus). Four lower steps of 5e-2 are a look-ahead that matters: with them the
-        # second order keeps 0.88 of the utility by its worst metric, where first order keeps 0.38 (with twice the
-        # prior). The prior term is not Algorithm 1's; without it the upper loss runs away and the model draws noise.
-        # At 2.5e-4 two of three metrics were just below 0.9 of the utility, hence the rate. On the concepts of
-        # mima_testbed.yaml it costs more.
+        # for the embedded testbed: a look-ahead that matters; the prior term is not Algorithm 1's (docs/presets.md)
         "testbed": {
             **_TESTBED,
             "lower_steps": 4,
@@ -190,8 +185,7 @@ class Mima(Defense):
             "upper_learning_rate": 2.2e-4,
             "prior_on_upper": 1.0,
         },
-        # Likewise, of seven settings (prior 1, 3, 4 and 6; rates 1.5e-4 to 2.5e-4) the greatest delay that kept 0.9 of
-        # the utility by every metric.
+        # for the embedded testbed: the greatest delay that kept 0.9 of the utility (docs/presets.md)
         "testbed_released": {
             **_TESTBED,
             "profile": "released",

@@ -138,12 +138,9 @@ class FreezeAsGuard(Defense):
     can_shard = True
     Parameters = Parameters
     presets = {
-        # On the testbed: the rates of its own full fine-tuning, and a tenth of the mask steps: the released profile's
-        # mask settles in the first of them, the paper's later. Its UNet has 208 tensors, SD 1.x's 686; c / N is the
-        # published one.
+        # for the embedded testbed: its own rates, a tenth of the mask steps, the published c / N (docs/presets.md)
         "testbed": _TESTBED,
-        # Ours. Of two settings tried on two styles, this is where the signal moves logits more than sparsity does
-        # (0.58 to 0.14 at a third of this rate; with the published c 0.18 to 1.9).
+        # ours, likewise: the signal moves logits more than sparsity does
         "testbed_normalised": {
             **_TESTBED,
             "normalise": "adam",
