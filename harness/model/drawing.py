@@ -77,11 +77,14 @@ class Watcher(Protocol):
 
     needs_gradient: ClassVar[bool]
 
-    def begin(self, drawing: Drawing) -> None: ...
+    def begin(self, drawing: Drawing) -> None:
+        """Before the first step."""
 
-    def at_step(self, drawing: Drawing, index: int, timestep: int) -> None: ...
+    def at_step(self, drawing: Drawing, index: int, timestep: int) -> None:
+        """Before each step."""
 
-    def end(self, drawing: Drawing) -> None: ...
+    def end(self, drawing: Drawing) -> None:
+        """After the last step, or what failed."""
 
 
 def starting_latents(model: DiffusionModel, seeds: Sequence[int], like: Tensor) -> tuple[Tensor, list[torch.Generator]]:
