@@ -56,6 +56,36 @@ def test_exact_equals_autograd_through_the_steps(lower, steps):
         assert torch.equal(weights[name], before[name])
 
 
+@pytest.mark.parametrize("mode", bilevel.Mode.__args__)
+def test_merged_weights_are_gone_on_the_way_back(mode):
+    """They are as large as S_l, and needed for the upper gradient alone."""
+    weights, batches = _toy()
+    local = _local(weights)
+    branches = [LookAhead(local, list(weights), list(weights), [[lambda b=b: _loss(weights, b)]], 0.1) for b in batches]
+    merging = LayerMerging(Merge.solve([b[:1] for b in batches], torch.cat(batches)), frozenset({"first"}))
+    seen: list[weakref.ref] = []
+    back: list[int] = []
+
+    class Watched(LayerMerging):
+        def from_start(self, start):
+            total = super().from_start(start)
+            seen.extend(weakref.ref(value) for value in total.values())
+            return total
+
+        def to_adapted(self, index, cotangent):
+            assert all(ref() is None for ref in seen)
+            back.append(index)
+            return super().to_adapted(index, cotangent)
+
+    upper = [lambda: _loss(weights, batches[0])]
+    watched = Watched(merging.merge, merging.projections)
+    found = bilevel.merged_hypergradient(branches, watched, upper, mode)
+    plain = bilevel.merged_hypergradient(branches, merging, upper, mode)
+
+    assert len(seen) == len(weights) and back == [0, 1, 2, 3]
+    assert all(torch.equal(found[name], plain[name]) for name in weights)
+
+
 def test_modes_of_a_linear_lower_loss_agree():
     """Without curvature the first order is all there is."""
     weights, batches = _toy()
