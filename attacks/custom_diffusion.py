@@ -24,38 +24,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from harness.contracts.attack import Attack, Checkpoint, UsualBudget
 from harness.core.registry import register
 from harness.core.search import Choice, around
+from harness.training.recipe import LearningRate, PriorImages, PriorWeight, WeightOptimization
 
 WORD = "word"
 """The name of the modifier's embedding among the trained parameters."""
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(WeightOptimization):
     """Defaults: the diffusers example as its README runs it."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 4e-5
+    learning_rate: LearningRate = 4e-5
+    flip: bool = True
+    prior_weight: PriorWeight = 0.25
+    """Weight of the loss on class images. The example says 1, beside a loss of the concept that is four times the mean:
+    it divides a sum over four latent channels by the size of a mask of one."""
+    prior_images: PriorImages = 200
     modifier: Annotated[str, Field(pattern=r"^<[a-z0-9*_-]{1,30}>$")] = "<new1>"
     """The word that is learned."""
     begin_as: Annotated[str, Field(min_length=1, max_length=200)] = "ktn"
     """The word that it begins as: a rare token."""
-    prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.25
-    """Weight of the loss on class images. The example says 1, beside a loss of the concept that is four times the mean:
-    it divides a sum over four latent channels by the size of a mask of one."""
-    prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
-    """How many class images, where they are weighed."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with momentum 0.9, which an adaptive attacker may prefer."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    flip: bool = True
-    """Mirror half of the images at random."""
 
 
 @register("attack")
@@ -70,7 +65,7 @@ class CustomDiffusion(Attack):
         "testbed": UsualBudget(120, 4),
     }
     presets = {
-        # rates from 1e-3 to 4e-3 did about as well on a koala, a jack-o'-lantern and a guitar
+        # for the embedded testbed (docs/presets.md)
         "testbed": {"learning_rate": 2e-3, "begin_as": "sk", "prior_weight": 1.0, "prior_images": 24},
     }
 
@@ -104,9 +99,8 @@ class CustomDiffusion(Attack):
         names = adaptation.trainable(select(model.parameters(), "cross_attention_kv"), protection, budget)
         word = LearnedWord(model, p.begin_as, 1, p.modifier)
         trained = {**model.change(names), WORD: word.vectors}
-        recipe = adaptation.Recipe.of(p)
         for step, weights in adaptation.adapt(
-            model, concept, protection, budget, run, trained, recipe, text=word
+            model, concept, protection, budget, run, trained, p.recipe(), text=word
         ):
             yield Checkpoint(step, partial(_save, model, p.modifier, weights.whole(list(trained))))
 

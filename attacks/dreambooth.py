@@ -14,32 +14,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
-
-from pydantic import Field
 
 from harness.contracts.attack import Attack, Checkpoint, UsualBudget
 from harness.core.registry import register
 from harness.core.search import Choice, around
+from harness.training.recipe import LearningRate, PriorImages, PriorWeight, WeightOptimization
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(WeightOptimization):
     """Defaults: the diffusers example as its README runs it with prior preservation."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-6
+    learning_rate: LearningRate = 5e-6
+    flip: bool = False
+    prior_weight: PriorWeight = 1.0
+    prior_images: PriorImages = 200
     text_encoder: bool = False
     """Train the text encoder too."""
-    prior_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Weight of the loss on class images."""
-    prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
-    """How many class images, where they are weighed."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with momentum 0.9, which an adaptive attacker may prefer."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    flip: bool = False
-    """Mirror half of the images at random."""
 
 
 @register("attack")
@@ -57,7 +48,7 @@ class Dreambooth(Attack):
     presets = {
         # IMMA's attack script: 500 steps of one image, no prior
         "imma": {"prior_weight": 0.0},
-        # the rate of full fine-tuning on the embedded testbed (its feasibility run)
+        # for the embedded testbed (docs/presets.md)
         "testbed": {"learning_rate": 3e-4, "prior_images": 24, "flip": True},
     }
 
@@ -91,7 +82,6 @@ class Dreambooth(Attack):
         from harness.training.selection import select
 
         p = self.parameters
-        recipe = adaptation.Recipe.of(p)
         known = model.parameters()
         wanted = select(known, "unet")
         if p.text_encoder:
@@ -102,7 +92,7 @@ class Dreambooth(Attack):
         parts = ["unet", "text_encoder"] if p.text_encoder else ["unet"]
         untrained = {part: components.state(model, part, beside=frozenset(trained)) for part in parts}
         for step, weights in adaptation.adapt(
-            model, concept, protection, budget, run, trained, recipe, text=text, prior_text=text
+            model, concept, protection, budget, run, trained, p.recipe(), text=text, prior_text=text
         ):
             whole = weights.whole(names)
             yield Checkpoint(step, partial(_save, model, untrained, whole))

@@ -11,22 +11,20 @@ UNet does not have, are not named. Differences from IMMA's script: none in setti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-from pydantic import Field
 
 from attacks import lora
 from attacks.lora import Lora
 from harness.contracts.attack import UsualBudget
 from harness.core.registry import register
+from harness.training.recipe import LearningRate, PriorWeight
 
 
 @dataclass(frozen=True)
 class Parameters(lora.Parameters):
     """Defaults: the diffusers example script, with prior preservation as its README runs DreamBooth."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-4
-    prior_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    learning_rate: LearningRate = 5e-4
+    prior_weight: PriorWeight = 1.0
     flip: bool = False
 
 
@@ -45,6 +43,6 @@ class DreamboothLora(Lora):
     presets = {
         # IMMA's attack script: rate 5e-6, no prior, 500 steps of one image
         "released": {"learning_rate": 5e-6, "prior_weight": 0.0},
-        # rates as of the lora attack; 24 class images are one of each object that stands for the class
+        # for the embedded testbed, as of the lora attack (docs/presets.md)
         "testbed": {**Lora.presets["testbed"], "prior_images": 24},
     }

@@ -12,22 +12,20 @@ global batch of four.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-from pydantic import Field
 
 from attacks import dreambooth
 from attacks.dreambooth import Dreambooth
 from harness.contracts.attack import UsualBudget
 from harness.core.registry import register
+from harness.training.recipe import LearningRate, PriorWeight
 
 
 @dataclass(frozen=True)
 class Parameters(dreambooth.Parameters):
     """Defaults: FreezeAsGuard's."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-5
-    prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
+    learning_rate: LearningRate = 1e-5
+    prior_weight: PriorWeight = 0.0
 
 
 @register("attack")
@@ -42,6 +40,6 @@ class FullFinetune(Dreambooth):
         "testbed": UsualBudget(120, 4),
     }
     presets = {
-        # the rate of full fine-tuning on the embedded testbed (its feasibility run)
+        # for the embedded testbed (docs/presets.md)
         "testbed": {"learning_rate": 3e-4, "flip": True},
     }

@@ -24,13 +24,17 @@ from pydantic import Field
 from harness.contracts.attack import Attack, Checkpoint, UsualBudget
 from harness.core.registry import register
 from harness.core.search import Choice, around
+from harness.training.recipe import LearningRate, PriorImages, PriorWeight, WeightOptimization
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(WeightOptimization):
     """Defaults: IMMA's attack script (rank 4, 1e-4, mirrored at random)."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-4
+    learning_rate: LearningRate = 1e-4
+    flip: bool = True
+    prior_weight: PriorWeight = 0.0
+    prior_images: PriorImages = 100
     variant: Literal["lora", "dora", "loha", "lokr", "oft"] = "lora"
     rank: Annotated[int, Field(ge=1, le=1024)] = 4
     """Of the adapter's matrices; for OFT the number of blocks that each is divided into."""
@@ -39,16 +43,6 @@ class Parameters:
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_encoder: bool = False
     """Adapt the text encoder's attention too."""
-    prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """Weight of the loss on class images (DreamBooth's prior preservation)."""
-    prior_images: Annotated[int, Field(ge=1, le=10_000)] = 100
-    """How many class images, where they are weighed."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with momentum 0.9, which an adaptive attacker may prefer."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    flip: bool = True
-    """Mirror half of the images at random."""
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
@@ -75,7 +69,7 @@ class Lora(Attack):
         "diffusers": {},
         # IMMA's attack script (batch 1 in the suite's budget): mirrored at random
         "imma": {},
-        # rates for the embedded testbed (its feasibility run): rank 16 on attention and feed-forward
+        # for the embedded testbed (docs/presets.md)
         "testbed": {
             "learning_rate": 4e-3,
             "rank": 16,
@@ -115,7 +109,6 @@ class Lora(Attack):
         from harness.training import adaptation, components, lora, text_encoder
 
         p = self.parameters
-        recipe = adaptation.Recipe.of(p)
         with lora.injected(
             model, rank=p.rank, alpha=p.alpha or p.rank, target_modules=p.target_modules,
             seed=run.seed_for("adapter"), skip=protection.frozen if budget.is_honest else frozenset(),
@@ -123,7 +116,7 @@ class Lora(Attack):
         ) as adapter:  # fmt: skip
             text = text_encoder.TrainedTextEncoder(model) if p.text_encoder else None
             for step, weights in adaptation.adapt(
-                model, concept, protection, budget, run, adapter, recipe, text=text, prior_text=text
+                model, concept, protection, budget, run, adapter, p.recipe(), text=text, prior_text=text
             ):
                 if p.variant in ("lora", "dora"):
                     yield Checkpoint(step, partial(lora.save, model, weights.whole(list(adapter))))

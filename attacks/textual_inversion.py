@@ -25,13 +25,15 @@ from pydantic import Field
 from harness.contracts.attack import Attack, Checkpoint, UsualBudget
 from harness.core.registry import register
 from harness.core.search import Choice, around
+from harness.training.recipe import LearningRate, Optimization
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(Optimization):
     """Defaults: the diffusers example as its README runs it."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
+    learning_rate: LearningRate = 2e-3
+    flip: bool = True
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
     """Embeddings of the word, which stand side by side."""
     placeholder: Annotated[str, Field(pattern=r"^<[a-z0-9*_-]{1,30}>$")] = "<concept>"
@@ -40,11 +42,6 @@ class Parameters:
     """The words whose tokens the embeddings begin as; None: the concept's class word."""
     prompts: Literal["templates", "captions"] = "templates"
     """What the word is trained in: the released code's templates of the concept's kind, or the images' captions."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with momentum 0.9, which an adaptive attacker may prefer."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
-    flip: bool = True
-    """Mirror half of the images at random."""
 
 
 @register("attack")
@@ -65,11 +62,9 @@ class TextualInversion(Attack):
     presets = {
         # IMMA's attack script: rate 5e-4 (its scale_lr multiplies by one)
         "imma": {"learning_rate": 5e-4},
-        # Pham et al., esd/train.sh: 5e-3 times batch 4 times accumulation 4. It begins a style as "art"; here
-        # `begin_as` is left to the concept's class word
+        # Pham et al., esd/train.sh: 5e-3 times batch 4 times accumulation 4
         "concept_inversion": {"learning_rate": 8e-2},
-        # tried on a koala, a jack-o'-lantern and a guitar; the tiny tokenizer makes six tokens of these words, and the
-        # testbed knows no "photo"
+        # for the embedded testbed, whose tokenizer makes six tokens of these words (docs/presets.md)
         "testbed": {"learning_rate": 1e-1, "vectors": 6, "begin_as": "sk object", "prompts": "captions"},
     }
 
@@ -98,9 +93,8 @@ class TextualInversion(Attack):
         if p.prompts == "templates":
             chosen = OBJECT_TEMPLATES if concept.kind == "object" else STYLE_TEMPLATES
             templates = tuple(template.replace("{}", p.placeholder) for template in chosen)
-        recipe = adaptation.Recipe.of(p)
         for step, weights in adaptation.adapt(
-            model, concept, protection, budget, run, {"word": word.vectors}, recipe, text=word, templates=templates
+            model, concept, protection, budget, run, {"word": word.vectors}, p.recipe(), text=word, templates=templates
         ):
             yield Checkpoint(step, partial(save, p.placeholder, weights.whole(["word"])["word"]))
 

@@ -36,6 +36,7 @@ Several concepts: one is drawn for each sample, as in the first code, so each ge
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Parameters:
     iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """2025 code: 200."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-5
-    """Of Adam, without weight decay. 2025 code: 5e-5."""
+    """Of Adam: AdamW without weight decay is the same to the bit. 2025 code: 5e-5."""
     eta: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Negative guidance in the first code's meaning; 0 maps the concept to the unconditional prediction."""
     sampling_guidance: Annotated[float, Field(ge=0, le=100)] = 3.0
@@ -108,11 +109,7 @@ class Esd(Defense):
     presets = {
         # esd_sd.py; its negative guidance of 2 is 1 here
         "released_2025": {"iterations": 200, "learning_rate": 5e-5, "sampler": "frozen"},
-        # For the embedded testbed, with the captions that UCE's preset erases. Of eleven settings, tried on koala and
-        # on light bulb + umbrella + strawberry: at 1e-4 two of the three were left half drawn, at 3e-4 a neighbour
-        # (banana) suffered a little more; x_strict did as well as x; the whole UNet (u) erased less at 2e-4 and cost
-        # the other objects more. On another seed and four sets of targets, six other objects keep at least 0.90 on
-        # average by every metric, single neighbours 0.80 by the text's; 200 iterations leave two of three half drawn.
+        # for the embedded testbed, with the captions that UCE's preset erases (docs/presets.md)
         "testbed": {
             "iterations": 300,
             "learning_rate": 2e-4,
@@ -135,41 +132,23 @@ class Esd(Defense):
 
     def protect(self, model, targets, preserved, run) -> Protection:
         """Return the trained tensors of the UNet."""
-        import torch
-
-        from harness.training.state import TrainingState, require_finite
+        from harness.training.loop import StepOver, train
+        from harness.training.weights import Level, LocalWeights
 
         p = self.parameters
         trained = model.change(trained_names(model.parameters(), p.variant))
         phrases = [target.phrase for target in targets]
         # made before anything is trained or loaded: both keep what the original says
         source = (_Pool if p.sampler == "frozen" else _Fresh)(model, run, p, phrases, trained)
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-        optimizer = torch.optim.Adam(trained.values(), lr=p.learning_rate)
-        state = TrainingState(trained, {"erased": optimizer})
-        start, _ = state.load(run)
-        last = None
-        for step in range(start, p.iterations):
-            with run.ledger.phase("sample"):
-                batch = source.draw(step)
-            with run.ledger.phase("train"):
-                with run.autocast():
-                    said = model.unet(batch.latents, batch.timesteps, batch.text, return_dict=False)[0]
-                loss = torch.nn.functional.mse_loss(said.float(), batch.target)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            run.ledger.forward_passes += p.batch_size
-            run.ledger.backward_passes += p.batch_size
-            last = loss.detach()
-            run.track("loss", last, step)
-            run.report(step + 1, p.iterations)
-            if run.is_checkpoint_due():
-                state.save(run, step + 1)
-        if last is not None:
-            run.ledger.numbers["loss"] = require_finite(last, "ESD's loss")
-        return Protection(tensors={name: parameter.detach().clone() for name, parameter in trained.items()})
+        weights = LocalWeights(trained, {"erased": Level(tuple(trained), p.learning_rate)}, run)
+
+        def step(index: int) -> dict[str, float]:
+            loss = _Distance(model, run, source.draw(index))
+            weights.step("erased", weights.gradient([loss], list(trained)))
+            return {"loss": loss.value}
+
+        train(run, StepOver(step, weights), p.iterations, "ESD")
+        return Protection(tensors=weights.whole(list(trained)))
 
 
 def trained_names(names: Iterable[str], variant: Variant) -> list[str]:
@@ -197,6 +176,26 @@ class _Batch:
     timesteps: Tensor  # [batch]
     text: Tensor  # [batch, tokens, width]; embeddings of the concept's text
     target: Tensor  # as latents
+
+
+class _Distance:
+    """How far the network is from a batch's target: called, it reads the present weights."""
+
+    def __init__(self, model: DiffusionModel, run: Run, batch: _Batch):
+        self.model, self.run, self.batch = model, run, batch
+        self.value = math.nan  # when it was last called
+
+    def __call__(self) -> Tensor:
+        """Return the mean squared distance, with its graph."""
+        import torch
+
+        batch = self.batch
+        with self.run.autocast():
+            said = self.model.unet(batch.latents, batch.timesteps, batch.text, return_dict=False)[0]
+        self.run.ledger.forward_passes += len(batch.latents)
+        loss = torch.nn.functional.mse_loss(said.float(), batch.target)
+        self.value = float(loss.detach())
+        return loss
 
 
 class _Source:

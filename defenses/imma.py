@@ -23,6 +23,9 @@ Beyond both: `hypergradient`. Papers and code take phi* for a constant (first_or
 function of the weights before: it sees how the weights steer the attack. `ascent_only` drops the lower level (the
 code's `--max`), the ablation that tells what the lower level is worth.
 
+Differences from earlier code of version 1: `lower_optimizer: sgd` with first_order takes SGD steps in the levels' usual
+turns, with decay and clipping; it used to look ahead. The version stays, since no bundled suite or preset asks for it.
+
 Differences from the paper: the optimizer of either level is not known from the text; both use AdamW as the code does.
 Differences from the released code: gradients are computed only where a level needs them (the code accumulates them in
 the whole UNet and never clears them); latents and text embeddings are encoded once; images are resized by LANCZOS and
@@ -42,6 +45,7 @@ from pydantic import Field
 
 from harness.contracts.defense import Defense, ProtectedConcept
 from harness.contracts.protection import Protection, ThreatModel
+from harness.core.profiles import ByProfile
 from harness.core.registry import register
 from harness.core.sharding import global_batch, hypergradient_mode
 
@@ -57,7 +61,7 @@ _UPPER_RATES = {"lora": 1e-5, "dreambooth": 2e-5, "dreambooth_lora": 2e-5, "text
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(ByProfile):
     """Defaults: the released scripts'; what the paper states could not be read (papers' facts: "not found")."""
 
     profile: Literal["paper", "released"] = "paper"
@@ -70,8 +74,11 @@ class Parameters:
     lower_steps: Annotated[int, Field(ge=1, le=100)] = 1
     """Lower updates for each upper one."""
     hypergradient: Literal["first_order", "exact", "finite_difference"] = "first_order"
+    """How the upper gradient sees the lower steps, and so how the levels take turns. first_order: not at all; each
+    level takes its own optimizer's steps. exact, finite_difference: the loss is looked at after the lower steps of a
+    round and differentiated through them; they are plain SGD steps, without decay and clipping, and then stay."""
     lower_optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd where the steps are differentiated."""
+    """sgd: without momentum; the only one whose steps are differentiated."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Global: over all processes."""
     lower_learning_rate: Rate | None = None
@@ -111,10 +118,18 @@ class Parameters:
             raise ValueError("prior_weight belongs to the lower levels dreambooth and dreambooth_lora")
 
     @property
-    def clipping(self) -> float | None:
-        """The norm that gradients are clipped to."""
-        released = 1.0 if self.profile == "released" and self.lower != "textual_inversion" else None
-        return self.clip_norm or released
+    def looks_ahead(self) -> bool:
+        """Whether the upper gradient goes through the lower steps; without, the levels alternate."""
+        return self.hypergradient != "first_order"
+
+    def of_profile(self) -> dict[str, float | None]:
+        """Return the rates of the lower level's own script, and the profile's clipping."""
+        is_clipped = self.profile == "released" and self.lower != "textual_inversion"
+        return {
+            "lower_learning_rate": _LOWER_RATES[self.lower],
+            "upper_learning_rate": _UPPER_RATES[self.lower],
+            "clip_norm": 1.0 if is_clipped else None,
+        }
 
 
 class ImmaBase(Defense):
@@ -158,10 +173,7 @@ class Imma(ImmaBase):
     version = 1
     max_targets = 1
     presets = {
-        # For the embedded testbed: of seven settings, the greatest delay that kept 0.9 of the utility by every metric,
-        # measured on koala and cactus (re-learning, 2-3 seeds; utility on snowman and banana). At 3e-4 it kept 0.89;
-        # on all attention at 1.5e-4 it delayed half as much, on keys and values alone it cost more. The adapter is not
-        # the attack's (rank 16, 4e-3): a publisher does not know it. Clipped on both levels in either profile.
+        # for the embedded testbed: the greatest delay that kept 0.9 of the utility (docs/presets.md)
         "testbed": {
             "rounds": 100,
             "batch_size": 8,
@@ -183,46 +195,44 @@ def immunize(model: DiffusionModel, targets: Sequence[ProtectedConcept], p: Para
     """Return the immunized weights of S, trained on the images of all `targets` taken together."""
     from harness.training import bilevel, sharding
     from harness.training.diffusion import mean_value
-    from harness.training.loop import train
+    from harness.training.loop import StepOver, train
     from harness.training.selection import select
     from harness.training.weights import Level
 
+    clip_norm = p.chosen("clip_norm")
     upper = model.change(select(model.parameters(), p.upper_parameters))
     with _lower_level(model, targets, p, run) as (lower, concept):
-        levels = {"upper": Level(tuple(upper), _rate(p, "upper"), p.weight_decay, p.clipping)}
+        levels = {"upper": Level(tuple(upper), p.chosen("upper_learning_rate"), p.weight_decay, clip_norm)}
         if lower:
-            levels["lower"] = Level(tuple(lower), _rate(p, "lower"), p.weight_decay, p.clipping)
+            momentum = {"adamw": None, "sgd": 0.0}[p.lower_optimizer]
+            rate = p.chosen("lower_learning_rate")
+            levels["lower"] = Level(tuple(lower), rate, p.weight_decay, clip_norm, momentum)
         weights = sharding.spread(model, {**upper, **lower}, levels, run)
         plan = list(_levels(p, len(concept)))
 
-        def step(index: int) -> dict[str, float]:
+        def alternating(index: int) -> dict[str, float]:
             level = plan[index]
             loss = concept.at(index, -1.0 if level == "upper" else 1.0, p.prior_weight if level == "lower" else 0.0)
             weights.step(level, weights.gradient(loss, levels[level].names))
             return {f"{level}_loss": mean_value(loss)}
 
-        def differentiated(index: int) -> dict[str, float]:
+        def looking_ahead(index: int) -> dict[str, float]:
             first = index * (p.lower_steps + 1)
             losses = [concept.at(first + k, 1.0, p.prior_weight) for k in range(p.lower_steps)]
             outer = concept.at(first + p.lower_steps, -1.0)
             names = list(dict.fromkeys([*upper, *lower]))
             ahead = bilevel.LookAhead(weights, names, list(lower), losses, levels["lower"].learning_rate)
-            slope = bilevel.hypergradient(ahead, outer, p.hypergradient)
-            weights.settle(ahead.end)
+            adapted = ahead.adapted()
+            slope = bilevel.hypergradient(ahead, adapted, outer, p.hypergradient)
+            weights.settle(adapted.end)
             weights.step("upper", slope)
             return {"lower_loss": mean_value(losses[-1]), "upper_loss": mean_value(outer)}
 
-        if lower and p.lower_optimizer == "sgd":
-            train(run, weights, p.rounds, differentiated, "IMMA")
+        if p.looks_ahead:
+            train(run, StepOver(looking_ahead, weights), p.rounds, "IMMA")
         else:
-            train(run, weights, len(plan), step, "IMMA")
+            train(run, StepOver(alternating, weights), len(plan), "IMMA")
         return weights.whole(list(upper))
-
-
-def _rate(p: Parameters, level: str) -> float:
-    if level == "upper":
-        return p.upper_learning_rate or _UPPER_RATES[p.lower]
-    return p.lower_learning_rate or _LOWER_RATES[p.lower]
 
 
 @contextlib.contextmanager

@@ -44,9 +44,7 @@ class Merged(ImmaBase):
     can_shard = False  # one training after the other: DeepSpeed's engine cannot be put around the same UNet again
     Parameters = Parameters
     presets = {
-        # IMMA's; Merge divides what is outside keys and values by the number of concepts, so the rate is higher: at
-        # 5e-4 it delayed most (three learned objects together, one seed) while two of three metrics kept 0.9 of the
-        # utility (the third 0.88)
+        # for the embedded testbed: IMMA's, at a higher rate since Merge takes means (docs/presets.md)
         "testbed": {
             **Imma.presets["testbed"],
             "upper_learning_rate": 5e-4,

@@ -36,7 +36,7 @@ are not rescaled at random.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,6 +45,7 @@ from pydantic import Field
 
 from harness.contracts.defense import Defense, ProtectedConcept
 from harness.contracts.protection import Protection, ThreatModel
+from harness.core.profiles import ByProfile
 from harness.core.registry import register
 from harness.core.sharding import global_batch, hypergradient_mode
 
@@ -78,7 +79,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(ByProfile):
     """Defaults: the released scripts'; what the paper states of them could not be read. None: as the profile says."""
 
     profile: Literal["paper", "released"] = "paper"
@@ -133,32 +134,32 @@ class Parameters:
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
-        if self.of("lower_persist") and (self.of("hypergradient") != "first_order" or self.of("grad_through_merge")):
+        is_differentiated = self.chosen("hypergradient") != "first_order" or self.chosen("grad_through_merge")
+        if self.chosen("lower_persist") and is_differentiated:
             raise ValueError(
                 "lower steps that persist are not differentiated: set lower_persist: false, or hypergradient: "
                 "first_order and grad_through_merge: false"
             )
-        if not self.of("grad_through_merge") and self.of("hypergradient") != "first_order":
+        if not self.chosen("grad_through_merge") and self.chosen("hypergradient") != "first_order":
             raise ValueError(
-                f"hypergradient '{self.of('hypergradient')}' goes through Merge: set grad_through_merge: true, or "
+                f"hypergradient '{self.chosen('hypergradient')}' goes through Merge: set grad_through_merge: true, or "
                 "hypergradient: first_order"
             )
 
-    def of(self, name: str) -> Any:
-        """Return a setting that the profile decides unless it is given."""
-        given = getattr(self, name)
-        return _PROFILES[self.profile][name] if given is None else given
+    def of_profile(self) -> Mapping[str, Any]:
+        """Return what the profile says."""
+        return _PROFILES[self.profile]
 
     @property
     def weighs_prior(self) -> bool:
         """Whether any level weighs class images."""
-        return bool(self.of("prior_on_lower") or self.of("prior_on_upper"))
+        return bool(self.chosen("prior_on_lower") or self.chosen("prior_on_upper"))
 
 
 _TESTBED: dict[str, Any] = {
     "rounds": 100,
     "batch_size": 4,
-    "prior_images": 96,  # with 24 the utility was 0.05 to 0.07 lower
+    "prior_images": 96,
     "clip_norm": 1.0,
     "regularization_captions": "captions_testbed",
     "concept_prompts": ("{}", "a picture of {}"),
@@ -176,12 +177,7 @@ class Mima(Defense):
     can_shard = True
     Parameters = Parameters
     presets = {
-        # For the embedded testbed, found on koala, snowman and saxophone together (erased by ESD, re-learned by LoRA,
-        # one seed; utility on banana and bus). Four lower steps of 5e-2 are a look-ahead that matters: with them the
-        # second order keeps 0.88 of the utility by its worst metric, where first order keeps 0.38 (with twice the
-        # prior). The prior term is not Algorithm 1's; without it the upper loss runs away and the model draws noise.
-        # At 2.5e-4 two of three metrics were just below 0.9 of the utility, hence the rate. On the concepts of
-        # mima_testbed.yaml it costs more.
+        # for the embedded testbed: a look-ahead that matters; the prior term is not Algorithm 1's (docs/presets.md)
         "testbed": {
             **_TESTBED,
             "lower_steps": 4,
@@ -189,8 +185,7 @@ class Mima(Defense):
             "upper_learning_rate": 2.2e-4,
             "prior_on_upper": 1.0,
         },
-        # Likewise, of seven settings (prior 1, 3, 4 and 6; rates 1.5e-4 to 2.5e-4) the greatest delay that kept 0.9 of
-        # the utility by every metric.
+        # for the embedded testbed: the greatest delay that kept 0.9 of the utility (docs/presets.md)
         "testbed_released": {
             **_TESTBED,
             "profile": "released",
@@ -217,9 +212,9 @@ class Mima(Defense):
     def unet_passes(cls, parameters, targets) -> float:
         """A gradient for each concept on each level, and two more (or a double backward) through each lower step."""
         p = parameters
-        lower = p.lower_steps * (2 if p.of("prior_on_lower") else 1)
-        again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.of("hypergradient")]
-        upper = 2 if p.of("prior_on_upper") else 1
+        lower = p.lower_steps * (2 if p.chosen("prior_on_lower") else 1)
+        again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.chosen("hypergradient")]
+        upper = 2 if p.chosen("prior_on_upper") else 1
         return p.rounds * p.batch_size * targets * (lower * (1 + again) + upper) * 3.0
 
     @classmethod
@@ -233,7 +228,7 @@ class Mima(Defense):
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
         """Refuse what several processes cannot do."""
         found = list(global_batch(parameters, sharding))
-        mode = hypergradient_mode(parameters.of("hypergradient"), sharding)
+        mode = hypergradient_mode(parameters.chosen("hypergradient"), sharding)
         return found + ([mode] if mode else [])
 
     def protect(self, model, targets, preserved, run) -> Protection:
@@ -281,7 +276,7 @@ class _Immunization:
             )
             for index, target in enumerate(targets)
         ]
-        levels = {"upper": Level(tuple(self.upper), p.upper_learning_rate, p.weight_decay, p.of("clip_norm"))}
+        levels = {"upper": Level(tuple(self.upper), p.upper_learning_rate, p.weight_decay, p.chosen("clip_norm"))}
         # all of S^l is declared to the engine; key and value projections take no AdamW step
         levels["lower"] = Level(tuple(self.others), p.lower_learning_rate, p.weight_decay)
         levels["merged"] = Level(tuple(sorted(self.projections)), p.lower_learning_rate)
@@ -294,13 +289,14 @@ class _Immunization:
 
     def run(self) -> Protection:
         """Train and return the weights of S^u."""
-        from harness.training.loop import train
+        from harness.training.loop import StepOver, train
 
         p = self.p
-        if p.of("lower_persist"):
-            train(self.surroundings, self.weights, p.rounds * (p.lower_steps + 1), self.alternating, "MIMA")
+        if p.chosen("lower_persist"):
+            steps, step = p.rounds * (p.lower_steps + 1), self.alternating
         else:
-            train(self.surroundings, self.weights, p.rounds, self.looking_ahead, "MIMA")
+            steps, step = p.rounds, self.looking_ahead
+        train(self.surroundings, StepOver(step, self.weights), steps, "MIMA")
         return Protection(tensors=self.weights.whole(self.upper))
 
     # -- Algorithm 1 -------------------------------------------------------------------------------------
@@ -324,10 +320,10 @@ class _Immunization:
         ]
         upper = self._upper_loss(first + p.lower_steps)
         merging = self.merging(first)
-        if p.of("grad_through_merge"):
-            slope = bilevel.merged_hypergradient(branches, merging, upper, p.of("hypergradient"), wanted=self.upper)
+        if p.chosen("grad_through_merge"):
+            slope = bilevel.merged_hypergradient(branches, merging, upper, p.chosen("hypergradient"), wanted=self.upper)
         else:
-            with installed(self.weights, bilevel.merged(branches, merging)):
+            with installed(self.weights, bilevel.merged(branches, merging).weights):
                 slope = self.weights.gradient(upper, self.upper)
         self.weights.step("upper", slope)
         return {"lower_loss": _mean(branch.losses[0] for branch in branches), "upper_loss": _mean([upper])}
@@ -377,11 +373,11 @@ class _Immunization:
     # -- losses and Merge --------------------------------------------------------------------------------
 
     def _lower_loss(self, index: int, step: int):
-        return self.losses[index].at(step, 1.0, self.p.of("prior_on_lower"))
+        return self.losses[index].at(step, 1.0, self.p.chosen("prior_on_lower"))
 
     def _upper_loss(self, step: int):
         """Return -mean_n L(x^u_n) + prior: what the upper level descends."""
-        count, prior = len(self.losses), self.p.of("prior_on_upper")
+        count, prior = len(self.losses), self.p.chosen("prior_on_upper")
         return [part for loss in self.losses for part in loss.at(step, -1 / count, prior / count)]
 
     def merging(self, step: int):

@@ -78,8 +78,7 @@ class Uce(Defense):
     presets = {
         # FreezeAsGuard's uce_tool: concepts are names of persons, and "" alone is preserved
         "freezeasguard": {"guide": "celebrity", "preserve_concepts": False},
-        # the testbed's encoder spreads an object's name over all later tokens, so the concept is erased inside whole
-        # captions, and captions of other objects are preserved (found on koala, star and strawberry)
+        # for the embedded testbed: whole captions are erased and preserved (docs/presets.md)
         "testbed": {
             "guide": "thing",
             "guide_templates": True,

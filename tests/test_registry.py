@@ -151,6 +151,43 @@ for _name, (_old, _new, _words) in BAD_METRICS.items():
     BAD_PLUGINS[f"metric: {_name}"] = (METRIC.replace(_old, _new), _words)
 
 
+HOOK = """
+from dataclasses import dataclass
+from harness.contracts.hooks import AdaptationHook, SamplingHook
+from harness.core.registry import register
+
+@register("sampling_hook")
+class Mine(SamplingHook):
+    name = "mine"
+    version = 1
+
+    @dataclass(frozen=True)
+    class Parameters:
+        pass
+
+    def at_step(self, drawing, index, timestep):
+        pass
+"""
+BAD_PLUGINS |= {
+    "sampling hook that does nothing": (
+        HOOK.replace("def at_step", "def at_stepp"),
+        "class Mine: a sampling_hook needs the function 'begin' or 'at_step'",
+    ),
+    "adaptation hook that does not weigh": (
+        HOOK.replace('"sampling_hook"', '"adaptation_hook"').replace("(SamplingHook)", "(AdaptationHook)"),
+        "adaptation_hook needs the function 'weigh'",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", ["begin(self, drawing)", "at_step(self, drawing, index, timestep)"])
+def test_sampling_hook_needs_one_function_of_its_own(write_plugin, function):
+    """Whichever of them."""
+    registry.load_plugins([write_plugin(HOOK.replace("at_step(self, drawing, index, timestep)", function))])
+
+    assert registry.get("sampling_hook", "mine").name == "mine"
+
+
 def test_metric_of_which_less_is_more_is_registered(write_plugin):
     """Its values are rows; only the leaderboard passes them over."""
     registry.load_plugins([write_plugin(METRIC)])

@@ -40,7 +40,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,7 @@ from defenses.freezing import mixed_finetune
 from defenses.freezing.mixed_finetune import MixedFinetune
 from harness.contracts.defense import Defense
 from harness.contracts.protection import Protection, ThreatModel
+from harness.core.profiles import ByProfile
 from harness.core.registry import register
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ _TESTBED = {
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(ByProfile):
     """Defaults: the paper's where it states them, else the released scripts'. None: the profile's."""
 
     profile: Profile = "paper"
@@ -122,10 +123,9 @@ class Parameters:
         if self.batch_size % 2 and self.chosen("batches") == "stratified":
             raise ValueError(f"batch_size must be even, half of it for either domain (got {self.batch_size})")
 
-    def chosen(self, name: str):
-        """Return a setting, or the profile's where none is given."""
-        given = getattr(self, name)
-        return _BY_PROFILE[name][self.profile] if given is None else given
+    def of_profile(self) -> dict[str, Any]:
+        """Return what the profile says."""
+        return {name: values[self.profile] for name, values in _BY_PROFILE.items()}
 
 
 @register("defense")
@@ -138,12 +138,9 @@ class FreezeAsGuard(Defense):
     can_shard = True
     Parameters = Parameters
     presets = {
-        # On the testbed: the rates of its own full fine-tuning, and a tenth of the mask steps: the released profile's
-        # mask settles in the first of them, the paper's later. Its UNet has 208 tensors, SD 1.x's 686; c / N is the
-        # published one.
+        # for the embedded testbed: its own rates, a tenth of the mask steps, the published c / N (docs/presets.md)
         "testbed": _TESTBED,
-        # Ours. Of two settings tried on two styles, this is where the signal moves logits more than sparsity does
-        # (0.58 to 0.14 at a third of this rate; with the published c 0.18 to 1.9).
+        # ours, likewise: the signal moves logits more than sparsity does
         "testbed_normalised": {
             **_TESTBED,
             "normalise": "adam",
@@ -209,7 +206,7 @@ class FreezeAsGuard(Defense):
         from harness.training import sharding
         from harness.training.diffusion import mean_value
         from harness.training.domains import Domains
-        from harness.training.loop import train
+        from harness.training.loop import StepOver, train
         from harness.training.masking import MaskedWeights, MaskRule
         from harness.training.selection import select
 
@@ -254,7 +251,7 @@ class FreezeAsGuard(Defense):
             masked.user_step(weights.gradient(parts, names))
             return {"user_loss": mean_value(parts)}
 
-        train(run, learned, len(plan), step, "FreezeAsGuard")
+        train(run, StepOver(step, learned), len(plan), "FreezeAsGuard")
         frozen = binarised(masked.logits.float(), names, p.binarise, p.ratio)
         _tell(run, learned, first, frozen, names)
         return Protection(frozen=frozenset(frozen), details=learned.details(names, first))
@@ -293,7 +290,7 @@ def binarised(logits: Tensor, names: list[str], how: Literal["threshold", "topk"
 
 
 class _Learned:
-    """The learner as the training loop sees it: weights under a mask, and what is noted of the signal."""
+    """What learning moves, as the training loop keeps it: weights under a mask, and what is noted of the signal."""
 
     def __init__(self, masked: MaskedWeights):
         import torch

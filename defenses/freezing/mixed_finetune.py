@@ -59,7 +59,7 @@ class MixedFinetune(Defense):
         from harness.training import sharding
         from harness.training.diffusion import mean_value
         from harness.training.domains import Domains
-        from harness.training.loop import train
+        from harness.training.loop import StepOver, train
         from harness.training.selection import select
         from harness.training.weights import Level
 
@@ -77,5 +77,5 @@ class MixedFinetune(Defense):
             weights.step("fine_tuning", weights.gradient(parts, level.names))
             return {"loss": mean_value(parts)}
 
-        train(run, weights, p.steps, step, "the fine-tuning that mask learning starts from")
+        train(run, StepOver(step, weights), p.steps, "the fine-tuning that mask learning starts from")
         return Protection(tensors=weights.whole(list(trained)))

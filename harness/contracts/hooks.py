@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from harness.model.drawing import Drawing
     from harness.model.pipeline import DiffusionModel
 
 
@@ -39,19 +40,39 @@ class AdaptationHook:
         self.parameters = parameters
 
     def weigh(self, model: DiffusionModel, batch: Batch) -> Tensor:
-        """Return a weight for each example of the batch, shape [batch], without gradient."""
+        """Return a weight for each example's loss, shape [batch], finite and without gradient.
+
+        A step whose examples all have the weight zero, over all processes, is not taken: neither weights nor the
+        optimizer's moments move. The ledger counts such steps as `skipped_steps`.
+        """
         raise NotImplementedError
 
 
 class SamplingHook:
-    """Runs before images are drawn from a released model. Register with @register("sampling_hook")."""
+    """Runs while images are drawn from a released model. Register with @register("sampling_hook").
+
+    Write `begin` or `at_step`, or both. A hook serves all batches of a stage, one after the other; what it keeps of a
+    batch it sets anew in `begin`. UNet passes are counted where they go through `drawing.predict`.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+    """Whether `begin` and `at_step` are called with gradients enabled. Weights ask for none; a hook calls
+    `requires_grad_` on embeddings or latents, and `drawing.predict(..., with_gradient=True)`. No graph is kept."""
 
     def __init__(self, parameters: Any):
         self.parameters = parameters
 
-    def embed(self, model: DiffusionModel, prompts: Sequence[str], embeddings: Tensor) -> Tensor:
-        """Return the text embeddings [batch, tokens, width] to draw with, in place of `embeddings`."""
-        raise NotImplementedError
+    def begin(self, drawing: Drawing) -> None:
+        """Change embeddings, latents or guidance of a batch before its first step, or the model's attention."""
+
+    def at_step(self, drawing: Drawing, index: int, timestep: int) -> None:
+        """Change embeddings, latents or guidance before denoising step `index` (from 0) at `timestep`.
+
+        What is set holds for the steps that follow too.
+        """
+
+    def end(self, drawing: Drawing) -> None:
+        """Undo what was done to the model; called once for each `begin`, also when drawing failed."""
 
 
 def make_hooks(kind: str, specs: Sequence[HookSpec]) -> list[Any]:

@@ -48,9 +48,10 @@ REQUIRED = {
     "task": ("plan",),
     "stage": ("do",),
     "adaptation_hook": ("weigh",),
-    "sampling_hook": ("embed",),
 }
 """Functions that a method writes itself, in place of the base class's."""
+ONE_OF = {"sampling_hook": ("begin", "at_step")}
+"""Functions of which it writes at least one."""
 ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range"), "task": ("name", "version", "Spec")}
 """Class attributes that a method sets; of other kinds name and version."""
 DIRECTIONS = ("higher", "lower", "none")
@@ -85,9 +86,12 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
         for attribute in ATTRIBUTES.get(kind, ("name", "version")):
             if not hasattr(cls, attribute):
                 raise BadMethod(f"{where}: a {kind} needs the class attribute '{attribute}'")
-        for function in REQUIRED[kind]:
+        for function in REQUIRED.get(kind, ()):
             if getattr(cls, function) is getattr(base, function):
                 raise BadMethod(f"{where}: a {kind} needs the function '{function}'")
+        choice = ONE_OF.get(kind, ())
+        if choice and all(getattr(cls, function) is getattr(base, function) for function in choice):
+            raise BadMethod(f"{where}: a {kind} needs the function {' or '.join(map(repr, choice))}")
         unknown = sorted(set(getattr(cls, "uses", ())) - set(getattr(base, "uses", ())))
         if unknown:
             raise BadMethod(f"{where}: `uses` holds {unknown[0]!r}; known: {', '.join(sorted(base.uses))}")

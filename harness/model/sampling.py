@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from harness.core.sampling import Sampling
 from harness.core.seeds import mix
+from harness.model.drawing import Drawing, Watcher, draw, starting_latents
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run
 
@@ -38,13 +37,16 @@ def sample(
     *,
     images_per_prompt: int,
     seed: int,
-    hooks: Sequence[Any] = (),
+    hooks: Sequence[Watcher] = (),
 ) -> Iterator[tuple[int, int, Image]]:
     """Yield (prompt index, image index, image) for every image, batched over prompts.
 
     `settings` are those of the suite's `sampling`. The starting noise of an image depends on (seed, prompt index,
-    image index) alone: not on the batch, the defense, or the step of the attack.
+    image index) alone: not on the batch, the defense, or the step of the attack. `hooks` see each batch in their order.
+    Raises ValueError for a model that takes the guidance as an input.
     """
+    if model.unet.config.time_cond_proj_dim is not None:
+        raise ValueError("models that take the guidance as an input (time_cond_proj_dim) are not supported")
     pipeline = model.pipeline
     original = pipeline.scheduler
     pipeline.scheduler = scheduler_for(model, settings.scheduler)
@@ -52,26 +54,24 @@ def sample(
     size = settings.batch_size
     try:
         embeddings = model.encode_text(prompts)
-        for hook in hooks:
-            embeddings = hook.embed(model, prompts, embeddings)
         nothing = model.encode_text([""])
         for start in range(0, len(todo), size):
             part = todo[start : start + size]
-            chosen = embeddings[[p for p, _ in part]]
-            with torch.no_grad(), run.autocast():
-                drawn = pipeline(
-                    prompt_embeds=chosen,
-                    negative_prompt_embeds=nothing.expand(len(part), -1, -1),
-                    num_inference_steps=settings.steps,
-                    guidance_scale=settings.guidance,
-                    height=model.image_size,
-                    width=model.image_size,
-                    generator=[torch.Generator().manual_seed(mix(seed, p, i)) for p, i in part],
-                    output_type="pil",
-                ).images
-            guided = 2 if settings.guidance > 1 else 1
-            run.ledger.forward_passes += len(part) * settings.steps * guided
-            for (prompt, index), image in zip(part, drawn, strict=True):
+            pipeline.scheduler.set_timesteps(settings.steps, device=model.device)
+            seeds = tuple(mix(seed, p, i) for p, i in part)
+            latents, generators = starting_latents(model, seeds, embeddings)
+            drawing = Drawing(
+                model=model,
+                run=run,
+                prompts=tuple(prompts[p] for p, _ in part),
+                seeds=seeds,
+                timesteps=tuple(pipeline.scheduler.timesteps.tolist()),
+                latents=latents,
+                embeddings=embeddings[[p for p, _ in part]],
+                negative_embeddings=nothing.repeat(len(part), 1, 1),
+                guidance=settings.guidance if settings.guidance > 1 else None,
+            )
+            for (prompt, index), image in zip(part, draw(drawing, generators, hooks), strict=True):
                 yield prompt, index, image
     finally:
         pipeline.scheduler = original

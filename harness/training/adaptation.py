@@ -8,17 +8,18 @@ class images (DreamBooth), an honest attacker leaves frozen tensors alone and ru
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run
 from harness.training import sharding
 from harness.training.concept_loss import ConceptLoss
-from harness.training.diffusion import TextSource, encode_images, mean_value
+from harness.training.diffusion import TextSource, are_rejected, encode_images, mean_value
 from harness.training.loop import trajectory
+from harness.training.recipe import Recipe
 from harness.training.weights import Level, Weights
 
 if TYPE_CHECKING:
@@ -26,30 +27,6 @@ if TYPE_CHECKING:
     from harness.contracts.protection import Protection
 
 LEVEL = "adaptation"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How weights are trained, beside the budget."""
-
-    learning_rate: float
-    weight_decay: float
-    clip_norm: float | None
-    flip: bool
-    prior_weight: float
-    momentum: float | None  # SGD with so much momentum in AdamW's place
-
-    @classmethod
-    def of(cls, parameters: Any) -> Recipe:
-        """Return what an attack's parameters say; what it has no parameter for is not done."""
-        return cls(
-            parameters.learning_rate,
-            parameters.weight_decay,
-            getattr(parameters, "clip_norm", None),
-            parameters.flip,
-            getattr(parameters, "prior_weight", 0.0),
-            {"adamw": None, "sgd": 0.9}[parameters.optimizer],
-        )
 
 
 def trainable(names: Iterable[str], protection: Protection, budget: Budget) -> list[str]:
@@ -108,13 +85,41 @@ def adapt(
     level = Level(tuple(trained), recipe.learning_rate, recipe.weight_decay, recipe.clip_norm, recipe.momentum)
     run.ledger.numbers["trainable_parameters"] = sum(p.numel() for p in trained.values())  # ZeRO 3 leaves pieces
     weights = sharding.spread(model, trained, {LEVEL: level}, run)
-
-    def step(index: int) -> dict[str, float]:
-        parts = loss.at(index, 1.0, recipe.prior_weight)
-        weights.step(LEVEL, weights.gradient(parts, level.names))
-        return {"loss": mean_value(parts)}
-
-    for done in trajectory(run, weights, budget.steps, step, "the attack"):
+    learner = _Adaptation(run, weights, loss, recipe.prior_weight, is_hooked=bool(hooks))
+    for done in trajectory(run, learner, budget.steps, "the attack"):
         held = weights.bytes_held()
         run.ledger.numbers |= {"trained_bytes": held["weights"], "optimizer_bytes": held["optimizer"]}
         yield done, weights
+
+
+class _Adaptation:
+    """Descent of a concept's loss. A step of which the publisher's hooks reject every example is not taken."""
+
+    def __init__(self, run: Run, weights: Weights, loss: ConceptLoss, prior_weight: float, *, is_hooked: bool):
+        self._run, self._weights, self._loss = run, weights, loss
+        self._prior_weight, self._is_hooked = prior_weight, is_hooked
+        self._skipped = 0
+
+    def step(self, index: int) -> dict[str, float]:
+        """Step down the loss, or skip; return the loss of all examples, whatever their weight."""
+        parts = self._loss.at(index, 1.0, self._prior_weight)
+        slope = self._weights.gradient(parts, self._weights.levels[LEVEL].names)
+        numbers = {"loss": mean_value(parts)}
+        # with a gradient of zero AdamW would still move by its moments and decay the weights
+        is_skipped = self._is_hooked and self._run.world.all(are_rejected(parts))
+        if not is_skipped:
+            self._weights.step(LEVEL, slope)
+        if self._is_hooked:
+            self._skipped += is_skipped
+            numbers["skipped_steps"] = self._skipped
+        return numbers
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the weights' state, with the count of skipped steps where there are hooks."""
+        counted = {"skipped_steps": torch.tensor(self._skipped)} if self._is_hooked else {}
+        return self._weights.state() | counted
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+        self._skipped = int(state.get("skipped_steps", 0))
+        self._weights.load_state(state)

@@ -22,7 +22,7 @@ Sources: Finn et al. 2017 (MAML) for the look-ahead; Pearlmutter 1994 for H v; I
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -62,7 +62,19 @@ def _central_difference(weights: Weights, loss: Loss, names: Sequence[str], vect
     return {name: ahead[name].sub_(behind[name]).div_(2 * step) for name in names}
 
 
-@dataclass
+Starts = tuple[Vector, ...]
+"""S_l at the start of each step of a look-ahead; the first one is installed, and empty here."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Where a look-ahead came to, and what the way back needs."""
+
+    end: Vector  # theta_K on S_l; it may be used up
+    starts: Starts
+
+
+@dataclass(frozen=True)
 class LookAhead:
     """K virtual SGD steps of a lower level, from the installed weights, and the way back through them."""
 
@@ -71,15 +83,13 @@ class LookAhead:
     lower: Sequence[str]  # S_l
     losses: Sequence[Loss]  # L_0 .. L_{K-1}, one a step
     learning_rate: float  # alpha
-    end: Vector = field(default_factory=dict)  # theta_K on S_l, once `adapted` was called
-    _before: list[Vector] = field(default_factory=list)  # S_l at the start of each step; the first is installed
 
-    def adapted(self) -> Vector:
-        """Return theta_K on S_l. The model is left as it was."""
-        self._before = []
+    def adapted(self) -> Adapted:
+        """Take the steps. The model is left as it was."""
+        starts: list[Vector] = []
         current: Vector = {}
         for loss in self.losses:
-            self._before.append(current)
+            starts.append(current)
             with installed(self.weights, current):
                 slope = self.weights.gradient(loss, self.lower)
             # one weight at a time and in place: a vector of all of them is as large as the model
@@ -87,11 +97,12 @@ class LookAhead:
                 start = current[name] if current else self.weights.read([name])[name]
                 value.mul_(-self.learning_rate).add_(start)
             current = slope
-        self.end = current
-        return current
+        return Adapted(current, tuple(starts))
 
-    def pull_back(self, cotangent: Mapping[str, Tensor], mode: Mode, wanted: Sequence[str] | None = None) -> Vector:
-        """Return v_0 on `wanted` (default: all of `names`) from v_K = `cotangent`, after `adapted`.
+    def pull_back(
+        self, starts: Starts, cotangent: Mapping[str, Tensor], mode: Mode, wanted: Sequence[str] | None = None
+    ) -> Vector:
+        """Return v_0 on `wanted` (default: all of `names`) from v_K = `cotangent`; `starts` are those of `adapted`.
 
         `cotangent` covers S_l; where it does not name the others, it is zero there.
         """
@@ -102,7 +113,7 @@ class LookAhead:
                 inside = {name: current[name] for name in self.lower}
                 # before the first step only what is wanted matters; before the others, what H v is multiplied with too
                 reached = wanted if step == 0 else list(dict.fromkeys([*self.lower, *wanted]))
-                with installed(self.weights, self._before[step]):
+                with installed(self.weights, starts[step]):
                     curved = hessian_vector(self.weights, self.losses[step], reached, inside, mode)
                 for name, value in curved.items():
                     change = value.mul_(-self.learning_rate)
@@ -111,12 +122,15 @@ class LookAhead:
         return {name: current[name] if name in current else zeros[name].zero_() for name in wanted}
 
 
-def hypergradient(look_ahead: LookAhead, upper: Loss, mode: Mode) -> Vector:
-    """Return d/dtheta U(theta_K(theta)) over the names of `look_ahead`; the model is left as it was."""
+def hypergradient(look_ahead: LookAhead, adapted: Adapted, upper: Loss, mode: Mode) -> Vector:
+    """Return d/dtheta U(theta_K(theta)) over the names of `look_ahead`; the model is left as it was.
+
+    `adapted` is what `look_ahead` came to from the installed weights.
+    """
     weights = look_ahead.weights
-    with installed(weights, look_ahead.adapted()):
+    with installed(weights, adapted.end):
         cotangent = weights.gradient(upper, look_ahead.names)
-    return look_ahead.pull_back(cotangent, mode)
+    return look_ahead.pull_back(adapted.starts, cotangent, mode)
 
 
 class Merging(Protocol):
@@ -135,13 +149,24 @@ class Merging(Protocol):
         """Return the gradient with respect to the adapted weights of one branch."""
 
 
-def merged(branches: Sequence[LookAhead], merging: Merging) -> Vector:
-    """Return Merge({theta'_n}) on S_l; one branch's weights are held at a time. The model is left as it was."""
+@dataclass(frozen=True)
+class Merged:
+    """What the look-aheads of several branches came to together, and what the way back through each needs."""
+
+    weights: Vector  # Merge({theta'_n}) on S_l
+    starts: tuple[Starts, ...]  # one a branch
+
+
+def merged(branches: Sequence[LookAhead], merging: Merging) -> Merged:
+    """Return Merge({theta'_n}); the end of one branch is held at a time. The model is left as it was."""
     result = merging.from_start(branches[0].weights.read(branches[0].lower))
+    starts = []
     for index, branch in enumerate(branches):
-        merging.add_adapted(result, index, branch.adapted())
-        branch.end = {}
-    return result
+        adapted = branch.adapted()
+        merging.add_adapted(result, index, adapted.end)
+        starts.append(adapted.starts)
+        del adapted  # before the next branch makes its own
+    return Merged(result, tuple(starts))
 
 
 def merged_hypergradient(
@@ -155,13 +180,17 @@ def merged_hypergradient(
     """
     weights, names, lower = branches[0].weights, branches[0].names, set(branches[0].lower)
     wanted = names if wanted is None else wanted
-    with installed(weights, merged(branches, merging)):
+    together = merged(branches, merging)
+    with installed(weights, together.weights):
         # every map from here is name by name, but for H v, which needs all of S_l
         cotangent = weights.gradient(upper, wanted if mode == "first_order" else names)
+    starts = together.starts
+    del together  # the merged weights are as large as S_l, and used no more
     inside = {name: cotangent.pop(name) for name in list(cotangent) if name in lower}
     result = cotangent | merging.to_start({name: inside[name] for name in wanted if name in inside})
     result = {name: result[name] for name in wanted}
     for index, branch in enumerate(branches):
-        for name, value in branch.pull_back(merging.to_adapted(index, inside), mode, wanted).items():
+        # one expression: a name would keep one branch's vectors while the next makes its own
+        for name, value in branch.pull_back(starts[index], merging.to_adapted(index, inside), mode, wanted).items():
             result[name] += value
     return result

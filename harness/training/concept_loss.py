@@ -89,7 +89,10 @@ class ConceptLoss:
         )
 
     def _weigh(self, step: int) -> Weigh | None:
-        """Return the product of what the publisher's hooks say of each example of a step."""
+        """Return the product of what the publisher's hooks say of each example of a step.
+
+        What is returned raises ValueError when a hook's weights are not one finite number an example.
+        """
         if not self._hooks:
             return None
         from harness.contracts.hooks import Batch
@@ -98,7 +101,10 @@ class ConceptLoss:
             seen = Batch(step, noisy, batch.timesteps, batch.embeddings, prediction, losses)
             weights = torch.ones_like(losses.detach())
             for hook in self._hooks:
-                weights = weights * hook.weigh(self._model, seen)
+                given = hook.weigh(self._model, seen).detach()
+                if given.shape != weights.shape or not bool(given.isfinite().all()):
+                    raise ValueError(f"{hook.name} must weigh each of {len(weights)} examples by one finite number")
+                weights = weights * given
             return weights
 
         return weigh

@@ -168,6 +168,7 @@ class LossPart:
     text: TextSource | None = None  # makes text embeddings with a graph of the batch's token ids
     weigh: Weigh | None = None  # weights of the examples, one by one
     value: float = field(default=float("nan"))  # mean loss of its examples when it was last called
+    example_weights: Tensor | None = None  # [examples], what `weigh` gave when it was last called
 
     def __call__(self) -> Tensor:
         """Return the weighted loss, with its graph."""
@@ -177,7 +178,8 @@ class LossPart:
         losses, noisy, prediction = denoising_losses(self.model, self.run, self.scheduler, batch)
         self.value = losses.detach().mean()
         if self.weigh is not None:
-            losses = losses * self.weigh(batch, noisy, prediction, losses)
+            self.example_weights = self.weigh(batch, noisy, prediction, losses)
+            losses = losses * self.example_weights
         return self.weight * losses.sum()
 
 
@@ -203,6 +205,11 @@ def denoising_loss(
     size = run.sharding.micro_batch_size or share
     rows = [batch.rows(start, min(start + size, first + share)) for start in range(first, first + share, size)]
     return [LossPart(model, run, scheduler, part, weight / share, text, weigh) for part in rows]
+
+
+def are_rejected(parts: Sequence[LossPart]) -> bool:
+    """Tell whether every example of the parts had the weight zero when they were last called."""
+    return all(part.example_weights is not None and not bool(part.example_weights.any()) for part in parts)
 
 
 def mean_value(parts: Sequence[LossPart]) -> float:

@@ -4,24 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from harness.model.run import Run
-from harness.training.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def train(run: Run, weights: Weights, steps: int, step: Callable[[int], Mapping[str, float]], what: str) -> None:
-    """Call `step(index)` for each step that is left; it moves `weights` and returns numbers to follow, by name.
+class Stateful(Protocol):
+    """What can be kept and put back exactly, such as `Weights` with their optimizers."""
 
-    Draws must be functions of the index, so that nothing but the weights and their optimizer is kept. The last value of
-    each number goes to the ledger. Raises FloatingPointError, naming `what`, when one is not finite any more.
+    def state(self) -> dict[str, Tensor]:
+        """Return all that is needed to go on, of this process."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+
+
+class Learner(Stateful, Protocol):
+    """What a training loop needs of whatever learns."""
+
+    def step(self, index: int) -> Mapping[str, float]:
+        """Take one step; return numbers to follow, by name. Draws must be functions of the index."""
+
+
+@dataclass(frozen=True)
+class StepOver:
+    """A `Learner` made of a function and what keeps the state of all that it moves."""
+
+    step: Callable[[int], Mapping[str, float]]
+    moved: Stateful
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state of what is moved."""
+        return self.moved.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+        self.moved.load_state(state)
+
+
+def train(run: Run, learner: Learner, steps: int, what: str) -> None:
+    """Take each step of `learner` that is left.
+
+    Nothing but the learner's state is kept. The last value of each number goes to the ledger. Raises
+    FloatingPointError, naming `what`, when one is not finite any more.
     """
-    for _ in trajectory(run, weights, [steps], step, what):
+    for _ in trajectory(run, learner, [steps], what):
         pass
 
 
-def trajectory(
-    run: Run, weights: Weights, stops: Sequence[int], step: Callable[[int], Mapping[str, float]], what: str
-) -> Iterator[int]:
+def trajectory(run: Run, learner: Learner, stops: Sequence[int], what: str) -> Iterator[int]:
     """Do as `train` does up to the last of `stops`; yield each of them when so many steps are done.
 
     State is kept after a stop was dealt with, so that what the caller made of it is there when a kill is survived;
@@ -32,10 +67,10 @@ def trajectory(
     kept = run.load_state()
     if kept is not None:
         start, tensors, last = kept
-        weights.load_state(tensors)
+        learner.load_state(tensors)
     for index in range(start, steps):
         with run.ledger.phase("train"):
-            for name, value in step(index).items():
+            for name, value in learner.step(index).items():
                 last[name] = run.world.mean(float(value))
                 if not math.isfinite(last[name]):
                     raise FloatingPointError(f"{what}'s {name} is {last[name]} at step {index}: the training diverged")
@@ -46,5 +81,5 @@ def trajectory(
             yield index + 1
         if run.is_checkpoint_due() or (index + 1 == steps and run.keeps_end):
             with run.ledger.phase("save"):
-                run.save_state(index + 1, weights.state(), last)
+                run.save_state(index + 1, learner.state(), last)
     run.ledger.numbers.update(last)

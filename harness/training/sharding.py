@@ -303,7 +303,7 @@ class ZeroWeights:
     # -- steps -------------------------------------------------------------------------------------------
 
     def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
-        """Take one AdamW step of a level, by DeepSpeed's optimizer on the pieces that it owns."""
+        """Take one step of a level, by DeepSpeed's optimizer on the pieces that it owns."""
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
         chosen = self.levels[level]

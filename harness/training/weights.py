@@ -51,7 +51,7 @@ class Level:
     learning_rate: float
     weight_decay: float = 0.0
     clip_norm: float | None = None  # of the gradient over all its weights; None: not clipped
-    momentum: float | None = None  # SGD with so much momentum in AdamW's place; None: AdamW
+    momentum: float | None = None  # SGD with so much momentum in AdamW's place, 0.0: plain SGD; None: AdamW
 
 
 class Weights(Protocol):
@@ -98,7 +98,7 @@ class Weights(Protocol):
         """Return the product of each weight-shaped value [out, in] and a matrix [in, in]; values may be none."""
 
     def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
-        """Clip the gradient as the level says and take one AdamW step down it. Other levels' weights stay."""
+        """Clip the gradient as the level says and take one step of its optimizer. Other levels' weights stay."""
 
     def state(self) -> dict[str, Tensor]:
         """Return all that is needed to go on: weights and optimizer slots, of this process."""
@@ -167,17 +167,19 @@ class LevelAdamW(torch.optim.AdamW):
 
 
     def _descend(self, level: Level) -> None:
-        """Take a step of SGD with momentum, as torch's, with AdamW's weight decay."""
+        """Take a step of SGD, as torch's, with AdamW's weight decay; without momentum nothing is kept for it."""
         for group in self.param_groups:
             for weight in group["params"] if self.level in group["levels"] else ():
                 if weight.grad is None:
                     continue
-                slot = self.slots[self.level][weight]
-                if "momentum" not in slot:
-                    slot["momentum"] = torch.zeros_like(weight)
-                slot["momentum"].mul_(level.momentum).add_(weight.grad)
+                along = weight.grad
+                if level.momentum:
+                    slot = self.slots[self.level][weight]
+                    if "momentum" not in slot:
+                        slot["momentum"] = torch.zeros_like(weight)
+                    along = slot["momentum"].mul_(level.momentum).add_(weight.grad)
                 weight.mul_(1 - level.learning_rate * level.weight_decay)
-                weight.add_(slot["momentum"], alpha=-level.learning_rate)
+                weight.add_(along, alpha=-level.learning_rate)
 
 
 def grouped(levels: Mapping[str, Level]) -> list[tuple[frozenset[str], list[str]]]:
@@ -337,7 +339,7 @@ class LocalWeights:
         return {name: value @ matrix.to(value) for name, value in values.items()}
 
     def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
-        """Take one AdamW step of a level."""
+        """Take one step of a level."""
         chosen = self.levels[level]
         for name in chosen.names:
             self.parameters[name].grad = gradient[name].to(self.parameters[name])

@@ -19,7 +19,9 @@ from defenses import joint, mima
 from defenses.freezing import freezeasguard
 from harness.contracts.attack import AttackedConcept, Budget
 from harness.contracts.defense import ProtectedConcept
+from harness.contracts.hooks import AdaptationHook, HookSpec
 from harness.contracts.protection import Protection
+from harness.core.registry import register
 from harness.core.sharding import Sharding
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run, World
@@ -114,12 +116,45 @@ def fine_tuned(folder: Path, label: str, settings: Sharding, world: World) -> No
     (folder / "frozen.json").write_text(json.dumps(names), encoding="utf-8")
 
 
+@register("adaptation_hook")
+class RejectByStep(AdaptationHook):
+    """Every process rejects its examples at step 2, the second process alone at step 1."""
+
+    name = "reject_by_step"
+    version = 1
+
+    @dataclasses.dataclass(frozen=True)
+    class Parameters:
+        """No parameters."""
+
+    def weigh(self, model, batch):
+        is_rejected = batch.step == 2 or (batch.step == 1 and os.environ.get("RANK") == "1")
+        return torch.full_like(batch.losses.detach(), 0.0 if is_rejected else 1.0)
+
+
+def rejected(folder: Path, label: str, settings: Sharding, world: World) -> None:
+    """Fine-tune the UNet honestly under `RejectByStep`, and keep the weights after each step and the numbers."""
+    run = _run(folder, f"{label}.rejected", settings, world)
+    model = DiffusionModel.load(_source(folder), torch.device("cpu"))
+    files = tuple(sorted((folder / "purse").glob("*.png")))[:4]
+    attack = FullFinetune(dataclasses.replace(FullFinetune.Parameters(), learning_rate=1e-3))
+    concept = AttackedConcept("object", ("a photo of a purse",) * 4, files)
+    protection = Protection(adaptation=(HookSpec("reject_by_step"),))
+    for checkpoint in attack.adapt(model, concept, protection, Budget((1, 2, 3, 4), 2), run):
+        if world.rank == 0:
+            saved = folder / f"{label}.rejected.{checkpoint.step}"
+            saved.mkdir()
+            checkpoint.save(saved)
+    (folder / f"{label}.rejected.{world.rank}.json").write_text(json.dumps(run.ledger.numbers), encoding="utf-8")
+
+
 def main(folder: Path) -> None:
     """Do every case, alone or as one of several processes."""
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
         masks(folder, "alone", Sharding(), World())
         fine_tuned(folder, "alone", Sharding(), World())
+        rejected(folder, "alone", Sharding(), World())
         for name, (cls, changes) in [*CASES.items(), EXACT, FIRST_ORDER]:
             _keep(folder, f"alone.{name}", released(folder, cls, changes, _run(folder, name, Sharding(), World()))[0])
         return
@@ -136,6 +171,7 @@ def main(folder: Path) -> None:
                     _keep(folder, f"{label}.{name}", tensors)
             if label in STAGES:
                 masks(folder, label, settings, world)
+                rejected(folder, label, settings, world)
         fine_tuned(folder, "zero2", STAGES["zero2"], world)
         (folder / f"bytes{world.rank}.json").write_text(json.dumps(held), encoding="utf-8")
         world.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_exact_equals_autograd_through_the_steps(lower, steps):
     before = {name: p.detach().clone() for name, p in weights.items()}
     losses = [[lambda b=b: _loss(weights, b)] for b in batches[:steps]]
     ahead = LookAhead(_local(weights), list(weights), lower, losses, 0.1)
-    ours = hypergradient(ahead, [lambda: _loss(weights, batches[3])], "exact")
+    ours = hypergradient(ahead, ahead.adapted(), [lambda: _loss(weights, batches[3])], "exact")
 
     moved = dict(weights)
     for batch in batches[:steps]:
@@ -55,12 +56,43 @@ def test_exact_equals_autograd_through_the_steps(lower, steps):
         assert torch.equal(weights[name], before[name])
 
 
+@pytest.mark.parametrize("mode", bilevel.Mode.__args__)
+def test_merged_weights_are_gone_on_the_way_back(mode):
+    """They are as large as S_l, and needed for the upper gradient alone."""
+    weights, batches = _toy()
+    local = _local(weights)
+    branches = [LookAhead(local, list(weights), list(weights), [[lambda b=b: _loss(weights, b)]], 0.1) for b in batches]
+    merging = LayerMerging(Merge.solve([b[:1] for b in batches], torch.cat(batches)), frozenset({"first"}))
+    seen: list[weakref.ref] = []
+    back: list[int] = []
+
+    class Watched(LayerMerging):
+        def from_start(self, start):
+            total = super().from_start(start)
+            seen.extend(weakref.ref(value) for value in total.values())
+            return total
+
+        def to_adapted(self, index, cotangent):
+            assert all(ref() is None for ref in seen)
+            back.append(index)
+            return super().to_adapted(index, cotangent)
+
+    upper = [lambda: _loss(weights, batches[0])]
+    watched = Watched(merging.merge, merging.projections)
+    found = bilevel.merged_hypergradient(branches, watched, upper, mode)
+    plain = bilevel.merged_hypergradient(branches, merging, upper, mode)
+
+    assert len(seen) == len(weights) and back == [0, 1, 2, 3]
+    assert all(torch.equal(found[name], plain[name]) for name in weights)
+
+
 def test_modes_of_a_linear_lower_loss_agree():
     """Without curvature the first order is all there is."""
     weights, batches = _toy()
     loss = lambda: weights["first"].sum() + weights["bias"].sum()  # noqa: E731
     ahead = LookAhead(_local(weights), list(weights), ("first", "bias"), [[loss]], 0.1)
-    found = [hypergradient(ahead, [lambda: _loss(weights, batches[0])], mode) for mode in bilevel.Mode.__args__]
+    upper = [lambda: _loss(weights, batches[0])]
+    found = [hypergradient(ahead, ahead.adapted(), upper, mode) for mode in bilevel.Mode.__args__]
 
     for other in found[1:]:
         assert all(torch.allclose(found[0][n], other[n], atol=1e-8) for n in weights)
@@ -104,8 +136,44 @@ def test_merged_hypergradient_equals_autograd_through_merge(lower, steps, is_hel
     assert any((found["first_order"][n] - found["exact"][n]).abs().max() > 1e-3 for n in weights)
 
 
-def _flat(vector) -> torch.Tensor:
-    return torch.cat([v.flatten() for v in vector.values()])
+def test_the_end_of_a_look_ahead_can_be_settled_after_its_hypergradient():
+    """It is theta_K again, bit for bit, when the gradient is known; the installed weights are those of the start."""
+    weights, batches = _toy()
+    start = {name: p.detach().clone() for name, p in weights.items()}
+    losses = [[lambda b=b: _loss(weights, b)] for b in batches[:2]]
+    ahead = LookAhead(_local(weights), list(weights), ("first", "bias"), losses, 0.1)
+    adapted = ahead.adapted()
+    end = {name: value.clone() for name, value in adapted.end.items()}
+    hypergradient(ahead, adapted, [lambda: _loss(weights, batches[3])], "finite_difference")
+
+    assert set(end) == {"first", "bias"}
+    assert all(torch.equal(adapted.end[name], end[name]) and not torch.equal(end[name], start[name]) for name in end)
+    assert all(torch.equal(weights[name], start[name]) for name in weights)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_one_branchs_end_is_held_at_a_time(steps):
+    """When a branch is merged, nothing is left of the end of the one before; of one step, nothing for the way back."""
+    weights, batches = _toy()
+    local = _local(weights)
+    losses = [[lambda b=b: _loss(weights, b)] for b in batches[:steps]]
+    branches = [LookAhead(local, list(weights), list(weights), losses, 0.1) for _ in range(3)]
+    seen: list[weakref.ref] = []
+
+    class Mean:
+        def from_start(self, start):
+            return {name: value.zero_() for name, value in start.items()}
+
+        def add_adapted(self, total, index, adapted):
+            assert all(ref() is None for ref in seen)
+            seen.extend(weakref.ref(value) for value in adapted.values())
+            for name, value in adapted.items():
+                total[name] += value / 3
+
+    found = bilevel.merged(branches, Mean())
+
+    assert len(seen) == 3 * len(weights) and all(ref() is None for ref in seen)
+    assert [[bool(vector) for vector in starts] for starts in found.starts] == [[False, True][:steps]] * 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient_checkpointing"])
@@ -161,7 +229,7 @@ def test_modes_agree_on_a_unet(model, make_run, purse_files, method, checkpointi
             if method == "mima":
                 vector = bilevel.merged_hypergradient(branches, merging, [*loss(7), *loss(8)], mode, wanted=upper)
             else:
-                vector = hypergradient(branches[0], loss(7), mode)
+                vector = hypergradient(branches[0], branches[0].adapted(), loss(7), mode)
             found[mode] = torch.cat([vector[name].flatten() for name in upper])
     exact, difference, first = (found[mode] for mode in ("exact", "finite_difference", "first_order"))
     print(f"{method}: {(exact - difference).norm() / exact.norm():.1e}")

@@ -278,6 +278,32 @@ def test_timesteps_are_as_each_code_takes_them(model, make_run):
     assert set(pooled.tolist()) == {501, 1}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_weights_are_those_of_torchs_adam_bit_for_bit(model, make_run, sampler, precision):
+    """AdamW without weight decay, through the loop that all methods share, is the Adam of both codes."""
+    run = make_run(3)
+    run.precision = precision
+    ours = _erase(model, run, sampler=sampler)
+    model.restore()
+
+    p = dataclasses.replace(Parameters(), **{**SMALL, "sampler": sampler})
+    trained = model.change(trained_names(model.parameters(), p.variant))
+    source = (_Pool if sampler == "frozen" else _Fresh)(model, run, p, ["van gogh"], trained)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(trained.values(), lr=p.learning_rate)
+    for step in range(p.iterations):
+        batch = source.draw(step)
+        with run.autocast():
+            said = model.unet(batch.latents, batch.timesteps, batch.text, return_dict=False)[0]
+        torch.nn.functional.mse_loss(said.float(), batch.target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert all(torch.equal(ours[name], parameter) for name, parameter in trained.items())
+
+
 # -- repeating, resuming, counting -------------------------------------------------------------------------
 
 

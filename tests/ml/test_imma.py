@@ -251,12 +251,15 @@ def test_ascent_only_is_plain_ascent(model, make_run, purse_files):
 def test_differentiated_lower_steps_agree_between_modes_and_differ_from_first_order(
     model, make_run, purse_files, lower
 ):
-    """The upper gradient through two SGD steps of the lower level; one round, before AdamW has any history."""
+    """The upper gradient through two SGD steps of the lower level; one round, before AdamW has any history.
+
+    Without decay, the steps of first_order in the levels' usual turns end where the look-ahead does.
+    """
     gradients = {}
     for mode in ("exact", "finite_difference", "first_order"):
         run = make_run(1, mode)
         steps = {"lower_optimizer": "sgd", "lower_steps": 2, "rounds": 1, "hypergradient": mode}
-        steps |= {"lower": lower, "lower_learning_rate": 0.3, **LOWER[lower]}
+        steps |= {"lower": lower, "lower_learning_rate": 0.3, "weight_decay": 0.0, **LOWER[lower]}
         with _seen_gradients() as seen:
             _released(model, run, purse_files, **steps)
         gradients[mode] = torch.cat([g.flatten() for g in seen["upper"].values()])
@@ -267,6 +270,25 @@ def test_differentiated_lower_steps_agree_between_modes_and_differ_from_first_or
     assert (exact - difference).norm() < 2e-2 * exact.norm()
     # B of the adapter begins at zero and the word's loss is nearly flat: the second order is small, not nothing
     assert (exact - first).norm() > 2 * (exact - difference).norm()
+
+
+@pytest.mark.parametrize("profile", ["paper", "released"])
+def test_the_lower_optimizer_does_not_choose_how_levels_take_turns(model, make_run, purse_files, profile):
+    """sgd with first_order sees the same draws as adamw, in the same turns, and descends by the plain gradient."""
+    told, moved = {}, {}
+    for optimizer in ("adamw", "sgd"):
+        run = make_run(1, optimizer)
+        told[optimizer] = []
+        run.track = lambda name, value, step, kept=told[optimizer]: kept.append((step, name))
+        options = {"profile": profile, "lower_optimizer": optimizer, "rounds": 2, "lower": "dreambooth"}
+        with _seen_gradients() as seen:
+            _released(model, run, purse_files[:3], batch_size=1, **options)
+        moved[optimizer] = seen
+        model.restore()
+
+    assert told["adamw"] == told["sgd"]
+    assert [name for _, name in told["sgd"]] == ["lower_loss", "upper_loss"] * 2
+    assert any(not torch.equal(moved["adamw"]["upper"][n], g) for n, g in moved["sgd"]["upper"].items())
 
 
 @contextlib.contextmanager

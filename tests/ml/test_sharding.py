@@ -119,6 +119,21 @@ def test_frozen_tensors_stay_to_the_bit(everything, label):
         assert torch.equal(after[name], tensor) == (name in frozen), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["alone", *STAGES])
+def test_a_step_is_skipped_where_every_process_rejects_it(everything, label):
+    """Bit for bit, and the next one is taken; so is one that a single process rejects."""
+    folders = [everything / f"{label}.rejected.{step}" / "unet" for step in range(1, 5)]
+    first, second, third, fourth = (load_file(next(folder.glob("*.safetensors"))) for folder in folders)
+    ranks = range(1 if label == "alone" else 2)
+    numbers = [json.loads((everything / f"{label}.rejected.{rank}.json").read_text("utf-8")) for rank in ranks]
+
+    assert all(torch.equal(second[name], third[name]) for name in first)
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(third[name], fourth[name]) for name in first)
+    assert [each["skipped_steps"] for each in numbers] == [1.0 for _ in ranks]
+
+
 SUITE = """\
 name: shared
 model: {{id: {folder}/model}}

@@ -8,7 +8,7 @@ from torch import nn
 
 from harness.model.run import Run
 from harness.training import token_embedding, words
-from harness.training.loop import train
+from harness.training.loop import StepOver, train
 from harness.training.token_embedding import OBJECT_TEMPLATES, STYLE_TEMPLATES, LearnedWord
 from harness.training.weights import Level, LocalWeights, grouped, installed
 
@@ -50,6 +50,23 @@ def test_levels_step_as_adamws_of_their_own_would():
         optimizers[name].step()
 
     assert all(torch.allclose(ours[n], theirs[n], rtol=0, atol=1e-6) for n in "abc")  # of changes of 1e-1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_level_may_take_sgd_steps(momentum):
+    """As torch's SGD; without momentum the optimizer keeps nothing."""
+    ours, theirs = _parameters(), _parameters()
+    weights = LocalWeights(ours, {"one": Level(("a", "b"), 1e-2, momentum=momentum)})
+    optimizer = torch.optim.SGD([theirs["a"], theirs["b"]], lr=1e-2, momentum=momentum)
+    for step in range(3):
+        gradient = _gradient(step, "ab")
+        weights.step("one", gradient)
+        for n in "ab":
+            theirs[n].grad = gradient[n].clone()
+        optimizer.step()
+
+    assert all(torch.allclose(ours[n], theirs[n], rtol=0, atol=1e-7) for n in "abc")
+    assert (weights.bytes_held()["optimizer"] > 0) == (momentum > 0)
 
 
 def test_state_goes_on_where_it_was():
@@ -205,7 +222,7 @@ def test_a_diverged_training_is_named(make_run):
         return {"upper_loss": float("nan") if index == 2 else 1.0}
 
     with pytest.raises(FloatingPointError, match="MIMA's upper_loss is nan at step 2"):
-        train(run, weights, 5, step, "MIMA")
+        train(run, StepOver(step, weights), 5, "MIMA")
 
 
 def test_state_of_other_processes_or_damaged_is_not_taken(make_run, tmp_path):

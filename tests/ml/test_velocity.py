@@ -138,9 +138,10 @@ def test_images_of_a_velocity_model(scheduler, both, make_run):
     """Every sampler takes the prediction for what the model says it is."""
     import numpy as np
 
+    from harness.core.sampling import Sampling
     from harness.model.sampling import sample
 
-    settings = {"scheduler": scheduler, "steps": 4, "guidance": 2.0, "batch_size": 1}
+    settings = Sampling(scheduler=scheduler, steps=4, guidance=2.0, batch_size=1)
     images = [
         np.asarray(next(sample(both(kind), make_run(), ["a purse"], settings, images_per_prompt=1, seed=1))[2])
         for kind in KINDS
