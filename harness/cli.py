@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
             )  # fmt: skip
         added.add_argument(
             "--plugin", action="append", default=[], metavar="FILE", dest="plugins",
-            help="a Python file that registers defenses, attacks or metrics",
+            help="a Python file that registers defenses, attacks, metrics or diagnostics",
         )  # fmt: skip
         if suite or name == "doctor":
             added.add_argument("--runs", default="runs", metavar="FOLDER", help="where results go (default: runs)")
@@ -109,13 +109,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--prompts", type=_count, default=3, metavar="N", help="prompts that an image sheet shows (default: 3)"
     )
+    report.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE", dest="plugins",
+        help="a Python file that registers diagnostics with a section of the report",
+    )  # fmt: skip
     merging = verbs.add_parser(
         "merge", help="copy the stages of several results folders into one",
         description="copy the stages of several results folders into one; a stage with two results is refused",
     )  # fmt: skip
     merging.add_argument("sources", nargs="+", metavar="FOLDER", help="a results folder (runs), or a store")
     merging.add_argument("--into", default="runs", metavar="FOLDER", help="the results folder to fill (default: runs)")
-    verb("list", "show the registered defenses, attacks and metrics, and the bundled suites", suite=False)
+    verb("list", "show the registered defenses, attacks, metrics and diagnostics, and the bundled suites", suite=False)
     verb("doctor", "check this installation: packages, testbed, device, Ray", suite=False)
     return parser
 
@@ -214,12 +218,17 @@ class _Opened:
     def write_tables(self, papers: Sequence[Any] = ()) -> list[dict[str, Any]]:
         from harness.results import tables
 
-        return tables.write(self.plan, self.store, self.folder, self.source.name, self.gates(), papers)
+        return tables.write(self.plan, self.store, self.folder, self.source.name, self.gates(), papers, _warn)
 
     def has_tables(self) -> bool:
         from harness.results import tables
 
         return tables.are_written(self.plan, self.folder, self.source.name, self.gates())
+
+
+def _warn(line: str) -> None:
+    """Print what went wrong beside the results, which are there."""
+    print(f"warning: {one_line(line, 1000)}", file=sys.stderr)
 
 
 def _runs_folder(given: str) -> Path:
@@ -287,14 +296,14 @@ def _status(given: argparse.Namespace) -> ExitCode:
 
 def _table(given: argparse.Namespace) -> ExitCode:
     from harness.commands import launch
-    from harness.results import papers, tables
+    from harness.results import leaderboard, papers
 
     opened = _Opened(given)
     opened.make_folder()
-    beside = papers.beside(opened.loaded.suite) if given.with_paper else []
+    beside = papers.beside(opened.loaded.suite, _warn) if given.with_paper else []
     lines = opened.write_tables(beside)
     launch.write_resolved(opened)
-    tables.show(lines, _console())
+    leaderboard.show(lines, _console())
     print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more")
     if given.with_paper:
         papers.write(beside, opened.folder)
@@ -312,8 +321,10 @@ def _compare(given: argparse.Namespace) -> ExitCode:
 
 
 def _report(given: argparse.Namespace) -> ExitCode:
+    from harness.core import registry
     from harness.report import page
 
+    registry.load_plugins(given.plugins)
     made = page.make(Path(given.folder), given.prompts)
     print(f"written: {one_line(made.page, 1000)} ({made.sheets} image sheets, {made.images} images)")
     return ExitCode.DONE
@@ -335,7 +346,7 @@ def _list(given: argparse.Namespace) -> ExitCode:
     from harness.core import registry
 
     registry.load_plugins(given.plugins)
-    for kind in ("defense", "attack", "metric"):
+    for kind in ("defense", "attack", "metric", "diagnostic"):
         print(f"{kind}s:")
         for name in registry.names(kind):
             about = registry.describe(registry.get(kind, name))

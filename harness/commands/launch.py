@@ -140,10 +140,10 @@ def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:
 
 
 def _finish(opened, console) -> None:
-    from harness.results import tables
+    from harness.results import leaderboard
 
     lines = opened.write_tables()
-    tables.show(lines, console)
+    leaderboard.show(lines, console)
     console.print(
         f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more",
         highlight=False,

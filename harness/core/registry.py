@@ -32,6 +32,7 @@ KINDS = {
     "metric": "harness.contracts.metric:Metric",
     "adaptation_hook": "harness.contracts.hooks:AdaptationHook",
     "sampling_hook": "harness.contracts.hooks:SamplingHook",
+    "diagnostic": "harness.contracts.diagnostic:Diagnostic",
 }
 """What can be registered, and the base class that says what it has to offer."""
 PACKAGES = ("defenses", "attacks", "metrics")
@@ -43,6 +44,7 @@ REQUIRED = {
     "metric": ("about", "score"),
     "adaptation_hook": ("weigh",),
     "sampling_hook": ("embed",),
+    "diagnostic": ("of",),
 }
 """Functions that a method writes itself, in place of the base class's."""
 ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range")}

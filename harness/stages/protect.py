@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from defenses.freezing import masks
 from harness.contracts.protection import Protection
 from harness.core.concept import PRIOR
 from harness.stages.work import StageAtWork
@@ -58,8 +57,7 @@ def protect(s: StageAtWork) -> None:
     s.run.ledger.numbers["frozen_tensors"] = len(protection.frozen)
     if s.run.world.rank == 0:
         protection.save(s.folder)
-        if protection.frozen or protection.details:
-            masks.write(s.folder, {n: shape.numel() for n, shape in known.items()}, protection)
+        defense.keep(s.folder, {name: shape.numel() for name, shape in known.items()}, protection)
 
 
 def _require_told(defense: Defense, protection: Protection) -> None:
