@@ -1,8 +1,8 @@
 """The contract of a diagnostic: what a method has to say of a run beside the tables that all methods share.
 
-A diagnostic belongs to a method and is kept beside it (`defenses/freezing/diagnostic.py`), or in a plug-in. The tables
-and the report ask every registered diagnostic and know none by name. One that raises is left out and named in the
-output; all other tables are written. A small one::
+A diagnostic belongs to a method and is kept in the method's package, or in a plug-in. The tables and the report ask
+every registered diagnostic and know none by name. One that raises is left out and named in the output; all other tables
+are written. A small one::
 
     @register("diagnostic")
     class ChangedWeights(Diagnostic):
