@@ -237,6 +237,7 @@ def test_an_opinion_that_raises_is_none(done, write_plugin):
         (("yield Figure", 'yield Table("counted", ("defense",))\n        yield Figure'), "'counted' is taken"),
         (('(*table.columns, "models")', '("models",)'), "a diagnostic adds columns behind the general ones"),
         (("lines=lines)", "lines=lines[:1])"), "keeps name and lines"),
+        (('"models": found[line["defense"]]} for line', '} for line'), "KeyError: 'models'"),
         (("rows=rows", "rows=[('x',)]"), "a row has not as many cells as there are headers (2)"),
     ],
 )  # fmt: skip

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from harness.analysis.curves import curves
 from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, leaderboard, worst_case
 from harness.analysis.measurements import Measurements
 from harness.analysis.paper_rows import PaperRow
-from harness.contracts.table import Figure, Table
+from harness.contracts.diagnostic import Diagnostic
+from harness.contracts.table import Table
 from harness.core import registry
 from harness.core.files import write_json
 from harness.core.identity import digest_of_json
@@ -74,8 +76,7 @@ def write(
         recovery_curves(table, folder / f"recovery_{role}.png", role)
     run = RunResults(plan, store, folder, model_name, table, lines, done, costs, papers)
     diagnostics = Diagnostics(say)
-    written = [name for made in general[len(general) - bool(costs) :] for name in files_of(made)]
-    written += _write_own(diagnostics, run, general)
+    written = [*(files_of(general[-1]) if costs else ()), *_write_own(diagnostics, run, general)]
     _remove_old(folder, written)
     failed = {name: asdict(failure) for name, failure in diagnostics.failures.items()}
     state = {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole, "files": written, "failed": failed}
@@ -101,39 +102,28 @@ def _write_own(diagnostics: Diagnostics, run: RunResults, general: Sequence[Tabl
     """Write what the diagnostics have to say, and what they add to general tables; return the names of their files."""
     found = diagnostics.ask(lambda diagnostic: diagnostic.of(run))
     written: dict[str, list[str]] = {}
-    extended = list(general)
+    tables = list(general)
     for diagnostic, own in found:
         taken = _TAKEN | {Path(name).stem for names in written.values() for name in names}
         files = written.setdefault(diagnostic.name, [])
-        diagnostics.attempt(
-            diagnostic.name,
-            lambda diagnostic=diagnostic, own=own, taken=taken, files=files: _write_of_one(
-                diagnostic.files(own, run), run.folder, taken, files
-            ),
-            None,
-        )
-        extended = diagnostics.attempt(
-            diagnostic.name,
-            lambda diagnostic=diagnostic, own=own, so_far=extended: [
-                _checked(table, diagnostic.extend(table, own, run)) for table in so_far
-            ],
-            extended,
-        )
-    for table, with_more in zip(general, extended, strict=True):
-        if with_more is not table:
-            write_table(with_more, run.folder)
-    for name in diagnostics.failures:
-        for file in written.pop(name, ()):
-            (run.folder / file).unlink(missing_ok=True)
+        diagnostics.attempt(diagnostic.name, partial(_write_files, diagnostic, own, run, taken, files), None)
+        tables = diagnostics.attempt(diagnostic.name, partial(_write_extended, diagnostic, own, run, tables), tables)
+        if diagnostic.name in diagnostics.failures:
+            for file in written.pop(diagnostic.name):
+                (run.folder / file).unlink(missing_ok=True)
+            for table in tables:  # as they were: it may have failed after some of them
+                write_table(table, run.folder)
     return [file for files in written.values() for file in files]
 
 
-def _write_of_one(made: Iterable[Table | Figure], folder: Path, taken: Iterable[str], files: list[str]) -> None:
+def _write_files(
+    diagnostic: Diagnostic, found: Any, run: RunResults, taken: Iterable[str], files: list[str]
+) -> None:
     """Write a diagnostic's tables and figures; put the names of their files into `files`.
 
     Raises ValueError for a name that is bad, or another's.
     """
-    for each in list(made):  # all are made before the first is written
+    for each in list(diagnostic.files(found, run)):  # all are made before the first is written
         if not _NAME.fullmatch(each.name):
             raise ValueError(f"a table is named {each.name!r}; use lower-case letters, digits and '_', at most 60")
         own = files_of(each)
@@ -141,13 +131,22 @@ def _write_of_one(made: Iterable[Table | Figure], folder: Path, taken: Iterable[
             raise ValueError(f"the name '{each.name}' is taken by another table or figure")
         files += own
         if isinstance(each, Table):
-            write_table(each, folder)
-        elif not draw_figure(each, folder):
+            write_table(each, run.folder)
+        elif not draw_figure(each, run.folder):
             files.remove(*own)
 
 
-def _checked(table: Table, extended: Table) -> Table:
-    """Return the table with what was added. Raises ValueError where the table is not the same one any more."""
+def _write_extended(diagnostic: Diagnostic, found: Any, run: RunResults, tables: Sequence[Table]) -> list[Table]:
+    """Write the general tables to which a diagnostic adds something; return all of them, with what was added."""
+    extended = [_with_more(table, diagnostic.extend(table, found, run)) for table in tables]
+    for table, with_more in zip(tables, extended, strict=True):
+        if with_more is not table:
+            write_table(with_more, run.folder)
+    return extended
+
+
+def _with_more(table: Table, extended: Table) -> Table:
+    """Return a table with what was added. Raises ValueError where it is not the same table any more."""
     if extended is table:
         return table
     is_same = extended.name == table.name and extended.columns[: len(table.columns)] == table.columns
