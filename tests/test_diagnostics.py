@@ -91,16 +91,22 @@ def done(project, monkeypatch):
     """A finished suite without tables, whose records say what its stages cost; curves, which take long, are empty."""
     monkeypatch.setattr(tables, "recovery_curves", lambda table, path, role: path.write_bytes(role.encode()))
     commit_all(project)
+    write_ledgers(project)
+    return project
+
+
+def write_ledgers(project) -> None:
+    """Put what a stage costs into every record of a project."""
     store = Store(project.runs / "store")
     numbers = {"trainable_parameters": 5, "trained_bytes": 2e7, "optimizer_bytes": 4e7}
     ledger = {"numbers": numbers, "seconds": {"train": 8.0}, "peak_memory_bytes": 1e9, "forward_passes": 1.0,
               "backward_passes": 1.0}  # fmt: skip
-    told = {"ledger": ledger, "provenance": {"device": "a GPU", "executor": "ray"}}
+    provenance = {"device": "a GPU", "executor": "ray", "immunitybench": "1", "packages": {"torch": "2"}}
+    told = {"ledger": ledger, "provenance": provenance, "finished": 0.0}
     for kind in {stage.kind for stage in project.plan().stages.values()}:
         for key in store.committed(kind):
             path = store.path(kind, key) / "record.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), **told}))
-    return project
 
 
 def test_a_plugin_brings_its_table_and_figure(done, write_plugin):

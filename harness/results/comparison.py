@@ -53,8 +53,8 @@ def make(folder: Path, defense: str, baselines: Sequence[str]) -> list[dict[str,
     stem = f"compare_{re.sub(r'[^A-Za-z0-9_-]', '_', defense)[:60]}"
     try:
         write_csv(folder / f"{stem}.csv", lines, COLUMNS)
-        told = Section(notes=tuple(sentences(lines)))
-        write_text(folder / f"{stem}.md", markdown.page([told, *sections(lines)], less_than="&lt;"))
+        said = Section(notes=tuple(sentences(lines)))
+        write_text(folder / f"{stem}.md", markdown.page([said, *sections(lines)], less_than="&lt;"))
         write_text(folder / f"{stem}.tex", latex.page(sections(lines)))
     except OSError as error:
         raise UserMistake(f"{one_line(folder)}: cannot be written: {one_line(error.strerror)}") from None
