@@ -9,10 +9,11 @@ import pytest
 from defenses.freezing import against_random as masks_against_random
 from defenses.freezing import masks
 from defenses.freezing import tables as freezing_tables
-from harness.analysis import compare, curves, definitions, leaderboard
-from harness.results import adaptation_cost
+from harness.analysis import compare, curves, leaderboard
+from harness.analysis import definitions as general
+from harness.results import adaptation_cost, definitions
 from harness.results.comparison import SHOWN as SHOWN_OF_COMPARISON
-from harness.results.tables import LEGEND, SHOWN
+from harness.results.leaderboard import LEGEND, SHOWN
 from tests.conftest import run_python
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "definitions.md"
@@ -22,41 +23,44 @@ NOT_COLUMNS = {
 
 
 def test_the_page_is_made_of_the_definitions():
-    """Else: python -m harness.analysis.definitions > docs/definitions.md."""
+    """Else: python -m harness.results.definitions > docs/definitions.md."""
     assert PAGE.read_text(encoding="utf-8") == definitions.markdown()
 
 
-TABLES = (
-    leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, curves.COLUMNS, compare.COLUMNS, masks.COLUMNS,
-    masks_against_random.COLUMNS, adaptation_cost.COLUMNS, freezing_tables.COLUMNS,
+DEFINITIONS = [found for _, section in definitions.sections() for found in section]
+GENERAL = (
+    leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, curves.COLUMNS, compare.COLUMNS, adaptation_cost.COLUMNS,
 )  # fmt: skip
-"""Of leaderboard.csv and worst_case.csv, concepts.csv, curves.csv, what `compare` writes, and of masks and costs."""
+"""Of leaderboard.csv and worst_case.csv, concepts.csv, curves.csv, what `compare` writes, and of costs."""
+TABLES = (*GENERAL, masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS)
+"""With those of the bundled diagnostics."""
 
 
 @pytest.mark.parametrize("columns", TABLES)
 def test_every_column_has_a_definition(columns):
     """None is left to be guessed."""
-    assert [name for name in columns if name not in definitions.BY_NAME] == []
+    known = {found.name for found in DEFINITIONS} if columns not in GENERAL else general.BY_NAME
+    assert [name for name in columns if name not in known] == []
 
 
 def test_every_definition_is_of_something_and_stands_there_once():
     """A column that is gone leaves no definition behind."""
     columns = {name for table in TABLES for name in table}
 
-    assert sorted(found.name for found in definitions.DEFINITIONS) == sorted(columns | NOT_COLUMNS)
+    assert sorted(found.name for found in DEFINITIONS) == sorted(columns | NOT_COLUMNS)
 
 
 def test_nothing_is_left_unsaid():
     """Title, meaning and source of each; a formula of each that is shown as a number and is not only a count."""
-    assert all(d.title and d.meaning.endswith(".") and d.source for d in definitions.DEFINITIONS)
-    shown = {name for name, _ in (*SHOWN, *SHOWN_OF_COMPARISON)} & set(definitions.BY_NAME)
+    assert all(d.title and d.meaning.endswith(".") and d.source for d in DEFINITIONS)
+    shown = {name for name, _ in (*SHOWN, *SHOWN_OF_COMPARISON)} & set(general.BY_NAME)
     words = {"defense", "attack", "attacker", "step", "valid", "verdict"}
-    assert [name for name in sorted(shown - words) if not definitions.BY_NAME[name].formula] == []
+    assert [name for name in sorted(shown - words) if not general.BY_NAME[name].formula] == []
 
 
 def test_our_reading_is_told_as_ours():
     """The papers' own formula was not found."""
-    found = definitions.BY_NAME["relative_gap"]
+    found = general.BY_NAME["relative_gap"]
 
     assert "our reading" in found.title and found.source.startswith("ours")
     assert "our reading" in dict(SHOWN)["relative_gap"]
@@ -64,8 +68,11 @@ def test_our_reading_is_told_as_ours():
 
 
 def test_printing_imports_nothing_heavy():
-    """The page on standard output."""
-    code = "import sys, harness.analysis.definitions; print(sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
+    """The page on standard output; the registry stays out of the general definitions."""
+    heavy = "sorted({'torch', 'pandas', 'numpy', 'scipy'} & set(sys.modules))"
+    code = f"import sys; from harness.results import definitions; definitions.markdown(); print({heavy})"
+    of_general = "import sys, harness.analysis.definitions; print('harness.core.registry' in sys.modules)"
 
     assert run_python("-c", code).stdout == "[]\n"
-    assert run_python("-m", "harness.analysis.definitions").stdout == definitions.markdown()
+    assert run_python("-c", of_general).stdout == "False\n"
+    assert run_python("-m", "harness.results.definitions").stdout == definitions.markdown()

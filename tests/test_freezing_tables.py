@@ -11,7 +11,7 @@ from defenses.freezing.masks import Mask
 from harness.analysis.leaderboard import COLUMNS as OF_LEADERBOARD
 from harness.analysis.measurements import Measurements
 from harness.analysis.paper_rows import load
-from harness.results import adaptation_cost
+from harness.results import adaptation_cost, markdown
 from tests.test_leaderboard import row
 
 ELEMENTS = {f"unet.{index}": 1 for index in range(10)}
@@ -72,6 +72,11 @@ def made(found: list[dict] | None = None) -> list[dict]:
     return freezing_tables.lines(leaders() if found is None else found, masks(), TOGETHER, attacked())
 
 
+def page_of(*given, **named) -> str:
+    """Return freezing.md."""
+    return markdown.page(freezing_tables.sections(*given, **named))
+
+
 def rows(text: str, title: str) -> dict[str, list[str]]:
     """Return the cells of a table by the defense, and its head."""
     body = text[text.index(f"## {title}") :].split("\n\n")
@@ -111,14 +116,14 @@ def test_no_gain_is_not_taken_for_an_attack_that_feels_nothing():
     """A gap of zero that was measured, with one seed."""
     even = {"sgr": 0.0, "sgr_low": None, "sgr_high": None}
     found = [{**line, **(even if line["attack"] == "honest" else {})} for line in leaders()]
-    table = rows(freezing_tables.markdown(made(found), costs(), ORDER), "By ratio: two")
+    table = rows(page_of(made(found), costs(), ORDER), "By ratio: two")
 
     assert [table["learned"][place] for place in (4, 8)] == ["+0", "as none"]
 
 
 def test_ratios_show_the_last_step_honest_before_adaptive():
     """In the suite's order; attackers who feel nothing are said to; innocents where the attack was made on them."""
-    text = freezing_tables.markdown(made(), costs(), ORDER)
+    text = page_of(made(), costs(), ORDER)
     table = rows(text, "By ratio: two, 2 concepts, clip (cosine)")
 
     assert list(table)[2:] == ORDER
@@ -135,7 +140,7 @@ def test_ratios_show_the_last_step_honest_before_adaptive():
 
 def test_costs_of_attacks_that_feel_the_mask():
     """An attack that trains as much on every defense has no table."""
-    text = freezing_tables.markdown(made(), costs(), ORDER)
+    text = page_of(made(), costs(), ORDER)
     table = rows(text, "What it costs an honest user: two, honest")
 
     assert table["random"][1:] == ["25.0", "3.2", "6.4", "–", "0.500", "0.80", "–", "0.80"]
@@ -147,7 +152,7 @@ def test_concepts_stand_side_by_side():
     lines = made()
     kept = [line for line in lines if (line["task"], line["defense"]) != ("two", "learned")]
     kept = [line for line in kept if (line["task"], line["defense"], line["attack"]) != ("five", "random", "bold")]
-    table = rows(freezing_tables.markdown(kept, [], ORDER), "By number of concepts: clip (cosine)")
+    table = rows(page_of(kept, [], ORDER), "By number of concepts: clip (cosine)")
 
     assert table["defense"][1:] == [
         "two (2 concepts): honest, honest", "two (2 concepts): bold, adaptive", "innocents, honest",
@@ -156,10 +161,10 @@ def test_concepts_stand_side_by_side():
     assert table["random"][1:] == ["0.500", "0.900", "0.710", "0.500", "–", "0.710"]
     assert "learned" not in table
     alone = [line for line in lines if line["task"] == "two"]
-    assert "By number" not in freezing_tables.markdown(alone, [], ORDER)
+    assert "By number" not in page_of(alone, [], ORDER)
     # of a run that is not whole concepts are missing from lines, not from the number
     early = [{**line, "n_targets": 1} for line in lines]
-    assert "two (2 concepts): honest" in freezing_tables.markdown(early, [], ORDER)
+    assert "two (2 concepts): honest" in page_of(early, [], ORDER)
 
 
 @pytest.mark.parametrize("is_erased", [False, True])
@@ -167,7 +172,7 @@ def test_the_papers_numbers_stand_beside_as_printed(is_erased):
     """By method and ratio: facts sheet, tables 2, 3 and 4; IMMA's beside `joint`, UCE's where a task erases."""
     lines = made()
     names = freezing_tables.paper_names(lines, masks(), TOGETHER if is_erased else ())
-    text = freezing_tables.markdown(lines, costs(), ORDER, load("freezeasguard"), names)
+    text = page_of(lines, costs(), ORDER, load("freezeasguard"), names)
 
     ratios = rows(text, "By ratio: two")
     assert {name: ratios[name][-2:] for name in ORDER} == {
@@ -204,7 +209,7 @@ def test_nothing_frozen_saves_nothing():
     only = [line for line in made() if line["defense"] in ("none", "joint")]
     bare = [cost for cost in costs() if cost["defense"] in ("none", "joint")]
 
-    assert "What it costs" not in freezing_tables.markdown(only, bare, ORDER)
+    assert "What it costs" not in page_of(only, bare, ORDER)
 
 
 def test_the_papers_numbers_stand_beside_as_csv():
@@ -227,6 +232,6 @@ def test_the_papers_numbers_stand_beside_as_csv():
 
 def test_the_page_tells_its_origin():
     """Before all else."""
-    text = freezing_tables.markdown(made(), [], ORDER, origin="Made here.")
+    text = page_of(made(), [], ORDER, origin="Made here.")
 
     assert text.startswith("# Where tensors are frozen\n\nMade here.\n\nreaches")

@@ -12,7 +12,7 @@ from defenses.freezing import mask_figure, masks
 from defenses.freezing.masks import Mask
 from harness.contracts.protection import Protection
 from harness.plan.graph import Plan
-from harness.results import adaptation_cost
+from harness.results import adaptation_cost, markdown
 
 ELEMENTS = {
     "unet.conv_in.weight": 36, "unet.time_embedding.linear_1.weight": 16, "unet.down_blocks.0.resnets.0.norm1.bias": 4,
@@ -182,7 +182,7 @@ def test_costs_are_set_beside_the_undefended_models(tmp_path):
     )
     assert lines["none", "honest"]["n_adaptations"] == 3
     assert lines["frozen", "adaptive"]["time_ratio"] == 1
-    text = adaptation_cost.markdown(list(lines.values()))
+    text = markdown.page(adaptation_cost.table(list(lines.values())).sections)
     assert "| frozen | 0.0 | 0.0 | 0.0 | 0.150 | 0.70 | 0.40 | 0.50 |" in text
     assert set(lines["none", "honest"]) == set(adaptation_cost.COLUMNS)
     peaks = ("peak_memory_bytes", "peak_memory_ratio")

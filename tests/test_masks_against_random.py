@@ -10,6 +10,7 @@ from defenses.freezing import against_random_figure
 from defenses.freezing.masks import Mask
 from harness.analysis.compare import compare
 from harness.analysis.measurements import Measurements
+from harness.results import markdown
 from tests.test_leaderboard import row
 
 ELEMENTS = {f"unet.{index}": 1 + 2 * (index >= 20) for index in range(100)}
@@ -121,7 +122,7 @@ def test_each_ratio_is_what_compare_says_and_all_are_their_mean():
     assert (together["frozen"], together["frozen_random"]) == pytest.approx((0.305, 0.3))
     assert together["p_corrected"] == together["p"]  # one family
     assert together["high"] - together["low"] < max(line["high"] - line["low"] for line in singles.values())
-    assert all(tuple(line) == masks_against_random.COLUMNS for line in lines)
+    assert all(tuple(line) == masks_against_random.columns() for line in lines)
 
 
 def test_tests_are_corrected_over_ratios_and_over_families():
@@ -176,6 +177,11 @@ def test_scores_that_agree_are_a_result():
     assert together["stronger_by"] == pytest.approx(singles["learned_40"]["stronger_by"] / 2)
 
 
+def page_of(told: list[dict], lines: list[dict]) -> str:
+    """Return masks.md."""
+    return markdown.page(masks_against_random.sections(told, lines))
+
+
 def points(axis) -> list[tuple[float, float, bool]]:
     """Return (x, y, filled) of the marks of a panel."""
     marks = [line for line in axis.lines if line.get_marker() not in ("None", None, "")]
@@ -202,7 +208,7 @@ def overlaps() -> list[dict]:
 def test_the_page_tells_both(tmp_path):
     """Overlaps of each defense, all ratios and each."""
     lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(rows(REACHED)))
-    text = masks_against_random.markdown(overlaps(), lines)
+    text = page_of(overlaps(), lines)
 
     assert "| t | learned_20 | dog | 1 | 20.0 | 10.0 | 0.99 | – | 0.200 | 0.111 | 0.0010 | 0.120 |" in text
     assert text.index("All ratios together against random masks: t, clip (cosine)") < text.index("## Each ratio")
@@ -210,13 +216,13 @@ def test_the_page_tells_both(tmp_path):
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
-    assert masks_against_random.markdown(overlaps(), []).count("##") == 1
+    assert page_of(overlaps(), []).count("##") == 1
 
 
 def test_protected_sets_have_tests_of_their_own():
     """A mean of p-values is none."""
     told = [*overlaps()[:1], {**overlaps()[0], "protected": "cat", "overlap_p": 0.9}]
-    text = masks_against_random.markdown(told, [])
+    text = page_of(told, [])
 
     assert "| learned_20 | dog | 1 |" in text and "| 0.0010 |" in text
     assert "| learned_20 | cat | 1 |" in text and "| 0.9000 |" in text
@@ -261,4 +267,4 @@ def test_one_seed_is_shown_and_not_tested(tmp_path):
 
     assert {line["verdict"] for line in lines} == {"not tested"}
     assert against_random_figure.draw([], lines, tmp_path / "shown.png")
-    assert "not tested" in masks_against_random.markdown([], lines)
+    assert "not tested" in page_of([], lines)

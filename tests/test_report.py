@@ -250,8 +250,9 @@ def test_frozen_tensors_have_a_section_where_there_are_any(folder, tmp_path):
     write_csv(own / "masks.csv", [dict.fromkeys(masks.COLUMNS, "nan") | row for row in learned], masks.COLUMNS)
     against = {**name, "family": "mine", "is_together": "true", "low": 0.4567, "frozen": "?", "verdict": "weaker"}
     one = {**against, "is_together": "false", "verdict": "not of all"}
-    lines = [dict.fromkeys(masks_against_random.COLUMNS, "") | row for row in (against, one)]
-    write_csv(own / "masks_against_random.csv", lines, masks_against_random.COLUMNS)
+    columns = masks_against_random.columns()
+    lines = [dict.fromkeys(columns, "") | row for row in (against, one)]
+    write_csv(own / "masks_against_random.csv", lines, columns)
     cost = dict.fromkeys(adaptation_cost.COLUMNS) | name | {"peak_memory_bytes": 5e6, "time_ratio": 0.123}
     write_csv(own / "adaptation_cost.csv", [cost], adaptation_cost.COLUMNS)
     page.make(own)

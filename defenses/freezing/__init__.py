@@ -1,1 +1,1 @@
-"""../defenses/freezing"""
+"""Defenses that freeze tensors of the UNet, and what a run says of their masks."""

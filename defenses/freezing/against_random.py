@@ -16,18 +16,17 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from defenses.freezing.masks import Mask, as_large
-from harness.analysis.compare import COLUMNS as OF_COMPARISON
-from harness.analysis.compare import Compared, Key, compare_sides, judge
-from harness.analysis.measurements import Measurements
-from harness.results.comparison import cells
+from harness.contracts.table import Section
 
-COLUMNS = (
-    "family", "is_together", "frozen", "frozen_random", "parameters", "parameters_random", *OF_COMPARISON,
-)  # fmt: skip
-"""Of masks_against_random.csv."""
+if TYPE_CHECKING:
+    from harness.analysis.compare import Compared, Key
+    from harness.analysis.measurements import Measurements
+
+OWN_COLUMNS = ("family", "is_together", "frozen", "frozen_random", "parameters", "parameters_random")
+"""Of masks_against_random.csv, before those of a comparison."""
 LEGEND = (
     "stronger by: how much less the attack reaches than on random masks as large, mean over targets; above 0 the mask "
     "protects more. As large is meant of tensors; parameters % says how far the two differ in elements. 95 %: covers "
@@ -46,10 +45,17 @@ _OVERLAPS = (
     ("overlap_p", "p", 1, 4),
     ("overlap_with_random", "with random masks", 1, 3),
 )
-_HEAD = (
-    "| masks | frozen % | random % | parameters % | random % | attack | step | random reaches | mask reaches | "
-    "stronger by | 95 % | p | p corrected | innocents better by | verdict |"
-)
+_HEADERS = (
+    "masks", "frozen %", "random %", "parameters %", "random %", "attack", "step", "random reaches", "mask reaches",
+    "stronger by", "95 %", "p", "p corrected", "innocents better by", "verdict",
+)  # fmt: skip
+
+
+def columns() -> tuple[str, ...]:
+    """Return the columns of masks_against_random.csv."""
+    from harness.analysis.compare import COLUMNS
+
+    return (*OWN_COLUMNS, *COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ def _name(defenses: Sequence[str], taken: Collection[str]) -> str:
 
 def lines(masks: Sequence[Mask], table: Measurements, draws: int = 1000) -> list[dict[str, Any]]:
     """Return the lines of masks_against_random.csv: of each family its ratios, then all together."""
+    from harness.analysis.compare import judge
+
     known = families(masks)
     found = []
     for key in table.groups:
@@ -133,6 +141,8 @@ def _compared(
     table: Measurements, key: Key, family: Family, pairs: Sequence[Pair], draws: int
 ) -> Compared | None:
     """Return what is said of the mean over some pairs; None where it is not measured, or nothing of a mask is felt."""
+    from harness.analysis.compare import compare_sides
+
     sides = [pair.defense for pair in pairs], [pair.random for pair in pairs]
     if all(table.shares_images(*key[:3], pair.defense, pair.random) for pair in pairs):
         return None
@@ -156,35 +166,48 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
-def markdown(overlaps: Sequence[dict[str, Any]], against: Sequence[dict[str, Any]]) -> str:
+def sections(overlaps: Sequence[dict[str, Any]], against: Sequence[dict[str, Any]]) -> list[Section]:
     """Return masks.md: of each defense how its masks agree, then the lines, those of all ratios first."""
-    text = ["# Masks of frozen tensors", "", "## Do masks agree?", ""]
-    text += [
-        "Means over seeds. Overlap is |A and B| / |A or B|; p: the chance that random sets as large overlap as much, "
-        "not corrected. The mask that no data gives: learned from the same start with a signal of zero.",
-        "",
-        "| task | defense | protected | masks | " + " | ".join(header for _, header, _, _ in _OVERLAPS) + " |",
-        "| --- | --- | --- |" + " ---: |" * (len(_OVERLAPS) + 1),
-    ]
-    grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for line in overlaps:
-        grouped.setdefault((line["task"], line["defense"], line["protected"]), []).append(line)
-    for (task, defense, protected), own in grouped.items():
-        texts = [_mean_text([line[c] for line in own], factor, digits) for c, _, factor, digits in _OVERLAPS]
-        text.append(f"| {task} | {defense} | {protected} | {len(own)} | {' | '.join(texts)} |")
+    found = [Section("Masks of frozen tensors", level=1), _agreement(overlaps)]
     for is_together, title in ((True, "All ratios together"), (False, "Each ratio")):
         own = [line for line in against if line["is_together"] == is_together]
         for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in own):
             group = [line for line in own if (line["task"], line["metric"]) == (task, metric)]
-            text += ["", f"## {title} against random masks: {task}, {metric} ({group[0]['unit']})", ""]
-            text += [_HEAD, "| --- |" + " ---: |" * 4 + " --- |" + " ---: |" * 8 + " --- |"]
-            for line in group:
-                name = line["family"] if is_together else line["defense"]
-                text.append(f"| {' | '.join([name, *_texts(line)])} |")
-    return "\n".join([*text, *(["", LEGEND] if against else []), ""])
+            found.append(
+                Section(
+                    f"{title} against random masks: {task}, {metric} ({group[0]['unit']})",
+                    headers=_HEADERS,
+                    rows=[[line["family"] if is_together else line["defense"], *_texts(line)] for line in group],
+                    alignments="l" + "r" * 4 + "l" + "r" * 8 + "l",
+                )
+            )
+    return [*found, Section(text=(LEGEND,))] if against else found
+
+
+def _agreement(overlaps: Sequence[dict[str, Any]]) -> Section:
+    """Return the table of how masks of one defense agree: a row for each protected set."""
+    grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for line in overlaps:
+        grouped.setdefault((line["task"], line["defense"], line["protected"]), []).append(line)
+    rows = [
+        [*name, str(len(own)), *(_mean_text([line[c] for line in own], factor, n) for c, _, factor, n in _OVERLAPS)]
+        for name, own in grouped.items()
+    ]
+    return Section(
+        "Do masks agree?",
+        text=(
+            "Means over seeds. Overlap is |A and B| / |A or B|; p: the chance that random sets as large overlap as "
+            "much, not corrected. The mask that no data gives: learned from the same start with a signal of zero.",
+        ),
+        headers=("task", "defense", "protected", "masks", *(header for _, header, _, _ in _OVERLAPS)),
+        rows=rows,
+        alignments="lll" + "r" * (len(_OVERLAPS) + 1),
+    )
 
 
 def _texts(line: dict[str, Any]) -> list[str]:
+    from harness.results.comparison import cells
+
     attack, step, _, random, own, *rest = cells(line)
     shares = [f"{100 * line[name]:.1f}" for name in ("frozen", "frozen_random", "parameters", "parameters_random")]
     return [*shares, attack, step, random, own, *rest]

@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.analysis.compare import LEVEL
-from harness.analysis.statistics import holm
 from harness.results.looks import COLOURS
 
 MARKERS = "osD^vP*X"
@@ -81,6 +79,9 @@ def plot(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, A
 
 def _agreeing(overlaps: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
     """Return (task, defense) of the masks whose seeds agree in every protected set: p by Holm over all but random."""
+    from harness.analysis.compare import LEVEL
+    from harness.analysis.statistics import holm
+
     tested = {
         (mask["task"], mask["defense"], mask["protected"]): mask["overlap_p"]
         for mask in overlaps

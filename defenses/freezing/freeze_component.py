@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.contracts.defense import Defense
-from harness.contracts.protection import Protection, ThreatModel
+from defenses.freezing.base import Freezing
+from harness.contracts.protection import Protection
 from harness.core.registry import register
 
 
@@ -24,12 +24,11 @@ class Parameters:
 
 
 @register("defense")
-class FreezeComponent(Defense):
+class FreezeComponent(Freezing):
     """Freeze the attention projections, the convolutions or the time embeddings; no weight is changed."""
 
     name = "freeze_component"
     version = 1
-    threat_model = ThreatModel(must_honour=("frozen",))
     uses = frozenset()
     Parameters = Parameters
 

@@ -45,9 +45,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from defenses.freezing import mixed_finetune
+from defenses.freezing.base import Freezing
 from defenses.freezing.mixed_finetune import MixedFinetune
-from harness.contracts.defense import Defense
-from harness.contracts.protection import Protection, ThreatModel
+from harness.contracts.protection import Protection
 from harness.core.profiles import ByProfile
 from harness.core.registry import register
 
@@ -129,12 +129,11 @@ class Parameters(ByProfile):
 
 
 @register("defense")
-class FreezeAsGuard(Defense):
+class FreezeAsGuard(Freezing):
     """A learned set of tensors that the publisher's fine-tuning API keeps frozen; no weight is changed."""
 
     name = "freezeasguard"
     version = 3
-    threat_model = ThreatModel(must_honour=("frozen",))
     can_shard = True
     Parameters = Parameters
     presets = {

@@ -4,7 +4,7 @@ Beside its protection such a defense leaves `mask.csv`, a row for each tensor of
 it is frozen, and whatever the method says of it. From those of a run the tables get `masks.csv`, a row for each mask
 (`COLUMNS`). Overlap is the Jaccard index of two masks, |A and B| / |A or B|; by chance it is the expectation of that of
 random sets as large. Whether masks of several seeds overlap more is tested against drawn ones. What a learned mask
-would be without data its method says (`Defense.mask_without_data`), with torch.
+would be without data its method says (`Freezing.mask_without_data`), with torch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,12 @@ from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from harness.core import registry
 from harness.core.identity import digest_of_json
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from harness.contracts.protection import Protection
-    from harness.core.identity import Stage
-    from harness.plan.graph import Plan
-    from harness.store.store import Store
 
 FILE = "mask.csv"
 OF_LEDGER = ("correlation_with_start", "correlation_with_signal", "moved_by_signal", "moved_by_sparsity")
@@ -38,7 +34,7 @@ COLUMNS = (
     *OF_LEDGER, "overlap_without_data", "overlap_of_seeds", "overlap_by_chance", "overlap_p", "overlap_with_random",
     "random_overlap_of_seeds",
 )  # fmt: skip
-"""Of masks.csv; `harness.analysis.definitions` says what each means."""
+"""Of masks.csv; `defenses.freezing.definitions` says what each means."""
 KINDS = ("attention", "feed-forward", "convolution", "norm", "time embedding", "projection")
 """Of tensors, as `kind` tells them."""
 
@@ -96,6 +92,8 @@ def overlap_p(masks: Sequence[Mask], draws: int = 1999) -> float | None:
     One-sided, against so many draws (Phipson and Smyth 2010: never 0). Pairs of empty masks do not count. None without
     a pair in which something could overlap.
     """
+    import numpy as np
+
     sets = [mask.frozen for mask in masks]
     pairs = [(i, j) for i, j in combinations(range(len(sets)), 2) if sets[i] or sets[j]]
     if not any(sets[i] and sets[j] for i, j in pairs):
@@ -166,50 +164,6 @@ class Mask:
     def group(self) -> tuple:
         """What masks of other seeds have in common with this one."""
         return self.task, self.defense, self.protected
-
-
-def of_run(plan: Plan, store: Store) -> list[Mask]:
-    """Return the masks of a plan's defenses that are committed, each once, in the plan's order."""
-    found: dict[tuple, Mask] = {}
-    for each in plan.measurements:
-        about, key = each.labels, each.needs.get("immunize")
-        name = (about["task"], about["defense"], about["protected"], about["seed"])
-        if name in found or not key or not store.has("immunize", key):
-            continue
-        rows = read(store.path("immunize", key))
-        if rows is None:
-            continue
-        stage = plan.stages[key]
-        found[name] = Mask(
-            about["task"],
-            about["defense"],
-            about["method"],
-            about["profile"],
-            about["protected"],
-            about["seed"],
-            {row["tensor"]: int(row["elements"]) for row in rows},
-            frozen(rows),
-            store.record("immunize", key)["ledger"]["numbers"],
-            _without_data(about["method"], stage, rows),
-            stage.parameters.parameters,
-            _given(stage, about),
-            key,
-        )
-    return list(found.values())
-
-
-def _given(stage: Stage, about: Mapping[str, Any]) -> str:
-    targets = stage.parameters.targets
-    protects = "first" if targets is not None and len(targets) < len(about["protected"]) else "all"
-    return f"{protects}, weak" if about["is_weak"] else protects
-
-
-def _without_data(method: str, stage: Stage, rows: Sequence[Mapping[str, str]]) -> frozenset[str] | None:
-    starts = {row["tensor"]: float(row["logit_before"]) for row in rows if row.get("logit_before")}
-    if not starts:
-        return None
-    cls = registry.get("defense", method)
-    return cls.mask_without_data(cls.Parameters(**stage.parameters.parameters), starts)
 
 
 def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harness.contracts.defense import Defense
-from harness.contracts.protection import Protection, ThreatModel
+from defenses.freezing.base import Freezing
+from harness.contracts.protection import Protection
 from harness.core.registry import register
 
 
@@ -30,12 +30,11 @@ class Parameters:
 
 
 @register("defense")
-class RandomFreeze(Defense):
+class RandomFreeze(Freezing):
     """Freeze a random share of the UNet's tensors; no weight is changed."""
 
     name = "random_freeze"
     version = 1
-    threat_model = ThreatModel(must_honour=("frozen",))
     uses = frozenset({"seed"})
     Parameters = Parameters
 

@@ -1,15 +1,17 @@
-"""The section on frozen tensors, from the run folder's masks.csv, masks_against_random.csv and adaptation_cost.csv."""
+"""The report's section on frozen tensors, from the run folder's masks.csv and masks_against_random.csv."""
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MASKS, AGAINST, COSTS = "masks.csv", "masks_against_random.csv", "adaptation_cost.csv"
+from harness.contracts.diagnostic import PageSection
+from harness.results.reading import mean_of, read_table
+
+MASKS, AGAINST = "masks.csv", "masks_against_random.csv"
 FIGURES = ("masks.png", "masks_against_random.png")
+TEMPLATE = Path(__file__).with_name("section.html.jinja")
 _NAMES = ("task", "defense", "protected")
 _SHOWN = (
     "frozen_tensors", "frozen_parameters", "overlap_without_data", "correlation_with_signal", "overlap_of_seeds",
@@ -21,54 +23,38 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def of_run(folder: Path) -> dict[str, Any] | None:
-    """Return what the section shows; None where nothing was frozen, or the tables are not there."""
-    masks, costs = _read(folder / MASKS), _read(folder / COSTS)
-    if not masks:
+def of_run(folder: Path) -> PageSection | None:
+    """Return the section; None where nothing was frozen, or its tables are missing."""
+    rows = read_table(folder / MASKS)
+    if not rows:
         return None
+    figures = tuple(name for name in FIGURES if (folder / name).is_file())
+    return PageSection(
+        title="Frozen tensors",
+        anchor="frozen",
+        template=TEMPLATE.read_text(encoding="utf-8"),
+        context={"figures": figures, "masks": _masks(rows), "against": _against(read_table(folder / AGAINST))},
+        figures=figures,
+        data=(MASKS, AGAINST),
+    )
+
+
+def _masks(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return a line for each defense and protected set: means over seeds."""
     grouped: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
-    for row in masks:
-        grouped.setdefault(tuple(row.get(name, "") for name in _NAMES), []).append(row)
-    return {
-        "figures": [name for name in FIGURES if (folder / name).is_file()],
-        "against": [
-            {
-                **{name: row.get(name, "") for name in ("task", "metric", "family", "attack", "attacker", "verdict")},
-                **{name: _mean([row], name) for name in _NUMBERS},
-            }
-            for row in _read(folder / AGAINST)
-            if row.get("is_together") == "true"
-        ],
-        "masks": [
-            {**dict(zip(_NAMES, names, strict=True)), "n": len(rows), **{name: _mean(rows, name) for name in _SHOWN}}
-            for names, rows in grouped.items()
-        ],
-        "costs": [
-            {
-                **{name: row.get(name, "") for name in ("task", "defense", "attack", "attacker")},
-                **{name: _mean([row], name) for name in row if name.endswith(("_bytes", "_ratio", "_step"))},
-            }
-            for row in costs
-        ],
-    }
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error):
-        return []
-
-
-def _mean(rows: Sequence[Mapping[str, str]], column: str) -> float | None:
-    """Return the mean of the numbers in a column; None without any."""
-    values = []
     for row in rows:
-        try:
-            value = float(row.get(column) or "nan")
-        except ValueError:
-            continue
-        if math.isfinite(value):
-            values.append(value)
-    return sum(values) / len(values) if values else None
+        grouped.setdefault(tuple(row.get(name, "") for name in _NAMES), []).append(row)
+    return [
+        {**dict(zip(_NAMES, names, strict=True)), "n": len(own), **{name: mean_of(own, name) for name in _SHOWN}}
+        for names, own in grouped.items()
+    ]
+
+
+def _against(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return the lines of all ratios together."""
+    words = ("task", "metric", "family", "attack", "attacker", "verdict")
+    return [
+        {**{name: row.get(name, "") for name in words}, **{name: mean_of([row], name) for name in _NUMBERS}}
+        for row in rows
+        if row.get("is_together") == "true"
+    ]

@@ -15,11 +15,14 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from defenses.freezing.masks import Mask
-from harness.analysis.measurements import Measurements
-from harness.analysis.paper_rows import PaperRow
+from harness.contracts.table import Section
+
+if TYPE_CHECKING:
+    from harness.analysis.measurements import Measurements
+    from harness.analysis.paper_rows import PaperRow
 
 Name = tuple[str, int | None]
 """A paper's defense, and its ratio in %."""
@@ -30,6 +33,8 @@ Printed = Mapping[tuple, str]
 """What a paper prints, by table, name, setting and metric."""
 PaperCell = tuple[str, str, str]
 """A paper's table, setting and metric."""
+PAPER = "freezeasguard"
+"""The name of the paper's rows."""
 METHODS = ("freezeasguard", "random_freeze", "freeze_component")
 """Those that freeze and stand in papers."""
 COLUMNS = (
@@ -79,6 +84,10 @@ LEGEND = (
     "(undefended - defended) / undefended, with its 95 % interval over seeds; as none: this attacker feels nothing of "
     "the defense, and what it draws is the undefended model's. innocents: what the same adaptation makes of innocent "
     "concepts. counts: no where a line is not valid; leaderboard.md says why."
+)
+COST_LEGEND = (
+    "Shares are of the undefended model's. Peak memory is a GPU's; shares of the time are told where stages had their "
+    "device to themselves. tests/benchmarks/freezing_saves.py measures both on a CPU."
 )
 PAPER_LEGEND = (
     "Paper: FreezeAsGuard v1 (arXiv 2405.17472) as printed: SD v1.5, full fine-tuning, FID of portraits (higher: "
@@ -180,7 +189,7 @@ def _felt(found: Sequence[Line]) -> set[tuple[str, str]]:
 
 
 def _by_cell(papers: Sequence[PaperRow]) -> Printed:
-    return {_key(row): row.printed for row in papers if row.paper == "freezeasguard"}
+    return {_key(row): row.printed for row in papers if row.paper == PAPER}
 
 
 def _printed(printed: Printed, name: Name | None, cell: PaperCell) -> str | None:
@@ -193,33 +202,32 @@ def _name_of_cost(cost: Line, method: str, names: Names) -> Name | None:
     return ("freezeasguard", 0) if method == "none" else names.get((cost["task"], cost["defense"]))
 
 
-def markdown(
+def sections(
     found: Sequence[Line],
     costs: Sequence[Line],
     order: Sequence[str],
     papers: Sequence[PaperRow] = (),
     names: Names = MappingProxyType({}),
     origin: str = "",
-) -> str:
+) -> list[Section]:
     """Return freezing.md; `order` are the names of the suite's defenses, `names` the paper's of them.
 
     `origin` tells what the tables were made from.
     """
     printed = _by_cell(papers)
-    text = ["# Where tensors are frozen"]
-    for part in (origin, LEGEND, PAPER_LEGEND if printed else ""):
-        text += ["", part] if part else []
+    paragraphs = (origin, LEGEND, PAPER_LEGEND if printed else "")
+    made = [Section("Where tensors are frozen", tuple(filter(None, paragraphs)), level=1)]
     last = _at_last_step(found)
     metrics = list(dict.fromkeys(line["metric"] for line in last))
     for place, task in enumerate(dict.fromkeys(line["task"] for line in last)):
         for metric in metrics:
             own = [line for line in last if (line["task"], line["metric"]) == (task, metric)]
             # the paper's table is of one task: beside the suite's first
-            text += _by_ratio(task, metric, own, order, {} if place else printed, names) if own else []
-    text += _cost(costs, found, printed, names)
+            made += [_by_ratio(task, metric, own, order, {} if place else printed, names)] if own else []
+    made += _cost(costs, found, printed, names)
     for metric in metrics:
-        text += _by_concepts(metric, [line for line in last if line["metric"] == metric], order, printed, names)
-    return "\n".join([*text, ""])
+        made += _by_concepts(metric, [line for line in last if line["metric"] == metric], order, printed, names)
+    return made
 
 
 def _at_last_step(found: Sequence[Line]) -> list[Line]:
@@ -232,7 +240,7 @@ def _at_last_step(found: Sequence[Line]) -> list[Line]:
 
 def _by_ratio(
     task: str, metric: str, own: Sequence[Line], order: Sequence[str], printed: Printed, names: Names
-) -> list[str]:
+) -> Section:
     """Return the table of a task and metric: a row each defense, columns by attack."""
     attacks = list(dict.fromkeys((line["attack"], line["attacker"], line["step"]) for line in own))
     attacks.sort(key=lambda attack: attack[1] != "honest")  # stable
@@ -258,13 +266,15 @@ def _by_ratio(
             cells += [_printed(printed, name, cell) or "–" for cell in _OF_TABLE_2]
         rows.append(cells)
     unit = own[0]["unit"]
-    return [f"\n## By ratio: {task}, {own[0]['n_protected']} concepts, {metric} ({unit})\n", *_table(head, rows)]
+    return Section(
+        f"By ratio: {task}, {own[0]['n_protected']} concepts, {metric} ({unit})", headers=tuple(head), rows=rows
+    )
 
 
-def _cost(costs: Sequence[Line], found: Sequence[Line], printed: Printed, names: Names) -> list[str]:
+def _cost(costs: Sequence[Line], found: Sequence[Line], printed: Printed, names: Names) -> list[Section]:
     """Return the tables of what an honest user's adaptation costs: of attacks that feel the mask."""
     about, felt = {(line["task"], line["defense"]): line for line in found}, _felt(found)
-    text: list[str] = []
+    made: list[Section] = []
     groups: dict[tuple, list[Line]] = {}
     for cost in costs:
         if (cost["task"], cost["attack"]) in felt and (cost["task"], cost["defense"]) in about:
@@ -286,18 +296,14 @@ def _cost(costs: Sequence[Line], found: Sequence[Line], printed: Printed, names:
             rows.append(cells)
         if printed:
             head += ["paper: GPU memory, GB", "paper: s / batch"]
-        text += [
-            f"\n## What it costs an honest user: {task}, {attack}\n",
-            "Shares are of the undefended model's. Peak memory is a GPU's; shares of the time are told where stages "
-            "had their device to themselves. tests/benchmarks/freezing_saves.py measures both on a CPU.\n",
-            *_table(head, rows),
-        ]
-    return text
+        title = f"What it costs an honest user: {task}, {attack}"
+        made.append(Section(title, (COST_LEGEND,), tuple(head), rows))
+    return made
 
 
 def _by_concepts(
     metric: str, own: Sequence[Line], order: Sequence[str], printed: Printed, names: Names
-) -> list[str]:
+) -> list[Section]:
     """Return the table of the defenses that several tasks have; nothing for one task."""
     sizes = {line["task"]: line["n_protected"] for line in own}
     tasks = sorted(sizes, key=sizes.__getitem__)  # stable
@@ -328,18 +334,14 @@ def _by_concepts(
             cells.append(", ".join(filter(None, (_printed(printed, name, cell) for cell in _of_group(group)))) or "–")
         rows.append(cells)
     unit = own[0]["unit"]
-    return [f"\n## By number of concepts: {metric} ({unit}), reached after the last step\n", *_table(head, rows)]
+    title = f"By number of concepts: {metric} ({unit}), reached after the last step"
+    return [Section(title, headers=tuple(head), rows=rows)]
 
 
 def _key(row: PaperRow) -> tuple[str, str, int | None, str, str]:
     """Return (table, defense, ratio in %, setting without it, metric)."""
     ratio = _RHO.search(row.setting)
     return row.table, row.defense, int(ratio[1]) if ratio else None, _RHO.sub("", row.setting), row.metric
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" + " ---: |" * (len(head) - 1)]
-    return [*lines, *("| " + " | ".join(cells) + " |" for cells in rows)]
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -1,6 +1,7 @@
-"""What each number means: one definition a column of the tables, and of the directions and intervals. No torch.
+"""What each number means: one definition a column of the general tables, and of the directions and intervals. No torch.
 
-    python -m harness.analysis.definitions          # prints the page `docs/definitions.md`
+Columns of a diagnostic's tables are defined beside it (`Diagnostic.definitions`); `python -m
+harness.results.definitions` prints both, as the page `docs/definitions.md`.
 
 In formulas M is a metric's mean over a concept's evaluation prompts and images, for one seed: M_none on the undefended
 model after the attack, M_defense on the defended one after it, M_before on the undefended released model before the
@@ -389,117 +390,7 @@ READINGS = (
 )  # fmt: skip
 """How to read directions and intervals."""
 
-FREEZING = (
-    Definition("seed", "seed", "", "The seed of the suite under which a mask was learned or drawn.", OURS),
-    Definition(
-        "tensors", "tensors", "", "How many tensors (weights and biases, each one) the UNet has. In masks.csv.", OURS
-    ),
-    Definition(
-        "frozen_tensors", "frozen tensors", "frozen tensors / tensors",
-        "The share of tensors that the publisher's fine-tuning API refuses to train: FreezeAsGuard's realized ratio.",
-        "FreezeAsGuard (arXiv 2405.17472 v1)",
-    ),
-    Definition(
-        "frozen_parameters", "frozen parameters", "elements of frozen tensors / elements of the UNet",
-        "The same by parameters: a bias weighs less than a kernel.",
-        OURS,
-    ),
-    Definition(
-        "correlation_with_start", "correlation with start", "corr(frozen, logit before learning), over tensors",
-        "Near what a mask of that size can at most have (about 0.7 at 20 %): the mask is its random start. Empty where "
-        "none or all are frozen, and for masks that were not learned.",
-        OURS,
-    ),
-    Definition(
-        "correlation_with_signal", "correlation with signal", "corr(frozen, - mean over mask steps of <Delta, g>)",
-        "Above 0: what is frozen is what the upper loss wanted frozen. Empty as above.",
-        OURS,
-    ),
-    Definition(
-        "moved_by_signal", "moved by signal", "mean over tensors of the summed |step of the logit| by <Delta, g>",
-        "How far the data moved the mask's logits; those start within a range of 1.",
-        OURS,
-    ),
-    Definition(
-        "moved_by_sparsity", "moved by sparsity", "the same by the sparsity term",
-        "How far the wanted ratio moved them, whatever the data.",
-        OURS,
-    ),
-    Definition(
-        "overlap_without_data", "overlap with the mask that no data gives", "|A and S| / |A or S|",
-        "With what the same start gives when no image says anything and the wanted ratio alone moves the mask. 1: "
-        "nothing was learned. Empty where neither freezes anything, and for masks that were not learned.",
-        OURS,
-    ),
-    Definition(
-        "overlap_of_seeds", "overlap of seeds", "mean over other seeds of |A and B| / |A or B|",
-        "Whether learning finds the same tensors again. Beside overlap_by_chance. Empty for masks that "
-        "no seed changes.",
-        "Jaccard index",
-    ),
-    Definition(
-        "overlap_by_chance", "overlap by chance", "E |A and B| / |A or B|",
-        "What random sets of a and b of N tensors have on average: the intersection is hypergeometric.",
-        OURS,
-    ),
-    Definition(
-        "overlap_p", "p of the overlap", "(1 + draws that overlap as much) / (1 + draws)",
-        "The chance that random sets as large as the masks of these seeds overlap as much, in the mean over pairs of "
-        "which one at least freezes something, or more: one-sided, of 1,999 draws, not corrected.",
-        "Phipson and Smyth (2010)",
-    ),
-    Definition(
-        "overlap_with_random", "overlap with random masks", "mean of |A and R| / |A or R|",
-        "With this run's random_freeze masks of any seed that are as large (a quarter more or less, at most 5 % of the "
-        "tensors); "
-        "of random masks with those of other seeds.",
-        "Jaccard index",
-    ),
-    Definition(
-        "random_overlap_of_seeds", "overlap of random masks", "mean over pairs of seeds of |R and R'| / |R or R'|",
-        "Of those random masks among each other.",
-        "Jaccard index",
-    ),
-    Definition(
-        "family", "family", "",
-        "Defenses that freeze and differ in nothing but their ratio, by what they share of their names. In "
-        "masks_against_random.csv, where `baseline` is the random_freeze defense that is nearest in size: a quarter "
-        "more or less, at most 5 % of the tensors.",
-        OURS,
-    ),
-    Definition(
-        "is_together", "all ratios", "",
-        "Whether the line is of all ratios of a family that are measured: means over them, paired in concept, prompt "
-        "and seed. Within a task, metric, attack and step its p is corrected over families; that of a single ratio "
-        "over all ratios of all families.",
-        OURS,
-    ),
-    Definition(
-        "ratio", "ratio", "",
-        "The share of tensors that a defense was asked to freeze. Empty where it was asked for none.",
-        OURS,
-    ),
-    Definition(
-        "frozen", "frozen share", "frozen tensors / tensors",
-        "Of the line's defenses, mean over seeds and protected sets.", OURS,
-    ),
-    Definition("frozen_random", "frozen share, random", "the same", "Of the random ones beside them.", OURS),
-    Definition(
-        "parameters", "frozen parameters", "elements of frozen tensors / elements of the UNet",
-        "Of the line's defenses, mean over seeds and protected sets: masks as large in tensors differ in this.", OURS,
-    ),
-    Definition("parameters_random", "frozen parameters, random", "the same", "Of the random ones beside them.", OURS),
-    Definition(
-        "is_felt", "felt", "",
-        "Whether the attacker feels anything of the defense. false: its images are those of the undefended model, the "
-        "very same stages. In freezing.csv.",
-        OURS,
-    ),
-    Definition(
-        "n_protected", "protected together", "",
-        "How many concepts are protected together, in the largest set of a task.",
-        OURS,
-    ),
+COSTS = (
     Definition(
         "n_adaptations", "adaptations", "", "How many adaptations a line of adaptation_cost.csv is the mean of.", OURS
     ),
@@ -530,7 +421,7 @@ FREEZING = (
         "The same, of seconds a step. Empty where stages shared a CPU, which slow each other.", OURS,
     ),
 )  # fmt: skip
-"""Columns of the tables on defenses that freeze tensors, masks.csv to adaptation_cost.csv."""
+"""Of adaptation_cost.csv."""
 
 SECTIONS: tuple[tuple[str, tuple[Definition, ...]], ...] = (
     ("Gaps and shares", GAPS),
@@ -538,33 +429,9 @@ SECTIONS: tuple[tuple[str, tuple[Definition, ...]], ...] = (
     ("How soon", CURVES),
     ("Scores", SCORES),
     ("Two defenses side by side", COMPARISON),
-    ("Frozen tensors", FREEZING),
+    ("What an adaptation costs", COSTS),
     ("Directions and intervals", READINGS),
     ("What a line is about", SETTING),
 )
 DEFINITIONS: tuple[Definition, ...] = tuple(found for _, section in SECTIONS for found in section)
 BY_NAME: dict[str, Definition] = {found.name: found for found in DEFINITIONS}
-
-
-def markdown() -> str:
-    """Return all definitions as a page."""
-    parts = [
-        "# What the numbers mean\n",
-        "Made by `python -m harness.analysis.definitions` from `harness/analysis/definitions.py`.\n",
-        "M is a metric's mean over a concept's evaluation prompts and images, for one seed: M_none on the undefended "
-        "model after the attack, M_defense on the defended one after it, M_before on the undefended released model "
-        "before the attack, M_real that of real images of the concept.\n",
-    ]
-    for title, section in SECTIONS:
-        parts.append(f"## {title}\n")
-        for found in section:
-            heading = f"**`{found.name}`**" + (f" {found.title}" if found.title != found.name else "")
-            formula = f" `{found.formula}`." if found.formula else ""
-            source = "" if found.source == OURS else f" *Source: {found.source}.*"
-            parts.append(f"- {heading}.{formula} {found.meaning}{source}")
-        parts.append("")
-    return "\n".join(parts).rstrip() + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

@@ -7,7 +7,7 @@ import argparse
 from harness.commands import arguments
 from harness.core.errors import ExitCode
 
-KINDS = ("task", "defense", "attack", "metric")
+KINDS = ("task", "defense", "attack", "metric", "diagnostic")
 """Shown, in this order."""
 
 SUMMARY = "show what is registered, and the bundled suites"

@@ -23,14 +23,14 @@ def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands.opened import open_suite
     from harness.commands.written import write_resolved, write_tables
-    from harness.results import papers, tables
+    from harness.results import leaderboard, papers
 
     opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
     opened.make_folder()
-    beside = papers.beside(opened.loaded.suite) if given.with_paper else []
+    beside = papers.beside(opened.loaded.suite, arguments.warn) if given.with_paper else []
     lines = write_tables(opened, beside)
     write_resolved(opened)
-    tables.show(lines, arguments.console())
+    leaderboard.show(lines, arguments.console())
     print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more")
     if given.with_paper:
         papers.write(beside, opened.folder)

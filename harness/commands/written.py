@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands import arguments
 from harness.commands.opened import Opened
 from harness.core.files import write_text
 
@@ -17,7 +18,8 @@ def write_tables(opened: Opened, papers: Sequence[Any] = ()) -> list[dict[str, A
     """Write the tables of what is committed."""
     from harness.results import tables
 
-    return tables.write(opened.plan, opened.store, opened.folder, opened.source.name, opened.gates, papers)
+    folder, model = opened.folder, opened.source.name
+    return tables.write(opened.plan, opened.store, folder, model, opened.gates, papers, arguments.warn)
 
 
 def are_written(opened: Opened) -> bool:
@@ -29,9 +31,9 @@ def are_written(opened: Opened) -> bool:
 
 def finish(opened: Opened, console: Console) -> None:
     """Write the tables and show the leaderboard."""
-    from harness.results import tables
+    from harness.results import leaderboard
 
-    tables.show(write_tables(opened), console)
+    leaderboard.show(write_tables(opened), console)
     console.print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more", highlight=False)
 
 

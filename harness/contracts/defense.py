@@ -96,14 +96,6 @@ class Defense(Method):
         return None
 
     @classmethod
-    def mask_without_data(cls, parameters: Any, starts: Mapping[str, float]) -> frozenset[str] | None:
-        """Return what would be frozen had the mask been learned from the same start and no data; None: not learned.
-
-        `starts` are the logits before learning, which mask.csv keeps as `logit_before`.
-        """
-        return None
-
-    @classmethod
     def check_task(cls, parameters: Any, targets: int, preserved: int) -> Sequence[tuple[str, str]]:
         """Return (parameter, message) for what cannot be done for so many concepts, protected and preserved."""
         return ()
@@ -112,9 +104,6 @@ class Defense(Method):
     def check_sharding(cls, parameters: Any, sharding: Sharding) -> Sequence[tuple[str, str]]:
         """Return (parameter, message) for what the processes cannot serve, such as a batch that they do not divide."""
         return ()
-
-    def keep(self, folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
-        """Write into the stage's folder what else belongs beside the protection; `elements`: of each parameter."""
 
     def protect(
         self,
@@ -130,3 +119,10 @@ class Defense(Method):
         `model.change`): it is put back afterwards, and only the returned protection is kept.
         """
         raise NotImplementedError
+
+    def keep(self, folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
+        """Write into `folder` what else belongs beside the protection, for the method's own diagnostic.
+
+        Called once, after the protection was saved there. `elements` are the model's parameters in its order, with the
+        number of elements of each. By default nothing is written.
+        """

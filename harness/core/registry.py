@@ -34,6 +34,7 @@ KINDS = {
     "stage": "harness.contracts.stage:StageKind",
     "adaptation_hook": "harness.contracts.hooks:AdaptationHook",
     "sampling_hook": "harness.contracts.hooks:SamplingHook",
+    "diagnostic": "harness.contracts.diagnostic:Diagnostic",
 }
 """What can be registered, and the base class that says what it has to offer."""
 PACKAGES = ("harness.stages", "harness.tasks", "defenses", "attacks", "metrics")
@@ -48,6 +49,7 @@ REQUIRED = {
     "task": ("plan",),
     "stage": ("do",),
     "adaptation_hook": ("weigh",),
+    "diagnostic": ("of",),
 }
 """Functions that a method writes itself, in place of the base class's."""
 ONE_OF = {"sampling_hook": ("begin", "at_step")}

@@ -12,20 +12,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from defenses.freezing import section as frozen
 from harness import report
 from harness.analysis.curves import curves
-from harness.analysis.definitions import BY_NAME, SECTIONS
+from harness.analysis.definitions import BY_NAME
 from harness.analysis.leaderboard import by_concept, leaderboard
 from harness.core.errors import UserMistake, one_line
 from harness.core.version import __version__
-from harness.report import drawings, records, run_folder, sheets, views
-from harness.results.tables import SOON_LEGEND, soon_text
+from harness.report import costs, drawings, own_sections, records, run_folder, sheets, views
+from harness.results import definitions
+from harness.results.leaderboard import SOON_LEGEND, soon_text
 
 FOLDER = "report"
 DATA = (
-    "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", frozen.MASKS, frozen.AGAINST,
-    frozen.COSTS, run_folder.RESOLVED,
+    "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", costs.FILE, run_folder.RESOLVED,
 )  # fmt: skip
 TEMPLATES = Path(report.__file__).parent / "template"
 
@@ -66,14 +65,14 @@ def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, i
     looks = drawings.palette(defenses)
     gallery = sheets.Gallery(folder / "images")
     shown, left_out = sheets.make(run, gallery, prompts)
-    for name in DATA:
-        if (run.path / name).is_file():
-            shutil.copyfile(run.path / name, folder / "data" / name)
-    masks = frozen.of_run(run.path)
-    for name in masks["figures"] if masks else ():
-        shutil.copyfile(run.path / name, folder / "figures" / name)
+    own, failed = own_sections.of_run(run, _environment())
+    data = list(dict.fromkeys([*DATA, *(name for section in own for name in section.data)]))
+    _copy(run.path, data, folder / "data")
+    _copy(run.path, [name for section in own for name in section.figures], folder / "figures")
     context = {
-        "frozen": masks,
+        "own_sections": own,
+        "failed_diagnostics": failed,
+        "costs": costs.of_run(run.path),
         "run": run,
         "suite": run.suite,
         "version": __version__,
@@ -89,13 +88,20 @@ def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, i
         "sheets_left_out": left_out,
         "failures": run.failures,
         "records": records.summary(run.store, run.scores),
-        "definitions": SECTIONS,
-        "data": [name for name in DATA if (folder / "data" / name).is_file()],
+        "definitions": definitions.sections(),
+        "data": [name for name in data if (folder / "data" / name).is_file()],
         "soon_legend": SOON_LEGEND,
         "palette": list(zip(drawings.COLOURS, drawings.DARK, strict=True)),
     }
     (folder / "index.html").write_text(_render(context), encoding="utf-8")
     return sum(1 for _ in (folder / "images").iterdir()), len(shown), left_out
+
+
+def _copy(source: Path, names: Sequence[str], target: Path) -> None:
+    """Copy those files that are in the run folder."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _said(name: str) -> str:
@@ -177,7 +183,8 @@ def _by_concept(shown: Sequence[sheets.Sheet]) -> list[tuple[tuple[str, str], li
     return list(grouped.items())
 
 
-def _render(context: dict[str, Any]) -> str:
+def _environment() -> Any:
+    """Return the Jinja environment of the page: values are escaped, and a name that is not known raises."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -185,10 +192,14 @@ def _render(context: dict[str, Any]) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": _number, "percent": _percent, "duration": _duration, "plain": _plain}
+    return environment
+
+
+def _render(context: dict[str, Any]) -> str:
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    return environment.get_template("index.html.jinja").render(
+    return _environment().get_template("index.html.jinja").render(
         context, script=script, script_digest=digest, style=style
     )
 

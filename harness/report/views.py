@@ -11,7 +11,7 @@ from typing import Any
 from harness.analysis.front import front
 from harness.analysis.leaderboard import interval, worst_case
 from harness.analysis.measurements import Measurements, Trial
-from harness.results.tables import SHOWN, TEXT, cells
+from harness.results.leaderboard import SHOWN, TEXT, cells
 
 Line = Mapping[str, Any]
 

@@ -1,17 +1,15 @@
-"""What adaptations cost the one who makes them: what a publisher's frozen tensors save an honest user. No torch here.
+"""What an adaptation costs the one who makes it, under each defense. No torch here.
 
-From the records of a run, a line for each task, defense and attack: means over its adaptations. Bytes of trained
-weights and of the optimizer's states are counted; gradients take as many as the weights. Peak memory is the device's on
-a GPU; of a CPU's process, which holds what it did before too, it would be no measure, and there is none. Seconds a step
-are training alone, without loading, encoding and saving; their ratio is told where stages had their device to
-themselves: on GPUs, or one after the other (`--executor serial`). `tests/benchmarks/freezing_saves.py` measures both on
-a CPU. Stages that trials share (of attackers who feel nothing of a defense) are the same ones.
+From the records of the adaptations that are done, a line for each task, defense and attack. `LEGEND` says what is
+measured, `harness.analysis.definitions` what each column means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from harness.contracts.table import Section, Table
 
 if TYPE_CHECKING:
     from harness.contracts.task import Measurement
@@ -29,21 +27,33 @@ _RATIOS = {
     "time_ratio": "seconds_per_step_alone",
 }
 _ALONE = _RATIOS["time_ratio"]
-_HEAD = (
-    "| defense | trained weights, MB | optimizer, MB | peak memory, MB | s / step | of undefended: weights | memory | "
-    "time |"
+HEADERS = (
+    "defense", "trained weights, MB", "optimizer, MB", "peak memory, MB", "s / step", "of undefended: weights",
+    "memory", "time",
+)  # fmt: skip
+LEGEND = (
+    "From the records of a run, a line for each task, defense and attack: means over its adaptations. Bytes of trained "
+    "weights and of the optimizer's states are counted; gradients take as many as the weights. Peak memory is the "
+    "device's on a GPU; of a CPU's process, which holds what it did before too, it would be no measure, and there is "
+    "none. Seconds a step are training alone, without loading, encoding and saving; their ratio is told where stages "
+    "had their device to themselves: on GPUs, or one after the other (`--executor serial`). Stages that trials share "
+    "(of attackers who feel nothing of a defense) are the same ones."
 )
 
 
 def records(plan: Plan, store: Store) -> dict[str, Mapping[str, Any]]:
-    """Return the records of the adaptations that are done, by key."""
-    keys = dict.fromkeys(adapted(plan, each) for each in plan.measurements if each.labels.get("attack"))
-    return {key: store.record("adapt", key) for key in keys if store.has("adapt", key)}
+    """Return the records of the adaptations that are done, by key; without those that hold no ledger of costs."""
+    keys = dict.fromkeys(key for _, key in _adapted(plan))
+    done = {key: store.record("adapt", key) for key in keys if store.has("adapt", key)}
+    return {key: record for key, record in done.items() if "ledger" in record}
 
 
-def adapted(plan: Plan, measurement: Measurement) -> str:
-    """Return the key of the adaptation that a measurement is of."""
-    return plan.stages[measurement.observed].inputs["adapt"].key
+def _adapted(plan: Plan) -> Iterator[tuple[Measurement, str]]:
+    """Yield (measurement, key of the adaptation) of what was drawn from adapted models."""
+    for measurement in plan.measurements:
+        read = plan.stages[measurement.observed].inputs.get("adapt")
+        if read is not None:
+            yield measurement, read.key
 
 
 def lines(plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -51,16 +61,13 @@ def lines(plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, A
     made: dict[tuple, dict[tuple, str]] = {}  # of a line: of an adaptation (protected set, concept, seed) its key
     undefended: dict[tuple, tuple] = {}
     costs: dict[str, dict[str, float | None]] = {}
-    for each in plan.measurements:
-        about = each.labels
-        if not about.get("attack"):
-            continue
+    for measurement, key in _adapted(plan):
+        about = measurement.labels
         name = (about["task"], about["defense"], about["attack"], about["attacker"])
         if about["method"] == "none":
             undefended[about["task"], about["attack"], about["attacker"]] = name
-        key = adapted(plan, each)
         if key in done:
-            costs[key] = _cost(done[key], each.steps[-1])
+            costs[key] = _cost(done[key], measurement.steps[-1])
             made.setdefault(name, {})[about["protected"], about["concept"], about["seed"]] = key
     result = []
     for name, own in made.items():
@@ -109,19 +116,23 @@ def _mean(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None
     return found
 
 
-def markdown(costs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the lines as Markdown tables, one a task and attack."""
-    text = ["# What adaptations cost", "", " ".join(__doc__.split("\n\n", 1)[1].split())]
+def table(costs: Sequence[Mapping[str, Any]]) -> Table:
+    """Return adaptation_cost.csv and .md: for people a table for each task and attack."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for line in costs:
         groups.setdefault((line["task"], line["attack"], line["attacker"]), []).append(line)
+    sections = [Section("What adaptations cost", (LEGEND,), level=1)]
     for (task, attack, attacker), own in groups.items():
-        text += ["", f"## {task}: {attack}, {attacker} attacker", ""]
-        text += [_HEAD, "| --- |" + " ---: |" * 7]
-        for line in own:
-            sizes = [line[c] for c in ("trained_bytes", "optimizer_bytes", "peak_memory_bytes")]
-            cells = ["–" if size is None else f"{size / 1e6:.1f}" for size in sizes]
-            cells.append(f"{line['seconds_per_step']:.3f}")
-            cells += ["–" if line[ratio] is None else f"{line[ratio]:.2f}" for ratio in _RATIOS]
-            text.append(f"| {line['defense']} | {' | '.join(cells)} |")
-    return "\n".join([*text, ""])
+        rows = [_cells(line) for line in own]
+        sections.append(Section(f"{task}: {attack}, {attacker} attacker", headers=HEADERS, rows=rows))
+    return Table("adaptation_cost", COLUMNS, costs, sections)
+
+
+def _cells(line: Mapping[str, Any]) -> list[str]:
+    sizes = [line[column] for column in ("trained_bytes", "optimizer_bytes", "peak_memory_bytes")]
+    return [
+        line["defense"],
+        *("–" if size is None else f"{size / 1e6:.1f}" for size in sizes),
+        f"{line['seconds_per_step']:.3f}",
+        *("–" if line[ratio] is None else f"{line[ratio]:.2f}" for ratio in _RATIOS),
+    ]

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.analysis.compare import COLUMNS, WORST, compare
+from harness.contracts.table import Section
 from harness.core.errors import UserMistake, one_line
 from harness.core.files import write_text
+from harness.results import console as terminal
+from harness.results import latex, markdown
 from harness.results.rows import read_rows, write_csv
 
 SHOWN = (
@@ -50,8 +53,9 @@ def make(folder: Path, defense: str, baselines: Sequence[str]) -> list[dict[str,
     stem = f"compare_{re.sub(r'[^A-Za-z0-9_-]', '_', defense)[:60]}"
     try:
         write_csv(folder / f"{stem}.csv", lines, COLUMNS)
-        write_text(folder / f"{stem}.md", markdown(lines))
-        write_text(folder / f"{stem}.tex", latex(lines))
+        said = Section(notes=tuple(sentences(lines)))
+        write_text(folder / f"{stem}.md", markdown.page([said, *sections(lines)], less_than="&lt;"))
+        write_text(folder / f"{stem}.tex", latex.page(sections(lines)))
     except OSError as error:
         raise UserMistake(f"{one_line(folder)}: cannot be written: {one_line(error.strerror)}") from None
     return lines
@@ -135,66 +139,22 @@ def _title(task: str, metric: str, defense: str, baseline: str, group: Sequence[
     )
 
 
-def markdown(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the comparison as Markdown."""
-    parts = [*(f"- {_plain(sentence)}" for sentence in sentences(lines)), ""]
-    for key, group in tables(lines).items():
-        parts.append(f"### {_plain(_title(*key, group))}\n")
-        parts.append("| " + " | ".join(header for _, header in SHOWN) + " |")
-        parts.append("|" + " --- |" + " ---: |" * (len(SHOWN) - 2) + " --- |")
-        parts += ["| " + " | ".join(_plain(cell) for cell in cells(line)) + " |" for line in group]
-        parts.append("")
-    return "\n".join([*parts, LEGEND, ""])
-
-
-def _plain(text: str) -> str:
-    """Return a text that ends no cell of a Markdown table and opens no tag."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "<": r"\textless{}", ">": r"\textgreater{}",
-    "\n": " ",
-}  # fmt: skip
-
-
-def _tex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
-
-
-def latex(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the comparison as LaTeX tables (package booktabs)."""
-    parts = ["% needs \\usepackage{booktabs}"]
-    for key, group in tables(lines).items():
-        parts += [
-            r"\begin{table}",
-            rf"\caption{{{_tex(_title(*key, group))}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(SHOWN) - 2)}l}}",
-            r"\toprule",
-            " & ".join(_tex(header) for _, header in SHOWN) + r" \\",
-            r"\midrule",
-            *(" & ".join(_tex(cell) for cell in cells(line)) + r" \\" for line in group),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    return "\n".join([*parts, *(f"% {line}" for line in re.findall(r".{1,110}(?:\s|$)", LEGEND)), ""])
+def sections(lines: Sequence[dict[str, Any]]) -> list[Section]:
+    """Return a table for each task, metric, defense and baseline, then the legend."""
+    found = [
+        Section(
+            title=_title(*key, group),
+            headers=tuple(header for _, header in SHOWN),
+            rows=[cells(line) for line in group],
+            alignments="l" + "r" * (len(SHOWN) - 2) + "l",
+            level=3,
+            ends=terminal.ends_of_groups([line["step"] for line in group]),
+        )
+        for key, group in tables(lines).items()
+    ]
+    return [*found, Section(text=(LEGEND,))]
 
 
 def show(lines: Sequence[dict[str, Any]], console) -> None:
-    """Print the comparison to a rich console: the sentences, then the tables."""
-    from rich.table import Table
-
-    for key, group in tables(lines).items():
-        table = Table(title=_title(*key, group), title_justify="left", pad_edge=False)
-        for column, header in SHOWN:
-            is_text = column in ("attack", "verdict")
-            table.add_column(header, justify="left" if is_text else "right", no_wrap=is_text)
-        for line, following in zip(group, [*group[1:], None], strict=True):
-            table.add_row(*cells(line), end_section=following is not None and following["step"] != line["step"])
-        console.print(table)
-    console.print(LEGEND, style="dim", highlight=False)
-    for sentence in sentences(lines):
-        console.print(f"- {sentence}", highlight=False)
+    """Print the comparison to a rich console: the tables, then the sentences."""
+    terminal.show([*sections(lines), Section(notes=tuple(sentences(lines)))], console)

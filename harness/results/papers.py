@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from defenses.freezing.tables import METHODS
 from harness.analysis.paper_rows import COLUMNS, PaperRow, load
-from harness.core.files import write_text
-from harness.results.rows import write_csv
+from harness.contracts.table import Section, Table
+from harness.results.diagnostics import Diagnostics
+from harness.results.writing import write_table
 from harness.suite.spec import Suite
 
 FILE = "paper_rows"
@@ -21,23 +21,20 @@ LEGEND = (
 )
 
 
-def beside(suite: Suite) -> list[PaperRow]:
+def beside(suite: Suite, say: Callable[[str], None] | None = None) -> list[PaperRow]:
     """Return the rows of papers that stand beside a suite: of its tasks' kinds, its defenses, and real images.
 
-    Tables on freezing speak of adaptation, whether concepts were erased before or not; their IMMA stands beside
-    `joint`, which is IMMA on several concepts, and their UCE beside `none` where a task erases.
+    A diagnostic may decide otherwise for the rows of its own paper. `say` gets a line for each that raised.
     """
     tasks = {"relearning"} if any(task.erase for task in suite.tasks.values()) else set()
     if any(not task.erase for task in suite.tasks.values()):
         tasks |= {"personalization", "adaptation"}
     defenses = {spec.method for spec in suite.defenses} | {""}
-    freezes = bool(defenses & set(METHODS))
-    of_freezing = ({"imma"} if "joint" in defenses else set()) | ({"uce"} if "relearning" in tasks else set())
+    diagnostics = Diagnostics(say)
 
     def stands_beside(row: PaperRow) -> bool:
-        if freezes and row.paper == "freezeasguard":
-            return row.task in tasks | {"adaptation"} and row.defense in defenses | of_freezing
-        return row.task in tasks and row.defense in defenses
+        opinions = [opinion for _, opinion in diagnostics.ask(lambda known: known.stands_beside(row, suite))]
+        return any(opinions) if opinions else row.task in tasks and row.defense in defenses
 
     return [row for row in load() if stands_beside(row)]
 
@@ -45,23 +42,19 @@ def beside(suite: Suite) -> list[PaperRow]:
 def write(rows: Sequence[PaperRow], folder: Path) -> None:
     """Write paper_rows.csv and .md into a run's folder."""
     printed = [{**asdict(row), "value": row.printed.partition(" ±")[0]} for row in rows]
-    write_csv(folder / f"{FILE}.csv", printed, COLUMNS)
-    write_text(folder / f"{FILE}.md", markdown(rows))
+    write_table(Table(FILE, COLUMNS, printed, sections(rows)), folder)
 
 
-def markdown(rows: Sequence[PaperRow]) -> str:
-    """Return rows as Markdown, a table for each table and status of a paper."""
+def sections(rows: Sequence[PaperRow]) -> list[Section]:
+    """Return a table for each table and status of a paper."""
     if not rows:
-        return "No paper's numbers are of these tasks and defenses.\n"
+        return [Section(text=("No paper's numbers are of these tasks and defenses.",))]
     groups: dict[tuple[str, str, str, str], list[PaperRow]] = {}
     for row in rows:
         groups.setdefault((row.paper, row.table, row.status, row.source), []).append(row)
-    parts = ["# Papers' numbers\n", f"{LEGEND}\n"]
+    found = [Section("Papers' numbers", (LEGEND,), level=1)]
     for (paper, table, status, source), group in groups.items():
-        parts.append(f"### {paper}, table {table} ({status}): {source}\n")
-        parts.append("| " + " | ".join(SHOWN) + " |")
-        parts.append("|" + " --- |" * len(SHOWN))
-        for row in group:
-            parts.append("| " + " | ".join(str(getattr(row, name)).replace("|", "\\|") for name in SHOWN) + " |")
-        parts.append("")
-    return "\n".join(parts)
+        title = f"{paper}, table {table} ({status}): {source}"
+        cells = [[str(getattr(row, name)) for name in SHOWN] for row in group]
+        found.append(Section(title, headers=SHOWN, rows=cells, alignments="l" * len(SHOWN), level=3))
+    return found

@@ -8,8 +8,10 @@ from typing import Any
 
 from harness.analysis.measurements import Measurements
 from harness.analysis.power import MOST, POWER, seeds_needed
+from harness.contracts.table import Section
 from harness.core.errors import UserMistake, one_line
 from harness.plan.graph import Plan
+from harness.results import console as terminal
 from harness.results.rows import read_rows
 
 LEGEND = (
@@ -60,16 +62,15 @@ def show(plan: Plan, seeds: int, given, own_folder: Path, console) -> None:
         raise UserMistake(f"--pilot {one_line(folder)}: {what}")
     if all(line["limit"] == "one seed" for line in lines):
         raise UserMistake(f"--pilot {one_line(folder)}: one seed tells nothing of another run; a pilot needs two")
-    _print(lines, is_share, seeds, console)
+    terminal.show(_sections(lines, is_share, seeds), console)
     missing = [key for key in asked if key not in there and key[1] != table.guard]
     if missing:
         named = ", ".join(" / ".join(key) for key in missing[:5]) + (", …" if len(missing) > 5 else "")
         console.print(f"not in the pilot: {named}", highlight=False)
 
 
-def _print(lines: Sequence[dict[str, Any]], is_share: bool, seeds: int, console) -> None:
-    from rich.table import Table
-
+def _sections(lines: Sequence[dict[str, Any]], is_share: bool, seeds: int) -> list[Section]:
+    """Return a table for each task and metric, then the legend."""
     tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         tables.setdefault((line["task"], line["metric"]), []).append(line)
@@ -77,19 +78,16 @@ def _print(lines: Sequence[dict[str, Any]], is_share: bool, seeds: int, console)
         "attack", "step", "difference", f"{seeds} seed(s), as planned, find", "seeds needed, as the pilot varied",
         "to be safe", "covers chance in",
     )  # fmt: skip
+    found = []
     for (task, metric), group in tables.items():
         first = group[0]
         title = (
             f"{task} / {metric} ({first['unit']}): {first['n_targets']} target(s), {first['n_prompts']} prompt(s); "
             f"pilot of {first['pilot_seeds']} seed(s), {first['n_pairs']} pair(s) of defenses"
         )
-        table = Table(title=title, title_justify="left", pad_edge=False)
-        for header in headers:
-            table.add_column(header, justify="left" if header in (headers[0], headers[-1]) else "right")
-        for line in group:
-            table.add_row(*cells(line, is_share))
-        console.print(table)
-    console.print(LEGEND, style="dim", highlight=False)
+        rows = [cells(line, is_share) for line in group]
+        found.append(Section(title, headers=headers, rows=rows, alignments="lrrrrrl"))
+    return [*found, Section(text=(LEGEND,))]
 
 
 def cells(line: dict[str, Any], is_share: bool) -> list[str]:

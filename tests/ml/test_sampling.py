@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -103,10 +103,11 @@ def test_images_are_those_of_diffusers_own_pipeline_bit_for_bit(model, make_run,
     """Over several batches; without hooks, with hooks of no effect, and after a hook has asked for gradients."""
     run = make_run()
     run.precision = precision
-    settings = replace(SETTINGS, scheduler=scheduler, steps=3, guidance=guidance)
+    changes = {"scheduler": scheduler, "steps": 3, "guidance": guidance}
+    settings = replace(SETTINGS, **changes)
     expected = _by_the_pipeline(model, run, ["a", "b"], 3, 7, settings)
     for hooks in ((), (Nothing(None),), (Nothing(None), NothingWithGradient(None))):
-        drawn = _draw(model, run, ["a", "b"], seed=7, images_per_prompt=3, hooks=hooks, **asdict(settings))
+        drawn = _draw(model, run, ["a", "b"], seed=7, images_per_prompt=3, hooks=hooks, **changes)
 
         assert drawn.keys() == expected.keys()
         assert all((drawn[place] == expected[place]).all() for place in expected)

@@ -1,0 +1,30 @@
+"""What defenses have in common that release nothing but frozen tensors: their threat model, and mask.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from defenses.freezing import masks
+from harness.contracts.defense import Defense
+from harness.contracts.protection import Protection, ThreatModel
+
+
+class Freezing(Defense):
+    """Base class of defenses that freeze tensors. Their masks are in the tables of `FreezingDiagnostic`."""
+
+    threat_model = ThreatModel(must_honour=("frozen",))
+
+    @classmethod
+    def mask_without_data(cls, parameters: Any, starts: Mapping[str, float]) -> frozenset[str] | None:
+        """Return what would be frozen had the mask been learned from the same start and no data; None: not learned.
+
+        `starts` are the logits before learning by tensor, which mask.csv keeps as `logit_before`.
+        """
+        return None
+
+    def keep(self, folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
+        """Write mask.csv, where something is frozen or known of single tensors."""
+        if protection.frozen or protection.details:
+            masks.write(folder, elements, protection)

@@ -1,0 +1,35 @@
+"""The terminal: the one printer of tables to a rich console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.contracts.table import Section
+
+
+def show(sections: Sequence[Section], console, before_note: str = "- ") -> None:
+    """Print sections to a rich console: tables with their titles, paragraphs dim, notes after `before_note`.
+
+    A heading without a table is printed bold. Columns of words are never wrapped.
+    """
+    from rich.table import Table
+
+    for section in sections:
+        if section.headers:
+            table = Table(title=section.title or None, title_justify="left", pad_edge=False)
+            for header, letter in zip(section.headers, section.aligned, strict=True):
+                table.add_column(header, justify="left" if letter == "l" else "right", no_wrap=letter == "l")
+            for place, row in enumerate(section.rows):
+                table.add_row(*row, style="dim" if place in section.faint else None, end_section=place in section.ends)
+            console.print(table)
+        elif section.title:
+            console.print(section.title, style="bold")
+        for paragraph in section.text:
+            console.print(paragraph, style="dim", highlight=False)
+        for note in section.notes or ():
+            console.print(f"{before_note}{note}", style="dim" if section.headers else None, highlight=False)
+
+
+def ends_of_groups(keys: Sequence[object]) -> frozenset[int]:
+    """Return the places of rows whose key differs from that of the row after them."""
+    return frozenset(place for place in range(len(keys) - 1) if keys[place] != keys[place + 1])

@@ -1,0 +1,80 @@
+"""A run as diagnostics see it: the one place that reads a plan's measurements for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.analysis.measurements import Measurements
+from harness.analysis.paper_rows import PaperRow
+from harness.contracts.diagnostic import ReleasedModel
+from harness.plan.graph import Plan
+from harness.store import provenance
+from harness.store.store import Store
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What was planned, what is committed, and the general numbers (`contracts.diagnostic.MeasuredRun`)."""
+
+    plan: Plan
+    store: Store
+    folder: Path
+    model_name: str
+    measurements: Measurements
+    leaderboard: Sequence[Mapping[str, Any]]
+    adaptations: Mapping[str, Mapping[str, Any]]
+    """The records of the adaptations that are done, by key."""
+    costs: Sequence[Mapping[str, Any]]
+    papers: Sequence[PaperRow]
+
+    @property
+    def suite(self) -> str:
+        """The suite's name."""
+        return self.plan.suite
+
+    @property
+    def protected_together(self) -> dict[str, int]:
+        """How many concepts the largest protected set of each task holds."""
+        largest: dict[str, int] = {}
+        for measurement in self.plan.measurements:
+            about = measurement.labels
+            largest[about["task"]] = max(largest.get(about["task"], 0), len(about.get("protected", ())))
+        return largest
+
+    @property
+    def erasing_tasks(self) -> frozenset[str]:
+        """The tasks that begin with an erasure."""
+        labels = (measurement.labels for measurement in self.plan.measurements)
+        return frozenset(about["task"] for about in labels if about.get("defense") == "original")
+
+    @property
+    def origin(self) -> str:
+        """A sentence on program, packages, devices and days of the adaptations; "" where none is done."""
+        return provenance.told(self.plan.suite, self.model_name, list(self.adaptations.values()))
+
+    def released(self) -> Iterator[ReleasedModel]:
+        """Yield every released model that is committed, once, in the order of the plan."""
+        seen: set[tuple] = set()
+        for measurement in self.plan.measurements:
+            about, key = measurement.labels, measurement.needs.get("immunize")
+            if key is None or not self.store.has("immunize", key):
+                continue
+            name = (about["task"], about["defense"], about["protected"], about["seed"])
+            if name in seen:
+                continue
+            seen.add(name)
+            yield ReleasedModel(
+                task=about["task"],
+                defense=about["defense"],
+                method=about["method"],
+                profile=about["profile"],
+                protected=about["protected"],
+                seed=about["seed"],
+                is_weak=about["is_weak"],
+                key=key,
+                stage=self.plan.stages[key],
+                folder=self.store.path("immunize", key),
+            )

@@ -1,0 +1,30 @@
+"""Tables of a run folder, read back for its report: text as it is found, and numbers where there are any."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the lines of a CSV file; [] where there is none, or it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error):
+        return []
+
+
+def mean_of(lines: Iterable[Mapping[str, str]], column: str) -> float | None:
+    """Return the mean of the finite numbers in a column; None without any."""
+    values = []
+    for line in lines:
+        try:
+            value = float(line.get(column) or "nan")
+        except ValueError:
+            continue
+        if math.isfinite(value):
+            values.append(value)
+    return sum(values) / len(values) if values else None
