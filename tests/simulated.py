@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.analysis.statistics import Estimate
+from tests.frames import frame_of
 from tests.test_leaderboard import row
 
 METHODS = {"mine": "imma", "theirs": "uce"}
@@ -74,7 +75,7 @@ def claims(run: Run, runs: int, seed: int, stronger_by: float = 0.0, draws: int 
     source = np.random.default_rng(seed)
     false = true = 0
     for _ in range(runs):
-        lines = compare(run.rows(source, stronger_by), "mine", ["theirs"], draws)
+        lines = compare(frame_of(run.rows(source, stronger_by)), "mine", ["theirs"], draws)
         said = {line["attack"]: line["verdict"] for line in lines}
         worst, first = said.pop(WORST), said.pop(run.attacks[0])
         is_same = stronger_by == 0.0

@@ -73,7 +73,7 @@ def test_nothing_to_do_imports_no_torch(project):
     code = (
         "import sys; from harness.cli import main; "
         f"code = main(['run', *{arguments(project)!r}]); "
-        "print(code, sorted({'torch', 'ray', 'diffusers', 'transformers', 'pandas'} & set(sys.modules)))"
+        "print(code, sorted({'torch', 'ray', 'diffusers', 'transformers', 'pandas', 'pyarrow'} & set(sys.modules)))"
     )
 
     finished = run_python("-c", code)
@@ -265,7 +265,7 @@ def test_tables_of_a_part_are_rewritten_once_the_rest_is_there(project):
     assert len(read_lines(project, "rows.csv")) > few
 
 
-@pytest.mark.parametrize("name", ["tables.json", "rows.csv", "leaderboard.csv"])
+@pytest.mark.parametrize("name", ["tables.json", "rows.csv", "rows.parquet", "leaderboard.csv"])
 def test_missing_tables_are_written_again(project, finished, name):
     """Somebody cleared up."""
     (project.runs / "small" / name).unlink()

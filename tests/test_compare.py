@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from harness.analysis.compare import COLUMNS, WORST, compare
+from tests.frames import frame_of
 from tests.test_leaderboard import row
 
 
@@ -38,7 +39,7 @@ def only(lines: list[dict], attack: str = "lora") -> dict:
 def test_a_difference_is_that_of_means():
     """Over prompts and seeds; the undefended model stands beside."""
     values = {"none": noise(0) + 3, "mine": noise(1), "theirs": noise(2) + 2}
-    line = only(compare(rows(values), "mine", ["theirs"]))
+    line = only(compare(frame_of(rows(values)), "mine", ["theirs"]))
 
     assert tuple(line) == COLUMNS
     assert line["stronger_by"] == pytest.approx(values["theirs"].mean() - values["mine"].mean())
@@ -52,7 +53,7 @@ def test_a_difference_is_that_of_means():
 def test_with_one_value_a_seed_it_is_scipys_paired_test():
     """A distance between sets of images, five seeds."""
     values = {"mine": noise(1, 1, 5), "theirs": noise(2, 1, 5) + 1}
-    line = only(compare(rows(values), "mine", ["theirs"], draws=100_000))
+    line = only(compare(frame_of(rows(values)), "mine", ["theirs"], draws=100_000))
     theirs = stats.ttest_rel(values["theirs"][0], values["mine"][0])
 
     assert line["p"] == pytest.approx(theirs.pvalue, rel=0.05)
@@ -64,14 +65,14 @@ def test_a_clear_difference_is_called_by_its_side():
     """And turns with the sides."""
     values = {"mine": 0.01 * noise(1), "theirs": 0.01 * noise(2) + 1}
 
-    assert only(compare(rows(values), "mine", ["theirs"]))["verdict"] == "stronger"
-    assert only(compare(rows(values), "theirs", ["mine"]))["verdict"] == "weaker"
+    assert only(compare(frame_of(rows(values)), "mine", ["theirs"]))["verdict"] == "stronger"
+    assert only(compare(frame_of(rows(values)), "theirs", ["mine"]))["verdict"] == "weaker"
 
 
 def test_of_a_distance_the_greater_one_is_stronger():
     """The attack stays further away."""
     values = {"mine": 0.01 * noise(1) + 1, "theirs": 0.01 * noise(2)}
-    line = only(compare([{**r, "direction": "lower"} for r in rows(values)], "mine", ["theirs"]))
+    line = only(compare(frame_of([{**r, "direction": "lower"} for r in rows(values)]), "mine", ["theirs"]))
 
     assert (line["verdict"], line["stronger_by"] > 0) == ("stronger", True)
 
@@ -80,7 +81,7 @@ def test_innocents_are_told_the_other_way_round():
     """Greater is better there."""
     values = {"mine": 0.01 * noise(1), "theirs": 0.01 * noise(2) + 1}
     innocent = rows({"mine": noise(3), "theirs": noise(4)}, role="innocent", concept="cup")
-    line = only(compare(rows(values) + innocent, "mine", ["theirs"]))
+    line = only(compare(frame_of(rows(values) + innocent), "mine", ["theirs"]))
 
     assert line["retained_by"] == pytest.approx(noise(3).mean() - noise(4).mean())
     assert line["retained_low"] < line["retained_by"] < line["retained_high"]
@@ -90,8 +91,8 @@ def test_innocents_are_told_the_other_way_round():
 def test_what_is_detectable_is_at_the_level_of_the_correction():
     """Two attacks and their worst case: three tests."""
     values = {"mine": noise(1), "theirs": noise(2)}
-    alone = only(compare(rows(values), "mine", ["theirs"]))
-    both = only(compare([*rows(values), *rows(values, attack="ti")], "mine", ["theirs"]))
+    alone = only(compare(frame_of(rows(values)), "mine", ["theirs"]))
+    both = only(compare(frame_of([*rows(values), *rows(values, attack="ti")]), "mine", ["theirs"]))
 
     assert both["detectable"] > 1.2 * alone["detectable"] and both["p"] == alone["p"]
 
@@ -102,12 +103,12 @@ def test_attacks_of_other_seeds_have_no_worst_case():
     first = [row for row in rows(values) if row["seed"] == 0]
     last = [row for row in rows(values, attack="ti") if row["seed"] == 2]
 
-    assert [line["attack"] for line in compare([*first, *last], "mine", ["theirs"])] == ["lora", "ti"]
+    assert [line["attack"] for line in compare(frame_of([*first, *last]), "mine", ["theirs"])] == ["lora", "ti"]
 
 
 def test_one_seed_is_not_tested():
     """There is a difference, and nothing to hold it against."""
-    line = only(compare(rows({"mine": noise(1, 4, 1), "theirs": noise(2, 4, 1)}), "mine", ["theirs"]))
+    line = only(compare(frame_of(rows({"mine": noise(1, 4, 1), "theirs": noise(2, 4, 1)})), "mine", ["theirs"]))
 
     assert (line["verdict"], line["p"], line["low"], line["detectable"]) == ("not tested", None, None, None)
 
@@ -130,7 +131,7 @@ def test_of_an_unfinished_run_most_is_kept(finished, targets, seeds):
     for place, (concept, count) in enumerate(finished.items()):
         own = rows({"mine": noise(place), "theirs": noise(9 - place)}, concept=concept, protected=concept)
         found += [r for r in own if r["defense"] == "theirs" or r["seed"] < count]
-    line = only(compare(found, "mine", ["theirs"]))
+    line = only(compare(frame_of(found), "mine", ["theirs"]))
 
     assert (line["n_targets"], line["n_seeds"]) == (targets, seeds)
 
@@ -140,7 +141,7 @@ def test_one_seed_of_each_that_others_lack():
     kept = {"dog": (0, 1), "cat": (1, 2), "owl": (1, 2)}
     made = {name: rows({"mine": noise(1), "theirs": noise(2)}, concept=name, protected=name) for name in kept}
     found = [r for name, own in made.items() for r in own if r["seed"] in kept[name]]
-    line = only(compare(found, "mine", ["theirs"]))
+    line = only(compare(frame_of(found), "mine", ["theirs"]))
 
     assert (line["n_targets"], line["n_seeds"]) == (2, 2)
 
@@ -149,7 +150,7 @@ def test_each_concept_lacks_another_seed():
     """Of five concepts and six seeds: three of each, which no two concepts alone tell."""
     made = {f"{n}": rows({"mine": noise(1, 4, 6), "theirs": noise(2, 4, 6)}, concept=f"{n}") for n in range(1, 6)}
     found = [r for name, own in made.items() for r in own if r["seed"] != int(name)]
-    line = only(compare(found, "mine", ["theirs"]))
+    line = only(compare(frame_of(found), "mine", ["theirs"]))
 
     assert (line["n_targets"], line["n_seeds"]) == (3, 3)
 
@@ -158,7 +159,7 @@ def test_concepts_count_alike_whatever_their_prompts():
     """The mean over concepts of their means."""
     few = rows({"mine": noise(1, 2), "theirs": noise(2, 2)})
     many = rows({"mine": noise(3, 8), "theirs": noise(4, 8)}, concept="cat", protected="cat")
-    line = only(compare(few + many, "mine", ["theirs"]))
+    line = only(compare(frame_of(few + many), "mine", ["theirs"]))
 
     gaps = [noise(2, 2).mean() - noise(1, 2).mean(), noise(4, 8).mean() - noise(3, 8).mean()]
     assert line["stronger_by"] == pytest.approx(sum(gaps) / 2)
@@ -168,7 +169,7 @@ def test_the_worst_case_is_of_the_closest_attack_on_either_side():
     """Mine is broken by the second attack, theirs by the first."""
     first = rows({"mine": 0.01 * noise(1), "theirs": 0.01 * noise(2) + 0.5})
     second = rows({"mine": 0.01 * noise(3) + 0.8, "theirs": 0.01 * noise(4) + 0.1}, attack="dreambooth")
-    lines = compare(first + second, "mine", ["theirs"])
+    lines = compare(frame_of(first + second), "mine", ["theirs"])
     worst = only(lines, WORST)
 
     assert [line["attack"] for line in lines] == ["lora", "dreambooth", WORST]
@@ -181,12 +182,12 @@ def test_the_worst_case_is_of_the_closest_attack_on_either_side():
 def test_p_values_are_corrected_within_a_task_metric_and_step():
     """Three tests each: two attacks and the worst case."""
     lines = compare(
-        [
+        frame_of([
             r
             for step in (10, 20)
             for attack in ("lora", "ti")
             for r in rows({"mine": noise(step), "theirs": noise(step + len(attack)) + 0.8}, attack=attack, step=step)
-        ],
+        ]),
         "mine",
         ["theirs"],
     )
@@ -202,10 +203,11 @@ def test_several_baselines_have_lines_of_their_own():
     """In the order asked for."""
     values = {"none": noise(0), "mine": noise(1), "theirs": noise(2)}
 
-    assert [line["baseline"] for line in compare(rows(values), "mine", ["theirs", "none"])] == ["theirs", "none"]
+    lines = compare(frame_of(rows(values)), "mine", ["theirs", "none"])
+    assert [line["baseline"] for line in lines] == ["theirs", "none"]
 
 
 def test_an_unknown_defense_is_told_with_those_that_there_are():
     """A slip of the pen."""
     with pytest.raises(ValueError, match="no defense 'mima' among these rows; there are mine, theirs"):
-        compare(rows({"mine": noise(1), "theirs": noise(2)}), "mine", ["mima"])
+        compare(frame_of(rows({"mine": noise(1), "theirs": noise(2)})), "mine", ["mima"])

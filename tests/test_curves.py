@@ -7,6 +7,7 @@ import math
 import pytest
 
 from harness.analysis.curves import COLUMNS, area, curves, steps_to
+from tests.frames import frame_of
 from tests.test_leaderboard import before, mine, real, row
 
 ROWS = [
@@ -18,7 +19,7 @@ ROWS = [
 
 def test_a_line_by_hand():
     """Undefended: 0, 0.25, 0.75 of the way; defended: -0.125, 0, 0.5; steps 0, 3, 15 lie at 0, 2, 4 (powers of two)."""
-    lines = {line["defense"]: line for line in curves(ROWS)}
+    lines = {line["defense"]: line for line in curves(frame_of(ROWS))}
     none, defended = lines["none"], lines["mine"]
 
     assert tuple(none) == COLUMNS
@@ -48,7 +49,7 @@ def test_targets_count_alike_and_need_every_step():
     rows = [*ROWS, real(0.8, **second), before(0.2, **second), row(0.8, step=3, **second), row(0.8, step=15, **second)]
     rows += [real(0.8, concept="cow"), before(0.2, concept="cow"), row(0.8, step=3, concept="cow")]
 
-    none = next(line for line in curves(rows) if line["defense"] == "none")
+    none = next(line for line in curves(frame_of(rows)) if line["defense"] == "none")
     assert none["n_targets"] == 2
     assert none["area"] == pytest.approx(((0.25 + (0.25 + 0.75)) / 4 + (1.0 + 2.0) / 4) / 2)
 
@@ -57,10 +58,10 @@ def test_a_distance_reads_the_same():
     """A share of a way has no direction."""
     lower = [{**r, "direction": "lower", "value": 2.0 - r["value"]} for r in ROWS]
 
-    for ours, theirs in zip(curves(ROWS), curves(lower), strict=True):
+    for ours, theirs in zip(curves(frame_of(ROWS)), curves(frame_of(lower)), strict=True):
         assert ours == {k: pytest.approx(v) if isinstance(v, float) else v for k, v in theirs.items()}
 
 
 def test_without_the_undefended_model_there_are_no_curves():
     """Nothing to start from."""
-    assert curves([r for r in ROWS if r["method"] != "none"]) == []
+    assert curves(frame_of([r for r in ROWS if r["method"] != "none"])) == []

@@ -8,6 +8,7 @@ import pytest
 
 from harness.results import definitions, tables
 from harness.store.store import Store
+from harness.tasks import immunization
 from tests.test_cli import arguments, commit_all, read_lines
 
 COUNTING = '''
@@ -89,7 +90,7 @@ def contents(project, names=GENERAL) -> dict[str, bytes]:
 @pytest.fixture
 def done(project, monkeypatch):
     """A finished suite without tables, whose records say what its stages cost; curves, which take long, are empty."""
-    monkeypatch.setattr(tables, "recovery_curves", lambda table, path, role: path.write_bytes(role.encode()))
+    monkeypatch.setattr(immunization, "recovery_curves", lambda table, path, role: path.write_bytes(role.encode()))
     commit_all(project)
     write_ledgers(project)
     return project

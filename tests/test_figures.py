@@ -10,6 +10,7 @@ from harness.analysis.measurements import Measurements
 from harness.report import drawings
 from harness.results.figures import _grid, _panel, recovery_curves
 from harness.results.looks import COLOURS, looks
+from tests.frames import frame_of
 
 
 def row(value: float, **changes) -> dict:
@@ -38,7 +39,7 @@ ROWS = [
 def panel(role: str) -> dict[str, list[float]]:
     """Return the heights of each named line of a panel."""
     axis = Figure().add_subplot()
-    _panel(axis, Measurements(ROWS), ("t", "clip", "lora"), "honest", [10], role, looks(["none"]))
+    _panel(axis, Measurements(frame_of(ROWS)), ("t", "clip", "lora"), "honest", [10], role, looks(["none"]))
     return {line.get_label(): list(line.get_ydata()) for line in axis.lines if not line.get_label().startswith("_")}
 
 
@@ -50,9 +51,9 @@ def test_levels_are_those_of_the_role():
 
 def test_figure_is_drawn_only_when_there_is_something(tmp_path):
     """No attack, no curve."""
-    assert recovery_curves(ROWS, tmp_path / "a.png") is True
+    assert recovery_curves(frame_of(ROWS), tmp_path / "a.png") is True
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert recovery_curves([r for r in ROWS if not r["attack"]], tmp_path / "b.png") is False
+    assert recovery_curves(frame_of([r for r in ROWS if not r["attack"]]), tmp_path / "b.png") is False
     assert not (tmp_path / "b.png").exists()
 
 
@@ -73,12 +74,12 @@ def test_an_attack_that_a_task_lacks_leaves_its_panel_empty(tmp_path):
     """The others are drawn."""
     rows = [*ROWS, row(0.5, task="u"), row(0.5, task="u", attack="ti")]
 
-    assert recovery_curves(rows, tmp_path / "a.png") is True
+    assert recovery_curves(frame_of(rows), tmp_path / "a.png") is True
 
 
 def test_metrics_without_a_direction_are_not_drawn(tmp_path):
     """How close images come to the training images is no recovery."""
-    assert recovery_curves([row(0.5, direction="none")], tmp_path / "a.png") is False
+    assert recovery_curves(frame_of([row(0.5, direction="none")]), tmp_path / "a.png") is False
 
 
 def test_defenses_look_different_where_there_are_more_than_colours():

@@ -8,8 +8,9 @@ from defenses.freezing import base, masks
 from defenses.freezing.tables import PAPER_COLUMNS, PAPER_COST_COLUMNS
 from harness.contracts.protection import Protection
 from harness.core import registry
-from harness.results import adaptation_cost, tables
+from harness.results import adaptation_cost
 from harness.store.store import Store
+from harness.tasks import immunization
 from tests.test_cli import arguments, commit_all, read_lines
 from tests.test_diagnostics import write_ledgers
 from tests.test_masks import ELEMENTS, NAMES
@@ -43,7 +44,7 @@ def test_other_defenses_keep_nothing(tmp_path):
 @pytest.fixture
 def frozen(project, monkeypatch):
     """A finished suite in which random_freeze froze tensors: of seed 0 three, of seed 1 two."""
-    monkeypatch.setattr(tables, "recovery_curves", lambda table, path, role: path.write_bytes(role.encode()))
+    monkeypatch.setattr(immunization, "recovery_curves", lambda table, path, role: path.write_bytes(role.encode()))
     project.overrides = ("--set", "defenses=[none, random_freeze, joint]", "--set", "tasks.personalization=null")
     suite = project.plan(overrides=project.overrides[1::2])
     monkeypatch.setattr(project, "plan", lambda: suite)

@@ -12,6 +12,7 @@ from harness.analysis.leaderboard import COLUMNS as OF_LEADERBOARD
 from harness.analysis.measurements import Measurements
 from harness.analysis.paper_rows import load
 from harness.results import adaptation_cost, markdown
+from tests.frames import frame_of
 from tests.test_leaderboard import row
 
 ELEMENTS = {f"unet.{index}": 1 for index in range(10)}
@@ -64,7 +65,7 @@ def attacked() -> Measurements:
         of = line["defense"] if line["attack"] == "honest" else "none"
         about = {name: line[name] for name in ("task", "defense", "method", "attack", "attacker", "step")}
         found.append(row(0.5, **about, sample_key=f"{line['task']} {line['attack']} {of}"))
-    return Measurements(found)
+    return Measurements(frame_of(found))
 
 
 def made(found: list[dict] | None = None) -> list[dict]:

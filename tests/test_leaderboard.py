@@ -6,6 +6,8 @@ import pytest
 from scipy import stats
 
 from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, interval, leaderboard, worst_case
+from harness.results.rows import read_rows, write_rows
+from tests.frames import frame_of
 
 GATES = Gates()
 
@@ -97,12 +99,12 @@ def small() -> list[dict]:
 @pytest.fixture
 def line() -> dict:
     """The line of the defense mine in the small table."""
-    return next(entry for entry in leaderboard(small(), GATES) if entry["defense"] == "mine")
+    return next(entry for entry in leaderboard(frame_of(small()), GATES) if entry["defense"] == "mine")
 
 
 def only(rows: list[dict], defense: str = "mine", gates: Gates = GATES) -> dict:
     """Return the line of one defense."""
-    (found,) = [entry for entry in leaderboard(rows, gates) if entry["defense"] == defense]
+    (found,) = [entry for entry in leaderboard(frame_of(rows), gates) if entry["defense"] == defense]
     return found
 
 
@@ -336,7 +338,7 @@ def test_floor_is_no_defense_and_no_real_image():
     """It has no line, and no say in what an attack can reach."""
     rows = small() + [floor(0.99, concept="dog")]
 
-    assert {e["defense"] for e in leaderboard(rows, GATES)} == {"none", "mine"}
+    assert {e["defense"] for e in leaderboard(frame_of(rows), GATES)} == {"none", "mine"}
     assert only(rows)["target_real"] == pytest.approx(0.75)
 
 
@@ -350,7 +352,7 @@ def by_dino(utility: float) -> list[dict]:
 
 def test_utility_must_be_kept_by_every_metric():
     """By clip 0.95, by dino (0.30 - 0.10) / 0.40: neither line counts, and both say which metric it is."""
-    found = {e["metric"]: e for e in leaderboard(by_dino(0.3), GATES) if e["defense"] == "mine"}
+    found = {e["metric"]: e for e in leaderboard(frame_of(by_dino(0.3)), GATES) if e["defense"] == "mine"}
 
     assert {m: e["utility"] for m, e in found.items()} == pytest.approx({"clip": 0.95, "dino": 0.5})
     for entry in found.values():
@@ -360,7 +362,7 @@ def test_utility_must_be_kept_by_every_metric():
 
 def test_utility_that_is_kept_by_every_metric_counts():
     """(0.47 - 0.10) / 0.40 = 0.925."""
-    assert all(e["valid"] for e in leaderboard(by_dino(0.47), GATES))
+    assert all(e["valid"] for e in leaderboard(frame_of(by_dino(0.47)), GATES))
 
 
 def test_gates_may_be_set():
@@ -416,7 +418,7 @@ def test_utility_that_one_metric_did_not_measure_is_told():
     """The other metric's line does not count either."""
     rows = [r for r in by_dino(0.48) if not (r["role"] == "utility" and r["metric"] == "dino")]
 
-    for entry in leaderboard(rows, GATES):
+    for entry in leaderboard(frame_of(rows), GATES):
         assert (entry["valid"], entry["reason"]) == (False, "utility was not measured by dino")
 
 
@@ -550,7 +552,7 @@ def test_groups_keep_the_order_of_the_rows():
     """Steps come as they were trained."""
     rows = small() + [{**r, "step": 40} for r in small() if r["step"]]
 
-    assert [(e["step"], e["defense"]) for e in leaderboard(rows, GATES)] == [
+    assert [(e["step"], e["defense"]) for e in leaderboard(frame_of(rows), GATES)] == [
         (10, "mine"), (10, "none"), (40, "mine"), (40, "none"),
     ]  # fmt: skip
 
@@ -564,7 +566,7 @@ def test_strongest_valid_protection_comes_first():
         {**r, "defense": "broken", "value": 0.05 if r["step"] else 0.1} for r in small() if r["defense"] == "mine"
     ]
 
-    found = leaderboard(small() + better + broken, GATES)
+    found = leaderboard(frame_of(small() + better + broken), GATES)
 
     assert [e["defense"] for e in found] == ["better", "mine", "none", "broken"]
     assert [e["valid"] for e in found] == [True, True, True, False]
@@ -572,7 +574,7 @@ def test_strongest_valid_protection_comes_first():
 
 def test_group_without_the_undefended_model_is_left_out():
     """There is nothing to measure against."""
-    assert leaderboard([r for r in small() if r["defense"] != "none"], GATES) == []
+    assert leaderboard(frame_of([r for r in small() if r["defense"] != "none"]), GATES) == []
 
 
 def test_unfinished_seed_is_left_out_of_the_comparison():
@@ -590,14 +592,14 @@ def test_defense_without_any_pair_has_no_line():
     """Its rows are of another target."""
     other = [mine(0.5, defense="late", protected="cow", concept="cow")]
 
-    assert "late" not in {e["defense"] for e in leaderboard(small() + other, GATES)}
+    assert "late" not in {e["defense"] for e in leaderboard(frame_of(small() + other), GATES)}
 
 
 def test_rows_of_the_original_model_are_no_defense():
     """The model before erasure is shown elsewhere."""
     rows = small() + [before(0.9, defense="original")]
 
-    assert {e["defense"] for e in leaderboard(rows, GATES)} == {"none", "mine"}
+    assert {e["defense"] for e in leaderboard(frame_of(rows), GATES)} == {"none", "mine"}
 
 
 def test_a_distance_reads_the_right_way_round(line):
@@ -626,7 +628,7 @@ def test_the_worst_case_of_a_distance_is_the_least():
     """The attack that brings images closest."""
     rows = [{**r, "direction": "lower", "value": 2.0 - r["value"]} for r in small()]
     rows += [{**r, "attack": "closer", "value": r["value"] - 0.1} for r in rows if r["attack"]]
-    worst = {line["defense"]: line for line in worst_case(leaderboard(rows, GATES))}
+    worst = {line["defense"]: line for line in worst_case(leaderboard(frame_of(rows), GATES))}
 
     assert worst["mine"]["attack"] == "closer"
     none, defended = 2.0 - 0.65 - 0.1, 2.0 - 0.4625 - 0.1
@@ -637,21 +639,22 @@ def test_metrics_without_a_direction_have_no_lines():
     """They stand beside the scores, and are no gate of the other metrics either."""
     guard = [{**r, "metric": "nearest", "direction": "none"} for r in small() if r["role"] != "utility"]
 
-    assert leaderboard(guard, GATES) == []
+    assert leaderboard(frame_of(guard), GATES) == []
     nothing = {"nearest_training": None, "nearest_training_real": None}
-    assert [{**e, **nothing} for e in leaderboard(guard + small(), GATES)] == leaderboard(small(), GATES)
+    with_guard = leaderboard(frame_of(guard + small()), GATES)
+    assert [{**e, **nothing} for e in with_guard] == leaderboard(frame_of(small()), GATES)
 
 
 def test_no_rows_give_no_lines():
     """A run that has just begun."""
-    assert leaderboard([], GATES) == []
+    assert leaderboard(frame_of([]), GATES) == []
 
 
-def test_values_may_be_text():
-    """Rows read back from CSV give the same table."""
-    text = [{**r, "value": str(r["value"]), "seed": str(r["seed"]), "step": str(r["step"])} for r in small()]
+def test_rows_read_back_give_the_same_lines(tmp_path):
+    """From rows.csv."""
+    write_rows(tmp_path, frame_of(small()))
 
-    assert leaderboard(text, GATES) == leaderboard(small(), GATES)
+    assert leaderboard(read_rows(tmp_path), GATES) == leaderboard(frame_of(small()), GATES)
 
 
 # -- by concept --------------------------------------------------------------------------------------------------
@@ -659,7 +662,7 @@ def test_values_may_be_text():
 
 def test_concepts_have_their_own_gaps():
     """What the leaderboard averages over: worked out above, concept by concept."""
-    lines = {(e["protected"], e["concept"]): e for e in by_concept(small()) if e["defense"] == "mine"}
+    lines = {(e["protected"], e["concept"]): e for e in by_concept(frame_of(small())) if e["defense"] == "mine"}
 
     assert set(lines) == {("dog", "dog"), ("cat", "cat"), ("dog", "cup"), ("cat", "cup")}
     assert all(tuple(e) == CONCEPT_COLUMNS for e in lines.values())
@@ -673,7 +676,7 @@ def test_concepts_have_their_own_gaps():
 
 def test_the_mean_over_targets_is_the_leaderboards(line):
     """MSGR, from the lines by concept."""
-    gaps = [e["sgr"] for e in by_concept(small()) if e["defense"] == "mine" and e["role"] == "target"]
+    gaps = [e["sgr"] for e in by_concept(frame_of(small())) if e["defense"] == "mine" and e["role"] == "target"]
 
     assert sum(gaps) / len(gaps) == pytest.approx(line["sgr"])
 
@@ -681,7 +684,7 @@ def test_the_mean_over_targets_is_the_leaderboards(line):
 def test_one_concept_in_two_sets_is_kept_apart():
     """A set protected together is measured by itself."""
     rows = [row(0.8), mine(0.4), row(0.8, protected="dog+cat"), mine(0.6, protected="dog+cat")]
-    gaps = {e["protected"]: e["sgr"] for e in by_concept(rows) if e["defense"] == "mine"}
+    gaps = {e["protected"]: e["sgr"] for e in by_concept(frame_of(rows)) if e["defense"] == "mine"}
 
     assert gaps == pytest.approx({"dog": 0.5, "dog+cat": 0.25})
 
@@ -699,7 +702,7 @@ def _attacked_by(rows: list[dict], attack: str, attacker: str, worse: float) -> 
 def test_worst_case_is_the_attack_that_comes_closest():
     """Of each defense and step; the line names attack, attacker and how often it tried."""
     rows = small() + _attacked_by(small(), "tuned", "adaptive", 0.1) + _attacked_by(small(), "weak", "honest", -0.1)
-    lines = leaderboard(rows, GATES)
+    lines = leaderboard(frame_of(rows), GATES)
     worst = {line["defense"]: line for line in worst_case(lines)}
 
     assert len(lines) == 6
@@ -713,7 +716,7 @@ def test_an_attack_that_does_not_count_is_no_worst_case():
     failing = [
         {**r, "value": 0.1 if r["method"] == "none" else 0.9} for r in _attacked_by(small(), "failing", "honest", 0)
     ]
-    lines = leaderboard(small() + failing, GATES)
+    lines = leaderboard(frame_of(small() + failing), GATES)
     worst = {line["defense"]: line["attack"] for line in worst_case(lines)}
 
     assert max(lines, key=lambda line: line["target_defended"])["attack"] == "failing"
@@ -724,7 +727,7 @@ def test_an_attack_with_little_to_lose_is_no_worst_case():
     """It loses nothing to the defense, and yet draws less of the target than another that loses much."""
     ends = {"dog": 0.55, "cat": 0.31, "cup": 0.5}
     modest = [{**r, "attack": "modest", "value": ends[r["concept"]]} for r in small() if r["attack"]]
-    lines = {(e["defense"], e["attack"]): e for e in leaderboard(small() + modest, GATES)}
+    lines = {(e["defense"], e["attack"]): e for e in leaderboard(frame_of(small() + modest), GATES)}
     worst = {line["defense"]: line["attack"] for line in worst_case(list(lines.values()))}
 
     assert lines["mine", "modest"]["valid"] and lines["mine", "modest"]["sgr"] == 0.0 < lines["mine", "lora"]["sgr"]
@@ -743,7 +746,7 @@ def weak(dog: float) -> list[dict]:
 
 def test_an_attack_that_fails_on_a_weak_defense_counts_nowhere():
     """Dog: from 0.40 to 0.50 of 0.90 is a fifth of the way, less than the quarter that is asked."""
-    lines = leaderboard(small() + weak(0.5), GATES)
+    lines = leaderboard(frame_of(small() + weak(0.5)), GATES)
 
     told = "target dog: the attack on gentle, a weak defense, regains 20 % of the way to real images, less than 25 %"
     assert {line["defense"]: line["valid"] for line in lines} == dict.fromkeys(("none", "mine", "gentle"), False)
@@ -752,7 +755,7 @@ def test_an_attack_that_fails_on_a_weak_defense_counts_nowhere():
 
 def test_an_attack_that_breaks_a_weak_defense_counts():
     """The weak defense is attacked on targets alone, lacks nothing by that, and is no worst case."""
-    lines = leaderboard(small() + weak(0.7), GATES)
+    lines = leaderboard(frame_of(small() + weak(0.7)), GATES)
     gentle = next(line for line in lines if line["defense"] == "gentle")
 
     assert all(line["valid"] and not line["reason"] for line in lines)
@@ -777,7 +780,7 @@ def test_the_worst_case_compares_the_closest_attacks_of_both_sides():
     modest = [{**r, "attack": "modest", "value": ends[r["concept"]]} for r in small() if r["attack"]]
     none, defended = (0.8 + 0.5) / 2, (0.55 + 0.31) / 2
 
-    worst = {line["defense"]: line for line in worst_case(leaderboard(stopped + modest, GATES))}
+    worst = {line["defense"]: line for line in worst_case(leaderboard(frame_of(stopped + modest), GATES))}
 
     assert (worst["mine"]["attack"], worst["none"]["attack"]) == ("modest", "lora")
     assert (worst["mine"]["target_none"], worst["mine"]["target_defended"]) == pytest.approx((none, defended))
@@ -795,12 +798,12 @@ def test_the_worst_case_ranks_by_what_can_be_drawn():
     rows = small() + other
     rows += [{**r, "attack": "second"} for r in rows if r["attack"]]
 
-    assert [line["defense"] for line in worst_case(leaderboard(rows, GATES))] == ["other", "mine", "none"]
+    assert [line["defense"] for line in worst_case(leaderboard(frame_of(rows), GATES))] == ["other", "mine", "none"]
 
 
 def test_there_is_no_worst_of_one_attack():
     """Its own lines say it all."""
-    assert worst_case(leaderboard(small(), GATES)) == []
+    assert worst_case(leaderboard(frame_of(small()), GATES)) == []
 
 
 def test_nearest_training_images_stand_beside_the_score():
@@ -809,9 +812,9 @@ def test_nearest_training_images_stand_beside_the_score():
     rows = small()
     rows += [{**r, **guard, "value": 0.7} for r in rows if r["role"] == "target" and r["attack"]]
     rows += [{**r, **guard, "value": 0.5} for r in rows if r["role"] == "real" and r["metric"] == "clip"]
-    lines = leaderboard(rows, GATES)
+    lines = leaderboard(frame_of(rows), GATES)
 
     assert {line["metric"] for line in lines} == {"clip"}
     assert all(line["nearest_training"] == pytest.approx(0.7) for line in lines)
     assert all(line["nearest_training_real"] == pytest.approx(0.5) for line in lines)
-    assert leaderboard(small(), GATES)[0]["nearest_training"] is None
+    assert leaderboard(frame_of(small()), GATES)[0]["nearest_training"] is None

@@ -11,6 +11,7 @@ from defenses.freezing.masks import Mask
 from harness.analysis.compare import compare
 from harness.analysis.measurements import Measurements
 from harness.results import markdown
+from tests.frames import frame_of
 from tests.test_leaderboard import row
 
 ELEMENTS = {f"unet.{index}": 1 + 2 * (index >= 20) for index in range(100)}
@@ -103,7 +104,7 @@ LEARNED = [mask("learned_20", 20), mask("learned_40", 41)]
 
 def test_each_ratio_is_what_compare_says_and_all_are_their_mean():
     """The same estimate as `compare`'s; together: the mean over ratios, paired."""
-    table = Measurements(rows(REACHED))
+    table = Measurements(frame_of(rows(REACHED)))
     lines = masks_against_random.lines([*MASKS, *LEARNED], table)
     singles = {line["defense"]: line for line in lines if not line["is_together"]}
     (together,) = (line for line in lines if line["is_together"])
@@ -129,7 +130,7 @@ def test_tests_are_corrected_over_ratios_and_over_families():
     """Four ratios of two families: Holm over four; two lines of all ratios: Holm over two."""
     reached = {**REACHED, "other_20": 0.502, "other_40": 0.398}
     others = [mask("other_20", 20, settings="b"), mask("other_40", 40, settings="b")]
-    lines = masks_against_random.lines([*MASKS, *LEARNED, *others], Measurements(rows(reached)))
+    lines = masks_against_random.lines([*MASKS, *LEARNED, *others], Measurements(frame_of(rows(reached))))
 
     for is_together, count in ((False, 4), (True, 2)):
         found = sorted((line for line in lines if line["is_together"] == is_together), key=lambda line: line["p"])
@@ -144,12 +145,12 @@ def test_tests_are_corrected_over_ratios_and_over_families():
 def test_all_ratios_are_those_that_are_measured():
     """A run that is not whole; a family of one ratio is told of too, and one whose seeds differ is not."""
     part = [line for line in rows(REACHED) if line["defense"] != "learned_40"]
-    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(part))
+    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of(part)))
     assert [(line["is_together"], line["defense"]) for line in lines] == [(False, "learned_20"), (True, "learned_20")]
     assert lines[0]["stronger_by"] == lines[1]["stronger_by"]
 
     apart = [line for line in rows(REACHED) if (line["defense"] == "learned_20") != (line["seed"] > 0)]
-    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(apart))
+    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of(apart)))
     assert [line["defense"] for line in lines] == ["learned_40", "learned_40"]
 
 
@@ -158,7 +159,7 @@ def test_who_feels_nothing_has_no_line():
     honest = rows(REACHED)
     shared = rows(dict.fromkeys(REACHED, 0.6), attacker="adaptive")
     shared = [{**line, "sample_key": f"none {line['seed']}"} for line in shared]
-    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements([*honest, *shared]))
+    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of([*honest, *shared])))
 
     assert {line["attacker"] for line in lines} == {"honest"}
 
@@ -168,7 +169,7 @@ def test_scores_that_agree_are_a_result():
     even = {**REACHED, "random_20": 1.0, "learned_20": 1.0}
     flat = rows({name: even[name] for name in ("random_20", "learned_20")}, noise=0.0)
     rest = rows({name: even[name] for name in ("none", "random_40", "learned_40")})
-    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements([*flat, *rest]))
+    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of([*flat, *rest])))
     singles = {line["defense"]: line for line in lines if not line["is_together"]}
     (together,) = (line for line in lines if line["is_together"])
 
@@ -207,7 +208,7 @@ def overlaps() -> list[dict]:
 
 def test_the_page_tells_both(tmp_path):
     """Overlaps of each defense, all ratios and each."""
-    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(rows(REACHED)))
+    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of(rows(REACHED))))
     text = page_of(overlaps(), lines)
 
     assert "| t | learned_20 | dog | 1 | 20.0 | 10.0 | 0.99 | – | 0.200 | 0.111 | 0.0010 | 0.120 |" in text
@@ -231,7 +232,7 @@ def test_protected_sets_have_tests_of_their_own():
 def test_the_figure_shows_overlaps_and_gaps(tmp_path):
     """A point a defense in each panel, over its share; whiskers; hollow where a corrected test tells nothing apart."""
     reached = {**REACHED, "learned_20": 0.5}
-    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(rows(reached)))
+    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of(rows(reached))))
     figure = against_random_figure.plot([*overlaps(), *overlaps()], lines)
     alike, agree, gaps = figure.axes
 
@@ -253,7 +254,7 @@ def test_the_figure_shows_overlaps_and_gaps(tmp_path):
 
 def test_seeds_that_do_not_agree_are_hollow():
     """By Holm over the learned masks, in every protected set."""
-    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(rows(REACHED)))
+    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of(rows(REACHED))))
     told = [*overlaps(), *({**line, "protected": "cat"} for line in overlaps())]  # 0.001 and 0.04, twice each
     agree = against_random_figure.plot(told, lines).axes[1]
 
@@ -263,7 +264,7 @@ def test_seeds_that_do_not_agree_are_hollow():
 def test_one_seed_is_shown_and_not_tested(tmp_path):
     """A line without interval or verdict of strength."""
     few = [line for line in rows(REACHED) if line["seed"] == 0]
-    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(few))
+    lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of(few)))
 
     assert {line["verdict"] for line in lines} == {"not tested"}
     assert against_random_figure.draw([], lines, tmp_path / "shown.png")

@@ -15,6 +15,7 @@ from harness.analysis.power import COLUMNS, seeds_needed
 from harness.analysis.statistics import Estimate
 from harness.core.errors import ExitCode
 from harness.results.power import cells
+from tests.frames import frame_of
 from tests.simulated import Run
 from tests.test_compare import noise, rows
 from tests.test_comparison import write
@@ -41,7 +42,8 @@ def only(lines: list[dict], attack: str = "lora") -> dict:
 def test_seeds_are_those_of_students_test():
     """One value a seed, one pair, one attack: the least n at which the noncentral t leaves four of five."""
     deviation, wanted = 0.1, 0.15
-    line = only(seeds_needed(rows(one_value_a_seed(deviation)), wanted, between=("none", "mine"), draws=DRAWS))
+    pilot = frame_of(rows(one_value_a_seed(deviation)))
+    line = only(seeds_needed(pilot, wanted, between=("none", "mine"), draws=DRAWS))
 
     def power(seeds: int) -> float:
         return stats.nct.sf(stats.t.ppf(0.975, seeds - 1), seeds - 1, wanted / deviation * math.sqrt(seeds))
@@ -54,7 +56,7 @@ def test_seeds_are_those_of_students_test():
 
 def test_variances_are_means_over_the_pairs():
     """Deviations: none and mine 0.1, none and theirs 0.1, mine and theirs 0.2: (0.01 + 0.01 + 0.04) / 3."""
-    line = only(seeds_needed(rows(one_value_a_seed(0.1)), 0.15, draws=DRAWS))
+    line = only(seeds_needed(frame_of(rows(one_value_a_seed(0.1))), 0.15, draws=DRAWS))
 
     assert line["n_pairs"] == 3
     assert line["detectable"] == pytest.approx(Estimate(0.0, 0.02 / 3, None, 3, 0).detectable(), rel=0.05)
@@ -66,23 +68,24 @@ def test_defenses_that_share_their_images_count_once():
     for r in alone:
         r["sample_key"] = f"{r['defense']} {r['seed']}"
     doubles = [{**r, "defense": f"double {n}"} for n in range(5) for r in alone if r["defense"] == "none"]
-    line, (expected,) = seeds_needed(alone + doubles, 0.15, draws=DRAWS), seeds_needed(alone, 0.15, draws=DRAWS)
+    (line,) = seeds_needed(frame_of(alone + doubles), 0.15, draws=DRAWS)
+    (expected,) = seeds_needed(frame_of(alone), 0.15, draws=DRAWS)
 
-    assert line == [expected]
-    assert seeds_needed(alone + doubles, 0.15, between=("none", "double 1")) == []
+    assert line == expected
+    assert seeds_needed(frame_of(alone + doubles), 0.15, between=("none", "double 1")) == []
 
 
 def test_weak_defenses_are_no_pilot():
     """Two are left, which makes one pair."""
     made = [{**r, "is_weak": r["defense"] == "theirs"} for r in rows(one_value_a_seed(0.1))]
 
-    assert only(seeds_needed(made, 0.15))["n_pairs"] == 1
+    assert only(seeds_needed(frame_of(made), 0.15))["n_pairs"] == 1
 
 
 def test_a_share_is_of_what_is_reached_undefended():
     """A fifth of 0.8 is 0.16."""
     made = rows(one_value_a_seed(0.1))
-    share, bare = only(seeds_needed(made, 0.2, is_share=True)), only(seeds_needed(made, 0.16))
+    share, bare = only(seeds_needed(frame_of(made), 0.2, is_share=True)), only(seeds_needed(frame_of(made), 0.16))
 
     assert share["difference"] == pytest.approx(0.16)
     assert {**share, "difference": 0} == {**bare, "difference": 0}
@@ -91,7 +94,7 @@ def test_a_share_is_of_what_is_reached_undefended():
 def test_a_share_of_nothing_is_undefined():
     """What is reached undefended is below zero: no number, and why."""
     made = rows({name: values - 1.0 for name, values in one_value_a_seed(0.1).items()})
-    line = only(seeds_needed(made, 0.2, is_share=True))
+    line = only(seeds_needed(frame_of(made), 0.2, is_share=True))
 
     assert (line["difference"], line["seeds"], line["limit"]) == (None, None, "undefined")
     assert cells(line, True)[2:5:2] == ["–", "nothing is reached undefended"]
@@ -100,7 +103,7 @@ def test_a_share_of_nothing_is_undefined():
 def test_a_smaller_difference_needs_more_seeds():
     """And the cautious number is never less."""
     made = Run().rows(np.random.default_rng(0))
-    found = [only(seeds_needed(made, difference)) for difference in (5.0, 3.0, 2.0, 1.5)]
+    found = [only(seeds_needed(frame_of(made), difference)) for difference in (5.0, 3.0, 2.0, 1.5)]
 
     seeds, safe = ([line[name] for line in found] for name in ("seeds", "seeds_safe"))
     assert seeds == sorted(seeds) and seeds[0] < seeds[-1]
@@ -111,10 +114,10 @@ def test_a_smaller_difference_needs_more_seeds():
 def test_more_planned_seeds_find_less():
     """What is detectable is of the seeds that are planned, not of the pilot's."""
     made = Run().rows(np.random.default_rng(0))
-    found = [only(seeds_needed(made, 2.0, planned_seeds=n))["detectable"] for n in (2, 3, 5, 20)]
+    found = [only(seeds_needed(frame_of(made), 2.0, planned_seeds=n))["detectable"] for n in (2, 3, 5, 20)]
 
     assert found == sorted(found, reverse=True)
-    assert only(seeds_needed(made, 2.0, planned_seeds=1))["detectable"] is None
+    assert only(seeds_needed(frame_of(made), 2.0, planned_seeds=1))["detectable"] is None
 
 
 def test_more_tests_need_more_seeds():
@@ -122,18 +125,18 @@ def test_more_tests_need_more_seeds():
     run = Run(attacks=("lora", "ti", "db"))
     made = run.rows(np.random.default_rng(0))
     alone = [r for r in made if r["attack"] == "lora"]
-    together, single = only(seeds_needed(made, 2.0)), only(seeds_needed(alone, 2.0))
+    together, single = only(seeds_needed(frame_of(made), 2.0)), only(seeds_needed(frame_of(alone), 2.0))
 
     assert (together["n_tests"], single["n_tests"]) == (4, 1)
     assert together["seeds"] > single["seeds"] and together["detectable"] > single["detectable"]
-    assert [line["attack"] for line in seeds_needed(made, 2.0)] == ["lora", "ti", "db", WORST]
-    assert [line["attack"] for line in seeds_needed(alone, 2.0)] == ["lora"]
+    assert [line["attack"] for line in seeds_needed(frame_of(made), 2.0)] == ["lora", "ti", "db", WORST]
+    assert [line["attack"] for line in seeds_needed(frame_of(alone), 2.0)] == ["lora"]
 
 
 def test_prompts_may_stand_in_the_way():
     """Their chance does not shrink with more seeds; a small difference wants more of them, a great one does not."""
     made = replace(Run(), by_seed=0.05, by_prompt=1.0, by_cell=0.05).rows(np.random.default_rng(0))
-    small, great = only(seeds_needed(made, 0.3)), only(seeds_needed(made, 9.0))
+    small, great = only(seeds_needed(frame_of(made), 0.3)), only(seeds_needed(frame_of(made), 9.0))
 
     assert (small["seeds"], small["limit"]) == (None, "prompts")
     assert cells(small, False)[4] == "not even 1000: more prompts are needed"
@@ -142,14 +145,14 @@ def test_prompts_may_stand_in_the_way():
 
 def test_seeds_may_be_too_many():
     """No prompts to blame: one value a seed."""
-    line = only(seeds_needed(rows(one_value_a_seed(0.1)), 0.001))
+    line = only(seeds_needed(frame_of(rows(one_value_a_seed(0.1))), 0.001))
 
     assert (line["seeds"], line["limit"], cells(line, False)[4]) == (None, "seeds", "more than 1000")
 
 
 def test_one_seed_tells_nothing():
     """However many prompts."""
-    line = only(seeds_needed(rows({"mine": noise(1, 4, 1), "theirs": noise(2, 4, 1)}), 0.1))
+    line = only(seeds_needed(frame_of(rows({"mine": noise(1, 4, 1), "theirs": noise(2, 4, 1)})), 0.1))
 
     assert (line["seeds"], line["limit"], line["detectable"], line["covers"]) == (
         None, "one seed", None, "nothing: one seed",
@@ -160,7 +163,7 @@ def test_it_is_read_at_each_attacks_last_step():
     """Attacks of other lengths have tests of their own; the worst case is of those that were read at the last."""
     short = [r for step in (5, 10) for r in rows(one_value_a_seed(0.1), step=step)]
     long = [r for name in ("ti", "db") for r in rows(one_value_a_seed(0.1), attack=name, step=40)]
-    lines = seeds_needed(short + long, 0.15)
+    lines = seeds_needed(frame_of(short + long), 0.15)
 
     assert [(line["attack"], line["step"], line["n_tests"]) for line in lines] == [
         ("lora", 10, 1), ("ti", 40, 3), ("db", 40, 3), (WORST, 40, 3),

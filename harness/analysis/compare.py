@@ -16,13 +16,16 @@ sample, so that the choice of the attack is part of the chance. An attack that s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from harness.analysis.measurements import Cell, Measurements, measured
 from harness.analysis.statistics import Estimate, estimate, holm
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 COLUMNS = (
     "task", "metric", "step", "attack", "attacker", "defense", "baseline", "n_targets", "n_seeds", "n_prompts",
@@ -41,7 +44,7 @@ Compared = tuple[dict[str, Any], Estimate]
 
 
 def compare(
-    rows: Iterable[Mapping[str, Any]] | Measurements, defense: str, baselines: Sequence[str], draws: int = 1000
+    rows: DataFrame | Measurements, defense: str, baselines: Sequence[str], draws: int = 1000
 ) -> list[dict[str, Any]]:
     """Return a line for each baseline, task, metric, step and attack, and the worst case over attacks.
 

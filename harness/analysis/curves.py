@@ -13,10 +13,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from harness.analysis.measurements import Measurements, Trial, measured
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 COLUMNS = (
     "suite", "model", "task", "defense", "method", "profile", "is_weak", "attack", "attacker", "n_probes", "metric",
@@ -25,7 +28,7 @@ COLUMNS = (
 HALF = 0.5
 
 
-def curves(rows: Iterable[Mapping[str, Any]] | Measurements) -> list[dict[str, Any]]:
+def curves(rows: DataFrame | Measurements) -> list[dict[str, Any]]:
     """Return a line for each task, metric, attack and defense, in the order of the rows."""
     table = measured(rows)
     steps: dict[tuple[str, str, str, str], list[int]] = {}

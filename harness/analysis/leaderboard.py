@@ -33,9 +33,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.analysis.measurements import Cell, Measurements, Trial, measured
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 COLUMNS = (
     "suite", "model", "task", "defense", "method", "profile", "is_weak", "attack", "attacker", "n_probes", "metric",
@@ -61,7 +64,7 @@ class Gates:
     min_headroom: float = 0.1
 
 
-def leaderboard(rows: Iterable[Mapping[str, Any]] | Measurements, gates: Gates) -> list[dict[str, Any]]:
+def leaderboard(rows: DataFrame | Measurements, gates: Gates) -> list[dict[str, Any]]:
     """Return the lines of the leaderboard, best protection of a group first; groups in the order of the rows.
 
     A group is (task, attack, attacker, metric, step). Groups without rows of the defense `none` are left out: there is
@@ -131,7 +134,7 @@ _OF_ONE_ATTACK = (
 )  # fmt: skip
 
 
-def by_concept(rows: Iterable[Mapping[str, Any]] | Measurements) -> list[dict[str, Any]]:
+def by_concept(rows: DataFrame | Measurements) -> list[dict[str, Any]]:
     """Return one line a defense, protected set, concept, attack, metric and step: what the leaderboard averages over.
 
     Columns as there, for one concept. No gates: whether a line counts, the leaderboard says.

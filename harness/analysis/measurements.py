@@ -1,73 +1,80 @@
-"""Rows put in order: values of every defense, attack, metric, step and role, by concept and seed. No torch, no files.
+"""Rows put in order: means over prompts of every defense, attack, metric, step, role, concept and seed. No files.
 
-Rows are read once, one by one, so a million of them need no more memory than their values do.
+Rows are a DataFrame with the columns that `harness.results.rows` names. They are grouped at once, by whole columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pandas import DataFrame, Series
 
 Cell = tuple[str, str]
 """(protected set, concept)."""
 Trial = tuple[str, str, int]
 """(protected set, concept, seed)."""
 
+ABOUT = ("task", "defense", "attack", "attacker", "metric", "step", "role")
+"""What is measured together."""
+TRIAL = ("protected", "concept", "seed")
+_SAMPLED = ("task", "defense", "attack", "attacker")
+
 
 class Measurements:
     """What rows hold, and what there is to group it by, in order of first appearance."""
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]]):
-        self.groups: list[tuple[str, str, str, str, int]] = []
-        """(task, attack, attacker, metric, step) of attacked trials, by metrics that have a direction."""
+    def __init__(self, rows: DataFrame):
+        import numpy as np
+
+        group = _numbered(rows, (*ABOUT, *TRIAL))
+        by_group = np.argsort(group, kind="stable")
+        counts = np.bincount(group)
+        self._ends = np.cumsum(counts)
+        self._sorted = rows["value"].to_numpy(dtype=float)[by_group]
+        firsts = by_group[self._ends - counts] if len(rows) else by_group
+        frame = rows.iloc[firsts].reset_index(drop=True)
+        frame = frame.drop(columns=["value", "prompt_index", "prompt", "score_key"])
+        self.frame: DataFrame = frame.assign(n_values=counts, mean=exact_means(self._sorted, self._ends))
+        """One line each (task, ..., role; protected set, concept, seed): the labels of its first row, its mean."""
+        self._trials: list[Trial] = list(zip(*(frame[name].tolist() for name in TRIAL), strict=True))
+        self._means: list[float] = self.frame["mean"].tolist()
+        self._places = _places(frame, ABOUT)
+        self._found: dict[tuple, dict[Trial, float]] = {}
+        self._samples = self._samples_of(rows, group)
+        directed = frame[frame["direction"] != "none"]
+        without = frame.loc[frame["direction"] == "none", "metric"]
+        self.guard: str | None = None if without.empty else without.iloc[0]
+        """The metric that tells copying from learning."""
+        self.about: dict[str, Mapping[str, Any]] = _first_lines(directed, "metric")
+        """metric -> its first row; metrics that have a direction."""
+        released = directed[~directed["role"].isin(("real", "floor")) & (directed["defense"] != "original")]
         self.defenses: dict[str, dict[str, Mapping[str, Any]]] = {}
         """task -> defense -> its first row."""
         self.undefended: dict[str, str | None] = {}
         """task -> the label of the defense `none`."""
         self.weak: dict[str, list[str]] = {}
         """task -> defenses that were made weak on purpose."""
-        self.about: dict[str, Mapping[str, Any]] = {}
-        """metric -> its first row; metrics that have a direction."""
-        self.probes: dict[tuple[str, str, str], int] = {}
-        """(task, attack, attacker) -> how often it tried before."""
-        self.guard: str | None = None
-        """The metric that tells copying from learning."""
-        self._values: dict[tuple, dict[Trial, list[float]]] = {}
-        self._means: dict[tuple, dict[Trial, float]] = {}
-        self._samples: dict[tuple[str, str, str, str], dict[Trial, str]] = {}
-        seen: dict[tuple, None] = {}
-        for row in rows:
-            self._take(row, seen)
-        self.groups = list(seen)
-
-    def _take(self, row: Mapping[str, Any], seen: dict[tuple, None]) -> None:
-        task, defense, attack, metric = row["task"], row["defense"], row["attack"], row["metric"]
-        key = (task, defense, attack, row["attacker"], metric, int(row["step"]), row["role"])
-        trial = (row["protected"], row["concept"], int(row["seed"]))
-        self._values.setdefault(key, {}).setdefault(trial, []).append(float(row["value"]))
-        if row.get("sample_key"):
-            self._samples.setdefault((task, defense, attack, row["attacker"]), {})[trial] = row["sample_key"]
-        if row["direction"] == "none":
-            self.guard = self.guard or metric
-            return
-        if metric not in self.about:
-            self.about[metric] = row
-        if row["role"] in ("real", "floor") or defense == "original":
-            return
-        known = self.defenses.setdefault(task, {})
-        if defense not in known:
-            known[defense] = row
+        for (task, defense), first in _first_lines(released, ["task", "defense"]).items():
+            self.defenses.setdefault(task, {})[defense] = first
             self.undefended.setdefault(task, None)
-            if row["method"] == "none":
+            if first["method"] == "none":
                 self.undefended[task] = defense
-            if row.get("is_weak") in (True, "true"):
+            if first["is_weak"]:
                 self.weak.setdefault(task, []).append(defense)
-        if attack:
-            group = (task, attack, row["attacker"], metric, key[5])
-            if group not in seen:
-                seen[group] = None
-                self.probes[group[:3]] = int(row.get("n_probes", 0))
+        names = ["task", "attack", "attacker", "metric", "step"]
+        attacked = released[released["attack"] != ""].drop_duplicates(names)
+        self.groups: list[tuple[str, str, str, str, int]] = list(
+            zip(*(attacked[name].tolist() for name in names), strict=True)
+        )
+        """(task, attack, attacker, metric, step) of attacked trials, by metrics that have a direction."""
+        self.probes: dict[tuple[str, str, str], int] = {
+            group[:3]: probes for group, probes in zip(self.groups, attacked["n_probes"].tolist(), strict=True)
+        }
+        """(task, attack, attacker) -> how often it tried before."""
 
     def sign(self, metric: str) -> int:
         """Return 1 where greater values mean more similarity, -1 where they mean less."""
@@ -75,30 +82,99 @@ class Measurements:
 
     def values(
         self, task: str, defense: str, attack: str, attacker: str, metric: str, step: int, role: str
-    ) -> Mapping[Trial, list[float]]:
+    ) -> Mapping[Trial, Sequence[float]]:
         """Return trial -> values by prompt, in the order of the rows; one value of a metric of whole sets."""
-        return self._values.get((task, defense, attack, attacker, metric, step, role), {})
+        places = self._places.get((task, defense, attack, attacker, metric, step, role), ())
+        ends, counts = self._ends, self.frame["n_values"].to_numpy()
+        return {self._trials[place]: self._sorted[ends[place] - counts[place] : ends[place]] for place in places}
 
     def means(
-        self, task: str, defense: str, attack: str, attacker: str, metric: str, step: int, role: str
+        self, task: str, defense: str, attack: str, attacker: str, metric: str | None, step: int, role: str
     ) -> Mapping[Trial, float]:
         """Return trial -> mean over prompts."""
         key = (task, defense, attack, attacker, metric, step, role)
-        if key not in self._means:
-            values = self._values.get(key, {})
-            self._means[key] = {trial: math.fsum(listed) / len(listed) for trial, listed in values.items()}
-        return self._means[key]
+        if key not in self._found:
+            self._found[key] = {self._trials[place]: self._means[place] for place in self._places.get(key, ())}
+        return self._found[key]
 
     def shares_images(self, task: str, attack: str, attacker: str, defense: str, other: str) -> bool:
         """Tell whether the attack's images are the very same stages' for two defenses, wherever both were attacked.
 
-        So it is where the attacker feels neither: by identity, not by value, as scores may agree for other reasons.
+        So it is where the attack heeds neither: by identity, not by value, as scores may agree for other reasons.
         """
         first, second = (self._samples.get((task, name, attack, attacker), {}) for name in (defense, other))
         both = first.keys() & second.keys()
         return bool(both) and all(first[trial] == second[trial] for trial in both)
 
+    def _samples_of(self, rows: DataFrame, group: np.ndarray) -> dict[tuple[str, str, str, str], dict[Trial, str]]:
+        """Return (task, defense, attack, attacker) -> trial -> key of its images, as the last of its rows names it."""
+        import numpy as np
 
-def measured(rows: Iterable[Mapping[str, Any]] | Measurements) -> Measurements:
+        sampled = _numbered(self.frame, (*_SAMPLED, *TRIAL))
+        last = np.full(sampled.max(initial=-1) + 1, -1, dtype=np.int64)
+        is_named = (rows["sample_key"] != "").to_numpy()
+        last[sampled[group[is_named]]] = np.flatnonzero(is_named)  # of equal places the last one stays
+        named = rows.iloc[last[last >= 0]]
+        keys = named["sample_key"].tolist()
+        trials = list(zip(*(named[name].tolist() for name in TRIAL), strict=True))
+        places = _places(named, _SAMPLED)
+        return {name: {trials[place]: keys[place] for place in own} for name, own in places.items()}
+
+
+def measured(rows: DataFrame | Measurements) -> Measurements:
     """Return rows put in order."""
     return rows if isinstance(rows, Measurements) else Measurements(rows)
+
+
+def exact_means(values: np.ndarray, ends: np.ndarray) -> list[float]:
+    """Return the mean of each stretch of values that lie one behind the other, by their ends; sums are exact."""
+    listed, bounds = values.tolist(), [0, *ends.tolist()]
+    return [
+        math.fsum(listed[start:end]) / (end - start) for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def _numbered(rows: DataFrame, names: Sequence[str]) -> np.ndarray:
+    """Return for each row the number of its combination of labels, numbered in order of first appearance."""
+    import numpy as np
+    import pandas as pd
+
+    combined, size = np.zeros(len(rows), dtype=np.int64), 1
+    for name in names:
+        codes, count = _codes(rows[name])
+        if size * count > 2**62:
+            combined, known = pd.factorize(combined)
+            size = len(known)
+        combined, size = combined * count + codes, size * count
+    return pd.factorize(combined)[0]
+
+
+def _codes(column: Series) -> tuple[np.ndarray, int]:
+    """Return the codes of a column's labels, and how many labels there are at most."""
+    import pandas as pd
+
+    if hasattr(column, "cat"):
+        return column.cat.codes.to_numpy(), max(1, len(column.cat.categories))
+    codes, known = pd.factorize(column.to_numpy())
+    return codes, max(1, len(known))
+
+
+def _places(rows: DataFrame, names: Sequence[str]) -> dict[tuple, list[int]]:
+    """Return combination of labels -> the places of its rows, both in order of first appearance."""
+    import numpy as np
+
+    group = _numbered(rows, names)
+    order = np.argsort(group, kind="stable")
+    ends = np.cumsum(np.bincount(group))
+    parts = [part.tolist() for part in np.split(order, ends[:-1])] if len(rows) else []
+    firsts = rows.iloc[[part[0] for part in parts]]
+    return dict(zip(zip(*(firsts[name].tolist() for name in names), strict=True), parts, strict=True))
+
+
+def _first_lines(rows: DataFrame, names: str | list[str]) -> dict[Any, Mapping[str, Any]]:
+    """Return label, or combination of labels -> its first row, in order."""
+    firsts = rows.drop_duplicates(names)
+    lines = firsts.to_dict("records")
+    if isinstance(names, str):
+        return {line[names]: line for line in lines}
+    return {tuple(line[name] for name in names): line for line in lines}

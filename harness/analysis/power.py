@@ -24,14 +24,17 @@ Prompts and targets are taken to be as many as in the pilot. `tests/benchmarks/f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.analysis.compare import LEVEL, WORST, Key, closest, gap_of_greatest, paired_cells
 from harness.analysis.measurements import Measurements, measured
 from harness.analysis.statistics import Estimate, estimate
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 COLUMNS = (
     "task", "metric", "attack", "attacker", "step", "n_targets", "n_prompts", "pilot_seeds", "n_pairs", "unit",
@@ -46,7 +49,7 @@ Asked = Collection[tuple[str, str, str]]
 
 
 def seeds_needed(
-    rows: Iterable[Mapping[str, Any]] | Measurements,
+    rows: DataFrame | Measurements,
     difference: float,
     *,
     is_share: bool = False,

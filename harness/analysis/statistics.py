@@ -162,55 +162,76 @@ def estimate(cells: Sequence[np.ndarray], statistic: Statistic, *, draws: int = 
     `cells` holds for each concept an array [quantities, prompts, seeds]: the same quantities and seeds for every
     concept, prompts of its own. `draws` bootstrap samples of each kind come from `seed`.
     """
-    seeds = cells[0].shape[2]
-    fewest = min(x.shape[1] for x in cells)
-    source = np.random.default_rng(seed)
+    seeds, prompts = cells[0].shape[2], tuple(x.shape[1] for x in cells)
     value = float(statistic(_averaged(cells))[0])
-    prompts = sum(x.shape[1] - 1 for x in cells)
+    beyond = sum(count - 1 for count in prompts)
     if seeds < 2:
-        return Estimate(value, None, None, seeds, prompts)
-    by_seeds = _over_seeds(cells, statistic, source, draws)
-    if fewest < 2:
-        return Estimate(value, by_seeds, None, seeds, prompts)
-    own = _over_prompts(cells, statistic, source, draws) - _over_cells(cells, statistic, source, draws)
-    return Estimate(value, by_seeds, max(own, 0.0), seeds, prompts)
+        return Estimate(value, None, None, seeds, beyond)
+    drawn = _drawn(seed, draws, seeds, prompts)
+    by_seeds = _over_seeds(cells, statistic, drawn)
+    if min(prompts) < 2:
+        return Estimate(value, by_seeds, None, seeds, beyond)
+    own = _over_prompts(cells, statistic, drawn) - _over_cells(cells, statistic, drawn)
+    return Estimate(value, by_seeds, max(own, 0.0), seeds, beyond)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Bootstrap samples for measurements of one shape: what is drawn does not depend on what was measured."""
+
+    seeds: np.ndarray  # [draws, seeds - 1]
+    prompts: list[np.ndarray]  # of each concept the share of every prompt, [draws, prompts]
+    cells: list[np.ndarray]  # of each concept places among its cells, [prompts, draws, seeds]
+
+
+@functools.lru_cache(maxsize=4)  # comparisons alternate between few shapes: targets and innocents
+def _drawn(seed: int, draws: int, seeds: int, prompts: tuple[int, ...]) -> _Drawn:
+    source = np.random.default_rng(seed)
+    of_seeds = source.integers(seeds, size=(draws, seeds - 1))
+    if min(prompts) < 2:
+        return _Drawn(of_seeds, [], [])
+    of_prompts, of_cells = [], []
+    for count in prompts:
+        chosen = source.integers(count, size=(draws, count - 1))
+        weights = np.zeros((draws, count))
+        np.add.at(weights, (np.arange(draws)[:, None], chosen), 1.0 / (count - 1))
+        of_prompts.append(weights)
+    for count in prompts:
+        chosen = source.integers(count * seeds, size=(draws, count, seeds))
+        of_cells.append(np.ascontiguousarray(chosen.swapaxes(0, 1)))
+    return _Drawn(of_seeds, of_prompts, of_cells)
 
 
 def _averaged(cells: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([x.mean(axis=1) for x in cells])[None]
 
 
-def _over_seeds(cells: Sequence[np.ndarray], statistic: Statistic, source, draws: int) -> float:
+def _over_seeds(cells: Sequence[np.ndarray], statistic: Statistic, drawn: _Drawn) -> float:
     means = _averaged(cells)[0]  # [concepts, quantities, seeds]
-    seeds = means.shape[2]
-    chosen = source.integers(seeds, size=(draws, seeds - 1))
-    return float(np.var(statistic(np.moveaxis(means[:, :, chosen], 2, 0)), ddof=1))
+    return float(np.var(statistic(np.moveaxis(means[:, :, drawn.seeds], 2, 0)), ddof=1))
 
 
-def _over_prompts(cells: Sequence[np.ndarray], statistic: Statistic, source, draws: int) -> float:
-    drawn = []
-    for x in cells:
-        prompts = x.shape[1]
-        chosen = source.integers(prompts, size=(draws, prompts - 1))
-        weights = np.zeros((draws, prompts))
-        np.add.at(weights, (np.arange(draws)[:, None], chosen), 1.0 / (prompts - 1))
-        drawn.append(np.einsum("dp,qps->dqs", weights, x))
-    return float(np.var(statistic(np.stack(drawn, axis=1)), ddof=1))
+def _over_prompts(cells: Sequence[np.ndarray], statistic: Statistic, drawn: _Drawn) -> float:
+    means = [np.einsum("dp,qps->dqs", weights, x) for weights, x in zip(drawn.prompts, cells, strict=True)]
+    return float(np.var(statistic(np.stack(means, axis=1)), ddof=1))
 
 
-def _over_cells(cells: Sequence[np.ndarray], statistic: Statistic, source, draws: int) -> float:
+def _over_cells(cells: Sequence[np.ndarray], statistic: Statistic, drawn: _Drawn) -> float:
     """Draw what is left in the cells, once seeds and prompts are taken out, anew beside what they explain."""
-    drawn = []
-    for x in cells:
-        quantities, prompts, seeds = x.shape
+    draws, (quantities, _, seeds) = len(drawn.seeds), cells[0].shape
+    means = np.empty((draws, len(cells), quantities, seeds))
+    for place, (x, chosen) in enumerate(zip(cells, drawn.cells, strict=True)):
+        prompts = x.shape[1]
         by_seed, by_prompt = x.mean(axis=1, keepdims=True), x.mean(axis=2, keepdims=True)
         left = x - by_seed - by_prompt + x.mean(axis=(1, 2), keepdims=True)
         left = left * math.sqrt(prompts * seeds / ((prompts - 1) * (seeds - 1)))
         flat = left.reshape(quantities, prompts * seeds)
-        chosen = source.integers(prompts * seeds, size=(draws, prompts, seeds))
-        noise = flat[:, chosen].mean(axis=2)  # [quantities, draws, seeds]
-        drawn.append(by_seed[:, 0][None] + np.moveaxis(noise, 1, 0))
-    return float(np.var(statistic(np.stack(drawn, axis=1)), ddof=1))
+        noise = flat.take(chosen[0], axis=1)  # [quantities, draws, seeds]
+        for places in chosen[1:]:  # prompt by prompt: all at once needs the memory of all
+            noise += flat.take(places, axis=1)
+        noise /= prompts
+        np.add(by_seed[:, 0][None], np.moveaxis(noise, 1, 0), out=means[:, place])
+    return float(np.var(statistic(means), ddof=1))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

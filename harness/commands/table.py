@@ -22,16 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands.opened import open_suite
-    from harness.commands.written import write_resolved, write_tables
-    from harness.results import leaderboard, papers
+    from harness.commands.written import show, write_resolved, write_tables
+    from harness.results import papers
 
     opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
     opened.make_folder()
     beside = papers.beside(opened.loaded.suite, arguments.warn) if given.with_paper else []
-    lines = write_tables(opened, beside)
+    written = write_tables(opened, beside)
     write_resolved(opened)
-    leaderboard.show(lines, arguments.console())
-    print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more")
+    show(opened, written, arguments.console())
     if given.with_paper:
         papers.write(beside, opened.folder)
         print(f"papers' numbers: {len(beside)} rows in {opened.folder}/{papers.FILE}.md and .csv")

@@ -13,8 +13,10 @@ from harness.core.files import write_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from harness.results.tables import Written
 
-def write_tables(opened: Opened, papers: Sequence[Any] = ()) -> list[dict[str, Any]]:
+
+def write_tables(opened: Opened, papers: Sequence[Any] = ()) -> Written:
     """Write the tables of what is committed."""
     from harness.results import tables
 
@@ -30,11 +32,16 @@ def are_written(opened: Opened) -> bool:
 
 
 def finish(opened: Opened, console: Console) -> None:
-    """Write the tables and show the leaderboard."""
-    from harness.results import leaderboard
+    """Write the tables and show them."""
+    show(opened, write_tables(opened), console)
 
-    leaderboard.show(write_tables(opened), console)
-    console.print(f"written: {opened.folder}/leaderboard.md, leaderboard.csv and more", highlight=False)
+
+def show(opened: Opened, written: Written, console: Console) -> None:
+    """Show what was written on a terminal, and say where it is."""
+    from harness.results import console as terminal
+
+    terminal.show(written.shown, console, before_note="  ")
+    console.print(f"written: {opened.folder}/{written.files[0]} and more", highlight=False)
 
 
 def write_resolved(opened: Opened) -> None:

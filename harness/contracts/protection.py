@@ -85,5 +85,3 @@ class Protection:
             sampling=tuple(HookSpec(**h) for h in described["sampling"]),
             components={name: folder / name for name in described.get("components", ())},
         )
-
-

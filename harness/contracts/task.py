@@ -13,14 +13,20 @@ under which labels the values stand in the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from harness.contracts.method import Method
+from harness.contracts.table import Figure, Section, Table
 from harness.core.identity import Input, Stage
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.suite.spec import TaskSpec
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from harness.contracts.diagnostic import MeasuredRun
 
 Label = str | int | bool | tuple[str, ...]
 """A value of a label; a tuple stands in the rows joined by +."""
@@ -90,6 +96,14 @@ class Task(Method):
     def count(cls, loaded: LoadedSuite, name: str, spec: Any) -> int:
         """Return about how many trials an entry has: a slip of the pen is refused before it is planned."""
         return 0
+
+    def tables(self, run: MeasuredRun, rows: DataFrame) -> Iterable[Table | Figure]:
+        """Return the tables and figures of a run, the main table first; `rows`: of all entries of this kind."""
+        return ()
+
+    def shown(self, made: Sequence[Table | Figure]) -> Sequence[Section]:
+        """Return what a terminal shows of its tables: unless overridden, what they show to people."""
+        return [section for table in made if isinstance(table, Table) for section in table.sections]
 
     def plan(self, name: str, spec: Any, build: Any) -> Iterator[Measurement]:
         """Yield the measurements of one entry, in the order of the table, adding their stages to the plan."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,6 +16,9 @@ from harness.core.errors import UserMistake, one_line
 from harness.results.rows import read_rows
 from harness.results.tables import STATE
 from harness.store.store import Store
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
 
 RESOLVED = "suite.resolved.yaml"
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -64,50 +66,45 @@ def read(path: Path) -> RunFolder:
     except (KeyError, IndexError, TypeError, ValueError):
         what = "no seeds or gates in it; write it anew with `table`"
         raise UserMistake(f"{one_line(path / RESOLVED)}: {what}") from None
-    drawn: dict[TrialName, Drawn] = {}
-    scores: dict[str, None] = {}
-    count = 0
-
-    def noted() -> Iterator[Mapping[str, str]]:
-        nonlocal count
-        for row in read_rows(path):
-            count += 1
-            if _KEY.fullmatch(row["score_key"]):
-                scores[row["score_key"]] = None
-            _note(row, seed, drawn)
-            yield row
-
-    table = Measurements(noted())
+    rows = read_rows(path)
     return RunFolder(
         path=path,
         suite=suite,
         suite_text=text,
         gates=gates,
-        table=table,
-        rows=count,
+        table=Measurements(rows),
+        rows=len(rows),
         seed=seed,
-        drawn=drawn,
-        scores=list(scores),
+        drawn=_drawn(rows, seed),
+        scores=_keys(rows["score_key"]),
         store=Store(path.parent / "store"),
         is_whole=_is_whole(path),
         failures=_failures(path),
     )
 
 
-def _note(row: Mapping[str, str], seed: int, drawn: dict[TrialName, Drawn]) -> None:
-    """Keep a row of the shown seed for the image sheets."""
-    is_real = row["role"] == "real"
-    if row["role"] not in ("target", "innocent", "real") or not _KEY.fullmatch(row["sample_key"]):
-        return
-    if int(row["seed"]) != seed and not is_real:
-        return
-    columns = ("task", "defense", "attack", "attacker", "protected", "concept", "role")
-    trial = drawn.setdefault(tuple(row[c] for c in columns), Drawn(row["sample_key"]))
-    if is_real or not row["prompt_index"].isascii() or not row["prompt_index"].isdigit():
-        return
-    prompt = int(row["prompt_index"])
-    trial.prompts[prompt] = row["prompt"]
-    trial.scores[int(row["step"]), prompt, row["metric"]] = float(row["value"])
+def _keys(column: Series) -> list[str]:
+    """Return the keys of stages that a column names, in order; what is no key could be a path out of the store."""
+    return [text for text in column.unique() if _KEY.fullmatch(text)]
+
+
+def _drawn(rows: DataFrame, seed: int) -> dict[TrialName, Drawn]:
+    """Return the trials whose images are shown: of one seed, and the real images of any."""
+    is_real = rows["role"] == "real"
+    is_shown = rows["role"].isin(("target", "innocent")) & (rows["seed"] == seed)
+    shown = rows[(is_shown | is_real) & rows["sample_key"].isin(_keys(rows["sample_key"]))]
+    drawn: dict[TrialName, Drawn] = {}
+    columns = ["task", "defense", "attack", "attacker", "protected", "concept", "role"]
+    for name, own in shown.groupby(columns, sort=False, observed=True):
+        trial = drawn[name] = Drawn(own["sample_key"].iloc[0])
+        asked = own[own["prompt_index"].notna()]
+        if name[-1] == "real" or asked.empty:
+            continue
+        prompts = asked["prompt_index"].astype(int).tolist()
+        trial.prompts = dict(zip(prompts, asked["prompt"].tolist(), strict=True))
+        places = zip(asked["step"].tolist(), prompts, asked["metric"].tolist(), strict=True)
+        trial.scores = dict(zip(places, asked["value"].tolist(), strict=True))
+    return drawn
 
 
 def _suite(path: Path) -> tuple[str, dict[str, Any]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.analysis.measurements import Measurements, Trial, measured
 from harness.results.looks import Look, looks
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-def recovery_curves(rows: Iterable[Mapping[str, Any]] | Measurements, path: Path, role: str = "target") -> bool:
+
+def recovery_curves(rows: DataFrame | Measurements, path: Path, role: str = "target") -> bool:
     """Draw `path` (PNG); return False when there is nothing to draw.
 
     Panels: tasks by metrics; where there are several attacks, a row for each task and metric and a column an attack.
@@ -24,18 +27,14 @@ def recovery_curves(rows: Iterable[Mapping[str, Any]] | Measurements, path: Path
             made.setdefault((task, metric, attack), (attacker, []))[1].append(step)
     if not made:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # without pyplot, which takes as long to import as a figure to draw
 
     attacks = list(dict.fromkeys(attack for _, _, attack in made))
     own = looks(list(dict.fromkeys(defense for known in table.defenses.values() for defense in known)))
     lines, columns, panels = _grid(list(dict.fromkeys(key[:2] for key in made)), attacks)
-    figure, axes = pyplot.subplots(
-        len(lines), len(columns), figsize=(max(5.0, 3.0 * len(columns)), 2.6 * len(lines)), squeeze=False,
-        sharey="row" if len(attacks) > 1 else False, layout="constrained",
-    )  # fmt: skip
+    figure = Figure(figsize=(max(5.0, 3.0 * len(columns)), 2.6 * len(lines)), layout="constrained")
+    axes = figure.subplots(len(lines), len(columns), squeeze=False, sharey="row" if len(attacks) > 1 else False)
     handles: dict[str, Any] = {}
     for (line, column), key in panels.items():
         axis = axes[line][column]
@@ -54,8 +53,8 @@ def recovery_curves(rows: Iterable[Mapping[str, Any]] | Measurements, path: Path
         list(handles.values()), list(handles), loc="outside lower center", ncols=min(2 * len(columns), len(handles)),
         fontsize=8, frameon=False,
     )  # fmt: skip
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    figure.set_dpi(150)
+    FigureCanvasAgg(figure).print_png(path)  # savefig would draw it twice, once to lay it out
     return True
 
 
@@ -97,9 +96,8 @@ def _panel(
         look = own[defense]
         where, heights = [places[s] for s in ordered], [means[s] for s in ordered]
         axis.plot(where, heights, look.line, color=look.colour, label=defense, lw=1.6)
-        for step, by_seed in curve.items():
-            heights = list(by_seed.values())
-            axis.plot([places[step]] * len(heights), heights, look.mark, color=look.colour, ms=2, mew=0, alpha=0.6)
+        dots = [(places[step], value) for step, by_seed in curve.items() for value in by_seed.values()]
+        axis.plot(*zip(*dots, strict=True), look.mark, color=look.colour, ms=2, mew=0, alpha=0.6)
     real = table.means(task, "", "", "", metric, 0, "real")
     levels = (
         ([value for (_, concept, _), value in real.items() if concept in concepts], "--", "real images"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from harness.analysis.leaderboard import worst_case
@@ -67,16 +68,16 @@ def sections(
     return [*found, Section(text=(LEGEND,))]
 
 
-def show(lines: Sequence[dict[str, Any]], console) -> None:
-    """Print the leaderboard to a rich console, and the worst case where there are several attacks."""
+def shown(lines: Sequence[dict[str, Any]]) -> list[Section]:
+    """Return what a terminal shows: the leaderboard, and the worst case where there are several attacks."""
     if not lines:
-        console.print("No rows yet.")
-        return
+        return [NO_ROWS]
     found, worst = _by_metric(lines), worst_case(lines)
     if worst:
         heading, legend = Section("Worst case over attacks"), Section(text=(WORST_LEGEND,))
         found += [heading, *_by_metric(worst, with_notes=False), legend]
-    terminal.show([*found, Section(text=(LEGEND,))], console, before_note="  not valid: ")
+    reasons = [replace(each, notes=tuple(f"not valid: {note}" for note in each.notes or ())) for each in found]
+    return [*reasons, Section(text=(LEGEND,))]
 
 
 def _by_metric(lines: Sequence[dict[str, Any]], with_notes: bool = True) -> list[Section]:

@@ -4,31 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from harness.analysis.leaderboard import Gates, leaderboard
 from harness.analysis.measurements import Measurements
 from harness.analysis.paper_rows import PaperRow
 from harness.contracts.diagnostic import ReleasedModel
 from harness.plan.graph import Plan
+from harness.results import adaptation_cost
 from harness.store import provenance
 from harness.store.store import Store
+from harness.suite.spec import DEFAULT_TASK
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """What was planned, what is committed, and the general numbers (`contracts.diagnostic.MeasuredRun`)."""
+    """What was planned, what is committed, and the numbers made of it (`contracts.diagnostic.MeasuredRun`)."""
 
     plan: Plan
     store: Store
     folder: Path
     model_name: str
-    measurements: Measurements
-    leaderboard: Sequence[Mapping[str, Any]]
-    adaptations: Mapping[str, Mapping[str, Any]]
-    """The records of the adaptations that are done, by key."""
-    costs: Sequence[Mapping[str, Any]]
-    papers: Sequence[PaperRow]
+    gates: Gates
+    rows: DataFrame
+    """All that is scored; see `harness.results.rows`."""
+    papers: Sequence[PaperRow] = ()
+
+    def rows_of(self, kind: str) -> DataFrame:
+        """Return the rows of the tasks of one kind."""
+        names = [name for name, own in self.plan.tasks.items() if own == kind]
+        is_whole = len(names) == len(self.plan.tasks)
+        return self.rows if is_whole else self.rows[self.rows["task"].isin(names)]
+
+    @cached_property
+    def measurements(self) -> Measurements:
+        """The rows of immunization tasks, grouped."""
+        return Measurements(self.rows_of(DEFAULT_TASK))
+
+    @cached_property
+    def leaderboard(self) -> list[dict[str, Any]]:
+        """The lines of leaderboard.csv."""
+        return leaderboard(self.measurements, self.gates)
+
+    @cached_property
+    def adaptations(self) -> Mapping[str, Mapping[str, Any]]:
+        """The records of the adaptations that are done, by key."""
+        return adaptation_cost.records(self.plan, self.store)
+
+    @cached_property
+    def costs(self) -> list[dict[str, Any]]:
+        """The lines of adaptation_cost.csv."""
+        return adaptation_cost.lines(self.plan, self.adaptations)
 
     @property
     def suite(self) -> str:

@@ -1,4 +1,9 @@
-"""Rows: one value a trial, step, prompt and metric, from committed score stages in the order of the plan; as CSV."""
+"""Rows: one value a trial, step, prompt and metric, as a DataFrame; from committed score stages, to and from files.
+
+Columns of words are categorical, in the order of first appearance. `prompt_index` may be missing (of a metric of whole
+sets), all else is filled; a label that some rows lack is the empty word. `rows.csv` is what people and `read_rows`
+read, `rows.parquet` holds the same table for programs.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,13 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.core import registry
 from harness.core.errors import UserMistake, one_line
@@ -19,70 +27,352 @@ from harness.plan.graph import Plan
 from harness.store.layout import SCORES
 from harness.store.store import Store
 
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow
+    from pandas import DataFrame, Series
+
 COLUMNS = (
     "suite", "model", "task", "defense", "method", "profile", "is_weak", "protected", "attack", "attacker", "n_probes",
     "concept", "role", "seed", "step", "prompt_index", "prompt", "metric", "value", "direction", "unit", "range",
     "backbone", "preprocessing", "library", "sample_key", "score_key",
 )  # fmt: skip
+FILES = ("rows.csv", "rows.parquet")
+_NUMBERS = {"is_weak": False, "n_probes": 0, "seed": 0}
+"""Labels that are no words, and what they are where a trial has none."""
+_WHOLE = ("n_probes", "seed", "step")
+"""Columns of whole numbers that no row may lack."""
+_OF_VALUES = ("step", "prompt_index", "prompt", "value")
+"""What differs between the values of one score stage."""
+_ENTRY = itemgetter("step", "prompt", "value")
+_ROWS_AT_ONCE = 1 << 13  # of a CSV file that is being written: they fit into the cache of a processor
+
+Labels = Mapping[str, Any]
+"""Column -> label, the same for all values of one score stage; `prompt`: the texts by prompt index, or none of them."""
 
 
-def collect(plan: Plan, store: Store, model_name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of every committed score stage of the plan; what is not committed is left out.
+def collect(plan: Plan, store: Store, model_name: str) -> DataFrame:
+    """Return the rows of every committed score stage of the plan, in its order; what is not committed is left out.
 
     A defense that is not committed has no rows, even where its trials share the undefended model's stages.
     """
-    read: dict[str, dict[str, Any] | None] = {}
+    return frame(_scored(plan, store, model_name))
+
+
+def frame(parts: Iterable[tuple[Labels, Mapping[str, Any]]]) -> DataFrame:
+    """Return the rows of score stages: (labels, what scores.json holds) of each.
+
+    Labels that are no columns of COLUMNS become columns behind them. Raises IndexError for a prompt without text.
+    """
+    import numpy as np
+    import pandas as pd
+
+    steps, prompts, values, counts = [], [], [], []
+    labels = {name: _Codes() for name in COLUMNS if name not in _OF_VALUES}
+    texts = _Texts()
+    for own, scores in parts:
+        entries = scores["values"]
+        if not entries:
+            continue
+        for listed, of_all in zip(zip(*map(_ENTRY, entries), strict=True), (steps, prompts, values), strict=True):
+            of_all.extend(listed)
+        for name in own.keys() - labels.keys() - {"prompt"}:
+            labels[name] = _Codes([""] * len(counts))
+        about = {name: text for name, text in scores["about"].items() if name in labels}
+        for name, codes in labels.items():
+            codes.add(about[name] if name in about else own.get(name, _NUMBERS.get(name, "")))
+        texts.add(own.get("prompt", ()))
+        counts.append(len(entries))
+    repeats = np.array(counts, dtype=np.int64)
+    index = np.array(prompts, dtype=float)  # None becomes nan
+    is_known = ~np.isnan(index)
+    index = np.where(is_known, index, 0).astype(np.int64)
+    made: dict[str, Any] = {name: codes.column(repeats, type(_NUMBERS.get(name, ""))) for name, codes in labels.items()}
+    made["step"] = np.array(steps, dtype=np.int64)
+    made["prompt_index"] = pd.arrays.IntegerArray(index, ~is_known)
+    made["prompt"] = texts.column(repeats, index, is_known)
+    made["value"] = np.array(values, dtype=float)
+    order = [*COLUMNS, *(name for name in made if name not in COLUMNS)]
+    return pd.DataFrame({name: made[name] for name in order}, copy=False)
+
+
+class _Codes:
+    """One label of each score stage, as codes of what it may be."""
+
+    def __init__(self, before: Iterable[Any] = ()):
+        self._known: dict[Any, int] = {}
+        self._codes: list[int] = []
+        for label in before:
+            self.add(label)
+
+    def add(self, label: Any) -> None:
+        """Take the next stage's label."""
+        self._codes.append(self._known.setdefault(label, len(self._known)))
+
+    def column(self, counts: np.ndarray, kind: type) -> Any:
+        """Return the column of so many rows a stage: categorical of words, else an array of the kind."""
+        import numpy as np
+        import pandas as pd
+
+        if kind is not str:
+            return np.repeat(np.array(list(self._known), dtype=kind)[np.array(self._codes, dtype=int)], counts)
+        codes = np.array(self._codes, dtype=np.min_scalar_type(-max(1, len(self._known))))
+        return pd.Categorical.from_codes(np.repeat(codes, counts), list(self._known))
+
+
+class _Texts:
+    """The prompts of each score stage."""
+
+    def __init__(self):
+        self._known: dict[str, int] = {"": 0}
+        self._places: dict[tuple[str, ...], int] = {(): 0}
+        self._codes: list[int] = [0]  # of all tuples of prompts, one behind the other; first that of no text
+        self._stages: list[tuple[int, int]] = []  # where the stage's codes begin, and how many there are
+
+    def add(self, prompts: Sequence[str]) -> None:
+        """Take the next stage's prompts; none of them: its rows have no text."""
+        prompts = tuple(prompts)
+        if prompts not in self._places:
+            self._places[prompts] = len(self._codes)
+            self._codes += [self._known.setdefault(text, len(self._known)) for text in prompts]
+        self._stages.append((self._places[prompts], len(prompts)))
+
+    def column(self, counts: np.ndarray, index: np.ndarray, is_known: np.ndarray) -> Any:
+        """Return the column of texts for prompt indices."""
+        import numpy as np
+        import pandas as pd
+
+        first, length = (np.repeat(each, counts) for each in np.array(self._stages, dtype=np.int64).reshape(-1, 2).T)
+        is_asked = is_known & (length > 0)
+        if (index[is_asked] >= length[is_asked]).any():
+            raise IndexError("a value is of a prompt that was not asked")
+        codes = np.array(self._codes, dtype=np.int32)[np.where(is_asked, first + index, 0)]
+        return pd.Categorical.from_codes(codes, list(self._known))
+
+
+def _scored(plan: Plan, store: Store, model_name: str) -> Iterator[tuple[Labels, Mapping[str, Any]]]:
+    """Yield labels and scores of what is committed."""
+    asked = Counter(chain.from_iterable(each.scores.values() for each in plan.measurements))
+    kept: dict[str, Mapping[str, Any] | None] = {}  # of stages that another measurement asks for again
     committed: dict[tuple[str, str], bool] = {}
     for measurement in plan.measurements:
+        asked.subtract(measurement.scores.values())
         for need in measurement.needs.items():
             if need not in committed:
                 committed[need] = store.has(*need)
         if not all(committed[need] for need in measurement.needs.items()):
             continue
         observed = plan.stages[measurement.observed]
-        prompts = registry.get("stage", observed.kind).prompts(observed.parameters)
-        labels = {n: "+".join(v) if isinstance(v, tuple) else v for n, v in measurement.labels.items()}
+        labels = {
+            "suite": plan.suite,
+            "model": model_name,
+            **{n: "+".join(value) if isinstance(value, tuple) else value for n, value in measurement.labels.items()},
+            "sample_key": measurement.observed,
+            "prompt": registry.get("stage", observed.kind).prompts(observed.parameters),
+        }
         for metric, key in measurement.scores.items():
-            if key not in read:
-                kind = plan.stages[key].kind
-                path = store.path(kind, key) / SCORES
-                read[key] = json.loads(path.read_text("utf-8")) if store.has(kind, key) else None
-            scores = read[key]
-            if scores is None:
-                continue
-            shared = {
-                "suite": plan.suite,
-                "model": model_name,
-                **labels,
-                "metric": metric,
-                "sample_key": measurement.observed,
-                "score_key": key,
-                **scores["about"],
-            }
-            for entry in scores["values"]:
-                prompt = entry["prompt"]
-                yield {
-                    **shared,
-                    "step": entry["step"],
-                    "prompt_index": prompt,  # None, and so empty, of a metric of whole sets
-                    "prompt": prompts[prompt] if prompt is not None and prompt < len(prompts) else "",
-                    "value": entry["value"],
-                }
+            scores = kept.pop(key) if key in kept else _scores(store, plan.stages[key].kind, key)
+            if asked[key] > 0:
+                kept[key] = scores
+            if scores is not None:
+                yield {**labels, "metric": metric, "score_key": key}, scores
 
 
-def read_rows(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of a run folder. Raises UserMistake when there are none, or they cannot be read."""
+def _scores(store: Store, kind: str, key: str) -> Mapping[str, Any] | None:
+    """Return what a stage that scores left; None where it is not committed."""
+    if not store.has(kind, key):
+        return None
+    with open(f"{store.root}/{kind}/{key}/{SCORES}", "rb", buffering=0) as file:  # thousands: no Path, no buffer
+        return json.loads(file.readall())
+
+
+# -- to files -------------------------------------------------------------------------------------------------------
+
+
+def write_rows(folder: Path, rows: DataFrame) -> None:
+    """Write rows.csv and rows.parquet, both under other names first; a folder holds the old ones or the new ones."""
+    import pyarrow
+    from pyarrow import parquet
+
+    temporary = {name: folder / f".{name}.{uuid.uuid4().hex[:8]}" for name in FILES}
+    try:
+        parquet.write_table(pyarrow.Table.from_pandas(rows, preserve_index=False), temporary["rows.parquet"])
+        with open(temporary["rows.csv"], "wb") as file:
+            for text in _csv_texts(rows):
+                file.write(text)
+        for path in temporary.values():
+            _sync(path)
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _csv_texts(rows: DataFrame) -> Iterator[Any]:
+    """Yield the bytes of a CSV file, some rows at once.
+
+    Labels repeat over the rows of a score stage, so their text is made once for every run of rows with the same ones.
+    """
+    import numpy as np
+    import pyarrow
+    from pyarrow import compute
+
+    yield (",".join(_quoted(name) for name in rows.columns) + "\n").encode()
+    if not len(rows):
+        return
+    codes = {name: _codes(rows[name]) for name in rows.columns if name not in ("prompt_index", "value")}
+    starts = np.zeros(len(rows), dtype=bool)
+    starts[0] = True
+    for name, own in codes.items():
+        if name not in _OF_VALUES:
+            starts[1:] |= own[1:] != own[:-1]
+    firsts, runs = np.flatnonzero(starts), np.cumsum(starts) - 1
+    blocks: list[Any] = []  # text by run of a stretch of labels, or the name of a column
+    for name in rows.columns:
+        if name in _OF_VALUES:
+            blocks.append(name)
+            continue
+        text = _texts(rows[name].iloc[firsts], {})
+        if blocks and not isinstance(blocks[-1], str):
+            text = compute.binary_join_element_wise(blocks.pop(), text, ",")
+        blocks.append(text)
+    blocks[-1] = compute.binary_join_element_wise(blocks[-1], "\n", "")  # a label: values stand before
+    known: dict[str, Any] = {}
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        run = pyarrow.array(runs[part])
+        cells = [
+            _texts(rows[block].iloc[part], known) if isinstance(block, str) else block.take(run) for block in blocks
+        ]
+        lines = compute.binary_join_element_wise(*cells, ",")
+        first, last = np.frombuffer(lines.buffers()[1], dtype=np.int32)[[lines.offset, lines.offset + len(lines)]]
+        yield memoryview(lines.buffers()[2])[first:last]
+
+
+def _codes(column: Series) -> np.ndarray:
+    """Return what tells the cells of a column apart."""
+    return column.cat.codes.to_numpy() if hasattr(column, "cat") else column.to_numpy()
+
+
+def _texts(column: Series, known: dict[str, Any]) -> pyarrow.Array:
+    """Return the cells of a column as CSV has them; `known`: texts of categories by column, to be used again."""
+    import numpy as np
+    import pyarrow
+    from pyarrow import compute
+
+    if hasattr(column, "cat"):
+        if column.name not in known:
+            known[column.name] = pyarrow.array([_quoted(_cell(text)) for text in column.cat.categories], type="string")
+        return known[column.name].take(pyarrow.array(column.cat.codes.to_numpy()))
+    numbers = pyarrow.array(column)
+    if not pyarrow.types.is_floating(numbers.type):
+        return numbers.cast("string").fill_null("")
+    values = column.to_numpy()
+    is_same = (np.abs(values) >= 1e-4) & (np.abs(values) < 1e9) & (values != np.trunc(values))
+    texts = numbers.cast("string", safe=False)
+    if is_same.all():
+        return texts
+    other = pyarrow.array([_cell(value) for value in values[~is_same].tolist()], type="string")
+    return compute.replace_with_mask(texts, pyarrow.array(~is_same), other)
+
+
+def _quoted(cell: Any) -> str:
+    """Return a cell as the module csv writes it; quoted also for a carriage return, which would end the row."""
+    text = str(cell)
+    return '"' + text.replace('"', '""') + '"' if any(sign in text for sign in ',"\n\r') else text
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Write lines as CSV at once; floats in full precision, booleans in lower case, what is undefined is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({c: _cell(row[c]) for c in columns} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None or value != value:
+        return ""
+    return repr(float(value)) if isinstance(value, float) else value
+
+
+# -- from files -----------------------------------------------------------------------------------------------------
+
+
+def read_rows(folder: Path) -> DataFrame:
+    """Return the rows of a run folder. Raises UserMistake when there are none, or they cannot be read."""
     path = folder / "rows.csv"
     if not path.is_file():
         what = "there is no rows.csv; name the folder of a run, such as runs/quickstart"
         raise UserMistake(f"{one_line(folder)}: {what}")
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            yield from _checked(path, csv.DictReader(file))
+        rows = _read_at_once(path)
+        return _read_by_line(path) if rows is None else rows
     except OSError as error:
         raise UserMistake(f"{one_line(path)}: cannot be read: {one_line(error.strerror)}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserMistake(f"{one_line(path)}: is no table: {one_line(error)}; write it anew with `table`") from None
+
+
+def _read_at_once(path: Path) -> DataFrame | None:
+    """Return the rows of a table as `write_rows` writes it; None for any other, which is to be read line by line."""
+    import pyarrow
+    from pyarrow import compute
+    from pyarrow import csv as arrow_csv
+
+    with open(path, encoding="utf-8", newline="") as file:
+        names = next(csv.reader(file), [])
+    if len(set(names)) < len(names) or set(COLUMNS) - set(names):
+        return None
+    word = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+    types = dict.fromkeys(names, word) | dict.fromkeys((*_WHOLE, "prompt_index"), pyarrow.int64())
+    types["value"] = pyarrow.float64()
+    try:
+        table = arrow_csv.read_csv(
+            path,
+            read_options=arrow_csv.ReadOptions(block_size=1 << 22),
+            parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
+            convert_options=arrow_csv.ConvertOptions(column_types=types, null_values=[""]),
+        )
+    except pyarrow.ArrowInvalid:
+        return None
+    is_empty = table.num_rows == 0 or any(table[name].null_count for name in ("value", "n_probes", "seed", "step"))
+    if is_empty or not compute.all(compute.is_finite(table["value"])).as_py():
+        return None
+    return _typed(table)
+
+
+def _read_by_line(path: Path) -> DataFrame:
+    """Return the rows of a table that somebody else may have written."""
+    import pyarrow
+
+    columns: dict[str, list[Any]] = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in _checked(path, reader := csv.DictReader(file)):
+            for name in reader.fieldnames or ():
+                columns.setdefault(name, []).append(row[name])
+    arrays = {}
+    for name in columns or COLUMNS:
+        cells = columns.get(name, [])
+        if name == "value":
+            arrays[name] = pyarrow.array([float(cell) for cell in cells], type="float64")
+        elif name == "prompt_index":
+            indices = [int(cell) if cell.isascii() and cell.isdigit() else None for cell in cells]
+            arrays[name] = pyarrow.array(indices, type="int64")
+        elif name in _WHOLE:
+            arrays[name] = pyarrow.array([int(cell) for cell in cells], type="int64")
+        else:
+            arrays[name] = pyarrow.array(cells, type="string").dictionary_encode()
+    return _typed(pyarrow.table(arrays))
 
 
 def _checked(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
@@ -102,37 +392,19 @@ def _checked(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
         yield row
 
 
-def write_through(path: Path, rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the rows, each written as CSV before; the file is there when the last one was taken."""
-    temporary = path.with_name(f".{path.name}.part")
-    cells = itemgetter(*columns)
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            # no DictWriter, and no call for text, which most cells are: of a million rows they take most of the time
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            for row in rows:
-                writer.writerow([cell if cell.__class__ is str else _cell(cell) for cell in cells(row)])
-                yield row
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _typed(table: pyarrow.Table) -> DataFrame:
+    """Return a table of words and numbers as `frame` makes it."""
+    import numpy as np
+    import pandas as pd
 
-
-def write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Write rows as CSV at once; floats in full precision, booleans in lower case, what is undefined is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({c: _cell(row[c]) for c in columns} for row in rows)
-    write_text(path, text.getvalue())
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None or value != value:
-        return ""
-    return repr(float(value)) if isinstance(value, float) else value
+    index = table["prompt_index"]
+    rows = table.drop_columns("prompt_index").unify_dictionaries().to_pandas()
+    is_weak = rows["is_weak"].cat
+    rows["is_weak"] = np.append(is_weak.categories == "true", False)[is_weak.codes]
+    values = index.fill_null(0).to_numpy().copy()
+    rows.insert(
+        table.column_names.index("prompt_index"),
+        "prompt_index",
+        pd.arrays.IntegerArray(values, index.is_null().to_numpy()),
+    )
+    return rows

@@ -1,53 +1,53 @@
 """Tables of a run, written from what is committed.
 
-Always: rows.csv, leaderboard.csv and .md, worst_case.csv, curves.csv, concepts.csv and .md, recovery_*.png. Where
-something was adapted: adaptation_cost.csv and .md. Then whatever the registered diagnostics have to say of the run.
+Always: rows.csv and rows.parquet, and the tables and figures of the suite's tasks. Where something was adapted:
+adaptation_cost.csv and .md. Then whatever the registered diagnostics have to say of the run.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.analysis.curves import COLUMNS as CURVE_COLUMNS
-from harness.analysis.curves import curves
-from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, Gates, by_concept, leaderboard, worst_case
-from harness.analysis.measurements import Measurements
+from harness.analysis.leaderboard import Gates
 from harness.analysis.paper_rows import PaperRow
 from harness.contracts.diagnostic import Diagnostic
-from harness.contracts.table import Table
+from harness.contracts.table import Figure, Section, Table
 from harness.core import registry
 from harness.core.files import write_json
 from harness.core.identity import digest_of_json
 from harness.plan.graph import Plan
 from harness.results import adaptation_cost
 from harness.results.diagnostics import Diagnostics
-from harness.results.figures import recovery_curves
-from harness.results.leaderboard import concept_sections, sections
 from harness.results.measured import RunResults
-from harness.results.rows import COLUMNS as ROW_COLUMNS
-from harness.results.rows import collect, write_through
+from harness.results.rows import FILES as ROW_FILES
+from harness.results.rows import collect, write_rows
 from harness.results.writing import draw_figure, files_of, write_table
 from harness.store.store import Store
 
 STATE = "tables.json"
-"""What the tables in a folder were made from, which files the diagnostics wrote, and which of them failed."""
-VERSION = 12
+"""What the tables in a folder were made from, which files were written, and which diagnostics failed."""
+VERSION = 13
 """Raised when the same rows make other tables or figures."""
-FILES = (
-    "rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "curves.csv", "concepts.csv", "concepts.md",
-    "recovery_target.png",
-)  # fmt: skip
-"""Of every run."""
-_TAKEN = {"rows", "leaderboard", "worst_case", "curves", "concepts", "recovery_target", "recovery_innocent",
-          "adaptation_cost", "paper_rows"}  # fmt: skip
+RESERVED = frozenset({"paper_rows", "report"})
+"""Names that no table of a run may have."""
 _NAME = re.compile(r"[a-z0-9_]{1,60}")
 _FILE = re.compile(r"[a-z0-9_]{1,60}\.(csv|md|png)")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of a run."""
+
+    shown: list[Section]
+    """What a terminal shows of it."""
+    files: list[str]
+    """Names of the files in the run's folder; the first is the main table's."""
 
 
 def write(
@@ -58,53 +58,63 @@ def write(
     gates: Gates,
     papers: Sequence[PaperRow] = (),
     say: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Write the tables of a run from what is committed; return the leaderboard's lines.
+) -> Written:
+    """Write the tables of a run from what is committed.
 
     `papers` are numbers that diagnostics may set beside their own. `say` gets a line for each diagnostic that failed.
     """
     is_whole = all(store.has(plan.stages[k].kind, k) for each in plan.measurements for k in each.scores.values())
     folder.mkdir(parents=True, exist_ok=True)
-    table = Measurements(write_through(folder / "rows.csv", collect(plan, store, model_name), ROW_COLUMNS))
-    lines = leaderboard(table, gates)
-    done = adaptation_cost.records(plan, store)
-    costs = adaptation_cost.lines(plan, done)
-    general = _general(table, lines, costs)
-    for made in general:
-        write_table(made, folder)
-    for role in ("target", "innocent"):
-        recovery_curves(table, folder / f"recovery_{role}.png", role)
-    run = RunResults(plan, store, folder, model_name, table, lines, done, costs, papers)
+    rows = collect(plan, store, model_name)
+    write_rows(folder, rows)
+    run = RunResults(plan, store, folder, model_name, gates, rows, papers)
+    made, shown = _of_tasks(run)
+    if run.costs:
+        made.append(adaptation_cost.table(run.costs))
+    general = [each for each in made if isinstance(each, Table)]
+    files = [name for each in made for name in _write(each, folder)] + list(ROW_FILES)
     diagnostics = Diagnostics(say)
-    written = [*(files_of(general[-1]) if costs else ()), *_write_own(diagnostics, run, general)]
-    _remove_old(folder, written)
+    files += _write_own(diagnostics, run, general, {Path(name).stem for name in files} | RESERVED)
+    _remove_old(folder, files)
     failed = {name: asdict(failure) for name, failure in diagnostics.failures.items()}
-    state = {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole, "files": written, "failed": failed}
+    state = {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole, "files": files, "failed": failed}
     write_json(folder / STATE, state)
-    return lines
+    return Written(shown, files)
 
 
-def _general(
-    table: Measurements, lines: list[dict[str, Any]], costs: Sequence[Mapping[str, Any]]
-) -> list[Table]:
-    """Return the tables that every method shares; that of costs comes last, and only where something was adapted."""
-    worst, soon, concepts = worst_case(lines), curves(table), by_concept(table)
-    return [
-        Table("leaderboard", COLUMNS, lines, sections(lines, worst, soon)),
-        Table("worst_case", COLUMNS, worst),
-        Table("curves", CURVE_COLUMNS, soon),
-        Table("concepts", CONCEPT_COLUMNS, concepts, concept_sections(concepts)),
-        *([adaptation_cost.table(costs)] if costs else []),
-    ]
+def _of_tasks(run: RunResults) -> tuple[list[Table | Figure], list[Section]]:
+    """Return the tables and figures of each kind of task of the suite, and what a terminal shows of them."""
+    made: list[Table | Figure] = []
+    shown: list[Section] = []
+    for kind in dict.fromkeys(run.plan.tasks.values()):
+        task, rows = registry.get("task", kind)(None), run.rows_of(kind)
+        own = list(task.tables(run, rows))
+        twice = {each.name for each in own} & {each.name for each in made}
+        if twice:
+            raise ValueError(f"the task {kind} has a table '{twice.pop()}', as another task of the suite has")
+        made += own
+        shown += task.shown(own)
+    return made, shown
 
 
-def _write_own(diagnostics: Diagnostics, run: RunResults, general: Sequence[Table]) -> list[str]:
+def _write(made: Table | Figure, folder: Path) -> list[str]:
+    """Write a table or a figure; return the names of its files, none for a figure of nothing."""
+    if isinstance(made, Table):
+        write_table(made, folder)
+    elif not draw_figure(made, folder):
+        return []
+    return files_of(made)
+
+
+def _write_own(
+    diagnostics: Diagnostics, run: RunResults, general: Sequence[Table], reserved: Collection[str]
+) -> list[str]:
     """Write what the diagnostics have to say, and what they add to general tables; return the names of their files."""
     found = diagnostics.ask(lambda diagnostic: diagnostic.of(run))
     written: dict[str, list[str]] = {}
     tables = list(general)
     for diagnostic, own in found:
-        taken = _TAKEN | {Path(name).stem for names in written.values() for name in names}
+        taken = {*reserved} | {Path(name).stem for names in written.values() for name in names}
         files = written.setdefault(diagnostic.name, [])
         diagnostics.attempt(diagnostic.name, partial(_write_files, diagnostic, own, run, taken, files), None)
         tables = diagnostics.attempt(diagnostic.name, partial(_write_extended, diagnostic, own, run, tables), tables)
@@ -159,7 +169,7 @@ def _with_more(table: Table, extended: Table) -> Table:
 def _remove_old(folder: Path, written: Sequence[str]) -> None:
     """Remove files that diagnostics, or costs, left in the folder when it was last written, and that are none now."""
     for name in _state(folder).get("files", ()):
-        if isinstance(name, str) and _FILE.fullmatch(name) and name not in (*written, *FILES):
+        if isinstance(name, str) and _FILE.fullmatch(name) and name not in written:
             (folder / name).unlink(missing_ok=True)
 
 
@@ -171,7 +181,7 @@ def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool
         return False
     if state.get("failed") != {} or not isinstance(files, list):
         return False
-    return all((folder / str(name)).is_file() for name in (*FILES, *files))
+    return all((folder / str(name)).is_file() for name in files)
 
 
 def failures(folder: Path) -> list[tuple[str, str]]:
@@ -194,5 +204,6 @@ def _state(folder: Path) -> dict[str, Any]:
 def _fingerprint(plan: Plan, model_name: str, gates: Gates) -> str:
     """Return a digest of everything that the tables are made from, but the values: those the score keys stand for."""
     diagnostics = [registry.component(registry.get("diagnostic", name)) for name in registry.names("diagnostic")]
-    trials = [asdict(measurement) for measurement in plan.measurements]
-    return digest_of_json([VERSION, plan.suite, model_name, asdict(gates), trials, diagnostics])
+    tasks = {name: registry.component(registry.get("task", kind)) for name, kind in plan.tasks.items()}
+    measured = [asdict(measurement) for measurement in plan.measurements]
+    return digest_of_json([VERSION, plan.suite, model_name, asdict(gates), tasks, measured, diagnostics])

@@ -121,5 +121,3 @@ class Store:
 def _host() -> str:
     """Return a short name of this machine without dots."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-

@@ -8,21 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from harness.analysis.curves import COLUMNS as CURVE_COLUMNS
+from harness.analysis.curves import curves
+from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, by_concept, worst_case
 from harness.contracts.defense import Defense
 from harness.contracts.state import ModelState
+from harness.contracts.table import Figure, Section, Table
 from harness.contracts.task import Measurement, Task
 from harness.core import registry, search, seeds
 from harness.core.concept import Concept
 from harness.core.identity import Input
 from harness.core.registry import register
 from harness.plan.builder import Builder, cycled
+from harness.results import leaderboard
+from harness.results.figures import recovery_curves
 from harness.stages.adapt import AdaptParameters, AttackerKnows, Judge, ProbeParameters, SpentBudget
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.suite.spec import AttackSpec
 from harness.tasks import immunization_checks
 from harness.tasks.immunization_form import ImmunizationSpec
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from harness.contracts.diagnostic import MeasuredRun
 
 HELD_OUT = 3
 """An adaptive attacker judges probes on one in so many of its own images."""
@@ -54,6 +66,21 @@ class Immunization(Task):
         measured = sum((len(together) + len(spec.innocents)) * each for together in spec.targets)
         measured += len(loaded.suite.utility) * len(spec.targets)
         return measured * len(loaded.defenses_in(name)) * len(loaded.suite.seeds or ())
+
+    def tables(self, run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
+        """The leaderboard first; its worst case, how soon attacks recover, single concepts, and recovery curves."""
+        lines, measured = run.leaderboard, run.measurements
+        worst, soon, concepts = worst_case(lines), curves(measured), by_concept(measured)
+        yield Table("leaderboard", COLUMNS, lines, leaderboard.sections(lines, worst, soon))
+        yield Table("worst_case", COLUMNS, worst)
+        yield Table("curves", CURVE_COLUMNS, soon)
+        yield Table("concepts", CONCEPT_COLUMNS, concepts, leaderboard.concept_sections(concepts))
+        for role in ("target", "innocent"):
+            yield Figure(f"recovery_{role}", partial(recovery_curves, measured, role=role))
+
+    def shown(self, made: Sequence[Table | Figure]) -> list[Section]:
+        """The leaderboard and its worst case."""
+        return leaderboard.shown(made[0].lines)
 
     def plan(self, name: str, spec: ImmunizationSpec, build: Builder) -> Iterator[Measurement]:
         """Yield the measurements of one protected set after the other."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from harness.analysis.compare import compare
 from harness.analysis.power import seeds_needed
+from tests.frames import frame_of
 from tests.simulated import Run
 
 ALONE = Run(attacks=("lora",))
@@ -33,7 +34,7 @@ MOST = 60
 
 def found(run: Run, seeds: int, difference: float, source: np.random.Generator) -> bool:
     """Tell whether a run of so many seeds makes the claim."""
-    (line,) = compare(replace(run, seeds=seeds).rows(source, difference), "mine", ["theirs"], 200)
+    (line,) = compare(frame_of(replace(run, seeds=seeds).rows(source, difference)), "mine", ["theirs"], 200)
     return line["verdict"] == "stronger"
 
 
@@ -54,7 +55,7 @@ def main() -> None:
             hits = dict.fromkeys(asked, 0)
             for _ in range(given.pilots):
                 rows = replace(run, seeds=size).rows(source, difference)
-                (line,) = seeds_needed(rows, difference, draws=200)
+                (line,) = seeds_needed(frame_of(rows), difference, draws=200)
                 for column, numbers in asked.items():
                     numbers.append(line[column])
                     if line[column] is not None and line[column] <= MOST:

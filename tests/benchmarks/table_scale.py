@@ -1,11 +1,13 @@
 """What `table` and `compare` take on a run of about 1,000,000 rows: seconds and memory of the whole process.
 
     python -m tests.benchmarks.table_scale             # some minutes, of which most go to writing the store
+    python -m tests.benchmarks.table_scale --folder large --against ../before --repeats 3
 
 The store is a synthetic one: committed score stages, a folder with a record and the scores each, for every trial of a
 suite of 8 defenses, 6 attacks, 3 metrics, 5 seeds, 9 targets and 20 prompts; what they hold is drawn at random. `table`
 and `compare` then run as anybody would run them, each in a process of its own. On a machine that does other work the
-seconds of the processor (user) are the ones to go by.
+seconds of the processor (user) are the ones to go by. With `--against` another checkout does the same on the same
+store, in turns with this one: keys of stages must be the same in both.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ def write_store(suite_path: Path, root: Path) -> tuple[int, int]:
         "preprocessing": "the backbone's own", "library": "open_clip_torch 3.3.0",
     }  # fmt: skip
     rows, written = 0, {}
+    for released in {trial.released for trial in made.trials} - {""}:  # a defense that is not committed has no rows
+        _commit(root / "immunize" / released, {"identity": describe(made.stages[released]), "key": released})
     for trial in made.trials:
         level = {"real": 0.9, "floor": 0.1}.get(trial.role, 0.4)
         for key in trial.scores.values():
@@ -75,28 +79,32 @@ def write_store(suite_path: Path, root: Path) -> tuple[int, int]:
                 ]
                 text = f'{{\n "about": {json.dumps(about)},\n "values": [\n{",".join(values)}\n ]\n}}\n'
                 folder = root / "score" / key
-                folder.mkdir(parents=True)
+                _commit(folder, {"identity": describe(made.stages[key]), "key": key})
                 (folder / "scores.json").write_text(text)
-                record = {"identity": describe(made.stages[key]), "key": key, "work": 0, "seconds": 1.5}
-                (folder / "record.json").write_text(json.dumps(record))
                 written[key] = len(values)
             rows += written[key]
     return len(written), rows
 
 
-def measure(name: str, *arguments: str) -> None:
-    """Run the program; print its seconds and the most memory that it held."""
+def _commit(folder: Path, record: dict) -> None:
+    """Make the folder of a stage with its record."""
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps({**record, "work": 0, "seconds": 1.5}))
+
+
+def measure(checkout: Path, *arguments: str) -> None:
+    """Run the program of a checkout; print its seconds and the most memory that it held."""
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "harness", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "harness", *arguments], cwd=checkout, stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
     )  # fmt: skip
     _, status, used = os.wait4(process.pid, 0)  # of this process alone; getrusage has the greatest of all so far
     wall = time.perf_counter() - started
     if status != 0:
-        raise SystemExit(f"{name} failed")
+        raise SystemExit(f"{arguments[0]} failed in {checkout}")
     print(
-        f"{name}: {wall:.1f} s wall, {used.ru_utime:.1f} s user, {used.ru_stime:.1f} s system, "
+        f"{checkout.name} {arguments[0]}: {wall:.1f} s wall, {used.ru_utime:.1f} s user, {used.ru_stime:.1f} s system, "
         f"{used.ru_maxrss / 1024:.0f} MB",
         flush=True,
     )
@@ -108,17 +116,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--targets", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="keep the store here, and use it if it is there")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, to be measured too")
+    parser.add_argument("--repeats", type=int, default=1)
     given = parser.parse_args()
+    checkouts = [ROOT] if given.against is None else [given.against.resolve(), ROOT]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = (given.folder or Path(temporary)).resolve()
         suite = folder / "suite.yaml"
         if not suite.exists():
             folder.mkdir(parents=True, exist_ok=True)
             files, rows = write_store(write_suite(folder, given.seeds, given.targets), folder / "runs" / "store")
             print(f"{rows:,} rows in {files:,} score stages", flush=True)
-        measure("table", "table", str(suite), "--runs", str(folder / "runs"))
         large = str(folder / "runs" / "large")
-        measure("compare", "compare", large, "--defense=imma1", "--baseline=imma0", "--baseline=none")
+        for _ in range(given.repeats):
+            for checkout in checkouts:
+                measure(checkout, "table", str(suite), "--runs", str(folder / "runs"))
+            for checkout in checkouts:
+                measure(checkout, "compare", large, "--defense=imma1", "--baseline=imma0", "--baseline=none")
 
 
 if __name__ == "__main__":

@@ -287,5 +287,3 @@ def test_other_drawings_of_the_object_are_nearer_than_another_object(cls):
     )
 
     assert _score(cls, drawn, same, **given) < _score(cls, drawn, other, **given)
-
-
