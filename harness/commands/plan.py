@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from harness.commands import arguments
 from harness.core.errors import ExitCode, UserMistake
@@ -49,5 +50,7 @@ def main(given: argparse.Namespace) -> ExitCode:
         return ExitCode.DONE
     from harness.results import power
 
-    power.show(opened.plan, len(opened.loaded.suite.seeds), given, opened.folder, arguments.console())
+    pilot = Path(given.pilot) if given.pilot is not None else None
+    question = power.Question(*given.power, pilot, tuple(given.between) if given.between else None)
+    power.show(opened.plan, len(opened.loaded.suite.seeds), question, opened.folder, arguments.console())
     return ExitCode.DONE

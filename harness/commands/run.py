@@ -8,6 +8,7 @@ from harness.commands import arguments
 from harness.core.errors import ExitCode
 
 SUMMARY = "run the missing stages of a suite, then show its leaderboard"
+EXECUTORS = ("ray", "serial")
 CACHE_MODES = ("always", "never", "only-missing", "only-cached")
 
 
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
     arguments.add_suite(parser)
     parser.add_argument(
-        "--executor", choices=("ray", "serial"), default="ray", help="who runs the stages (default: ray)"
+        "--executor", choices=EXECUTORS, default="ray", help="who runs the stages (default: ray)"
     )
     parser.add_argument(
         "--cache", choices=CACHE_MODES, default="only-missing",

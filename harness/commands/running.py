@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class RunOptions:
     """How a suite is run; none of it is part of what a result is."""
 
-    executor: str = "ray"  # ray | serial
-    cache: str = "only-missing"  # one of CACHE_MODES
+    executor: str = "ray"  # one of EXECUTORS of `commands.run`
+    cache: str = "only-missing"  # one of CACHE_MODES of `commands.run`
     is_tracked: bool = False  # write training curves for TensorBoard
     ray_address: str | None = None  # join this cluster; None: a private Ray on loopback
 

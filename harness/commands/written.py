@@ -48,6 +48,8 @@ def write_resolved(opened: Opened) -> None:
     """Keep the suite as it was resolved, defaults and overrides included."""
     import yaml
 
+    from harness.results.folder import RESOLVED
+
     described = opened.loaded.suite.model_dump(mode="json")
     text = f"# resolved from {Path(opened.loaded.source.name).name}, with defaults and overrides\n"
-    write_text(opened.folder / "suite.resolved.yaml", text + yaml.safe_dump(described, sort_keys=False))
+    write_text(opened.folder / RESOLVED, text + yaml.safe_dump(described, sort_keys=False))

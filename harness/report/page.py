@@ -20,11 +20,12 @@ from harness.core.errors import UserMistake, one_line
 from harness.core.version import __version__
 from harness.report import costs, drawings, own_sections, records, run_folder, sheets, views
 from harness.results import definitions
+from harness.results.folder import RESOLVED
 from harness.results.leaderboard import SOON_LEGEND, soon_text
 
 FOLDER = "report"
 DATA = (
-    "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", costs.FILE, run_folder.RESOLVED,
+    "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", costs.FILE, RESOLVED,
 )  # fmt: skip
 TEMPLATES = Path(report.__file__).parent / "template"
 

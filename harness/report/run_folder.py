@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from harness.analysis.leaderboard import Gates
 from harness.analysis.measurements import Measurements
 from harness.core.errors import UserMistake, one_line
+from harness.results import folder
+from harness.results.folder import RESOLVED, read_suite
 from harness.results.rows import read_rows
-from harness.results.tables import STATE
 from harness.store.store import Store
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-RESOLVED = "suite.resolved.yaml"
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 TrialName = tuple[str, str, str, str, str, str, str]
@@ -59,7 +56,7 @@ class RunFolder:
 
 def read(path: Path) -> RunFolder:
     """Read a run folder. Raises UserMistake when it is none, or was written by something else."""
-    text, suite = _suite(path)
+    text, suite = read_suite(path)
     try:
         seed = int(suite["seeds"][0])
         gates = Gates(**suite["gates"])
@@ -78,8 +75,8 @@ def read(path: Path) -> RunFolder:
         drawn=_drawn(rows, seed),
         scores=_keys(rows["score_key"]),
         store=Store(path.parent / "store"),
-        is_whole=_is_whole(path),
-        failures=_failures(path),
+        is_whole=folder.is_whole(path),
+        failures=folder.failures(path),
     )
 
 
@@ -105,36 +102,3 @@ def _drawn(rows: DataFrame, seed: int) -> dict[TrialName, Drawn]:
         places = zip(asked["step"].tolist(), prompts, asked["metric"].tolist(), strict=True)
         trial.scores = dict(zip(places, asked["value"].tolist(), strict=True))
     return drawn
-
-
-def _suite(path: Path) -> tuple[str, dict[str, Any]]:
-    file = path / RESOLVED
-    try:
-        text = file.read_text(encoding="utf-8")
-        suite = yaml.safe_load(text)
-    except OSError:
-        what = f"there is no {RESOLVED}; name the folder of a run, such as runs/quickstart"
-        raise UserMistake(f"{one_line(path)}: {what}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserMistake(f"{one_line(file)}: {one_line(error)}; write it anew with `table`") from None
-    if not isinstance(suite, dict):
-        raise UserMistake(f"{one_line(file)}: not a suite; write it anew with `table`")
-    return text, suite
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return json.loads((path / STATE).read_text(encoding="utf-8"))["is_whole"] is True
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _failures(path: Path) -> list[tuple[str, str]]:
-    found = []
-    for file in sorted((path / "failures").glob("*.json")):
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            found.append((str(record["label"]), str(record["error"])))
-        except (OSError, ValueError, KeyError, TypeError):
-            found.append((file.stem, "its record cannot be read"))
-    return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.analysis.measurements import Measurements
 from harness.analysis.power import MOST, POWER, seeds_needed
@@ -13,6 +14,9 @@ from harness.core.errors import UserMistake, one_line
 from harness.plan.graph import Plan
 from harness.results import console as terminal
 from harness.results.rows import read_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LEGEND = (
     f"Seeds with which `compare` tells two defenses apart in {100 * POWER:.0f} of 100 runs, if one protects more by "
@@ -23,20 +27,31 @@ LEGEND = (
 )
 
 
-def show(plan: Plan, seeds: int, given, own_folder: Path, console) -> None:
+@dataclass(frozen=True)
+class Question:
+    """What `plan --power` is asked."""
+
+    difference: float
+    """Between two defenses: in each metric's unit, or a share of what the attack reaches on the undefended model."""
+    is_share: bool = False
+    pilot: Path | None = None
+    """The folder of the pilot run; None: the suite's own."""
+    between: tuple[str, str] | None = None
+    """Two defenses of the pilot; None: all pairs."""
+
+
+def show(plan: Plan, seeds: int, question: Question, own_folder: Path, console: Console) -> None:
     """Print how many seeds a difference needs, for each task, metric and attack that the pilot shares with the plan.
 
     Raises UserMistake for a pilot that cannot tell.
     """
-    value, is_share = given.power
-    folder = Path(given.pilot) if given.pilot is not None else own_folder
-    if given.pilot is None and not (folder / "rows.csv").is_file():
+    folder, between, is_share = question.pilot or own_folder, question.between, question.is_share
+    if question.pilot is None and not (folder / "rows.csv").is_file():
         raise UserMistake(
             f"--power: {one_line(folder)} has no rows.csv yet; run this suite with two seeds or more, or name the "
             "folder of another run with --pilot"
         )
     table = Measurements(read_rows(folder))
-    between = tuple(given.between) if given.between else None
     known = list(dict.fromkeys(name for of in table.defenses.values() for name in of))
     for name in between or ():
         if name not in known:
@@ -56,7 +71,9 @@ def show(plan: Plan, seeds: int, given, own_folder: Path, console) -> None:
         has = f"; it has {', '.join('/'.join(key) for key in sorted(there)[:3])}" if there else ""
         what = f"holds none of the suite's task/metric/attack such as {first}{has}"
         raise UserMistake(f"--pilot {one_line(folder)}: {one_line(what, 400)}")
-    lines = seeds_needed(table, value, is_share=is_share, planned_seeds=seeds, asked=set(asked), between=between)
+    lines = seeds_needed(
+        table, question.difference, is_share=is_share, planned_seeds=seeds, asked=set(asked), between=between
+    )
     if not lines:
         what = "no attack was made on two defenses in the same task that it feels"
         raise UserMistake(f"--pilot {one_line(folder)}: {what}")

@@ -1,0 +1,122 @@
+"""The public face of ImmunityBench: `run`, `plan` and `load` for notebooks, and the names that plug-ins import.
+
+In a notebook::
+
+    from harness import api
+
+    results = api.run("quickstart", seeds=3, runs="my_runs")
+    results.leaderboard.query("metric == 'clip_image' and valid")
+    results.compare("imma", "none")
+
+In a plug-in::
+
+    from harness.api import Defense, Protection, ThreatModel, register
+
+Importing this module imports neither torch nor pandas.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.contracts.attack import Attack, AttackedConcept, Budget, Checkpoint, UsualBudget
+from harness.contracts.defense import Defense, ProtectedConcept
+from harness.contracts.diagnostic import Diagnostic, MeasuredRun, PageSection, ReleasedModel
+from harness.contracts.hooks import AdaptationHook, Batch, HookSpec, SamplingHook
+from harness.contracts.metric import Metric
+from harness.contracts.protection import Protection, ThreatModel
+from harness.contracts.stage import StageKind, StageWork
+from harness.contracts.state import ModelState
+from harness.contracts.table import Figure, Section, Table
+from harness.contracts.task import Build, Input, Measurement, Stage, Task, TaskSpec
+from harness.core.described import optional
+from harness.core.errors import ExitCode, UserMistake, one_line
+from harness.core.registry import register
+from harness.core.sampling import Sampling
+from harness.core.search import Choice, Range, Space
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.plan.graph import Plan
+    from harness.results.loaded_run import LoadedRun
+
+__all__ = [
+    "AdaptationHook", "Attack", "AttackedConcept", "Batch", "Budget", "Build", "Checkpoint", "Choice", "Defense",
+    "Diagnostic", "Figure", "HookSpec", "Input", "MeasuredRun", "Measurement", "Metric", "ModelState", "PageSection",
+    "ProtectedConcept", "Protection", "Range", "ReleasedModel", "Sampling", "SamplingHook", "Section", "Space",
+    "Stage", "StageKind", "StageWork", "Table", "Task", "TaskSpec", "ThreatModel", "UsualBudget", "UserMistake",
+    "load", "optional", "plan", "register", "run",
+]  # fmt: skip
+
+
+def run(
+    suite: str | Path,
+    *,
+    executor: Literal["ray", "serial"] = "ray",
+    cache: Literal["always", "never", "only-missing", "only-cached"] = "only-missing",
+    runs: str | Path = "runs",
+    plugins: Sequence[str | Path] = (),
+    ray_address: str | None = None,
+    console: Console | None = None,
+    **overrides: Any,
+) -> LoadedRun:
+    """Run the missing stages of a suite, write its tables, and return the results, as `python -m harness run` does.
+
+    `suite` is a file, or the name of a bundled suite. `overrides` replace values of the suite: run(..., seeds=3); a
+    nested one is named by its path: run(..., **{"attacks.0.steps": [10, 20]}). `console` shows the progress; None:
+    standard output. Trials that failed do not raise: they are the `failures` of the results, and the console says so.
+
+    Raises UserMistake for everything that is wrong in the suite, before any compute; KeyboardInterrupt when it was
+    interrupted: what is finished is kept, and the same call continues.
+    """
+    from harness.commands import arguments, running
+    from harness.commands.opened import open_suite
+    from harness.commands.run import CACHE_MODES, EXECUTORS
+
+    _check_choice("executor", executor, EXECUTORS)
+    _check_choice("cache", cache, CACHE_MODES)
+    given = [str(path) for path in plugins]
+    opened = open_suite(str(suite), assignments(overrides), plugins=given, runs=str(runs))
+    options = running.RunOptions(executor, cache, ray_address=ray_address)
+    if running.run(opened, options, console or arguments.console()) is ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    return load(opened.folder)
+
+
+def plan(
+    suite: str | Path, *, runs: str | Path = "runs", plugins: Sequence[str | Path] = (), **overrides: Any
+) -> Plan:
+    """Return the stages, units and measurements of a suite; nothing is computed or written. Arguments as in `run`."""
+    from harness.commands.opened import open_suite
+
+    given = [str(path) for path in plugins]
+    return open_suite(str(suite), assignments(overrides), plugins=given, runs=str(runs)).plan
+
+
+def load(folder: str | Path) -> LoadedRun:
+    """Return the results in the folder of a run, such as "runs/quickstart". Raises UserMistake where there is none."""
+    from harness.results.loaded_run import LoadedRun
+
+    return LoadedRun(Path(folder))
+
+
+def assignments(overrides: Mapping[str, Any]) -> list[str]:
+    """Return overrides as `--set` takes them. Raises UserMistake for a value that no suite can hold."""
+    lines = []
+    for key, value in overrides.items():
+        try:
+            lines.append(f"{key}={json.dumps(value, allow_nan=False)}")
+        except (TypeError, ValueError):
+            what = "a suite holds text, numbers, lists and mappings"
+            raise UserMistake(f"{one_line(key, 80)}: {one_line(repr(value), 80)}: {what}") from None
+    return lines
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise UserMistake for a value that is not allowed."""
+    if value not in allowed:
+        raise UserMistake(f"{name}: {one_line(repr(value), 60)} is none of {', '.join(allowed)}")

@@ -1,0 +1,51 @@
+"""A run folder, read back: the suite as it was resolved, whether its tables are whole, and what failed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.core.errors import UserMistake, one_line
+from harness.results.tables import STATE
+
+RESOLVED = "suite.resolved.yaml"
+"""The suite with defaults and overrides."""
+
+
+def read_suite(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return text and content of a run's suite. Raises UserMistake for a folder that holds none."""
+    file = folder / RESOLVED
+    try:
+        text = file.read_text(encoding="utf-8")
+        suite = yaml.safe_load(text)
+    except OSError:
+        what = f"there is no {RESOLVED}; name the folder of a run, such as runs/quickstart"
+        raise UserMistake(f"{one_line(folder)}: {what}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserMistake(f"{one_line(file)}: {one_line(error)}; write it anew with `table`") from None
+    if not isinstance(suite, dict):
+        raise UserMistake(f"{one_line(file)}: not a suite; write it anew with `table`")
+    return text, suite
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether the tables were made with every row."""
+    try:
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))["is_whole"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def failures(folder: Path) -> list[tuple[str, str]]:
+    """Return (stage, error) of the stages that failed in the last run."""
+    found = []
+    for file in sorted((folder / "failures").glob("*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            found.append((str(record["label"]), str(record["error"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            found.append((file.stem, "its record cannot be read"))
+    return found
