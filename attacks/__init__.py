@@ -1,1 +1,1 @@
-"""Attacks (adaptation methods), one a file, found by `harness.core.registry`. `base.py` is the contract."""
+"""Attacks (adaptations), one a file, found by `harness.core.registry`. The contract: `harness.contracts.attack`."""

@@ -1,1 +1,1 @@
-"""Defenses, one a file, found by `harness.core.registry`. `base.py` is the contract."""
+"""Defenses, one a file or package, found by `harness.core.registry`. The contract: `harness.contracts.defense`."""

@@ -1,1 +1,1 @@
-"""Metrics, one a file, found by `harness.core.registry`; and the leaderboard, which is arithmetic on their rows."""
+"""Metrics, one a file, found by `harness.core.registry`. The contract: `harness.contracts.metric`."""

@@ -1,1 +1,1 @@
-"""analysis"""
+"""Rows (a DataFrame) to numbers: leaderboard, curves, comparison, power, definitions. Pure: no files, no torch."""

@@ -1,1 +1,1 @@
-"""results"""
+"""Numbers to files and back: rows, tables, figures, Markdown, LaTeX, the terminal."""

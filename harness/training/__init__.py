@@ -1,1 +1,1 @@
-"""Shared parts of training: the diffusion loss, encoded images, draws by step, parameter groups, resumable state."""
+"""Shared parts of training: losses, one loop, bilevel look-ahead, hypergradients, weights (local or ZeRO), resuming."""
