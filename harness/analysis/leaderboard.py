@@ -31,8 +31,9 @@ of the attack on every innocent concept. Metrics without a direction have rows, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from harness.analysis.measurements import Cell, Measurements, Trial, measured
@@ -193,50 +194,110 @@ def _or(value: float | None, other: float) -> float:
     return other if value is None else value
 
 
+@dataclass(frozen=True)
+class _Attacked:
+    """One attack at one step, by one metric, on one defense and on the undefended model: what a line is made of."""
+
+    table: Measurements
+    group: tuple[str, str, str, str, int]
+    """(task, attack, attacker, metric, step)."""
+    defense: str
+
+    def means(self, defense: str, role: str) -> Mapping[Trial, float]:
+        """Return the means of this attack on a defense."""
+        task, attack, attacker, metric, step = self.group
+        return self.table.means(task, defense, attack, attacker, metric, step, role)
+
+    def unattacked(self, defense: str, role: str) -> Mapping[Trial, float]:
+        """Return the means before any attack; "" for the defense: of images that no model drew."""
+        return self.table.means(self.group[0], defense, "", "", self.group[3], 0, role)
+
+    @cached_property
+    def none(self) -> str:
+        """The label of the undefended model."""
+        return self.table.undefended[self.group[0]]
+
+    @cached_property
+    def sign(self) -> int:
+        """1 where a greater value of the metric is closer to the concept, else -1."""
+        return self.table.sign(self.group[3])
+
+    @cached_property
+    def undefended(self) -> dict[str, Mapping[Trial, float]]:
+        """What the attack reaches on the undefended model, by role."""
+        return {role: self.means(self.none, role) for role in ("target", "innocent")}
+
+    @cached_property
+    def sides(self) -> dict[str, Pairs]:
+        """Both values of each trial that was made on both models, by role."""
+        return {role: _paired(trials, self.means(self.defense, role)) for role, trials in self.undefended.items()}
+
+    @cached_property
+    def before(self) -> dict[str, Mapping[Trial, float]]:
+        """The undefended model before the attack, by role."""
+        return {role: self.unattacked(self.none, role) for role in ("target", "innocent")}
+
+    @cached_property
+    def original(self) -> Mapping[Trial, float]:
+        """The model before erasure, on targets."""
+        return self.unattacked("original", "target")
+
+    @cached_property
+    def real(self) -> Mapping[Trial, float]:
+        """Real images of the attack split."""
+        return self.unattacked("", "real")
+
+    @cached_property
+    def utilities(self) -> dict[str, tuple[float | None, str]]:
+        """Metric -> the share of utility that is left, and why it does not count (or "")."""
+        return {name: _utility(self.table, self.group[0], self.defense, name) for name in self.table.about}
+
+    @cached_property
+    def weak(self) -> Collection[str]:
+        """The defenses that were made weak on purpose."""
+        return self.table.weak.get(self.group[0], ())
+
+    def reasons(self, gates: Gates) -> list[str]:
+        """Return why the line does not count."""
+        sign, before, undefended = self.sign, self.before["target"], self.undefended["target"]
+        reasons = self._incomplete("target")
+        reasons += _failures(self.sides["target"], before, self.real, gates, "target", sign)
+        for weak in self.weak:
+            on_weak = _paired(undefended, self.means(weak, "target"))
+            if len(on_weak) < len(undefended):
+                reasons.append(f"incomplete: {len(on_weak)} of {len(undefended)} trials on {weak}, a weak defense")
+            reasons += _failures(on_weak, before, self.real, gates, "target", sign, weak)
+        reasons += _unerased(self.original, before, gates, sign)
+        for name, (value, reason) in self.utilities.items():
+            if reason:
+                reasons.append(reason)
+            if value is not None and value < gates.min_utility:
+                kept = f"utility {value:.2f} by {name}"
+                reasons.append(f"{kept} is below {gates.min_utility:g} of the undefended model's")
+        return reasons
+
+    def innocent_reasons(self, gates: Gates) -> list[str]:
+        """Return why the innocents' part of the line does not count."""
+        reasons = [] if self.defense in self.weak else self._incomplete("innocent")  # weak: attacked on targets alone
+        sides, before = self.sides["innocent"], self.before["innocent"]
+        return reasons + _failures(sides, before, self.real, gates, "innocent", self.sign)
+
+    def _incomplete(self, role: str) -> list[str]:
+        known, wanted = len(self.sides[role]), len(self.undefended[role])
+        return [f"incomplete: {known} of {wanted} trials on {role}s"] if known < wanted else []
+
+
 def _line(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict[str, Any] | None:
     """Return one line, or None when defense and undefended model share no target."""
     task, attack, attacker, metric, step = group
-    none = table.undefended[task]
     first = table.defenses[task][defense]
-    undefended = {
-        role: table.means(task, none, attack, attacker, metric, step, role) for role in ("target", "innocent")
-    }
-    sides = {
-        role: _paired(trials, table.means(task, defense, attack, attacker, metric, step, role))
-        for role, trials in undefended.items()
-    }
-    if not sides["target"]:
+    at = _Attacked(table, group, defense)
+    targets, innocents = at.sides["target"], at.sides["innocent"]
+    if not targets:
         return None
-    before = {role: table.means(task, none, "", "", metric, 0, role) for role in ("target", "innocent")}
-    real = table.means(task, "", "", "", metric, 0, "real")
     copied = table.means(task, "", "", "", table.guard, 0, "real")
-    sign = table.sign(metric)
-    target, innocent = _gap(sides["target"], sign), _gap(sides["innocent"], sign)
-    utilities = {name: _utility(table, task, defense, name) for name in table.about}
-    original = table.means(task, "original", "", "", metric, 0, "target")
-    reasons, innocent_reasons = (
-        [f"incomplete: {len(sides[role])} of {len(undefended[role])} trials on {role}s"]
-        if len(sides[role]) < len(undefended[role])
-        else []
-        for role in ("target", "innocent")
-    )
-    is_weak = defense in table.weak.get(task, ())
-    if is_weak:  # attacked on targets alone
-        innocent_reasons = []
-    reasons += _failures(sides["target"], before["target"], real, gates, "target", sign)
-    for weak in table.weak.get(task, ()):
-        on_weak = _paired(undefended["target"], table.means(task, weak, attack, attacker, metric, step, "target"))
-        if len(on_weak) < len(undefended["target"]):
-            wanted = len(undefended["target"])
-            reasons.append(f"incomplete: {len(on_weak)} of {wanted} trials on {weak}, a weak defense")
-        reasons += _failures(on_weak, before["target"], real, gates, "target", sign, weak)
-    reasons += _unerased(original, before["target"], gates, sign)
-    innocent_reasons += _failures(sides["innocent"], before["innocent"], real, gates, "innocent", sign)
-    for name, (value, reason) in utilities.items():
-        if reason:
-            reasons.append(reason)
-        if value is not None and value < gates.min_utility:
-            reasons.append(f"utility {value:.2f} by {name} is below {gates.min_utility:g} of the undefended model's")
+    target, innocent = _gap(targets, at.sign), _gap(innocents, at.sign)
+    reasons, innocent_reasons = at.reasons(gates), at.innocent_reasons(gates)
     if target["sgr"] is None:
         reasons.append("sgr is undefined: the undefended similarity is not positive")
     gap = None if target["sgr"] is None or innocent["sgr"] is None else target["sgr"] - innocent["sgr"]
@@ -247,7 +308,7 @@ def _line(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict
         "defense": defense,
         "method": first["method"],
         "profile": first["profile"],
-        "is_weak": is_weak,
+        "is_weak": defense in at.weak,
         "attack": attack,
         "attacker": attacker,
         "n_probes": table.probes.get((task, attack, attacker), 0),
@@ -256,11 +317,11 @@ def _line(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict
         "n_targets": target["concepts"],
         "n_innocents": innocent["concepts"],
         "n_seeds": target["seeds"],
-        "target_original": _mean(original.values()),
-        "target_before": _mean(before["target"].values()),
+        "target_original": _mean(at.original.values()),
+        "target_before": _mean(at.before["target"].values()),
         "target_none": target["none"],
         "target_defended": target["defended"],
-        "target_real": _mean(real[key] for key in _cells(sides["target"], real)),
+        "target_real": _mean(at.real[key] for key in _cells(targets, at.real)),
         "sgr": target["sgr"],
         "sgr_low": target["low"],
         "sgr_high": target["high"],
@@ -270,12 +331,12 @@ def _line(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict
         "innocent_sgr_low": innocent["low"],
         "innocent_sgr_high": innocent["high"],
         "relative_gap": gap,
-        "recovery": _recovery(sides["target"], before["target"], sign),
-        "utility": utilities[metric][0],
+        "recovery": _recovery(targets, at.before["target"], at.sign),
+        "utility": at.utilities[metric][0],
         "nearest_training": _mean(table.means(task, defense, attack, attacker, table.guard, step, "target").values()),
-        "nearest_training_real": _mean(copied[key] for key in _cells(sides["target"], copied)),
+        "nearest_training_real": _mean(copied[key] for key in _cells(targets, copied)),
         "valid": not reasons,
-        "innocent_valid": bool(sides["innocent"]) and not innocent_reasons,
+        "innocent_valid": bool(innocents) and not innocent_reasons,
         "reason": "; ".join(dict.fromkeys(reasons + innocent_reasons)),
         "direction": table.about[metric]["direction"],
         "unit": table.about[metric]["unit"],

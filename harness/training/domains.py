@@ -7,7 +7,7 @@ images may be missing from a batch. Images and captions are encoded once; draws 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,7 +20,6 @@ from harness.training.diffusion import Draw, EncodedImages, LossPart, denoising_
 if TYPE_CHECKING:
     from harness.contracts.defense import ProtectedConcept
 
-Weighting = Literal["domain_means", "batch_mean"]
 _NO_DIVISION_BY_ZERO = 1e-5
 """Added to how many of a batch are of a domain, as FreezeAsGuard's code does."""
 

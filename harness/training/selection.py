@@ -21,11 +21,6 @@ _PATTERNS: dict[str, re.Pattern] = {
 }
 
 
-def clean(name: str) -> str:
-    """Return a parameter's name without what an injected peft adapter puts into it."""
-    return name.replace(".base_layer", "")
-
-
 def select(names: Iterable[str], parameter_set: ParameterSet) -> list[str]:
     """Return the names "unet.…" that belong to the set, in the given order; adapter weights never do.
 
