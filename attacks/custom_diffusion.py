@@ -60,6 +60,7 @@ class CustomDiffusion(Attack):
     name = "custom_diffusion"
     version = 2
     Parameters = Parameters
+    quick = {"learning_rate": 1e-3, "prior_images": 2, "begin_as": "k"}
     budgets = {
         "": UsualBudget(250, 2),
         "testbed": UsualBudget(120, 4),

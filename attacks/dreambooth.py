@@ -40,6 +40,7 @@ class Dreambooth(Attack):
     name = "dreambooth"
     version = 1
     Parameters = Parameters
+    quick = {"learning_rate": 1e-3, "prior_images": 2}
     budgets = {
         "": UsualBudget(800, 1),  # the example's README, with prior preservation
         "imma": UsualBudget(500, 1),

@@ -58,6 +58,7 @@ class Lora(Attack):
     version = 2
     trains_released_weights = False
     Parameters = Parameters
+    quick = {"learning_rate": 1e-2, "prior_images": 2}
     budgets = {
         "": UsualBudget(1000, 1),  # IMMA: 50 epochs of 20 images
         "diffusers": UsualBudget(15_000, 4),  # batch 1, four accumulated

@@ -53,6 +53,7 @@ class TextualInversion(Attack):
     uses_words = True
     trains_released_weights = False
     Parameters = Parameters
+    quick = {"learning_rate": 1e-2}
     budgets = {
         "": UsualBudget(3000, 4),  # the example's README: batch 1, four accumulated, and the rate times four
         "imma": UsualBudget(2000, 1),

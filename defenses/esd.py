@@ -106,6 +106,7 @@ class Esd(Defense):
     uses = frozenset({"targets", "seed"})
     can_erase = True
     Parameters = Parameters
+    quick = {"iterations": 3, "sampling_steps": 4, "batch_size": 2, "learning_rate": 1e-3}
     presets = {
         # esd_sd.py; its negative guidance of 2 is 1 here
         "released_2025": {"iterations": 200, "learning_rate": 5e-5, "sampler": "frozen"},

@@ -139,6 +139,7 @@ class ImmaBase(Defense):
     uses = frozenset({"targets", "images", "seed"})
     can_shard = True
     Parameters = Parameters
+    quick = {"rounds": 2, "batch_size": 2, "prior_images": 2}
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:

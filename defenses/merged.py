@@ -43,6 +43,7 @@ class Merged(ImmaBase):
     version = 1
     can_shard = False  # one training after the other: DeepSpeed's engine cannot be put around the same UNet again
     Parameters = Parameters
+    quick = {**ImmaBase.quick, "ridge": 1e-3}
     presets = {
         # for the embedded testbed: IMMA's, at a higher rate since Merge takes means (docs/presets.md)
         "testbed": {

@@ -176,6 +176,7 @@ class Mima(Defense):
     uses = frozenset({"targets", "preserved", "images", "seed"})
     can_shard = True
     Parameters = Parameters
+    quick = {"rounds": 2, "batch_size": 2, "prior_images": 2, "ridge": 1e-3, "hypergradient": "first_order"}
     presets = {
         # for the embedded testbed: a look-ahead that matters; the prior term is not Algorithm 1's (docs/presets.md)
         "testbed": {

@@ -18,7 +18,7 @@ examples:
   python -m harness run my_suite.yaml --plugin my_defense.py --set seeds=3
 exit codes: 0 all done, 1 some trials failed, 2 mistake in what was given, 130 interrupted
 """
-VERBS = ("run", "plan", "validate", "status", "table", "compare", "report", "merge", "list", "doctor")
+VERBS = ("run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "list", "doctor")
 """Modules of `harness.commands`, in the order of the help."""
 
 

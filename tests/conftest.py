@@ -179,3 +179,20 @@ def run_python(*arguments: str, cwd: Path | None = None, **variables: str) -> su
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd or root, timeout=120
     )
+
+
+@pytest.fixture(scope="session")
+def small_setting(tmp_path_factory):
+    """Where every method's properties are tried: a tiny random model, and concepts of noise."""
+    import torch
+
+    from harness.conformance.setting import Setting
+    from harness.model.source import resolve_model
+    from harness.suite.spec import ModelSpec
+    from tests import tiny
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("conformance")
+    tiny.save_pipeline(folder / "model")
+    (folder / "work").mkdir()
+    return Setting.make(resolve_model(ModelSpec(id=str(folder / "model")), "test", folder), folder / "work")

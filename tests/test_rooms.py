@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages",),
     ("plan",),
     ("executors", "results"),
-    ("report", "tasks", "defenses", "attacks", "metrics"),
+    ("conformance", "report", "tasks", "defenses", "attacks", "metrics"),
     ("commands",),
 )
 """From the bottom up. Rooms without a prefix are folders of harness/, but for the packages of methods."""

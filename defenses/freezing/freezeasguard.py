@@ -136,6 +136,7 @@ class FreezeAsGuard(Freezing):
     version = 3
     can_shard = True
     Parameters = Parameters
+    quick = {"rounds": 2, "batch_size": 4, "user_steps": 1, "start_steps": 2, "start_batch_size": 2}
     presets = {
         # for the embedded testbed: its own rates, a tenth of the mask steps, the published c / N (docs/presets.md)
         "testbed": _TESTBED,

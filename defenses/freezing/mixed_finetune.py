@@ -43,6 +43,7 @@ class MixedFinetune(Defense):
     threat_model = ThreatModel(changes=("unet",))
     can_shard = True
     Parameters = Parameters
+    quick = {"steps": 3, "batch_size": 2}
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:

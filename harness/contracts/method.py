@@ -19,6 +19,8 @@ class Method:
     """Raised whenever results change, so that stored results of the old code are not reused."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of parameter values, each with its source in a comment."""
+    quick: ClassVar[Mapping[str, Any]] = {}
+    """Parameter values that make it cheap and still let it change something, for conformance checks (`check`)."""
 
     @dataclass(frozen=True)
     class Parameters:

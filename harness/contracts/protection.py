@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class ThreatModel:
     """Under which attacker a defense makes sense. Tables say which attacker they show."""
 
-    changes: tuple[str, ...] = ()  # what the defense changes: "unet.attention", "unet.cross_attention.kv", ...
+    changes: tuple[str, ...] = ()  # what the defense changes: a component, such as "unet", or a named set of the UNet's
+    # parameters, such as "unet.cross_attention_kv" (`harness.training.selection`)
     must_honour: tuple[str, ...] = ()  # what an attacker must obey: "frozen", "adaptation_hooks", "sampling_hooks"
 
 

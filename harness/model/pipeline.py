@@ -161,6 +161,11 @@ class DiffusionModel:
         known = self.parameters()
         return {name: known[name] for name in names}
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether `use_up` was called: the model cannot be put back and is loaded anew."""
+        return self._is_spent
+
     def overlay(self, tensors: Mapping[str, Tensor]) -> None:
         """Write changed weights over the model's. Raises KeyError or ValueError when they do not fit it."""
         parameters = self.change(tensors)

@@ -197,45 +197,6 @@ def test_what_no_data_gives(profile, binarise, fresh, make_run, tiny_folder):
     assert hearing != without
 
 
-def test_same_seed_same_mask(fresh, make_run, tiny_folder):
-    """Another seed gives another start."""
-    first, _ = learn(fresh(), make_run, tiny_folder, "a", binarise="topk")
-    second, _ = learn(fresh(), make_run, tiny_folder, "b", binarise="topk")
-    other, _ = learn(fresh(), lambda name: make_run(2, name), tiny_folder, "c", binarise="topk")
-
-    assert first.frozen == second.frozen
-    assert first.details == second.details
-    assert first.frozen != other.frozen
-
-
-@pytest.mark.parametrize("profile", ["paper", "released"])
-def test_killed_it_goes_on_to_the_same_mask(profile, fresh, make_run, tiny_folder):
-    """After any step, to the bit, with what was noted on the way."""
-    whole, numbers = learn(fresh(), make_run, tiny_folder, "whole", profile=profile)
-
-    class Killed(BaseException):
-        pass
-
-    def dying(name):
-        run = make_run(name=name)
-        run.checkpoint_interval_s = 0.0
-
-        def report(done, total):
-            if done == 5 and not name.endswith("prepared"):
-                raise Killed
-
-        run.report = report
-        return run
-
-    with pytest.raises(Killed):
-        learn(fresh(), lambda name: dying(name), tiny_folder, "cut", profile=profile)
-    again, numbers_again = learn(fresh(), lambda name: make_run(name=name), tiny_folder, "cut", profile=profile)
-
-    assert again.details == whole.details
-    assert again.frozen == whole.frozen
-    assert numbers_again == numbers
-
-
 @pytest.mark.parametrize("of", ["tensors", "parameters"])
 def test_random_freezing(of, model, make_run):
     """The share that was asked for; a seed's smaller share of tensors is part of its larger one."""

@@ -1,4 +1,4 @@
-"""MIMA: one round against a round written out, what changes, profiles, and going on after a kill."""
+"""MIMA: one round against a round written out, what changes, and profiles."""
 
 from __future__ import annotations
 
@@ -233,27 +233,6 @@ def test_class_key_trains_only_the_last_concept_of_a_class(model, make_run, conc
     )
 
     assert _same(both, alone)
-
-
-@pytest.mark.parametrize("profile", ["paper", "released"])
-def test_killed_run_goes_on_to_the_same_weights(model, make_run, concepts, captions, profile):
-    """A run that dies in its second round and is started again ends where an undisturbed one does."""
-    whole = _protect(model, make_run(1, "whole"), concepts, captions, profile=profile, rounds=3)
-    model.restore()
-    broken = make_run(1, "broken")
-    broken.checkpoint_interval_s = 0.0
-
-    def die(done, total):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    broken.report = die
-    with pytest.raises(KeyboardInterrupt):
-        _protect(model, broken, concepts, captions, profile=profile, rounds=3)
-    model.restore()
-    resumed = _protect(model, make_run(1, "broken"), concepts, captions, profile=profile, rounds=3)
-
-    assert _same(whole, resumed)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,400 @@
+"""What every attack must satisfy, one function a property."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.conformance import passes, processes
+from harness.conformance.interruption import Kills, survive
+from harness.conformance.setting import CLASS_PROMPT, EPSILON, NAMES, VELOCITY, Setting
+from harness.conformance.verdict import NotApplicable, fail
+from harness.contracts.attack import Attack, AttackedConcept, Budget
+from harness.contracts.protection import Protection
+from harness.core.words import Words
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
+
+STEPS = (1, 3)
+BATCH_SIZE = 2
+LOADED = 2e-2
+"""How far predictions after `load` may be from those in training, as a share of what the attack changed in them."""
+ROUNDING = 1e-6
+"""And as a share of the predictions: fp32, where an adapter is fused."""
+
+
+def gives_the_same_bits_for_the_same_seed(attack: Attack, setting: Setting) -> None:
+    """Two runs save the same at each step, to the bit, whatever the process's own random numbers are."""
+    first, second = (adapted(attack, setting).tensors for _ in range(2))
+    differs = _difference(first, second)
+    if differs:
+        fail(attack, f"saves another {differs} in a second run with the same seed")
+
+
+def gives_other_bits_for_another_seed(attack: Attack, setting: Setting) -> None:
+    """What is trained on noise depends on the seed of the noise."""
+    first, second = (adapted(attack, setting, setting.run(seed)).tensors for seed in (1, 2))
+    if _difference(first, second) is None:
+        fail(attack, "saves the same for another seed")
+
+
+def yields_the_steps_that_are_asked_for(attack: Attack, setting: Setting) -> None:
+    """In order and each once, and the trajectory goes on: a later step holds something else."""
+    found = adapted(attack, setting)
+    if found.yielded != list(STEPS):
+        fail(attack, f"yields checkpoints at steps {found.yielded} where {list(STEPS)} are asked for")
+    if _difference({0: found.tensors[STEPS[0]]}, {0: found.tensors[STEPS[-1]]}) is None:
+        fail(attack, f"saves the same at step {STEPS[-1]} as at step {STEPS[0]}")
+
+
+def goes_on_after_a_kill(attack: Attack, setting: Setting) -> None:
+    """Killed before its first state and after later ones, it ends as an undisturbed run does, to the bit."""
+    run = setting.run()
+    whole = adapted(attack, setting, run)
+    saved = setting.run_folder()
+    passed: list[Run] = []
+
+    def again(folder: Path, kills: Kills) -> dict[int, dict[str, Tensor]]:
+        passed.append(setting.run(1, folder, kills))
+        adapted(attack, setting, passed[-1], saved=saved)
+        return {step: files(attack, saved / f"{step}") for step in STEPS if (saved / f"{step}").is_dir()}
+
+    resumed = survive(again, setting.run_folder(), run.kills)
+    if resumed is None:
+        fail(attack, "starts over after a kill, although it keeps states")
+    differs = _difference(whole.tensors, resumed)
+    if differs:
+        fail(attack, f"saves another {differs} when it was killed and went on")
+    if run.ledger.forward_passes != passed[-1].ledger.forward_passes:
+        fail(attack, "counts other forward passes in the ledger when it was killed and went on")
+    if run.ledger.numbers != passed[-1].ledger.numbers:
+        fail(attack, "records other numbers in the ledger when it was killed and went on")
+
+
+def puts_the_model_back(attack: Attack, setting: Setting) -> None:
+    """After the stage, `restore` gives the released model, bit for bit: nothing undeclared was changed or added."""
+    from harness.conformance.released import Remembered
+
+    model = setting.model()
+    before = Remembered(model)
+    adapted(attack, setting, model=model)
+    if model.is_spent:
+        raise NotApplicable("it spends the model (`use_up`), which the next stage loads anew")
+    is_restorable = model.is_restorable()
+    model.restore()
+    left_behind = before.left_behind(model)
+    if left_behind or not is_restorable:
+        fail(attack, f"leaves {left_behind or 'something'} in the model that `restore` cannot undo")
+
+
+def trains_what_it_says(attack: Attack, setting: Setting) -> None:
+    """It changes weights of the released model in training where it `trains_released_weights`, and only there."""
+    changed = sorted(_trained(attack, setting))
+    if changed and not attack.trains_released_weights:
+        fail(attack, f"trains '{changed[0]}', but its `trains_released_weights` is False")
+    if not changed and attack.trains_released_weights:
+        fail(attack, "trains no weight of the released model, but its `trains_released_weights` is True")
+
+
+def leaves_frozen_weights_alone_when_honest(attack: Attack, setting: Setting) -> None:
+    """Bit for bit, in training and in what is loaded afterwards, for half of what it changes otherwise."""
+    from harness.conformance.released import Remembered
+
+    model = setting.model()
+    before = Remembered(model)
+    frozen = _half_of_what_changes(attack, setting)
+    trained: set[str] = set()
+    found = adapted(
+        attack, setting, model=model, protection=Protection(frozen=frozen),
+        look=lambda step, at: trained.update(before.changed(at)),
+    )  # fmt: skip
+    touched = sorted(trained & frozen)
+    if touched:
+        fail(attack, f"trains '{touched[0]}', which the publisher froze, as an honest attacker")
+    fresh = setting.model()
+    _again(attack).load(fresh, found.folders[STEPS[-1]])
+    touched = sorted(before.changed(fresh) & frozen)
+    if touched:
+        fail(attack, f"loads another '{touched[0]}', which the publisher froze, for an honest attacker")
+
+
+def ignores_frozen_weights_when_adaptive(attack: Attack, setting: Setting) -> None:
+    """An adaptive attacker saves what it would if nothing were frozen, to the bit."""
+    frozen = Protection(frozen=_half_of_what_changes(attack, setting))
+    free = adapted(attack, setting)
+    bold = adapted(attack, setting, protection=frozen, attacker="adaptive")
+    differs = _difference(free.tensors, bold.tensors)
+    if differs:
+        fail(attack, f"saves another {differs} as an adaptive attacker because the publisher froze something")
+
+
+def loads_what_it_trained(attack: Attack, setting: Setting) -> None:
+    """After `load` the model predicts what it did in training, and not what the released one does for the concept."""
+    called = _concept(attack, setting).called
+    model = setting.model()
+    states = model.encode_text(["a photo of a purse"])
+    before = _looks(model, states)
+    trained: dict[int, tuple[Tensor, Tensor]] = {}
+    found = adapted(
+        attack, setting, model=model, look=lambda step, at: trained.update({step: _looks(at, states)})
+    )
+    for step, folder in found.folders.items():
+        fresh = setting.model()
+        plain = _looks(fresh, fresh.encode_text([called]))
+        _again(attack).load(fresh, folder)
+        for was, known, now in zip(before, trained[step], _looks(fresh, states), strict=True):
+            allowed = LOADED * float((known - was).norm()) + ROUNDING * float(known.norm())
+            if not float((now - known).norm()) <= allowed:
+                fail(attack, f"loads another model at step {step} than it trained: predictions differ")
+        loaded = _looks(fresh, fresh.encode_text([called]))
+        if all(bool((a == b).all()) for a, b in zip(plain, loaded, strict=True)):
+            fail(attack, f"loads nothing at step {step} that would show when '{called}' is drawn")
+
+
+def unloads_to_the_released_model(attack: Attack, setting: Setting) -> None:
+    """After `unload`, and a `restore`, the model is what it was before `load`, to the bit."""
+    from harness.conformance.released import Remembered
+
+    folder = adapted(attack, setting).folders[STEPS[-1]]
+    model = setting.model()
+    before, prompts = Remembered(model), [_concept(attack, setting).called, "a purse"]
+    plain = _looks(model, model.encode_text(prompts))
+    loader = _again(attack)
+    for _ in range(2):  # stages load one checkpoint after another
+        loader.load(model, folder)
+        loader.unload(model)
+        changed = sorted(before.changed(model))
+        if changed:
+            fail(attack, f"leaves '{changed[0]}' changed when it is unloaded")
+        found = _looks(model, model.encode_text(prompts))
+        if not all(bool((a == b).all()) for a, b in zip(plain, found, strict=True)):
+            fail(attack, "leaves a model that draws otherwise when it is unloaded")
+    is_restorable = model.is_restorable()
+    model.restore()
+    left_behind = before.left_behind(model)
+    if left_behind or not is_restorable:
+        fail(attack, f"leaves {left_behind or 'something'} in the model when it is unloaded")
+
+
+def saves_finite_numbers(attack: Attack, setting: Setting) -> None:
+    """No saved tensor holds NaN or infinity."""
+    from harness.conformance.released import not_finite
+
+    for step, tensors in adapted(attack, setting).tensors.items():
+        bad = not_finite(tensors)
+        if bad:
+            fail(attack, f"saves '{bad}' at step {step} with values that are not finite")
+
+
+def fails_when_training_diverges(attack: Attack, setting: Setting) -> None:
+    """A UNet that predicts NaN fails the stage by FloatingPointError or ValueError; no checkpoint is yielded."""
+    from harness.conformance.released import poison
+
+    model = setting.model()
+    poison(model)
+    try:
+        adapted(attack, setting, model=model)
+    except (FloatingPointError, ValueError):
+        return
+    fail(attack, "yields a checkpoint although every prediction of the UNet was NaN")
+
+
+def counts_its_passes(attack: Attack, setting: Setting) -> None:
+    """Passes through the UNet are in the ledger, forward and backward."""
+    model, run = setting.model(), setting.run()
+    with passes.counted(model) as seen:
+        adapted(attack, setting, run, model=model)
+    passes.require_counted(attack, run.ledger, seen)
+
+
+def estimates_its_passes(attack: Attack, setting: Setting) -> None:
+    """`passes_an_example` is within a factor of two of what was made."""
+    run = setting.run()
+    adapted(attack, setting, run)
+    estimate = attack.passes_an_example(attack.parameters) * STEPS[-1] * BATCH_SIZE
+    passes.require_estimated(attack, run.ledger, estimate, "passes_an_example")
+
+
+def reads_predictions_as_the_model_means_them(attack: Attack, setting: Setting) -> None:
+    """Of the same weights it makes something else where they predict velocity."""
+    noise, velocity = (adapted(attack, setting.predicting(p)).tensors for p in (EPSILON, VELOCITY))
+    if _difference(noise, velocity) is None:
+        fail(attack, "saves the same of a model that predicts velocity as of one that predicts noise")
+
+
+def agrees_between_processes(attack: Attack, setting: Setting) -> None:
+    """Two processes (ZeRO 2, gloo) train what one does: the changes differ by a thousandth of their size at most."""
+    if not attack.can_share(attack.parameters):
+        raise NotApplicable("it says that it cannot be shared (`can_share`)")
+    folders = (adapted(attack, setting).folders[STEPS[-1]], processes.checkpoint(attack, setting))
+    before = {name: p.detach() for name, p in setting.model().parameters().items()}
+    loaded = []
+    for folder in folders:
+        model = setting.model()
+        _again(attack).load(model, folder)
+        loaded.append({name: p.detach() for name, p in model.parameters().items() if name in before})
+    processes.require_near(attack, before, *loaded)
+
+
+# -- how an attack is run --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trajectory:
+    """What a run of an attack left."""
+
+    yielded: list[int] = field(default_factory=list)
+    folders: dict[int, Path] = field(default_factory=dict)  # by step
+    tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by step, what the folder holds
+
+
+def adapted(
+    attack: Attack,
+    setting: Setting,
+    run: Run | None = None,
+    *,
+    model: DiffusionModel | None = None,
+    protection: Protection | None = None,
+    attacker: str = "honest",
+    saved: Path | None = None,
+    look: Callable[[int, DiffusionModel], None] = lambda step, model: None,
+) -> Trajectory:
+    """Run an attack on a concept; save each checkpoint into `saved`. `look` is called before each is saved."""
+    saved = saved or setting.run_folder()
+    model = model or setting.model()
+    found = Trajectory()
+    budget = Budget(STEPS, BATCH_SIZE, attacker)
+    concept = _concept(attack, setting)
+    for made in attack.adapt(model, concept, protection or Protection(), budget, run or setting.run()):
+        look(made.step, model)
+        found.yielded.append(made.step)
+        found.folders[made.step] = folder = saved / f"{made.step}"
+        shutil.rmtree(folder, ignore_errors=True)  # saved before a kill that came before its state was kept
+        folder.mkdir()
+        made.save(folder)
+        found.tensors[made.step] = files(attack, folder)
+    return found
+
+
+def save_last(attack: Attack, setting: Setting, run: Run, folder: Path) -> None:
+    """Run an attack as one of several processes; the first saves the last checkpoint into `folder`."""
+    budget = Budget(STEPS, BATCH_SIZE)
+    for made in attack.adapt(setting.model(), _concept(attack, setting), Protection(), budget, run):
+        if run.world.rank == 0 and made.step == STEPS[-1]:
+            made.save(folder)
+        run.world.wait()
+
+
+def files(attack: Attack, folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint, by file and name. Raises Nonconforming when it holds no safetensors."""
+    from safetensors.torch import load_file
+
+    found = {
+        f"{path.relative_to(folder)}/{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    if not found:
+        fail(attack, "saves no safetensors file in a checkpoint")
+    return found
+
+
+def _concept(attack: Attack, setting: Setting) -> AttackedConcept:
+    """Return the concept as a stage gives it: its words where `uses_words`, class images where they are asked for."""
+    words = Words("sk purse", "sk", "purse")
+    called = attack.called(attack.parameters, words)
+    images = setting.images(NAMES[0])
+    prior = setting.prior_images(attack.prior_images(attack.parameters))
+    return AttackedConcept(
+        kind="object",
+        captions=(f"a photo of {called}",) * len(images),
+        files=images,
+        words=words if attack.uses_words else Words(called),
+        called=called,
+        prior_captions=(CLASS_PROMPT,) * len(prior),
+        prior_files=prior,
+    )
+
+
+def _again(attack: Attack) -> Attack:
+    """Return another object of the attack: what is drawn from a checkpoint is a stage of its own."""
+    return type(attack)(attack.parameters)
+
+
+def _trained(attack: Attack, setting: Setting) -> set[str]:
+    """Return the released model's tensors that are changed in training at the last step."""
+    from harness.conformance.released import Remembered
+
+    model = setting.model()
+    before, changed = Remembered(model), set()
+    adapted(attack, setting, model=model, look=lambda step, at: changed.update(before.changed(at)))
+    return changed
+
+
+def _half_of_what_changes(attack: Attack, setting: Setting) -> frozenset[str]:
+    """Return every second tensor that the attack changes in the model, in training or when it is loaded."""
+    from harness.conformance.released import Remembered
+
+    model = setting.model()
+    before, changed = Remembered(model), set()
+    found = adapted(attack, setting, model=model, look=lambda step, at: changed.update(before.changed(at)))
+    fresh = setting.model()
+    _again(attack).load(fresh, found.folders[STEPS[-1]])
+    changed |= before.changed(fresh)
+    frozen = frozenset(sorted(changed & fresh.parameters().keys())[::2])
+    if not frozen:
+        raise NotApplicable("it changes no weight that a publisher could freeze")
+    return frozen
+
+
+def _looks(model: DiffusionModel, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the UNet predicts for fixed latents under text embeddings, and how a fixed text is encoded."""
+    import torch
+
+    with torch.no_grad():
+        source = torch.Generator().manual_seed(0)
+        size = model.unet.config.sample_size
+        latents = torch.randn(1, model.unet.config.in_channels, size, size, generator=source)
+        latents = latents.expand(len(states), -1, -1, -1).to(model.device)
+        timesteps = torch.full((len(states),), 500, device=model.device)
+        predicted = model.unet(latents, timesteps, states, return_dict=False)[0].clone()
+        return predicted, model.encode_text(["a photo of a purse"]).clone()
+
+
+def _difference(first: dict[int, dict[str, Tensor]], second: dict[int, dict[str, Tensor]]) -> str | None:
+    """Return what differs between two trajectories, in a few words; None: they are equal to the bit."""
+    from harness.conformance.released import first_difference
+
+    for step in sorted(first.keys() | second.keys()):
+        name = first_difference(first.get(step, {}), second.get(step, {}))
+        if name is not None:
+            return f"'{name}' at step {step}"
+    return None
+
+
+PROPERTIES: tuple[Callable[[Attack, Setting], None], ...] = (
+    gives_the_same_bits_for_the_same_seed,
+    gives_other_bits_for_another_seed,
+    yields_the_steps_that_are_asked_for,
+    goes_on_after_a_kill,
+    puts_the_model_back,
+    trains_what_it_says,
+    leaves_frozen_weights_alone_when_honest,
+    ignores_frozen_weights_when_adaptive,
+    loads_what_it_trained,
+    unloads_to_the_released_model,
+    saves_finite_numbers,
+    fails_when_training_diverges,
+    counts_its_passes,
+    estimates_its_passes,
+    reads_predictions_as_the_model_means_them,
+    agrees_between_processes,
+)
+"""All of them, the costly one last."""

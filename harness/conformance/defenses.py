@@ -1,0 +1,307 @@
+"""What every defense must satisfy, one function a property. Preparations are held to the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.conformance import passes, processes
+from harness.conformance.interruption import KillableRun, Kills, survive
+from harness.conformance.setting import CLASS_PROMPT, EPSILON, NAMES, VELOCITY, Setting
+from harness.conformance.verdict import NotApplicable, fail
+from harness.contracts.defense import Defense, ProtectedConcept
+from harness.contracts.hooks import make_hooks
+from harness.contracts.protection import Protection
+from harness.core.sharding import Sharding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
+
+HONOURED = {"frozen": "frozen", "adaptation": "adaptation_hooks", "sampling": "sampling_hooks"}
+"""By attribute of a `Protection`: what `ThreatModel.must_honour` says where it holds something."""
+
+
+def gives_the_same_bits_for_the_same_seed(defense: Defense, setting: Setting) -> None:
+    """Two runs release the same, to the bit, whatever the process's own random numbers are."""
+    first, second = (protected(defense, setting).protection for _ in range(2))
+    differs = difference(first, second)
+    if differs:
+        fail(defense, f"releases another {differs} in a second run with the same seed")
+
+
+def gives_other_bits_for_another_seed(defense: Defense, setting: Setting) -> None:
+    """Where the result depends on the seed, another one matters."""
+    if "seed" not in defense.used(defense.parameters):
+        raise NotApplicable("its `uses` holds no 'seed'")
+    first, second = (protected(defense, setting, setting.run(seed)).protection for seed in (1, 2))
+    if difference(first, second) is None:
+        fail(defense, "releases the same for another seed, but its `uses` holds 'seed'")
+
+
+def goes_on_after_a_kill(defense: Defense, setting: Setting) -> None:
+    """Killed before its first state and after later ones, it ends as an undisturbed run does, to the bit."""
+    prepared = prepare(defense, setting)
+    run = setting.run(_seed(defense))
+    whole = protected(defense, setting, run, prepared)
+
+    def again(folder: Path, kills: Kills) -> Outcome:
+        return protected(defense, setting, setting.run(_seed(defense), folder, kills), prepared)
+
+    resumed = survive(again, setting.run_folder(), run.kills)
+    if resumed is None:
+        fail(defense, "starts over after a kill, although it keeps states")
+    differs = difference(whole.protection, resumed.protection)
+    if differs:
+        fail(defense, f"releases another {differs} when it was killed and went on")
+    if whole.run.ledger.forward_passes != resumed.run.ledger.forward_passes:
+        fail(defense, "counts other forward passes in the ledger when it was killed and went on")
+    if whole.run.ledger.numbers != resumed.run.ledger.numbers:
+        fail(defense, "records other numbers in the ledger when it was killed and went on")
+
+
+def puts_the_model_back(defense: Defense, setting: Setting) -> None:
+    """After the stage, `restore` gives the released model, bit for bit: nothing undeclared was changed or added."""
+    from harness.conformance.released import Remembered
+
+    model = setting.model()
+    before = Remembered(model)
+    protected(defense, setting, model=model)
+    if model.is_spent:
+        raise NotApplicable("it spends the model (`use_up`), which the next stage loads anew")
+    is_restorable = model.is_restorable()
+    model.restore()
+    left_behind = before.left_behind(model)
+    if left_behind or not is_restorable:
+        fail(defense, f"leaves {left_behind or 'something'} in the model that `restore` cannot undo")
+
+
+def releases_what_it_declares(defense: Defense, setting: Setting) -> None:
+    """Changed tensors are among `threat_model.changes`; what attackers must obey is under `must_honour`."""
+    from harness.conformance.declared import covered
+
+    model = setting.model()
+    released = protected(defense, setting, model=model).protection
+    known = setting.model().parameters()
+    try:
+        declared = covered(known, defense.threat_model.changes)
+    except ValueError as error:
+        fail(defense, f"declares what cannot be checked: {error}")
+    changes = ", ".join(defense.threat_model.changes) or "nothing"
+    for component in released.components:
+        if component not in defense.threat_model.changes:
+            fail(defense, f"releases another {component}, but its threat model declares to change {changes}")
+    for name, tensor in released.tensors.items():
+        is_of_another = name.partition(".")[0] in released.components
+        if not is_of_another and (name not in known or known[name].shape != tensor.shape):
+            fail(defense, f"releases '{name}' of shape {tuple(tensor.shape)}, which does not fit the model")
+        if not is_of_another and name not in declared:
+            fail(defense, f"releases '{name}', but its threat model declares to change {changes}")
+    unknown = sorted(released.frozen - known.keys())
+    if unknown:
+        fail(defense, f"freezes '{unknown[0]}', which the model does not have")
+    for attribute, word in HONOURED.items():
+        if getattr(released, attribute) and word not in defense.threat_model.must_honour:
+            fail(defense, f"releases '{attribute}', but `must_honour` of its threat model lacks '{word}'")
+    for kind in ("adaptation", "sampling"):
+        make_hooks(f"{kind}_hook", getattr(released, kind))
+
+
+def releases_finite_numbers(defense: Defense, setting: Setting) -> None:
+    """No tensor, no detail and no number of the ledger is NaN or infinite."""
+    from harness.conformance.released import not_finite
+
+    outcome = protected(defense, setting)
+    bad = not_finite(_tensors(outcome.protection))
+    if bad:
+        fail(defense, f"releases '{bad}' with values that are not finite")
+    said = {**outcome.protection.details, "the ledger": outcome.run.ledger.numbers}
+    for where, numbers in said.items():
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                fail(defense, f"says {value} for '{name}' of {where}")
+
+
+def fails_when_training_diverges(defense: Defense, setting: Setting) -> None:
+    """A UNet that predicts NaN fails the stage by FloatingPointError or ValueError; nothing of it is released."""
+    from harness.conformance.released import poison
+
+    if not protected(defense, setting).run.ledger.forward_passes:
+        raise NotApplicable("it makes no pass through the UNet")
+    prepared = prepare(defense, setting)
+    model = setting.model()
+    poison(model)
+    try:
+        protected(defense, setting, prepared=prepared, model=model)
+    except (FloatingPointError, ValueError):
+        return
+    fail(defense, "releases something although every prediction of the UNet was NaN")
+
+
+def counts_its_passes(defense: Defense, setting: Setting) -> None:
+    """Passes through the UNet are in the ledger, forward and backward."""
+    prepared = prepare(defense, setting)
+    model = setting.model()
+    with passes.counted(model) as seen:
+        outcome = protected(defense, setting, prepared=prepared, model=model)
+    passes.require_counted(defense, outcome.run.ledger, seen)
+
+
+def estimates_its_passes(defense: Defense, setting: Setting) -> None:
+    """`unet_passes` is within a factor of two of what was made, and zero where nothing is."""
+    outcome = protected(defense, setting)
+    estimate = defense.unet_passes(defense.parameters, len(concepts(defense, setting)[0]))
+    passes.require_estimated(defense, outcome.run.ledger, estimate, "unet_passes")
+
+
+def needs_only_what_it_declares(defense: Defense, setting: Setting) -> None:
+    """It gets by on what `used` says (of this, every property gives it no more); `used` adds nothing to `uses`."""
+    used = defense.used(defense.parameters)
+    more = sorted(used - defense.uses)
+    if more:
+        fail(defense, f"adds '{more[0]}' by `used`, which its `uses` does not hold")
+    try:
+        protected(defense, setting)
+    except Exception as error:
+        left_out = ", ".join(sorted(Defense.uses - used)) or "nothing"
+        fail(defense, f"fails without what it declares not to use ({left_out}): {type(error).__name__}: {error}")
+
+
+def reads_predictions_as_the_model_means_them(defense: Defense, setting: Setting) -> None:
+    """Of the same weights it makes something else where they predict velocity, if it makes passes through the UNet."""
+    noise, velocity = (protected(defense, setting.predicting(p)) for p in (EPSILON, VELOCITY))
+    differs = difference(noise.protection, velocity.protection)
+    if noise.run.ledger.forward_passes and differs is None:
+        fail(defense, "releases the same of a model that predicts velocity as of one that predicts noise")
+    if differs and not noise.run.ledger.forward_passes:
+        fail(defense, f"releases another {differs} of a model that predicts velocity, but makes no pass through it")
+
+
+def agrees_between_processes(defense: Defense, setting: Setting) -> None:
+    """Two processes (ZeRO 2, gloo) release what one does: the changes differ by a thousandth of their size at most."""
+    if not defense.can_shard:
+        raise NotApplicable("it declares that it cannot be shared (`can_shard`)")
+    refused = defense.check_sharding(defense.parameters, Sharding(2, 2))
+    if refused:
+        raise NotApplicable(refused[0][1])
+    alone = protected(defense, setting, setting.run(_seed(defense))).protection
+    shared = processes.protection(defense, setting)
+    if alone.frozen != shared.frozen:
+        fail(defense, "freezes other tensors when two processes share it")
+    if alone.components:
+        raise NotApplicable("it releases whole components, which are not compared")
+    before = {name: p.detach() for name, p in setting.model().parameters().items()}
+    processes.require_near(defense, before, alone.tensors, shared.tensors)
+
+
+# -- how a defense is run --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of a defense gave."""
+
+    protection: Protection  # its tensors are copies on the CPU
+    run: KillableRun | Run
+
+
+def protected(
+    defense: Defense,
+    setting: Setting,
+    run: Run | None = None,
+    prepared: Mapping[str, Tensor] | None = None,
+    model: DiffusionModel | None = None,
+) -> Outcome:
+    """Run a defense (after its preparation, unless that is given) on what it declares to use."""
+    run = run or setting.run(_seed(defense))
+    run.prepared = prepare(defense, setting, run.seed) if prepared is None else prepared
+    targets, preserved = concepts(defense, setting)
+    released = defense.protect(model or setting.model(), targets, preserved, run)
+    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in released.tensors.items()}
+    return Outcome(replace(released, tensors=tensors), run)
+
+
+def prepare(defense: Defense, setting: Setting, seed: int | None = 1) -> Mapping[str, Tensor]:
+    """Return the tensors that the defense's preparation changes; {}: it has none."""
+    preparation = defense.preparation(defense.parameters)
+    if preparation is None:
+        return {}
+    run = setting.run(seed if "seed" in preparation.used(preparation.parameters) else None)
+    return protected(preparation, setting, run).protection.tensors
+
+
+def concepts(defense: Defense, setting: Setting) -> tuple[list[ProtectedConcept], list[ProtectedConcept]]:
+    """Return targets and preserved concepts, as many as the defense takes: two and one, or one and one, or one alone.
+
+    Raises NotApplicable when it takes none of these.
+    """
+    refused: list[str] = []
+    for targets, preserved in ((2, 1), (1, 1), (1, 0), (2, 0)):
+        mistakes = defense.check_task(defense.parameters, targets, preserved)
+        refused += [message for _, message in mistakes]
+        if not mistakes and (defense.max_targets is None or targets <= defense.max_targets):
+            used = defense.used(defense.parameters)
+            given = [_concept(defense, setting, name) for name in NAMES]
+            return (
+                given[:targets] if "targets" in used else [],
+                # class images come with targets alone
+                [replace(c, prior_captions=(), prior_files=()) for c in given[2 : 2 + preserved]]
+                if "preserved" in used
+                else [],
+            )
+    raise NotApplicable(f"it takes neither one nor two concepts: {refused[0] if refused else 'max_targets'}")
+
+
+def _concept(defense: Defense, setting: Setting, name: str) -> ProtectedConcept:
+    """Return a concept as a stage gives it: without images where `used` leaves them out."""
+    files = setting.images(name) if "images" in defense.used(defense.parameters) else ()
+    prior = setting.prior_images(defense.prior_images(defense.parameters))
+    captions = (f"a photo of a {name}",) * len(files)
+    return ProtectedConcept("object", name, captions, files, (CLASS_PROMPT,) * len(prior), prior)
+
+
+def difference(first: Protection, second: Protection) -> str | None:
+    """Return what differs between two protections, in a word or a tensor's name; None: they are equal to the bit."""
+    from harness.conformance.released import first_difference
+
+    name = first_difference(_tensors(first), _tensors(second))
+    if name is not None:
+        return f"'{name}'"
+    differing = (f.name for f in fields(Protection) if f.name not in ("tensors", "components"))
+    return next((f"`{name}`" for name in differing if getattr(first, name) != getattr(second, name)), None)
+
+
+def _tensors(protection: Protection) -> dict[str, Tensor]:
+    """Return every tensor that is released, those of whole components too."""
+    whole = {
+        f"{component} as a whole, {name}": tensor
+        for component, module in protection.components.items()
+        for name, tensor in module.state_dict().items()
+    }
+    return {**protection.tensors, **whole}
+
+
+def _seed(defense: Defense) -> int | None:
+    return 1 if "seed" in defense.used(defense.parameters) else None
+
+
+PROPERTIES: tuple[Callable[[Defense, Setting], None], ...] = (
+    gives_the_same_bits_for_the_same_seed,
+    gives_other_bits_for_another_seed,
+    goes_on_after_a_kill,
+    puts_the_model_back,
+    releases_what_it_declares,
+    releases_finite_numbers,
+    fails_when_training_diverges,
+    counts_its_passes,
+    estimates_its_passes,
+    needs_only_what_it_declares,
+    reads_predictions_as_the_model_means_them,
+    agrees_between_processes,
+)
+"""All of them, the costly one last."""

@@ -1,0 +1,119 @@
+"""A method done by two processes that share it, and how near what they make must be to what one makes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.conformance.setting import Setting
+from harness.conformance.verdict import NotApplicable, fail
+from harness.contracts.protection import Protection
+from harness.core.sharding import Sharding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARING = Sharding(workers=2, zero_stage=2)
+TOLERANCE = 1e-3
+"""Of the change's own norm, in fp32: only the order of sums differs, which AdamW makes more of where a gradient is
+next to rounding."""
+TIMEOUT_S = 600.0
+
+
+def protection(defense: Any, setting: Setting) -> Protection:
+    """Return what two processes release that share a defense."""
+    return Protection.load(_shared(defense, setting))
+
+
+def checkpoint(attack: Any, setting: Setting) -> Path:
+    """Return the folder of the last checkpoint of two processes that share an attack."""
+    return _shared(attack, setting)
+
+
+def require_near(
+    method: Any, before: Mapping[str, Tensor], alone: Mapping[str, Tensor], shared: Mapping[str, Tensor]
+) -> None:
+    """Raise Nonconforming when what two processes changed differs from what one did by more than `TOLERANCE`."""
+    if alone.keys() != shared.keys():
+        fail(method, "changes other tensors when two processes share it")
+    moved = sum(float((alone[n] - before[n]).double().square().sum()) for n in alone) ** 0.5
+    apart = sum(float((alone[n] - shared[n]).double().square().sum()) for n in alone) ** 0.5
+    if apart > TOLERANCE * moved:
+        share = f"{apart / moved:.1e} of the change" if moved else "where one changes nothing"
+        fail(method, f"changes the weights otherwise when two processes share it (by {share})")
+
+
+def _shared(method: Any, setting: Setting) -> Path:
+    """Do a method in two processes; return the folder that the first filled. Raises Nonconforming when one fails."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise NotApplicable("DeepSpeed is not installed")
+    folder = setting.run_folder()
+    (folder / "work").mkdir()
+    (folder / "made").mkdir()
+    job = pickle.dumps((setting, folder)) + pickle.dumps(method)  # the second is read when plug-ins are imported
+    logs = [folder / f"process{rank}.log" for rank in range(SHARING.workers)]
+    environment = _environment()
+    processes: list[subprocess.Popen] = []
+    try:
+        for rank, log in enumerate(logs):
+            with open(log, "wb") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "harness.conformance.process"],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.PIPE,
+                    stdout=file,
+                    stderr=file,
+                )
+            processes.append(process)
+            process.stdin.write(job)
+            process.stdin.close()
+        failed = _first_failure(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if failed is not None:
+        lines = logs[failed].read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        fail(method, f"fails when two processes share it: {lines[-1] if lines else 'no message'}")
+    return folder / "made"
+
+
+def _first_failure(processes: list[subprocess.Popen]) -> int | None:
+    """Return the rank that fails first (or runs too long), or None when all end well."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code not in (None, 0) or (code is None and time.monotonic() > deadline):
+                return rank
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment that the processes have in common."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    root = str(Path(__file__).resolve().parents[2])
+    return {
+        **os.environ,
+        "WORLD_SIZE": str(SHARING.workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"),
+        "OMP_NUM_THREADS": "1",
+        # DeepSpeed compiles its CPU communication and looks for ninja there
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "DS_SKIP_CUDA_CHECK": "1",
+    }

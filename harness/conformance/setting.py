@@ -1,0 +1,115 @@
+"""Where a property is tried: a small model, three concepts with images, and a folder for runs. Plain data."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.conformance.interruption import KillableRun, Kills
+from harness.core import parameters
+from harness.core.errors import UserMistake
+from harness.model.source import ModelSource
+
+if TYPE_CHECKING:
+    from harness.contracts.method import Method
+    from harness.model.pipeline import DiffusionModel
+
+EPSILON, VELOCITY = "epsilon", "v_prediction"
+NAMES = ("purse", "lamp", "cat")
+CLASS_PROMPT = "an object"
+OWN, PRIOR = 4, 2
+"""Images of each concept, and of its class."""
+_global_seeds = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A small model and what to train it on; it can be sent to another process."""
+
+    source: ModelSource
+    folder: Path  # exists; images/ lies in it, and a folder for each run
+    prediction: str | None = None  # what its weights are said to predict: EPSILON | VELOCITY; None: as they do
+    plugins: tuple[str, ...] = ()  # files that register the methods, for other processes
+
+    @classmethod
+    def make(cls, source: ModelSource, folder: Path, plugins: tuple[str, ...] = ()) -> Setting:
+        """Return a setting in an existing folder, with pictures of its own: noise, another for each concept."""
+        for number, name in enumerate((*NAMES, "class")):
+            _write_noise(folder / "images" / name, OWN if name in NAMES else PRIOR, seed=number)
+        return cls(source, folder, None, plugins)
+
+    def predicting(self, prediction: str) -> Setting:
+        """Return the same with weights that are said to predict something else."""
+        return replace(self, prediction=prediction)
+
+    def images(self, name: str) -> tuple[Path, ...]:
+        """Return the images of a concept, or of "class"."""
+        return tuple(sorted((self.folder / "images" / name).glob("*.png")))
+
+    def prior_images(self, count: int) -> tuple[Path, ...]:
+        """Return as many images of the class as are asked for; there are few different ones."""
+        return tuple(itertools.islice(itertools.cycle(self.images("class")), count))
+
+    def model(self) -> DiffusionModel:
+        """Return the released model, loaded anew, on the CPU.
+
+        The process's own random numbers start elsewhere each time: nothing may depend on them.
+        """
+        import torch
+        from transformers.utils import logging
+
+        from harness.model.pipeline import DiffusionModel
+
+        logging.disable_progress_bar()
+        model = DiffusionModel.load(self.source, torch.device("cpu"))
+        if self.prediction is not None:
+            scheduler = model.pipeline.scheduler
+            model.pipeline.scheduler = type(scheduler).from_config(
+                scheduler.config, prediction_type=self.prediction
+            )
+            model = DiffusionModel(model.pipeline, model.device)
+        torch.manual_seed(next(_global_seeds))
+        return model
+
+    def run_folder(self) -> Path:
+        """Return a new, empty folder."""
+        return Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
+
+    def run(self, seed: int | None = 1, folder: Path | None = None, kills: Kills | None = None) -> KillableRun:
+        """Return the surroundings of a stage, which keeps a state whenever it can."""
+        import torch
+
+        return KillableRun(
+            seed,
+            torch.device("cpu"),
+            "fp32",
+            folder or self.run_folder(),
+            checkpoint_interval_s=0.0,
+            kills=kills or Kills(),
+        )
+
+
+def small(cls: type[Method], given: Mapping[str, Any] | None = None, preset: str | None = None) -> Any:
+    """Return a method with the values that make it cheap (`Method.quick`), and over these the given ones.
+
+    Raises UserMistake for values that its parameters refuse.
+    """
+    values, mistakes = parameters.resolve(cls, {**cls.quick, **(given or {})}, preset)
+    if mistakes:
+        raise UserMistake([f"{cls.name}: {name + ': ' if name else ''}{message}" for name, message in mistakes])
+    return cls(values)
+
+
+def _write_noise(folder: Path, count: int, *, seed: int) -> None:
+    """Write `count` images of noise as PNG."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for index in range(count):
+        Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(folder / f"{index:03d}.png")
