@@ -7,6 +7,7 @@ from pathlib import Path
 
 from harness.commands import arguments
 from harness.core.errors import ExitCode
+from harness.core.garbage import collection_paused
 
 SUMMARY = "set a defense of a run beside others: differences, intervals, corrected tests"
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+@collection_paused()
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.results import comparison

@@ -6,6 +6,7 @@ import argparse
 
 from harness.commands import arguments
 from harness.core.errors import ExitCode
+from harness.core.garbage import collection_paused
 
 SUMMARY = "write and show the tables from what is committed"
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+@collection_paused()
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands.opened import open_suite

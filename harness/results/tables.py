@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from harness.store.store import Store
 
 STATE = "tables.json"
 """What the tables in a folder were made from, which files were written, and which diagnostics failed."""
-VERSION = 13
+VERSION = 14
 """Raised when the same rows make other tables or figures."""
 RESERVED = frozenset({"paper_rows", "report"})
 """Names that no table of a run may have."""
@@ -66,9 +67,11 @@ def write(
     is_whole = all(store.has(plan.stages[k].kind, k) for each in plan.measurements for k in each.scores.values())
     folder.mkdir(parents=True, exist_ok=True)
     rows = collect(plan, store, model_name)
-    write_rows(folder, rows)
     run = RunResults(plan, store, folder, model_name, gates, rows, papers)
-    made, shown = _of_tasks(run)
+    with ThreadPoolExecutor(1) as beside:  # rows are written, mostly outside Python, while tables are made of them
+        written = beside.submit(write_rows, folder, rows)
+        made, shown = _of_tasks(run)
+    written.result()
     if run.costs:
         made.append(adaptation_cost.table(run.costs))
     general = [each for each in made if isinstance(each, Table)]
@@ -205,5 +208,5 @@ def _fingerprint(plan: Plan, model_name: str, gates: Gates) -> str:
     """Return a digest of everything that the tables are made from, but the values: those the score keys stand for."""
     diagnostics = [registry.component(registry.get("diagnostic", name)) for name in registry.names("diagnostic")]
     tasks = {name: registry.component(registry.get("task", kind)) for name, kind in plan.tasks.items()}
-    measured = [asdict(measurement) for measurement in plan.measurements]
+    measured = [vars(measurement) for measurement in plan.measurements]
     return digest_of_json([VERSION, plan.suite, model_name, asdict(gates), tasks, measured, diagnostics])
