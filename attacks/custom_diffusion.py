@@ -1,6 +1,6 @@
 """Custom Diffusion: train the key and value projections of cross-attention and a modifier word (Kumari et al. 2023).
 
-The word ("<new1>") takes the place of the concept's identifier, or stands before its name where it has none; class
+The word ("<new1>") replaces the concept's identifier, or is put before its name where it has none; class
 images hold the model back. Saved as diffusers loads it:
 
     pipeline.unet.load_attn_procs(

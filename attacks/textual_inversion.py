@@ -1,6 +1,6 @@
 """Textual Inversion: learn the embedding of a new word for the concept, and nothing else (Gal et al. 2022).
 
-The word stands in template prompts ("a photo of a <concept>"), one drawn for each example, and in the evaluation
+The word is used in template prompts ("a photo of a <concept>"), one drawn for each example, and in the evaluation
 prompts in the place of the concept's name. As *concept inversion* (Pham et al. 2023) the same attack brings an erased
 concept back without changing a weight. Only the new rows exist as trained parameters; the encoder's own embeddings are
 not touched at all.
@@ -35,7 +35,7 @@ class Parameters(Optimization):
     learning_rate: LearningRate = 2e-3
     flip: bool = True
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
-    """Embeddings of the word, which stand side by side."""
+    """Embeddings of the word, one token after the other."""
     placeholder: Annotated[str, Field(pattern=r"^<[a-z0-9*_-]{1,30}>$")] = "<concept>"
     """The word."""
     begin_as: Annotated[str, Field(min_length=1, max_length=200)] | None = None

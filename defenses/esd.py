@@ -89,7 +89,7 @@ class Parameters:
     """Both codes. Samples of a batch have their own concept, text and noise; with the trained sampler they stop at the
     same DDIM step."""
     templates: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] = ("{}",)
-    """Texts that name the concept; {} stands for its phrase. Both codes use the phrase alone."""
+    """Texts that name the concept; {} is replaced by its phrase. Both codes use the phrase alone."""
 
     def __post_init__(self):
         if self.sampler == "frozen" and self.pool < len(self.templates):
@@ -222,7 +222,7 @@ class _Source:
     def predict(self, latents: Tensor, timesteps: Tensor | int, text: Tensor, weights=None) -> tuple[Tensor, Tensor]:
         """Return the predictions for "" and for the text, in one batch and without gradient.
 
-        `weights` stand in for the UNet's own, by name.
+        `weights` replace the UNet's, by name.
         """
         import torch
 

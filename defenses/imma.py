@@ -21,7 +21,7 @@ Profiles
 Beyond both: `hypergradient`. Papers and code take phi* for a constant (first_order). With `exact` or
 `finite_difference` the lower steps of a round are SGD steps, and the upper gradient is that of the loss after them as a
 function of the weights before: it sees how the weights steer the attack. `ascent_only` drops the lower level (the
-code's `--max`), the ablation that tells what the lower level is worth.
+code's `--max`), the ablation that shows what the lower level is worth.
 
 Differences from earlier code of version 1: `lower_optimizer: sgd` with first_order takes SGD steps in the levels' usual
 turns, with decay and clipping; it used to look ahead. The version stays, since no bundled suite or preset asks for it.
@@ -29,7 +29,7 @@ turns, with decay and clipping; it used to look ahead. The version stays, since 
 Differences from the paper: the optimizer of either level is not known from the text; both use AdamW as the code does.
 Differences from the released code: gradients are computed only where a level needs them (the code accumulates them in
 the whole UNet and never clears them); latents and text embeddings are encoded once; images are resized by LANCZOS and
-cropped at the centre (there: bilinear, random crop unless told otherwise); `--reinitialize_lora`, which has no effect
+cropped at the centre (there: bilinear, random crop by default); `--reinitialize_lora`, which has no effect
 there, does not exist; DB+LoRA, which cannot run there, runs; a last, smaller batch of an epoch is filled from the next.
 """
 

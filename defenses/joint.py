@@ -2,7 +2,7 @@
 
 One lower level adapts to the images of all concepts taken together, and the upper level ascends the loss on them:
 IMMA (`defenses/imma.py`) with X' = union of X'_n. MIMA's paper (AAAI 2025) compares with a baseline that it calls JT;
-what exactly that is could not be read, so this one has a name of its own.
+what exactly that is could not be read, so this one has another name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Joint(ImmaBase):
 
     @classmethod
     def check_task(cls, parameters, targets, preserved) -> list[tuple[str, str]]:
-        """A new word stands for one concept."""
+        """A new word names one concept."""
         if parameters.lower == "textual_inversion" and targets > 1:
             return [("lower", "textual_inversion teaches one word; joint trains on several concepts at once")]
         return []

@@ -5,7 +5,7 @@ of cross-attention are merged by MIMA's constrained least squares (`harness/trai
 words meet that concept's immunized projections; every other weight is the mean over concepts, by which each concept's
 change is divided by their number. MIMA's paper (AAAI 2025) compares with a baseline that it calls CM; what exactly that
 is could not be read (the released code holds an offline merge of per-concept checkpoints that suggests this), so this
-one has a name of its own.
+one has another name.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ Algorithm 1, for k = 1 .. K:
 
 Merge takes key and value projections of cross-attention together by constrained least squares on the concepts' words
 (`harness/training/merge.py`), and every other weight by its mean. The lower step is virtual: the next round starts
-again from theta. AdamW ascends the upper level; the mean over concepts stands for the sum, as in the released code
+again from theta. AdamW ascends the upper level; the mean over concepts replaces the sum, as in the released code
 (AdamW does not see the difference, clipping would).
 
 Profiles give the settings below their values where these are left open (None).
     paper     Algorithm 1: the lower step is undone (`lower_persist` false), the gradient goes through Merge and through
               the lower step (`grad_through_merge`, `hypergradient` finite_difference), no prior terms, no clipping.
-    released  what train.py does: lower and upper steps in turn on batches of their own; merged weights stay, all other
+    released  what train.py does: lower and upper steps in turn on separate batches; merged weights stay, all other
               lower weights take AdamW steps down the mean gradient; no gradient through Merge or the lower step; prior
               preservation on both levels with weight 1; the upper gradient clipped to norm 1. What is outside S^u
               drifts in training and is not released.
@@ -220,7 +220,7 @@ class Mima(Defense):
 
     @classmethod
     def check_task(cls, parameters, targets, preserved) -> list[tuple[str, str]]:
-        """Refuse to weigh what is not there."""
+        """Refuse a weight for a term that does not exist."""
         if parameters.weighs_prior and parameters.prior_from == "preserved" and not preserved:
             return [("prior_from", "the task preserves no concept; list some under 'preserve', or use class")]
         return []

@@ -14,7 +14,7 @@ Differences from the paper: its Eq. 7 has e = p = 1 and no lambda; scales and ri
 Differences from the released code: text is encoded once, M is shared by all matrices and solved in float64 (the code
 encodes for every matrix and inverts in float32); concepts are given as a list, so a comma belongs to a name; the list
 of preserved texts is what the suite states, never an unseeded sample of artists; `guide_templates` puts the guide into
-the concept's template (off as in the code, where the guide stands alone).
+the concept's template (off as in the code, where the guide is used alone).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Parameters:
     guide: str = " "
     """What the concept is mapped to; the released code turns "" into " "."""
     templates: tuple[str, ...] = ("{}",)
-    """Texts that name the concept; {} stands for its phrase. The released option add_prompts adds several."""
+    """Texts that name the concept; {} is replaced by its phrase. The released option add_prompts adds several."""
     guide_templates: bool = False
     """Put the guide into the same templates (as the 2025 code does) instead of using it alone."""
     preserve: tuple[str, ...] = ()

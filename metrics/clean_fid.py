@@ -45,8 +45,8 @@ class Parameters:
     """A local file with Inception's weights. Mode clean: the TorchScript file of clean-fid, whose graph is executed, so
     take it from where you trust; legacy_pytorch: safetensors. None: fetched as clean-fid does."""
     statistics: str | None = None
-    """A local .npz file as clean-fid's make_custom_stats writes it (for KID the one that ends in _kid), which stands
-    in the place of the references; of the same mode and extractor, which the file does not say. None: references."""
+    """A local .npz file as clean-fid's make_custom_stats writes it (for KID the one that ends in _kid), used
+    instead of the references; of the same mode and extractor, which the file does not say. None: references."""
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""

@@ -32,7 +32,7 @@ def _location(backbone: str, kind: str) -> str:
 
 
 def local_files(backbone: str, kind: str, pretrained: str | None = None) -> dict[str, Path]:
-    """Return where the parameters `backbone` and `pretrained` lie when they are files here, not names of a library."""
+    """Return where the parameters `backbone` and `pretrained` are when they are files here, not names of a library."""
     found = {}
     location = _location(backbone, kind)
     if location.startswith("local-dir:"):

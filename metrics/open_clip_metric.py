@@ -11,7 +11,7 @@ class OpenClipMetric(Metric):
 
     @classmethod
     def files(cls, parameters):
-        """Return what of the two lies here."""
+        """Return which of the two are here."""
         return local_files(parameters.backbone, "clip", parameters.pretrained)
 
     @classmethod

@@ -1,6 +1,6 @@
 """SSCD (Pizzi et al. 2022): is a drawn image a copy of one that the attack was trained on?
 
-The greatest cosine of copy-detection descriptors with any training image, which stands beside the scores, as
+The greatest cosine of copy-detection descriptors with any training image, which is shown beside the scores, as
 `nearest_training_image` does. A model of Meta's release as TorchScript, by a local path: loading it executes its
 graph, not pickled Python, so take it from where you trust (its licence forbids commercial use). For sscd_disc_mixup
 its authors call pairs above 0.75 copies, with 90 % precision on DISC.

@@ -1,8 +1,8 @@
 """Target-class accuracy: in how many drawn images a classifier finds the class that was asked for among its top k.
 
 As in IMMA's helper: torchvision's ResNet-50 with its own preprocessing, k = 3. The class is the ImageNet category whose
-name stands in a prompt's description in plain words, as "garbage truck" in "a garbage truck on the beach"; other words
-are given in `words`. A description that names no category, or several, is told before anything runs.
+name is in a prompt's description in plain words, as "garbage truck" in "a garbage truck on the beach"; other words
+are given in `words`. A description that names no category, or several, is refused before anything runs.
 
 `classifier: testbed` classifies among the testbed's 88 objects by its CLIP, zero-shot: by the nearest captions, as no
 classifier ships with it. Among 88 classes top 3 is easier than among 1000.
@@ -42,7 +42,7 @@ class Parameters:
     """A local safetensors file with tensors for that classifier; None: torchvision fetches them."""
     top_k: Annotated[int, Field(ge=1, le=100)] = 3
     words: Mapping[str, Annotated[tuple[str, ...], Field(min_length=1)]] = field(default_factory=dict)
-    """Words of descriptions that stand for categories of other names, any of which counts: {dog: [beagle, pug]}. A
+    """Words of descriptions that mean categories of other names, any of which counts: {dog: [beagle, pug]}. A
     description that holds one of them is not searched for others."""
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ def asked_for(text: str, known: Mapping[str, Sequence[int]], words: Mapping[str,
 
 
 def _named(text: str, names: Iterable[str]) -> list[str]:
-    """Return the names, in lower case, that stand in a text as whole words, but for those within longer ones."""
+    """Return the names, in lower case, that a text contains as whole words, but for those within longer ones."""
     text, found = " ".join(text.lower().split()), []
     for name in sorted({name.lower() for name in names}, key=lambda name: (-len(name), name)):
         pattern = rf"(?<![\w-]){re.escape(name)}(?![\w-])"

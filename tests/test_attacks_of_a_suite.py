@@ -6,7 +6,7 @@ import pytest
 
 from harness.core.described import as_json
 from tests.conftest import SUITE
-from tests.test_suite_mistakes import assert_told
+from tests.test_suite_mistakes import assert_says
 from tests.trials import trials
 
 SECOND = "  - {method: lora, name: l8, steps: [8], tasks: [personalization]}\n"
@@ -40,12 +40,12 @@ def test_limit_is_in_no_key(project):
     assert set(project.plan(with_attacks(SECOND)).stages) < set(everywhere.stages)
 
 
-def test_unknown_task_of_an_attack_is_told(project):
+def test_unknown_task_of_an_attack_is_reported(project):
     """With the name that was meant."""
     project.write(with_attacks(SECOND.replace("[personalization]", "[personalisation]")))
 
     words = "attacks[1].tasks[0]: unknown task 'personalisation'; did you mean 'personalization'?"
-    assert_told(project.validate(), project, ":17: ", words)
+    assert_says(project.validate(), project, ":17: ", words)
 
 
 def test_task_without_attacks_is_a_mistake(project):
@@ -54,7 +54,7 @@ def test_task_without_attacks_is_a_mistake(project):
 
     told = project.validate()
 
-    assert_told(told, project, ":10: ", "tasks.relearning: no attack is left for this task; name 'relearning' under")
+    assert_says(told, project, ":10: ", "tasks.relearning: no attack is left for this task; name 'relearning' under")
     assert len(told.errors) == 1
 
 
@@ -63,7 +63,7 @@ def test_tasks_of_an_attack_are_a_list_of_names(project, tasks):
     """Anything else is told at its place."""
     project.write(with_attacks(SECOND.replace("[personalization]", tasks)))
 
-    assert_told(project.validate(), project, ":17: ", "attacks[1].tasks")
+    assert_says(project.validate(), project, ":17: ", "attacks[1].tasks")
 
 
 def test_images_of_an_attack_are_counted_in_its_tasks_alone(project):
@@ -72,7 +72,7 @@ def test_images_of_an_attack_are_counted_in_its_tasks_alone(project):
 
     assert project.plan(text.replace("generate: {per_split: 3}", "generate: {per_split: 1}"))
     project.write(text.replace("images: 2", "images: 3"))
-    assert_told(project.validate(), project, ":17: ", "the attack split of purse holds 2")
+    assert_says(project.validate(), project, ":17: ", "the attack split of purse holds 2")
 
 
 # -- searches --------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_a_search_needs_two_images(project):
     assert project.validate().code == 0
 
     project.write(with_attacks(tuned))
-    assert_told(project.validate(), project, ":17: ", "attacks[1].search: probes are judged on images that")
+    assert_says(project.validate(), project, ":17: ", "attacks[1].search: probes are judged on images that")
 
 
 TUNED_WORD = (
@@ -107,14 +107,14 @@ def test_probe_prompts_must_name_the_concept(project):
     assert project.validate().code == 0
 
     project.write(named(", probe_prompts: [a purse on grass]"))
-    assert_told(project.validate(), project, ":17: ", "which is not in 'a purse on grass' of concept 'purse'")
+    assert_says(project.validate(), project, ":17: ", "which is not in 'a purse on grass' of concept 'purse'")
 
 
 def test_probe_prompts_are_none_of_the_evaluations(project):
     """A search that sees the evaluation finds what was not to be found."""
     project.write(named(", probe_prompts: [a sks purse]"))
 
-    assert_told(project.validate(), project, ":5: ", "'a sks purse' is asked by the evaluation too")
+    assert_says(project.validate(), project, ":5: ", "'a sks purse' is asked by the evaluation too")
 
 
 def test_probes_are_judged_by_plain_words(project):
@@ -196,7 +196,7 @@ def test_the_undefended_model_is_not_weak(project):
     """It tests attacks as it is."""
     project.write(SUITE.replace("[none,", "[{method: none, weak: true},"))
 
-    assert_told(project.validate(), project, ":12: ", "defenses[0]: 'weak' is for a defense")
+    assert_says(project.validate(), project, ":12: ", "defenses[0]: 'weak' is for a defense")
 
 
 # -- a task is left out ----------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_concept_that_nobody_used_is_still_told(project):
 
     told = project.validate("--set", "tasks.personalization=null")
 
-    assert_told(told, project, ":8: ", "concept 'bag' is described but not used")
+    assert_says(told, project, ":8: ", "concept 'bag' is described but not used")
     assert len(told.errors) == 1
 
 
@@ -255,7 +255,7 @@ def test_null_elsewhere_is_a_value(project):
         (["defenses.0=null"], "defenses[0]: expected the name of a method"),
     ],
 )
-def test_what_cannot_be_taken_away_is_told(project, given, words):
+def test_what_cannot_be_taken_away_is_reported(project, given, words):
     """One line that names the override."""
     outcome = project.validate(*(part for text in given for part in ("--set", text)))
 

@@ -30,7 +30,7 @@ def commit_all(project, *, but: int = 0) -> int:
             if stage.kind == "score":
                 about = {"direction": "higher", "unit": "cosine", "range": "-1..1", "backbone": "b",
                          "preprocessing": "p", "library": "l"}  # fmt: skip
-                start = 0.9 if "real images of" in stage.label else 0.1 if " as if of " in stage.label else 0.5
+                start = 0.9 if "real images of" in stage.label else 0.1 if "(floor)" in stage.label else 0.5
                 values = [{"step": step, "prompt": 0, "value": start + step / 100} for step in (0, 2, 4)]
                 (folder / "scores.json").write_text(json.dumps({"about": about, "values": values}))
     return len(stages)
@@ -282,7 +282,7 @@ def test_damaged_state_of_the_tables_is_written_again(project, finished, content
 
 
 @pytest.mark.parametrize("options", [(), ("--cache", "only-cached")])
-def test_finished_suite_whose_tables_cannot_be_written_is_told(project, options):
+def test_finished_suite_whose_tables_cannot_be_written_is_reported(project, options):
     """Somebody's file where the tables go: one line, as before any compute."""
     commit_all(project)
     (project.runs / "small").write_text("x")
@@ -347,7 +347,7 @@ def test_mistake_in_the_arguments_is_one_line(capsys, given, words):
 
 @pytest.mark.parametrize("verb", ["run", "plan", "table"])
 @pytest.mark.parametrize("below", ["", "/below", "/below/deep"])
-def test_runs_that_is_a_file_is_told(project, verb, below):
+def test_runs_that_is_a_file_is_reported(project, verb, below):
     """A file, or a folder that would lie in one."""
     file = project.folder / "file"
     file.write_text("x")
@@ -362,7 +362,7 @@ def test_runs_that_is_a_file_is_told(project, verb, below):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc, where nobody can make a folder")
 @pytest.mark.parametrize("verb", ["run", "table"])
-def test_runs_that_cannot_be_written_is_told(project, verb):
+def test_runs_that_cannot_be_written_is_reported(project, verb):
     """Before any compute."""
     outcome = project.cli(verb, str(project.suite), "--runs", "/proc/immunitybench")
 
@@ -371,7 +371,7 @@ def test_runs_that_cannot_be_written_is_told(project, verb):
     assert line.startswith("error: --runs /proc/immunitybench: cannot be written: ")
 
 
-def test_run_folder_that_is_a_file_is_told(project):
+def test_run_folder_that_is_a_file_is_reported(project):
     """Somebody's file where the suite's results go."""
     project.runs.mkdir()
     (project.runs / "small").write_text("x")

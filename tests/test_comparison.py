@@ -56,7 +56,7 @@ def test_it_says_who_is_stronger_and_leaves_three_files(run, capsys):
         (["--defense=mine", "--baseline=mine"], "--baseline mine: a defense is not compared with itself"),
     ],
 )
-def test_names_that_are_not_there_are_told(run, capsys, arguments, words):
+def test_names_that_are_not_there_are_reported(run, capsys, arguments, words):
     """In one line, with exit code 2."""
     assert main(["compare", str(run), *arguments]) == ExitCode.USER_MISTAKE
     (line,) = capsys.readouterr().err.splitlines()
@@ -78,7 +78,7 @@ def test_names_that_are_not_there_are_told(run, capsys, arguments, words):
         (b"\xff\xfe" * 9, "rows.csv: is no table: "),
     ],
 )
-def test_a_folder_that_is_no_run_is_told(tmp_path, capsys, content, words):
+def test_a_folder_that_is_no_run_is_reported(tmp_path, capsys, content, words):
     """With the file and line."""
     if content is not None:
         (tmp_path / "rows.csv").write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -13,7 +13,7 @@ from harness.model.source import fetches, has_sd1_shape, resolve_model
 from harness.suite.spec import ModelSpec
 from tests.conftest import run_python, write_model
 from tests.test_registry import DEFENSE
-from tests.test_suite_mistakes import assert_told
+from tests.test_suite_mistakes import assert_says
 
 COMMIT = "133a221b8aa7292a167afc5127cb63fb5005638b"
 HUB = ("model: model", f"model: {{id: CompVis/stable-diffusion-v1-4, revision: {COMMIT}}}")
@@ -142,11 +142,11 @@ ENCODERS = {
     "{method: clip_image, backbone: 'hf-hub:some/clip'}": f"{MUST}some/clip (size unknown)",
     "{method: clip_image, backbone: 'hf-hub:some/clip@abc'}": f"{MUST}some/clip at abc (size unknown)",
     "{method: clip_text, backbone: RN50, pretrained: cc12m}":
-        "may have to be fetched: open_clip's RN50/cc12m (size unknown); its library keeps it where it likes",
+        "may have to be fetched: open_clip's RN50/cc12m (size unknown); cache location unknown",
     "self_supervised_image": f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB)",
     "{method: self_supervised_image, backbone: 'hf-hub:some/vit'}": f"{MUST}some/vit (size unknown)",
     "{method: self_supervised_image, backbone: vit_tiny}":
-        "may have to be fetched: timm's vit_tiny (size unknown); its library keeps it where it likes",
+        "may have to be fetched: timm's vit_tiny (size unknown); cache location unknown",
     "{method: self_supervised_image, preset: dinov2}": f"{MUST}timm/vit_small_patch14_dinov2.lvd142m (about 88 MB)",
     "{method: cmmd, preset: released}": f"{MUST}timm/vit_large_patch14_clip_336.openai (about 1.7 GB)",
     "lpips": f"{MUST}torchvision's AlexNet_Weights.IMAGENET1K_V1 (about 244 MB)",
@@ -197,8 +197,8 @@ def test_run_offline_without_the_files_is_a_mistake_before_any_compute(project, 
 
     outcome = project.cli("run", str(project.suite), "--runs", str(project.runs))
 
-    assert_told(outcome, project, ":2: ", "is not in the local cache, and HF_HUB_OFFLINE is set; fetch it first")
-    assert_told(outcome, project, ":17: ", "timm/vit_base_patch32_clip_224.openai")
+    assert_says(outcome, project, ":2: ", "is not in the local cache, and HF_HUB_OFFLINE is set; fetch it first")
+    assert_says(outcome, project, ":17: ", "timm/vit_base_patch32_clip_224.openai")
     assert len(outcome.errors) == 2
 
 
@@ -230,14 +230,14 @@ def test_naming_needs_neither_network_nor_torch(project, verb):
         ("lambda cls, p: [Fetched('a', 7)]", "`fetches` of mine failed: TypeError"),
     ],
 )
-def test_plugin_that_names_nonsense_is_told(project, write_plugin, unregister, cache, function, words):
+def test_plugin_that_names_nonsense_is_reported(project, write_plugin, unregister, cache, function, words):
     """One line, at the line that names it."""
     body = DEFENSE.replace("    def protect", f"    fetches = classmethod({function})\n\n    def protect")
     body = f"from harness.core.fetched import Fetched\n{body}"
     cache("a", "b", is_main=True)
     project.write(project.edited(("[none, uce, {", "[none, uce, mine, {")))
 
-    assert_told(project.validate("--plugin", str(write_plugin(body))), project, ":12: ", words)
+    assert_says(project.validate("--plugin", str(write_plugin(body))), project, ":12: ", words)
 
 
 def test_defense_of_a_plugin_may_fetch(project, write_plugin, unregister, cache):

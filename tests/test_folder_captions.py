@@ -82,7 +82,7 @@ def test_prompts_of_the_suite_come_before_them(purse, project):
         (b"file_name,text\n0.png,\xff\n", "metadata.csv: cannot be read: "),
     ],
 )
-def test_bad_captions_are_told(project, text, message):
+def test_bad_captions_are_reported(project, text, message):
     """One line, exit code 2."""
     path = project.folder / "purse" / "metadata.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -100,7 +100,7 @@ def test_two_files_of_captions_are_one_too_many(project):
     captions(project, form="jsonl")
     project.write(project.edited())
 
-    assert "metadata.jsonl lies there too; keep one of them" in project.validate().err
+    assert "metadata.jsonl is there too; keep one of them" in project.validate().err
 
 
 def test_sizes_belong_to_folders(project):

@@ -55,7 +55,7 @@ def test_masks_of_the_same_concepts_and_seed_start_from_one_fine_tuning(project,
     assert len(prepared) == 2 * 2 * 2  # once erased before, once not
     assert len(learned) == 4 * 2 * 2
     assert {s.inputs["prepared"].key for s in learned} == {k for k, s in plan.stages.items() if s.kind == "prepare"}
-    assert all(("erase" in s.inputs) == ("erased before" in s.label) for s in prepared)
+    assert all(("erase" in s.inputs) == ("on the erased model" in s.label) for s in prepared)
 
 
 @pytest.mark.parametrize("defense", FREEZING)

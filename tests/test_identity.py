@@ -294,7 +294,7 @@ def test_version_of_a_method_changes_its_stages(project, monkeypatch):
 
     assert labels(before, "immunize", gone_in=after) == {
         f"immunize imma for {concept}, seed {seed}{erased}"
-        for concept, erased in (("vangogh", ", erased before"), ("purse", ""))
+        for concept, erased in (("vangogh", ", on the erased model"), ("purse", ""))
         for seed in (0, 1)
     }
 

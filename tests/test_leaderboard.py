@@ -397,7 +397,7 @@ def test_utility_of_a_model_that_draws_nothing_is_undefined():
     assert found["reason"].startswith("utility is undefined by clip: ")
 
 
-def test_part_of_the_utility_is_told():
+def test_part_of_the_utility_is_reported():
     """Half of the seeds: the value is that of the half, and the cell does not count."""
     found = only([r for r in small() if not (r["role"] == "utility" and r["defense"] == "mine" and r["seed"] == 1)])
 
@@ -414,7 +414,7 @@ def test_incomplete_innocents_are_told_but_the_target_counts():
     assert found["reason"] == "incomplete: 3 of 4 trials on innocents"
 
 
-def test_utility_that_one_metric_did_not_measure_is_told():
+def test_utility_that_one_metric_did_not_measure_is_reported():
     """The other metric's line does not count either."""
     rows = [r for r in by_dino(0.48) if not (r["role"] == "utility" and r["metric"] == "dino")]
 
@@ -481,7 +481,7 @@ def test_erasure_that_removed_too_little_makes_the_cell_invalid(first, is_valid)
     assert found["reason"] == ("" if is_valid else "target dog: erasure left 0.400 of 0.440, nothing to re-learn")
 
 
-def test_erasure_that_added_is_told():
+def test_erasure_that_added_is_reported():
     """More of the concept than before."""
     assert only(erased(0.3), gates=Gates(min_headroom=0))["reason"] == (
         "target dog: erasure left 0.400 of 0.300, nothing to re-learn"
@@ -502,7 +502,7 @@ def test_target_original_is_empty_without_erasure(line):
     assert line["target_original"] is None
 
 
-def test_missing_rows_before_the_attack_are_told():
+def test_missing_rows_before_the_attack_are_reported():
     """Without them nobody knows what the attack regained."""
     found = only([r for r in small() if r["step"] or r["role"] in ("real", "utility")])
 
@@ -511,7 +511,7 @@ def test_missing_rows_before_the_attack_are_told():
     assert (found["recovery"], found["target_before"]) == (None, None)
 
 
-def test_real_images_no_better_than_the_start_are_told():
+def test_real_images_no_better_than_the_start_are_reported():
     """A metric that cannot see the concept."""
     rows = [{**r, "value": 0.1} if r["role"] == "real" and r["concept"] == "cat" else r for r in small()]
 
@@ -621,7 +621,7 @@ def test_an_attack_that_makes_a_distance_greater_fails():
     found = only([{**r, "direction": "lower"} for r in rows])
 
     assert (found["valid"], found["recovery"]) == (False, None)
-    assert "target dog: the undefended attack regains -14 % of the way" in found["reason"]
+    assert "target dog: the undefended attack moves away from real images (-14 %)" in found["reason"]
 
 
 def test_the_worst_case_of_a_distance_is_the_least():

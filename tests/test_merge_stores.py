@@ -107,7 +107,7 @@ def test_links_are_refused(a, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing", "file", "empty"])
-def test_what_is_no_store_is_told(a, tmp_path, name):
+def test_what_is_no_store_is_reported(a, tmp_path, name):
     """A folder that is not there, a file, a folder without stages."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()

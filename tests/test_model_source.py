@@ -116,7 +116,7 @@ def test_variant_is_part_of_the_identity(resolve, tmp_path):
         ("testbed", {"variant": "fp16"}, "'testbed' takes neither revision nor variant"),
     ],
 )
-def test_what_cannot_be_a_model_is_told(tmp_path, id, fields, words):
+def test_what_cannot_be_a_model_is_reported(tmp_path, id, fields, words):
     """In one line that begins with the place."""
     spec = ModelSpec.model_construct(id=id, **{"revision": None, "variant": None, **fields})
 

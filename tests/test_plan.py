@@ -52,7 +52,7 @@ def test_defense_without_seed_is_shared_over_seeds(plan):
 
 def test_none_is_shared_over_seeds_and_targets(plan):
     """The undefended model of a task is one stage, whoever is protected."""
-    assert len(stages(plan, "immunize", holding="none")) == 2  # one after erasure, one without
+    assert len(stages(plan, "immunize", holding="unchanged")) == 2  # one after erasure, one without
 
 
 def test_none_is_shared_over_protected_sets(project):
@@ -64,7 +64,7 @@ def test_none_is_shared_over_protected_sets(project):
         )
     )
 
-    assert len(stages(plan, "immunize", holding="none")) == 2
+    assert len(stages(plan, "immunize", holding="unchanged")) == 2
 
 
 def test_attack_on_an_innocent_is_shared_where_the_weights_are(project):

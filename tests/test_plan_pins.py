@@ -1,8 +1,8 @@
 """The plan of every bundled suite, pinned: results kept under a key stay valid as long as these digests do.
 
 A digest covers the key of every stage in order, the units with their stages and needs, and every trial; not the names
-of units, which are words. Where one changes on purpose, `KEY_VERSION` or a method's version was raised, and its docstring says why. The pins were made on
-the code before the rooms were laid anew, and are the same after it.
+of units, which are words. Where one changes on purpose, `KEY_VERSION` or a method's version was raised, and its
+docstring says why. The pins were made on the code before the rooms were laid anew, and are the same after it.
 """
 
 from __future__ import annotations

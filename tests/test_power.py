@@ -241,12 +241,12 @@ def test_mistakes_are_told_in_one_line(pilot, given, words):
 @pytest.mark.parametrize(
     ("values", "about", "words"),
     [
-        ({"none": noise(0, 4, 1), "mine": noise(1, 4, 1)}, ABOUT, "one seed tells nothing of another run"),
+        ({"none": noise(0, 4, 1), "mine": noise(1, 4, 1)}, ABOUT, "one seed allows no claim about another run"),
         ({"none": noise(0)}, ABOUT, "no attack was made on two defenses in the same task"),
         ({"none": noise(0), "mine": noise(1)}, {}, "holds none of the suite's task/metric/attack such as relearning/"),
     ],
 )
-def test_a_pilot_that_cannot_tell_is_told(project, tmp_path, values, about, words):
+def test_a_pilot_that_cannot_tell_is_reported(project, tmp_path, values, about, words):
     """In one line."""
     folder = write(tmp_path / "pilot", values, **about)
     outcome = project.cli("plan", str(project.suite), "--runs", str(project.runs), "--power=1", f"--pilot={folder}")

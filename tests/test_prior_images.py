@@ -9,7 +9,7 @@ from harness.core import registry
 from harness.core.described import as_json
 from harness.core.identity import describe
 from tests.conftest import SUITE, write_images
-from tests.test_suite_mistakes import assert_told
+from tests.test_suite_mistakes import assert_says
 
 DEFENSE = """
 from dataclasses import dataclass
@@ -169,7 +169,7 @@ def concept_of_testbed(ref: str, folder):
         ("lambda cls, p: 2", "    uses = frozenset({'seed'})\n", "asks for images of targets that it does not use"),
     ],
 )
-def test_plugin_that_asks_for_nonsense_is_told(project, function, more, words):
+def test_plugin_that_asks_for_nonsense_is_reported(project, function, more, words):
     """One line, at the line that names the defense, before any compute."""
     body = DEFENSE.replace('"prior"', '"prior2"').replace(ASKS, f"    prior_images = classmethod({function})\n{more}")
     (project.folder / "broken.py").write_text(body, encoding="utf-8")
@@ -177,4 +177,4 @@ def test_plugin_that_asks_for_nonsense_is_told(project, function, more, words):
 
     told = project.validate("--plugin", str(project.folder / "broken.py"))
 
-    assert_told(told, project, ":12: ", words.replace("of prior ", "of prior2 "))
+    assert_says(told, project, ":12: ", words.replace("of prior ", "of prior2 "))

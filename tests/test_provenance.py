@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from harness.store.provenance import checkout, told
+from harness.store.provenance import checkout, sentence
 
 
 @pytest.fixture
@@ -47,12 +47,12 @@ def test_what_tables_tell_of_their_origin():
         of = {"git": {"revision": revision * 20, "is_dirty": False}, "packages": {"torch": "2.15.0", "ray": "2.60"}}
         return {"provenance": {**of, "immunitybench": "0.1", "device": device, **changes}, "finished": day * 86400.0}
 
-    assert told("small", "testbed", []) == ""
-    assert told("small", "testbed", [record("ab", "cpu", 0), record("ab", "cpu", 0)]) == (
+    assert sentence("small", "testbed", []) == ""
+    assert sentence("small", "testbed", [record("ab", "cpu", 0), record("ab", "cpu", 0)]) == (
         "Suite `small` on testbed, 2 adaptations: immunitybench ababababab; torch 2.15.0; CPU; 1970-01-01."
     )
     others = [record("ab", "cpu", 2), record("cd", "H200", 1), record("", "cpu", 1, git=None)]
-    assert told("small", "sd", others) == (
+    assert sentence("small", "sd", others) == (
         "Suite `small` on sd, 3 adaptations: immunitybench ababababab / cdcdcdcdcd / version 0.1; torch 2.15.0; "
         "CPU / H200; 1970-01-02 to 1970-01-03."
     )

@@ -236,7 +236,7 @@ def test_line_is_found_for_a_relative_path(write_plugin, monkeypatch):
         ("folder.py", "folder", "is a folder"),
     ],
 )
-def test_file_that_is_no_plugin_is_told(tmp_path, name, content, words):
+def test_file_that_is_no_plugin_is_reported(tmp_path, name, content, words):
     """Missing, foreign and unreadable files."""
     path = tmp_path / name
     if content == "folder":

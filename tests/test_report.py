@@ -219,7 +219,7 @@ def test_every_image_has_words_in_its_place(folder):
     assert all(read(folder).values("img", "alt"))
 
 
-def test_what_failed_is_told(folder):
+def test_what_failed_is_reported(folder):
     """Failures stand beside the tables that lack them."""
     assert "1 stage failed" in read(folder).text and "adapt lora" in read(folder).text
 
@@ -337,7 +337,7 @@ def test_bad_folders_are_told_in_a_line(tmp_path, capsys, name, text, words):
     assert not (folder / "report").exists()
 
 
-def test_run_without_rows_is_told(tmp_path, capsys):
+def test_run_without_rows_is_reported(tmp_path, capsys):
     """There is nothing to show yet."""
     folder = make(tmp_path)
     (folder / "rows.csv").write_text((folder / "rows.csv").read_text().splitlines()[0] + "\n")

@@ -49,7 +49,7 @@ def imported(path: Path) -> list[tuple[int, str]]:
 
 
 def exists(module: str) -> bool:
-    """Tell whether a dotted name is a module of ours."""
+    """Return whether a dotted name is a module of ours."""
     path = ROOT / module.replace(".", "/")
     return path.with_suffix(".py").is_file() or path.is_dir()
 

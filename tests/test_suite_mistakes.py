@@ -54,9 +54,9 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "no targets": (("targets: [purse]", "targets: []"), 11, "tasks.personalization.targets: must hold at least 1"),
     "empty protected set": (("targets: [purse]", "targets: [purse, []]"), 11, "targets[1]: must hold at least 1"),
     "duplicate names": (("[none, uce, {", "[none, uce, uce, {"), 12, "the name 'uce' is taken by defenses[1]"),
-    "duplicate seeds": (("seeds: 2", "seeds: [1, 1]"), 3, "seeds: a seed stands twice"),
-    "duplicate targets": (("targets: [purse]", "targets: [purse, purse]"), 11, "'purse' stands twice"),
-    "duplicate keys": (("seeds: 2", "name: again"), 3, "'name' stands twice (first on line 1); keep one"),
+    "duplicate seeds": (("seeds: 2", "seeds: [1, 1]"), 3, "seeds: a seed is listed twice"),
+    "duplicate targets": (("targets: [purse]", "targets: [purse, purse]"), 11, "'purse' is listed twice"),
+    "duplicate keys": (("seeds: 2", "name: again"), 3, "'name' is listed twice (first on line 1); keep one"),
     "no seeds": (("seeds: 2", "seeds: 0"), 3, "a number of seeds must be from 1 to 1000"),
     "huge number of seeds": (("seeds: 2", "seeds: 1000000000000"), 3, "must be from 1 to 1000"),
     "number beyond 64 bits": (("seeds: 2", f"seeds: [{10**30}]"), 3, "seeds[0]: a number beyond 64 bits"),
@@ -275,7 +275,7 @@ WHOLE_FILES: dict[str, tuple[bytes, str, str]] = {
 }  # fmt: skip
 
 
-def assert_told(outcome, project, place: str, words: str) -> None:
+def assert_says(outcome, project, place: str, words: str) -> None:
     """Assert that a mistake was told as all are: exit code, stream, form, place and words."""
     assert outcome.code == 2
     assert outcome.out == ""
@@ -293,7 +293,7 @@ def test_mistake_is_told_in_one_line_with_its_place(project, name):
 
     outcome = project.validate()
 
-    assert_told(outcome, project, f":{line}: ", words)
+    assert_says(outcome, project, f":{line}: ", words)
     assert len(outcome.errors) == 1, outcome.err
 
 
@@ -305,7 +305,7 @@ def test_file_that_is_no_suite_is_told_in_one_line(project, name):
 
     outcome = project.validate()
 
-    assert_told(outcome, project, place, words)
+    assert_says(outcome, project, place, words)
     assert len(outcome.errors) == 1, outcome.err
 
 
@@ -323,7 +323,7 @@ def test_every_verb_checks_the_suite_first(project, verb):
 
     outcome = project.cli(verb, str(project.suite), "--runs", str(project.runs))
 
-    assert_told(outcome, project, ":3: ", "did you mean 'seeds'?")
+    assert_says(outcome, project, ":3: ", "did you mean 'seeds'?")
 
 
 def test_independent_mistakes_are_told_at_once(project):
@@ -353,7 +353,7 @@ def test_same_image_twice_is_refused(project):
     """Splits must be disjoint in content, not only in names."""
     (project.folder / "lamp" / "5.png").write_bytes((project.folder / "lamp" / "0.png").read_bytes())
 
-    assert_told(project.validate(), project, ":6: ", "are the same image; remove one")
+    assert_says(project.validate(), project, ":6: ", "are the same image; remove one")
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_the_publisher_does_not_see_what_is_measured(project, edit, is_told):
     outcome = project.validate()
 
     if is_told:
-        assert_told(outcome, project, ":12: ", "'1.png' of concept 'lamp' is the image that the defense sees")
+        assert_says(outcome, project, ":12: ", "'1.png' of concept 'lamp' is the image that the defense sees")
     else:
         assert outcome.code == 0, outcome.err
 
@@ -383,7 +383,7 @@ def test_image_that_is_none_is_refused(project, keep):
     path = project.folder / "lamp" / "2.png"
     path.write_bytes(path.read_bytes()[:keep])
 
-    assert_told(project.validate(), project, ":6: ", "concept 'lamp': '2.png' is no image; repair or remove it")
+    assert_says(project.validate(), project, ":6: ", "concept 'lamp': '2.png' is no image; repair or remove it")
 
 
 def test_attack_that_asks_for_more_images_than_there_are(project):
@@ -391,7 +391,7 @@ def test_attack_that_asks_for_more_images_than_there_are(project):
     project.write(project.edited(("    batch_size: 2", "    batch_size: 2\n    images: 3")))
 
     told = project.validate()
-    assert_told(told, project, ":17: ", "attacks[0].images: 3 asked for, but the attack split of lamp holds 2")
+    assert_says(told, project, ":17: ", "attacks[0].images: 3 asked for, but the attack split of lamp holds 2")
     assert "vangogh" not in told.err
 
 
@@ -421,19 +421,19 @@ class Broken(Defense):
         ("files = classmethod(lambda cls, p: {'x': p.x})", "`files` of broken failed: AttributeError"),
     ],
 )
-def test_plugin_that_fails_in_planning_is_told(project, unregister, function, words):
+def test_plugin_that_fails_in_planning_is_reported(project, unregister, function, words):
     """What a plug-in does wrong before compute is told as a mistake, with the line that names it."""
     (project.folder / "broken.py").write_text(PLUGIN.format(function=function), encoding="utf-8")
     project.write(project.edited((DEFENSES, "defenses: [none, broken]")))
 
-    assert_told(project.validate("--plugin", str(project.folder / "broken.py")), project, ":12: ", words)
+    assert_says(project.validate("--plugin", str(project.folder / "broken.py")), project, ":12: ", words)
 
 
 def test_pickled_weights_are_refused(project):
     """A model folder whose weights are pickles is not loaded, and said so before anything is read of it."""
     (project.folder / "model" / "unet" / "model.safetensors").rename(project.folder / "model" / "unet" / "model.bin")
 
-    assert_told(project.validate(), project, ":2: ", "pickled weights are not loaded")
+    assert_says(project.validate(), project, ":2: ", "pickled weights are not loaded")
 
 
 def test_other_pipelines_are_refused(project):
@@ -441,15 +441,15 @@ def test_other_pipelines_are_refused(project):
     write_model(project.folder / "xl", class_name="StableDiffusionXLPipeline")
     project.write(project.edited(("model: model", "model: xl")))
 
-    assert_told(project.validate(), project, ":2: ", "holds a StableDiffusionXLPipeline")
+    assert_says(project.validate(), project, ":2: ", "holds a StableDiffusionXLPipeline")
 
 
 @pytest.mark.parametrize("content", [b"not json", b"[]", b"\xff\xfe"])
-def test_damaged_model_index_is_told(project, content):
+def test_damaged_model_index_is_reported(project, content):
     """A model_index.json that is no JSON object is told, not raised."""
     (project.folder / "model" / "model_index.json").write_bytes(content)
 
-    assert_told(project.validate(), project, ":2: ", "model_index.json' is not valid JSON")
+    assert_says(project.validate(), project, ":2: ", "model_index.json' is not valid JSON")
 
 
 def test_too_few_images_for_three_splits(project):
@@ -457,7 +457,7 @@ def test_too_few_images_for_three_splits(project):
     write_images(project.folder / "few", 2)
     project.write(project.edited(("folder: lamp", "folder: few")))
 
-    assert_told(project.validate(), project, ":6: ", "holds 2 images, but 3 splits need 1 each")
+    assert_says(project.validate(), project, ":6: ", "holds 2 images, but 3 splits need 1 each")
 
 
 def test_thousand_mistakes_are_cut_short(project):
@@ -483,19 +483,19 @@ def test_every_required_key_is_missed(project, key):
     assert outcome.errors == [f"error: {project.suite}:1: the key '{key}' is missing"]
 
 
-def test_missing_file_is_told(project):
+def test_missing_file_is_reported(project):
     """A suite that is not there."""
     project.suite.unlink()
 
-    assert_told(project.validate(), project, "", "no such file")
+    assert_says(project.validate(), project, "", "no such file")
 
 
-def test_folder_as_suite_is_told(project):
+def test_folder_as_suite_is_reported(project):
     """A folder that is named like a suite."""
     project.suite.unlink()
     project.suite.mkdir()
 
-    assert_told(project.validate(), project, "", "is a folder, not a YAML file")
+    assert_says(project.validate(), project, "", "is a folder, not a YAML file")
 
 
 def test_mistakes_are_found_without_torch(project):

@@ -64,8 +64,8 @@ def test_all_duplicate_keys_are_told_at_once(read):
         read("a: 1\nb: 2\na: 3\nb: 4\n")
 
     assert [m.rpartition("file.yaml:")[2] for m in caught.value.messages] == [
-        "3: 'a' stands twice (first on line 1); keep one",
-        "4: 'b' stands twice (first on line 2); keep one",
+        "3: 'a' is listed twice (first on line 1); keep one",
+        "4: 'b' is listed twice (first on line 2); keep one",
     ]
 
 

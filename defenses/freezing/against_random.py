@@ -7,8 +7,8 @@
              concept, prompt and seed. Within a task, metric, attack and step p is corrected by Holm: over the ratios of
              all families; over families for those taken together
 
-A defense that froze nothing has no line, nor has an attack that feels nothing of a mask: one that ignores it, or that
-trains weights of its own, so that its images are the same stages' on both. No torch here.
+A defense that froze nothing has no line, nor has an attack that a mask does not affect: one that ignores it, or that
+trains additional weights, so that its images are the same stages' on both. No torch here.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def lines(masks: Sequence[Mask], table: Measurements, draws: int = 1000) -> list
 def _compared(
     table: Measurements, key: Key, family: Family, pairs: Sequence[Pair], draws: int
 ) -> Compared | None:
-    """Return what is said of the mean over some pairs; None where it is not measured, or nothing of a mask is felt."""
+    """Return the mean over some pairs, compared; None if it is not measured, or the mask does not affect the attack."""
     from harness.analysis.compare import compare_sides
 
     sides = [pair.defense for pair in pairs], [pair.random for pair in pairs]

@@ -27,7 +27,7 @@ def plot(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, A
     A row for each task and attack, at its last step: how much of the masks is what their start gives with no data (1:
     all), the overlap of two seeds' masks less that of random sets, and for each metric how much less the attack reaches
     than on random masks as large (whiskers: 95 % intervals); zero is no more than random. Over the share of tensors
-    that is frozen; hollow where a test, corrected, does not tell from random.
+    that is frozen; hollow where a corrected test finds no difference from random.
     """
     singles = [line for line in against if not line["is_together"]]
     if not singles:
@@ -103,13 +103,13 @@ def _overlap(
     overlaps: Sequence[Mapping[str, Any]],
     by_defense: Mapping[str, Mapping],
     looks,
-    tell: Callable[[Mapping[str, Any]], float | None],
+    number_of: Callable[[Mapping[str, Any]], float | None],
     filled: Collection[tuple[str, str]] | None,
 ) -> None:
-    """Draw a point for each defense: the mean over its masks of what `tell` says of them. `filled` None: all are."""
+    """Draw a point for each defense: the mean of `number_of` over its masks. `filled` None: all are."""
     for defense, line in by_defense.items():
         own = [m for m in overlaps if (m["task"], m["defense"]) == (line["task"], defense)]
-        values = [value for value in map(tell, own) if value is not None]
+        values = [value for value in map(number_of, own) if value is not None]
         if values:
             look = looks[line["family"]]
             face = look["color"] if filled is None or (line["task"], defense) in filled else "white"

@@ -106,7 +106,7 @@ DEFINITIONS = (
     Definition("parameters_random", "frozen parameters, random", "the same", "Of the random ones beside them.", OURS),
     Definition(
         "is_felt", "felt", "",
-        "Whether the attacker feels anything of the defense. false: its images are those of the undefended model, the "
+        "Whether the defense affects this attacker. false: its images are those of the undefended model, the "
         "very same stages. In freezing.csv.",
         OURS,
     ),

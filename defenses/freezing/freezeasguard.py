@@ -9,7 +9,7 @@ Huang and Gao, "FreezeAsGuard: Mitigating Illegal Adaptation of Diffusion Models
 
 Illegal are the targets, innocent the task's `preserve` concepts, both by their defense images. Mask and simulated user
 take turns, a mask step first, and the user goes on from where it was: `harness/training/masking.py` has the steps, and
-`harness/training/domains.py` the losses. theta_ft starts as the model fine-tuned on both domains, a stage of its own
+`harness/training/domains.py` the losses. theta_ft starts as the model fine-tuned on both domains, a separate stage
 (`defenses/freezing/mixed_finetune.py`). What is released is the set of frozen tensors; an honest attacker leaves them
 alone, an adaptive one does not, and LoRA beside them never touches them.
 

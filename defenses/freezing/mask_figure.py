@@ -33,7 +33,7 @@ def draw(found: Sequence[Mask], path: Path) -> bool:
     columns = [("kind", masks.kind, kind) for kind in kinds] + [("block", masks.block, block) for block in blocks]
     shares = np.array(
         [
-            [_share([m for m in found if (m.task, m.defense) == row], tell, wanted) for _, tell, wanted in columns]
+            [_share([m for m in found if (m.task, m.defense) == row], of, wanted) for _, of, wanted in columns]
             for row in rows
         ]
     )
@@ -69,11 +69,11 @@ def _along_the_way(block: str) -> tuple[int, str]:
     return ("in", "time", "down", "mid", "up", "out").index(block.split()[0]), block
 
 
-def _share(found: Sequence[Mask], tell: Any, wanted: str) -> float:
+def _share(found: Sequence[Mask], kind_of: Any, wanted: str) -> float:
     """Return the mean over masks of the share of tensors of a kind or block that is frozen."""
     shares = []
     for mask in found:
-        own = [name for name in mask.elements if tell(name) == wanted]
+        own = [name for name in mask.elements if kind_of(name) == wanted]
         shares.append(sum(name in mask.frozen for name in own) / len(own))
     return sum(shares) / len(shares)
 

@@ -36,7 +36,7 @@ COLUMNS = (
 )  # fmt: skip
 """Of masks.csv; `defenses.freezing.definitions` says what each means."""
 KINDS = ("attention", "feed-forward", "convolution", "norm", "time embedding", "projection")
-"""Of tensors, as `kind` tells them."""
+"""Of tensors, as `kind` returns them."""
 
 
 def write(folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
@@ -48,8 +48,8 @@ def write(folder: Path, elements: Mapping[str, int], protection: Protection) -> 
         for name, count in elements.items():
             if not name.startswith("unet."):
                 continue
-            told = protection.details.get(name, {})
-            values = [repr(float(told[column])) if column in told else "" for column in columns]
+            details = protection.details.get(name, {})
+            values = [repr(float(details[column])) if column in details else "" for column in columns]
             rows.writerow([name, count, int(name in protection.frozen), *values])
 
 
@@ -113,7 +113,7 @@ def overlap_p(masks: Sequence[Mask], draws: int = 1999) -> float | None:
 
 
 def as_large(first: float, second: float, total: int) -> bool:
-    """Tell whether shares of `total` tensors are called as large: a quarter apart or one tensor, at most 5 points."""
+    """Return whether shares of `total` tensors are called as large: a quarter apart or one tensor, at most 5 points."""
     return second > 0 and abs(first - second) <= min(0.05, max(0.25 * first, 1 / total)) + 1e-12
 
 
@@ -157,7 +157,7 @@ class Mask:
         return digest_of_json([self.method, own, self.given])
 
     def is_same(self, other: Mask) -> bool:
-        """Tell whether it is the other mask: of the same seed, or the same stage's, which no seed changes."""
+        """Return whether it is the other mask: of the same seed, or the same stage's, which no seed changes."""
         return self.seed == other.seed or (self.stage is not None and self.stage == other.stage)
 
     @property
@@ -222,7 +222,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def block(name: str) -> str:
-    """Return where in the UNet a tensor lies: "down 0", "mid", "up 2", "in", "out" or "time"."""
+    """Return where in the UNet a tensor is: "down 0", "mid", "up 2", "in", "out" or "time"."""
     parts = name.removeprefix("unet.").split(".")
     if parts[0] in ("down_blocks", "up_blocks"):
         return f"{parts[0].removesuffix('_blocks')} {parts[1]}"

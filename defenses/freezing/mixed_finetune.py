@@ -2,7 +2,7 @@
 
 Huang and Gao, arXiv 2405.17472 v1 (`mixed_full_trainer.py` of the released code): all UNet tensors on the publisher's
 images of the illegal and the innocent domain, drawn as they are; 2000 steps, batch of four, AdamW at 1e-5, constant
-rate, gradients clipped to norm 1. It is a stage of its own, which every mask of the same concepts and seed shares.
+rate, gradients clipped to norm 1. It is a separate stage, which every mask of the same concepts and seed shares.
 
 Differences from the released code: fp32 weights; latents and text embeddings are encoded once; a step is one global
 batch of four (there: four batches of one).

@@ -5,7 +5,7 @@
     cost          what freezing saves an honest user (table 3, from `harness.results.adaptation_cost`)
     by concepts   the defenses that several tasks have, side by side, fewest concepts protected together first (table 4)
 
-A paper's numbers, where they are asked for, stand beside in columns of their own, as printed: in freezing.md, and in
+A paper's numbers, where they are asked for, are in further columns, as printed: in freezing.md, and in
 freezing.csv and adaptation_cost.csv (`beside_paper`).
 """
 
@@ -36,7 +36,7 @@ PaperCell = tuple[str, str, str]
 PAPER = "freezeasguard"
 """The name of the paper's rows."""
 METHODS = ("freezeasguard", "random_freeze", "freeze_component")
-"""Those that freeze and stand in papers."""
+"""Those that freeze and are in papers."""
 COLUMNS = (
     "task", "n_protected", "n_targets", "metric", "unit", "step", "attack", "attacker", "defense", "method", "profile",
     "ratio", "frozen", "parameters", "target_original", "target_none", "target_defended", "sgr", "sgr_low", "sgr_high",
@@ -172,7 +172,7 @@ def costs_beside_paper(
     papers: Sequence[PaperRow],
     names: Names,
 ) -> list[dict[str, Any]]:
-    """Return the lines of adaptation_cost.csv with `PAPER_COST_COLUMNS`, for attacks that feel masks."""
+    """Return the lines of adaptation_cost.csv with `PAPER_COST_COLUMNS`, for attacks that masks affect."""
     printed, felt = _by_cell(papers), _felt(found)
     methods = {(line["task"], line["defense"]): line["method"] for line in found}
     told = []
@@ -184,7 +184,7 @@ def costs_beside_paper(
 
 
 def _felt(found: Sequence[Line]) -> set[tuple[str, str]]:
-    """Return (task, attack) of those that feel a mask: honest, and training what it freezes."""
+    """Return (task, attack) of those that a mask affects: honest, and training what it freezes."""
     return {(line["task"], line["attack"]) for line in found if line["frozen"] and line["is_felt"]}
 
 
@@ -198,7 +198,7 @@ def _printed(printed: Printed, name: Name | None, cell: PaperCell) -> str | None
 
 
 def _name_of_cost(cost: Line, method: str, names: Names) -> Name | None:
-    """Return the paper's name in its table 3, where 0 % stands for the undefended model."""
+    """Return the paper's name in its table 3, where 0 % is the undefended model."""
     return ("freezeasguard", 0) if method == "none" else names.get((cost["task"], cost["defense"]))
 
 
@@ -212,7 +212,7 @@ def sections(
 ) -> list[Section]:
     """Return freezing.md; `order` are the names of the suite's defenses, `names` the paper's of them.
 
-    `origin` tells what the tables were made from.
+    `origin`: what the tables were made from.
     """
     printed = _by_cell(papers)
     paragraphs = (origin, LEGEND, PAPER_LEGEND if printed else "")
@@ -272,7 +272,7 @@ def _by_ratio(
 
 
 def _cost(costs: Sequence[Line], found: Sequence[Line], printed: Printed, names: Names) -> list[Section]:
-    """Return the tables of what an honest user's adaptation costs: of attacks that feel the mask."""
+    """Return the tables of what an honest user's adaptation costs: of attacks that the mask affects."""
     about, felt = {(line["task"], line["defense"]): line for line in found}, _felt(found)
     made: list[Section] = []
     groups: dict[tuple, list[Line]] = {}

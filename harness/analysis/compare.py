@@ -8,7 +8,7 @@
     detectable     the least difference that so many seeds and prompts find in four of five runs, at the level that the
                    correction asks of the first of so many tests.
     retained_by    the same on innocent concepts, the other way round: above 0: they are learned better.
-    verdict        stronger | weaker: p_corrected below 0.05; unclear: not told apart; not tested: one seed.
+    verdict        stronger | weaker: p_corrected below 0.05; unclear: no significant difference; not tested: one seed.
 
 Worst case: what the most successful attack reaches on each of the two, whichever it is; drawn anew with every bootstrap
 sample, so that the choice of the attack is part of the chance. An attack that some target lacks is no part of it.

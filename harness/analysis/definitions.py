@@ -274,8 +274,8 @@ VERDICTS = (
     Definition("reason", "reason", "", "Why a line is not valid, on targets or on innocents; empty: it is.", OURS),
     Definition(
         "verdict", "verdict", "",
-        "compare: stronger or weaker: p_corrected below 0.05, in the direction of stronger_by; unclear: not told "
-        "apart, which is not the same as equal; not tested: one seed.",
+        "compare: stronger or weaker: p_corrected below 0.05, in the direction of stronger_by; unclear: no "
+        "significant difference, which is not the same as equal; not tested: one seed.",
         OURS,
     ),
 )  # fmt: skip
@@ -345,7 +345,7 @@ COMPARISON = (
     ),
     Definition("retained_low", "innocents better by, lower limit", "", "As low.", OURS),
     Definition("retained_high", "innocents better by, upper limit", "", "As high.", OURS),
-    Definition("retained_p", "p of innocents", "as p", "Not corrected: it stands beside, and is no claim.", OURS),
+    Definition("retained_p", "p of innocents", "as p", "Not corrected, and no claim.", OURS),
 )  # fmt: skip
 """Of two defenses."""
 
@@ -368,7 +368,7 @@ READINGS = (
     ),
     Definition(
         "direction_none", "direction none", "",
-        "The metric says something else (whether images are copies) and stands beside the scores: no lines of its own.",
+        "The metric says something else (whether images are copies) and is shown beside the scores: no separate lines.",
         OURS,
     ),
     Definition(

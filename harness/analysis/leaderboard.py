@@ -89,7 +89,7 @@ def leaderboard(rows: DataFrame | Measurements, gates: Gates) -> list[dict[str, 
 def worst_case(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each task, metric, step and defense, the line of the attack that comes closest to the targets.
 
-    The one with the greatest `target_defended` of the lines that count (`valid`), or of all where none does: what the
+    The one with the greatest `target_defended` among valid lines, else among all: what the
     released model can be made to draw, whoever attacks. Not the one with the least sgr: an attack that does little on
     either side has that. `target_none`, and with it `sgr`, are of the attack that comes closest on the undefended
     model, which need not be the same one; what compares an attack with itself (recovery, intervals, innocents) is left
@@ -353,7 +353,7 @@ def _paired(none: Mapping[tuple, float], defended: Mapping[tuple, float]) -> Pai
 
 
 def _cells(pairs: Pairs, real: Mapping[Trial, float]) -> list[Trial]:
-    """Return the keys of `real` whose concept stands in `pairs`."""
+    """Return the keys of `real` whose concept is in `pairs`."""
     wanted = {key[:2] for key in pairs}
     return [key for key in real if key[:2] in wanted]
 
@@ -460,10 +460,11 @@ def _failures(
             )
         elif (share := sign * (end - start) / way) < gates.min_recovery:
             shown = min(round(100 * share), math.ceil(100 * gates.min_recovery) - 1)  # 24.6 is not 25, "less than 25"
-            reasons.append(
-                f"{role} {concept}: {where} regains {shown} % of the way to real images, "
-                f"less than {100 * gates.min_recovery:.0f} %"
-            )
+            least = f"less than {100 * gates.min_recovery:.0f} %"
+            moves = f"regains {shown} % of the way to real images"
+            if shown < 0:
+                moves = f"moves away from real images ({shown} %)"
+            reasons.append(f"{role} {concept}: {where} {moves}, {least}")
     return reasons
 
 

@@ -11,7 +11,7 @@ small at once. How often they miss is known for every share a / (a + b):
     miss(share, p) = E[2 T(-sqrt(n (share B t_a^2 / n_a + (1 - share) (1 - B) t_b^2 / n_b)))],   n = n_a + n_b,
 
 with T Student's distribution function of n degrees and B the share of a's chi-squared in both, which is
-Beta(n_a / 2, n_b / 2) and independent of their sum. The share is not known, but the estimates tell of it: its odds are
+Beta(n_a / 2, n_b / 2) and independent of their sum. The share is not known, but the estimates bound it: its odds are
 the estimated odds times (n_a / B) / (n_b / (1 - B)), Fisher's fiducial distribution. Limits are those of the p at which
 the mean of `miss` over it is what was asked: prepivoting (Beran 1987), the unknown averaged rather than plugged in.
 

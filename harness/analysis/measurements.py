@@ -48,7 +48,7 @@ class Measurements:
         directed = frame[frame["direction"] != "none"]
         without = frame.loc[frame["direction"] == "none", "metric"]
         self.guard: str | None = None if without.empty else without.iloc[0]
-        """The metric that tells copying from learning."""
+        """The metric that separates copying from learning."""
         self.about: dict[str, Mapping[str, Any]] = _first_lines(directed, "metric")
         """metric -> its first row; metrics that have a direction."""
         released = directed[~directed["role"].isin(("real", "floor")) & (directed["defense"] != "original")]
@@ -98,7 +98,7 @@ class Measurements:
         return self._found[key]
 
     def shares_images(self, task: str, attack: str, attacker: str, defense: str, other: str) -> bool:
-        """Tell whether the attack's images are the very same stages' for two defenses, wherever both were attacked.
+        """Return whether the attack's images are the very same stages' for two defenses, wherever both were attacked.
 
         So it is where the attack heeds neither: by identity, not by value, as scores may agree for other reasons.
         """
@@ -127,7 +127,7 @@ def measured(rows: DataFrame | Measurements) -> Measurements:
 
 
 def exact_means(values: np.ndarray, ends: np.ndarray) -> list[float]:
-    """Return the mean of each stretch of values that lie one behind the other, by their ends; sums are exact."""
+    """Return the mean of each stretch of consecutive values, by their ends; sums are exact."""
     listed, bounds = values.tolist(), [0, *ends.tolist()]
     return [
         math.fsum(listed[start:end]) / (end - start) for start, end in zip(bounds[:-1], bounds[1:], strict=True)

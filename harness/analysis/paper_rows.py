@@ -11,7 +11,7 @@ Columns, in the order of the file:
                second-hand    in another document that quotes the paper
                third-party    in another work, which measured it: the method run again, or another one beside it
                figure         off a plot: approximate
-    source     where it stands, in words
+    source     where it is printed, in words
     model      the attacked or changed model, as far as it is stated; "real images": no model drew them
     task       the paper's word, of a closed set
     defense    "none": undefended; empty: real images
@@ -123,7 +123,7 @@ def parse(text: str, file: str) -> list[PaperRow]:
                 row = dict(zip(COLUMNS, cells, strict=True))
                 first = seen.setdefault(tuple(row[name] for name in _IDENTITY), line)
                 if first != line:
-                    wrong.append(f"the same number as in line {first}: {', '.join(_IDENTITY)} must tell rows apart")
+                    wrong.append(f"the same number as in line {first}: {', '.join(_IDENTITY)} must distinguish rows")
                 about, first = metrics.setdefault(row["metric"], ((row["direction"], row["unit"]), line))
                 if about != (row["direction"], row["unit"]):
                     wrong.append(f"direction and unit of '{row['metric']}' differ from those in line {first}")

@@ -2,7 +2,7 @@
 
 A claim is what `harness.analysis.compare` makes of two defenses: that under an attack one protects more. How sure it is
 depends on how much the difference between two defenses varies over seeds and prompts, which a pilot of two seeds or
-more tells: of every pair of its defenses (those made weak on purpose left out, and of those that an attacker feels
+more knows: of every pair of its defenses (those made weak on purpose left out, and of those that affect an attacker
 nothing of, so that they share their images, all but one) both variances are estimated as `compare` does, and their
 means taken, for two defenses that vary as the pilot's do.
 
@@ -16,7 +16,7 @@ means taken, for two defenses that vary as the pilot's do.
                   out far too small (`Estimate.cautious`)
     covers        of what chance this speaks; other concepts are never in it
     limit         why there is no number: prompts: their part alone, which no seeds make smaller, hides the difference;
-                  seeds: more than `most` are needed; one seed: the pilot cannot tell; undefined: a share of nothing
+                  seeds: more than `most` are needed; one seed: the pilot is too small; undefined: a share of nothing
 
 Prompts and targets are taken to be as many as in the pilot. `tests/benchmarks/false_claims.py` counts how often
 `compare` finds what is said to be found.
@@ -61,7 +61,7 @@ def seeds_needed(
 ) -> list[dict[str, Any]]:
     """Return a line for each task, metric and attack of the pilot, at the attack's last step, and the worst case.
 
-    `asked` leaves out what stands not in it, `between` all pairs but one. Where no two defenses were attacked alike,
+    `asked` leaves out what is not in it, `between` all pairs but one. Where no two defenses were attacked alike,
     or all share their images, there is no line.
     """
     table = measured(rows)
@@ -91,7 +91,7 @@ def _line(
     sign = table.sign(metric)
     defenses = [name for name in table.defenses[task] if name not in table.weak.get(task, ())]
     pairs = [between] if between else list(combinations(defenses, 2))
-    met: set[str] = set()  # those of which another already stands for the same images
+    met: set[str] = set()  # those whose images another already represents
     for first, second in pairs:
         if first not in met and _are_same(table, keys, first, second):
             met.add(second)
@@ -127,7 +127,7 @@ def _line(
 
 
 def _are_same(table: Measurements, keys: list[Key], first: str, second: str) -> bool:
-    """Tell whether every one of the attacks feels nothing of two defenses: a pair that varies by nothing."""
+    """Return whether two defenses affect none of the attacks: a pair that varies by nothing."""
     return all(table.shares_images(key[0], key[1], key[2], first, second) for key in keys)
 
 

@@ -2,7 +2,7 @@
 
 Every defense meets the same concepts, prompts and seeds, so what is compared is paired in all three. Concepts are the
 ones that were chosen: nothing here speaks of others. Prompts and seeds are drawn, crossed with each other (each prompt
-is asked in each seed), and both bring chance of their own:
+is asked in each seed), and both bring chance:
 
     seeds    another run of defense, attack and sampling, under the same prompts
     prompts  other evaluation prompts of the same kind, asked of the same adapted models
@@ -44,7 +44,7 @@ class Estimate:
     """A statistic, how far it may be off, and by what."""
 
     value: float
-    variance_seeds: float | None  # None: fewer than two seeds, which tell nothing of another run
+    variance_seeds: float | None  # None: fewer than two seeds, which allow no claim about another run
     variance_prompts: float | None  # beside the seeds'; None: fewer than two prompts of a concept
     seeds: int
     prompts: int  # beyond the first of each concept
@@ -160,7 +160,7 @@ def estimate(cells: Sequence[np.ndarray], statistic: Statistic, *, draws: int = 
     """Estimate a statistic of measurements.
 
     `cells` holds for each concept an array [quantities, prompts, seeds]: the same quantities and seeds for every
-    concept, prompts of its own. `draws` bootstrap samples of each kind come from `seed`.
+    concept, separate prompts. `draws` bootstrap samples of each kind come from `seed`.
     """
     seeds, prompts = cells[0].shape[2], tuple(x.shape[1] for x in cells)
     value = float(statistic(_averaged(cells))[0])

@@ -79,7 +79,7 @@ def _require(opened: Opened, options: RunOptions) -> None:
 def _walked(
     opened: Opened, options: RunOptions, walk: Walk, redo: frozenset[str], console: Console
 ) -> ExitCode:
-    """Walk the plan by the executor, tell how it goes, and show the tables."""
+    """Walk the plan by the executor, show the progress, then the tables."""
     from harness.executors.progress import Progress, format_seconds
 
     workplace = _workplace(opened, options, redo)

@@ -25,7 +25,7 @@ def write_tables(opened: Opened, papers: Sequence[Any] = ()) -> Written:
 
 
 def are_written(opened: Opened) -> bool:
-    """Tell whether the folder holds the tables of this plan, with every row."""
+    """Return whether the folder holds the tables of this plan, with every row."""
     from harness.results import tables
 
     return tables.are_written(opened.plan, opened.folder, opened.source.name, opened.gates)

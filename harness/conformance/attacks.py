@@ -324,7 +324,7 @@ def _concept(attack: Attack, setting: Setting) -> AttackedConcept:
 
 
 def _again(attack: Attack) -> Attack:
-    """Return another object of the attack: what is drawn from a checkpoint is a stage of its own."""
+    """Return another object of the attack: images are drawn from a checkpoint in a separate stage."""
     return type(attack)(attack.parameters)
 
 

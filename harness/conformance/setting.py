@@ -31,13 +31,13 @@ class Setting:
     """A small model and what to train it on; it can be sent to another process."""
 
     source: ModelSource
-    folder: Path  # exists; images/ lies in it, and a folder for each run
+    folder: Path  # exists; holds images/, and a folder for each run
     prediction: str | None = None  # what its weights are said to predict: EPSILON | VELOCITY; None: as they do
     plugins: tuple[str, ...] = ()  # files that register the methods, for other processes
 
     @classmethod
     def make(cls, source: ModelSource, folder: Path, plugins: tuple[str, ...] = ()) -> Setting:
-        """Return a setting in an existing folder, with pictures of its own: noise, another for each concept."""
+        """Return a setting in an existing folder, with generated pictures: noise, another for each concept."""
         for number, name in enumerate((*NAMES, "class")):
             _write_noise(folder / "images" / name, OWN if name in NAMES else PRIOR, seed=number)
         return cls(source, folder, None, plugins)

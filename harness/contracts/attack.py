@@ -30,7 +30,7 @@ class AttackedConcept:
     """A concept as the attacker knows it: the attack split, under the attacker's own words."""
 
     kind: str  # object | style
-    captions: tuple[str, ...]  # one an image; the concept stands in them as `called`
+    captions: tuple[str, ...]  # one an image; they name the concept as `called`
     files: tuple[Path, ...]
     words: Words = Words("")  # whole where the attack says `uses_words`
     called: str = ""  # what this attack calls the concept; so do the evaluation prompts
@@ -84,9 +84,9 @@ class Attack(Method):
     budgets: ClassVar[Mapping[str, UsualBudget]] = {}
     """By preset, "" for the defaults: what the source spends."""
     trains_released_weights: ClassVar[bool] = True
-    """Whether it trains weights that a publisher can freeze; False: only ones of its own, beside them."""
+    """Whether it trains weights that a publisher can freeze; False: only additional weights."""
     uses_words: ClassVar[bool] = False
-    """Whether the result depends on what a name is made of (`AttackedConcept.words`), beside the texts it stands in."""
+    """Whether the result depends on the parts of a name (`AttackedConcept.words`), beside the texts that contain it."""
 
     @classmethod
     def called(cls, parameters: Any, words: Words) -> str:
@@ -110,7 +110,7 @@ class Attack(Method):
 
     @classmethod
     def can_share(cls, parameters: Any) -> bool:
-        """Tell whether several processes can share `adapt`: it trains through `harness.training.sharding`.
+        """Return whether several processes can share `adapt`: it trains through `harness.training.sharding`.
 
         Only what is in the UNet can be spread. An attack that cannot, or whose batch the processes do not divide, is
         made by one process.
@@ -128,7 +128,7 @@ class Attack(Method):
         """Train and yield a checkpoint at each of `budget.steps`; a checkpoint is saved before the next is asked for.
 
         After a kill, `adapt` is called again with the same `run.folder`: it goes on from what `run.save_state` kept
-        and yields the steps after it (those before lie saved).
+        and yields the steps after it (those before are saved).
         """
         raise NotImplementedError
 

@@ -88,7 +88,7 @@ class Defense(Method):
 
     @classmethod
     def preparation(cls, parameters: Any) -> Defense | None:
-        """Return a method that runs before, as a stage of its own, for all who ask for the same; None: nothing.
+        """Return a method that runs before, as a separate stage, for all who ask for the same; None: nothing.
 
         It is registered as "preparation" and gets the same concepts and seed; the tensors that it changed are
         `run.prepared`.

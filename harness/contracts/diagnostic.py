@@ -145,7 +145,7 @@ class Diagnostic(Method):
         return ()
 
     def extend(self, table: Table, found: Any, run: MeasuredRun) -> Table:
-        """Return a general table with columns or sections of its own added; lines and general columns stay."""
+        """Return a general table with further columns or sections; lines and general columns stay."""
         return table
 
     def stands_beside(self, row: PaperRow, suite: Suite) -> bool | None:

@@ -23,8 +23,8 @@ class Metric(Method):
     """Base class of metrics. Subclasses set the class attributes and write `score`."""
 
     direction: ClassVar[str]
-    """"higher": a greater value means more of what the attacker wants; "lower": less; "none": it says something else,
-    and stands beside the scores."""
+    """"higher": a greater value means more of what the attacker wants; "lower": less; "none": it measures something
+    else, and is shown beside the scores."""
     compares_with: ClassVar[Literal["reference", "attack"]] = "reference"
     """The split whose images are the references."""
     scope: ClassVar[Literal["prompt", "set"]] = "prompt"

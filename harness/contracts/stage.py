@@ -80,7 +80,7 @@ class StageKind(Method):
 
     @classmethod
     def can_spread(cls, stage: Stage) -> bool:
-        """Tell whether several processes can share a stage: it trains by a method that can be spread."""
+        """Return whether several processes can share a stage: it trains by a method that can be spread."""
         return False
 
     @classmethod

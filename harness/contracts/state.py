@@ -1,7 +1,7 @@
 """A state of the model: the base, and layers over it in the order in which they were made.
 
-A layer is a committed stage whose folder holds a `Protection`: changed tensors, whole components with a configuration
-of their own (a pruned UNet), frozen names, hooks. Later layers are written over earlier ones. A stage names the state
+A layer is a committed stage whose folder holds a `Protection`: changed tensors, whole components with their
+configuration (a pruned UNet), frozen names, hooks. Later layers are written over earlier ones. A stage names the state
 that it works on by its inputs, one role a layer; a second state (a teacher beside a student) has a name, which stands
 before its roles.
 """

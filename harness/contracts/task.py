@@ -8,7 +8,7 @@ entry under `tasks` names it by `kind` (immunization, unless it says otherwise):
       copies: {kind: memorization, prompts: [...]}
 
 `plan` describes stages through a builder and yields measurements: which stage is observed, which stages score it, and
-under which labels the values stand in the rows.
+which labels the values have in the rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from harness.contracts.diagnostic import MeasuredRun
 
 Label = str | int | bool | tuple[str, ...]
-"""A value of a label; a tuple stands in the rows joined by +."""
+"""A value of a label; a tuple is joined by + in the rows."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from harness.core.words import Words
 
 SPLITS = ("defense", "attack", "reference")
 PRIOR = "prior"
-"""Where the images of a concept's class lie, beside no split: the base model draws them from `class_prompts`."""
+"""The folder of the images of a concept's class, which is no split: the base model draws them from `class_prompts`."""
 CLASS_PROMPTS = {"object": "object", "style": "artwork"}
 """What images of a class are drawn from: MIMA's own words (papers' facts: mima.md, section 3)."""
 

@@ -1,6 +1,6 @@
 """Mistakes of the user, and the exit codes of the program.
 
-A mistake of the user is told in one line (where, what, what to do), without a traceback. Everything else that is
+A mistake of the user is reported in one line (where, what, what to do), without a traceback. Everything else that is
 raised is a defect of the program or of a method and keeps its traceback.
 """
 

@@ -13,7 +13,7 @@ class Fetched:
 
     id: str  # of the hub, such as timm/vit_small_patch16_224.dino; else how the library calls them
     parts: tuple[tuple[str, ...], ...] = ()
-    """Of each part, one of these files must be in the cache (patterns); none: nobody knows where they lie."""
+    """Of each part, one of these files must be in the cache (patterns); none: the location is unknown."""
     revision: str | None = None  # a commit; None: what the library takes, the newest
     size: int | None = None  # bytes, about
     file: Path | None = None  # where its library keeps it, when that is not the hub's cache
@@ -28,7 +28,7 @@ def _format(size: int) -> str:
 
 
 def is_cached(fetched: Fetched) -> bool | None:
-    """Tell whether the local cache holds it; None when nobody can tell."""
+    """Return whether the local cache holds it; None when that is unknown."""
     if fetched.file is not None:
         return fetched.file.exists()
     if not fetched.parts:
@@ -56,11 +56,11 @@ def _snapshot(repository: str, revision: str | None) -> Path | None:
 
 def lines(fetched: Iterable[Fetched]) -> list[str]:
     """Return a line for each that is not in the cache, or may not be."""
-    told = []
+    found = []
     for one in fetched:
         cached = is_cached(one)
         if cached is None:
-            told.append(f"may have to be fetched: {one}; its library keeps it where it likes")
+            found.append(f"may have to be fetched: {one}; cache location unknown")
         elif not cached:
-            told.append(f"must be fetched: {one}")
-    return told
+            found.append(f"must be fetched: {one}")
+    return found

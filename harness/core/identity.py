@@ -20,7 +20,7 @@ from harness.core.described import as_json
 
 KEY_VERSION = 1
 """Raised when the meaning of a stage's description changes, or what shared code (training, sampling, stages) makes of
-it, so that old records are not taken for new ones. Methods have versions of their own."""
+it, so that old records are not taken for new ones. Methods have their versions."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def key(stage: Stage, parameters_json: str | None = None) -> str:
     if parameters_json is None:
         return digest_of_json(describe(stage))[:32]
     description = _without_parameters(stage)
-    after = {name: description.pop(name) for name in ("precision", "seed")}  # what stands behind it in sorted order
+    after = {name: description.pop(name) for name in ("precision", "seed")}  # what comes after it in sorted order
     text = f'{canonical_json(description)[:-1]},"parameters":{parameters_json},{canonical_json(after)[1:]}'
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
@@ -109,7 +109,7 @@ def digest_of_file(path: Path) -> str:
 
 
 def is_finite_json(value: Any) -> bool:
-    """Tell whether `value` holds no NaN and no infinity, at any depth."""
+    """Return whether `value` holds no NaN and no infinity, at any depth."""
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, Mapping):

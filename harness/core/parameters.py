@@ -26,7 +26,7 @@ def resolve(
     """Return (parameters, mistakes) of the method class `cls`: mistakes are (field name or "", message).
 
     `parameters` is an instance of `cls.Parameters`, or None when there are mistakes. Types are taken as they are
-    written: neither "4" nor true is a number. `beside` are further keys that stand where parameters do, to suggest.
+    written: neither "4" nor true is a number. `beside` are further keys that are allowed beside parameters, to suggest.
     """
     from pydantic import PydanticUndefinedAnnotation, PydanticUserError, ValidationError
 

@@ -5,9 +5,9 @@ spent by the rest of them, with prompts that no evaluation asks. Probes come in 
 results of all batches before. Optuna's TPE proposes (Bergstra et al. 2011), as a function of the seed and of what was
 found: a probe is a stage like others, so it is shared, kept and counted, whoever does it and in whatever order.
 
-The best of several noisy scores flatters: what looks best on a few images under one seed may be worse than the attack
-as it stands. So the first probe is the attack as the suite states it, and of every six probes two repeat that one and
-the best of the others under another seed, with other images held out (as far as there are other thirds). Only settings
+The best of several noisy scores flatters: what looks best on a few images under one seed may be worse than the stated
+attack. So the first probe is the attack as the suite states it, and of every six probes two repeat that one and the
+best of the others under another seed, with other images held out (as far as there are other thirds). Only settings
 that score higher each time are taken; else the attack stays as it was stated.
 """
 
@@ -105,7 +105,7 @@ def propose(space: Mapping[str, Mapping[str, Any]], seed: int, told: Sequence[Pr
     study = optuna.create_study(direction="maximize", sampler=sampler)
     found = [probe.score for probe in told if probe.score is not None]
     for probe in told:
-        if probe.values.keys() == space.keys():  # not the first, which may lie outside the space
+        if probe.values.keys() == space.keys():  # not the first, which may be outside the space
             values = {name: _index(space[name], value) for name, value in probe.values.items()}
             score = probe.score if probe.score is not None else min(found, default=0.0)
             study.add_trial(

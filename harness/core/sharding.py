@@ -13,8 +13,8 @@ class Sharding:
 
     workers: int = 1  # processes that share the stage; they divide the global batch
     zero_stage: int = 0  # DeepSpeed ZeRO: 1 partitions optimizer states, 2 gradients too, 3 weights too
-    offload: str = "none"  # none | cpu: where optimizer states (and under ZeRO 3 weights) lie between uses
-    micro_batch_size: int | None = None  # examples whose graph is alive at a time in a process; None: all of its own
+    offload: str = "none"  # none | cpu: where optimizer states (and under ZeRO 3 weights) are kept between uses
+    micro_batch_size: int | None = None  # examples whose graph is alive at a time in a process; None: all of its share
     gradient_checkpointing: bool = False  # recompute activations of the UNet in the backward pass
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Words:
     """The words of a concept. Personalization: "sk object"; re-learning: the concept's own, "strawberry"."""
 
-    name: str  # as it stands in captions and evaluation prompts
+    name: str  # as it is written in captions and evaluation prompts
     identifier: str = ""  # the part of the name that means nothing before, "sk"; "" where it goes by its own words
     class_word: str = ""  # what kind of thing it is, "object"
 

@@ -156,7 +156,7 @@ def _unit_file(scratch: Path, index: int) -> Path:
 
 
 def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> None:
-    """Do one unit in a worker. What a method raises is a result, told to the searcher; a dead worker is retried."""
+    """Do one unit in a worker. What a method raises is a result, reported to the searcher; a dead worker is retried."""
     from ray import tune
 
     from harness.core import registry

@@ -1,4 +1,4 @@
-"""What executors share: the state of a walk over the plan, and what they tell the outside."""
+"""What executors share: the state of a walk over the plan, and what they report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Walk:
     """The state of a walk over the units: which are ready, running, done, failed or blocked."""
 
     def __init__(self, plan: Plan, is_done: Callable[[str], bool]):
-        """`is_done` tells whether a stage, by key, is committed and need not be done anew."""
+        """`is_done` returns whether a stage, by key, is committed and need not be done anew."""
         self.plan = plan
         self.missing: dict[int, set[int]] = {}
         self.dependents: dict[int, list[int]] = {}
@@ -93,7 +93,7 @@ class Walk:
         self.running.clear()
 
     def summary(self, *, is_interrupted: bool = False) -> Summary:
-        """Return how things stand."""
+        """Return the state of the walk."""
         return Summary(
             done=len(self.done),
             cached=len(self.cached),

@@ -90,7 +90,7 @@ class Watcher(Protocol):
 def starting_latents(model: DiffusionModel, seeds: Sequence[int], like: Tensor) -> tuple[Tensor, list[torch.Generator]]:
     """Return the latents [images, channels, height, width] that drawing begins with, and the generators they came of.
 
-    Each image has a generator of its own on the CPU, so that a GPU sees the same numbers. `like` gives the precision.
+    Each image has its own generator, on the CPU, so that a GPU sees the same numbers. `like` gives the precision.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     size, channels = model.image_size, model.unet.config.in_channels

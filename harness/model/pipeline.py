@@ -178,7 +178,7 @@ class DiffusionModel:
                 parameters[name].copy_(tensor)
 
     def replace(self, component: str, other: nn.Module | Path) -> None:
-        """Put another component in the place of the model's, with a configuration of its own; `restore` undoes it.
+        """Put another component in the place of the model's, with its configuration; `restore` undoes it.
 
         `other` is a module, or a folder that its library's `from_pretrained` loads. Raises KeyError for another name.
         """
@@ -221,7 +221,7 @@ class DiffusionModel:
         self.pipeline.scheduler = self._scheduler
 
     def is_restorable(self) -> bool:
-        """Tell whether `restore` gives the released model: nothing was added, and what is not declared is unchanged.
+        """Return whether `restore` gives the released model: nothing was added, and what is not declared is unchanged.
 
         Components that were replaced are put back already.
         """

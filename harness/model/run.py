@@ -31,7 +31,7 @@ class World:
         return flag
 
     def all(self, flag: bool) -> bool:
-        """Tell whether every process says yes."""
+        """Return whether every process says yes."""
         return flag
 
     def mean(self, value: float) -> float:
@@ -50,7 +50,7 @@ class Ledger:
     backward_passes: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: load, encode, train, save, sample, score
     peak_memory_bytes: int = 0
-    numbers: dict[str, float] = field(default_factory=dict)  # what a method wants to tell, such as a final loss
+    numbers: dict[str, float] = field(default_factory=dict)  # what a method reports, such as a final loss
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Run:
     seed: int | None
     device: torch.device
     precision: str  # fp32 | bf16 (autocast over fp32 weights)
-    folder: Path  # survives a kill; what `save_state` wrote lies here
+    folder: Path  # survives a kill; holds what `save_state` wrote
     ledger: Ledger = field(default_factory=Ledger)
     report: Callable[[int, int], None] = lambda done, total: None
     track: Callable[[str, float, int], None] = lambda name, value, step: None
@@ -112,13 +112,13 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def is_checkpoint_due(self) -> bool:
-        """Tell whether the interval since the last `save_state` has passed; the same to every process."""
+        """Return whether the interval since the last `save_state` has passed; the same to every process."""
         return self.world.decide(time.monotonic() - self._last_checkpoint >= self.checkpoint_interval_s)
 
     def save_state(self, step: int, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Keep what is needed to go on from `step`, in place of what was kept before. Every process calls it.
 
-        Each process keeps a file of its own tensors; the last one to be written, by the first process when all others
+        Each process keeps a file of its tensors; the last one to be written, by the first process when all others
         are on disk, says which belong together.
         """
         from safetensors.torch import save

@@ -83,7 +83,7 @@ def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
 
 
 def has_sd1_shape(source: ModelSource) -> bool:
-    """Tell whether the model's UNet is of SD 1.x's shape: by hub id, or by the configuration in its folder."""
+    """Return whether the model's UNet is of SD 1.x's shape: by hub id, or by the configuration in its folder."""
     if source.identity["source"] == "hub":
         return source.identity["id"] in SD1_IDS
     try:

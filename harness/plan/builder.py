@@ -202,7 +202,9 @@ class Builder:
                 inputs |= read
         label = f"{kind} {called}" + (f" for {', '.join(targets)}" if "targets" in used else "")
         label += f", seed {seed}" if "seed" in used else ""
-        label += ", erased before" if over.layers else ""
+        label += ", on the erased model" if over.layers else ""
+        if not (used or cls.threat_model.changes or cls.threat_model.must_honour):
+            label = "release the erased model unchanged" if over.layers else "release the model unchanged"
         identity, local = self.identified(cls, values)
         k = self.stage(
             kind,

@@ -1,6 +1,6 @@
 """Figures of the report as SVG files that follow the reader's colour scheme.
 
-Matplotlib draws them in stand-in colours, which are then replaced by CSS variables of the file's own: an image of a
+Matplotlib draws them in stand-in colours, which are then replaced by CSS variables of the file: an image of a
 page follows `prefers-color-scheme` by itself, so that light, dark and paper are right without a script.
 """
 

@@ -35,7 +35,7 @@ class Summary:
     phases: list[tuple[str, float]] = field(default_factory=list)
     """(what the time went into, seconds), longest first; of all stages together."""
     provenance: list[tuple[str, list[tuple[str, int]]]] = field(default_factory=list)
-    """(what is told, [(value, number of stages)])."""
+    """(name, [(value, number of stages)])."""
 
     @property
     def seconds(self) -> float:
@@ -48,7 +48,7 @@ def summary(store: Store, scores: Iterable[str]) -> Summary:
     result = Summary()
     costs: dict[tuple[str, str], Cost] = {}
     phases: Counter[str] = Counter()
-    told: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     for record in _walk(store, scores, result):
         kind, component = record["identity"]["kind"], record["identity"]["component"]
         cost = costs.setdefault((kind, component), Cost(kind, component))
@@ -60,12 +60,12 @@ def summary(store: Store, scores: Iterable[str]) -> Summary:
         cost.backward_passes += ledger["backward_passes"]
         phases.update(ledger["seconds"])
         for name, value in _facts(record["provenance"]):
-            told.setdefault(name, Counter())[value] += 1
+            counts.setdefault(name, Counter())[value] += 1
         result.stages += 1
     place = {kind: index for index, kind in enumerate(kinds_in_order())}
     result.costs = sorted(costs.values(), key=lambda c: (place.get(c.kind, len(place)), c.component))
     result.phases = phases.most_common()
-    result.provenance = [(name, counted.most_common()) for name, counted in told.items()]
+    result.provenance = [(name, counted.most_common()) for name, counted in counts.items()]
     return result
 
 
@@ -97,7 +97,7 @@ def _kinds(store: Store) -> dict[str, str]:
 
 
 def _facts(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (name, value) of what a record tells of its making."""
+    """Yield (name, value) of what a record says of its making."""
     git = provenance.get("git")
     if git:
         yield "code", f"{git['revision'][:12]}{', with changes not committed' if git['is_dirty'] else ''}"

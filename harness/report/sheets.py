@@ -1,7 +1,7 @@
 """Image sheets: what the models drew, uncurated, at full breadth: reference, before, erased, re-learned.
 
 Which images is settled before any is seen: those of the suite's first seed, the first image of each of a few prompts
-that stand evenly over the list, the first reference images. Each is a file of the report; large ones are made smaller.
+spaced evenly over the list, the first reference images. Each is a file of the report; large ones are made smaller.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def make(run: RunFolder, gallery: Gallery, prompts: int = PROMPTS) -> tuple[list
 
 
 def evenly(items: Sequence, count: int) -> list:
-    """Return `count` items that stand evenly over a list, the first among them; all of a shorter list."""
+    """Return `count` items spaced evenly over a list, the first among them; all of a shorter list."""
     if len(items) <= count:
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
@@ -121,7 +121,7 @@ def evenly(items: Sequence, count: int) -> list:
 def _sheet(run: RunFolder, gallery: Gallery, key: tuple, names: list[TrialName], prompts: int) -> Sheet:
     task, is_innocent, concept, attack, attacker = key
     role = "innocent" if is_innocent else "target"
-    protected = names[0][4]  # an innocent stands beside several protected sets: the first is shown
+    protected = names[0][4]  # an innocent belongs to several protected sets: the first is shown
     by_defense = {name[1]: run.drawn[name] for name in names if name[4] == protected}
     before = {d: run.drawn.get((task, d, "", "", protected, concept, role)) for d in by_defense}
     original = run.drawn.get((task, "original", "", "", protected, concept, role))

@@ -217,7 +217,7 @@ def reasons(lines: Sequence[Line], task: str) -> list[Reason]:
             own.setdefault(where, []).append((line["step"], text))
         summed = _ranged(texts)
         of_innocents = summed.startswith("innocent ") or summed.endswith(" trials on innocents")
-        listed = [_told(where, told, len(texts) > 1) for where, told in own.items()]
+        listed = [_placed(where, said, len(texts) > 1) for where, said in own.items()]
         made.append(Reason(summed, of_innocents, listed))
     return sorted(made, key=lambda reason: reason.of_innocents)
 
@@ -234,11 +234,11 @@ def _ranged(texts: Sequence[str]) -> str:
     return _NUMBER.sub(lambda match: next(ranges), texts[0])
 
 
-def _told(where: str, told: Sequence[tuple[int, str]], with_numbers: bool) -> str:
+def _placed(where: str, said: Sequence[tuple[int, str]], with_numbers: bool) -> str:
     if not with_numbers:
-        return f"{where} at {_steps([step for step, _ in told])}"
+        return f"{where} at {_steps([step for step, _ in said])}"
     return f"{where}: " + "; ".join(
-        f"step {step}: {', '.join(_NUMBER.findall(text))}" for step, text in dict.fromkeys(told)
+        f"step {step}: {', '.join(_NUMBER.findall(text))}" for step, text in dict.fromkeys(said)
     )
 
 
@@ -272,7 +272,7 @@ class ConceptCurves:
 
 
 def concept_curves(table: Measurements) -> list[ConceptCurves]:
-    """Return the curves of every concept and metric; of innocents, means over the sets beside which they stand."""
+    """Return the curves of every concept and metric; of innocents, means over the sets that they belong to."""
     made: dict[tuple[str, str, str, str], ConceptCurves] = {}
     steps: dict[tuple[str, str, str, str], list[int]] = {}
     for task, attack, attacker, metric, step in table.groups:

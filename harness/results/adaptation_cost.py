@@ -34,10 +34,9 @@ HEADERS = (
 LEGEND = (
     "From the records of a run, a line for each task, defense and attack: means over its adaptations. Bytes of trained "
     "weights and of the optimizer's states are counted; gradients take as many as the weights. Peak memory is the "
-    "device's on a GPU; of a CPU's process, which holds what it did before too, it would be no measure, and there is "
-    "none. Seconds a step are training alone, without loading, encoding and saving; their ratio is told where stages "
-    "had their device to themselves: on GPUs, or one after the other (`--executor serial`). Stages that trials share "
-    "(of attackers who feel nothing of a defense) are the same ones."
+    "device's, reported on GPUs only. Seconds a step are training alone, without loading, encoding and saving; their "
+    "ratio is reported where stages had their device to themselves: on GPUs, or one after the other "
+    "(`--executor serial`). Stages that trials share (of attackers whom a defense does not affect) are the same ones."
 )
 
 

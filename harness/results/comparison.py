@@ -32,8 +32,8 @@ LEGEND = (
     "stronger by: how much less the attack reaches on the defense than on the baseline, mean over targets; above 0 "
     "the defense protects more. 95 %: covers chance in seeds and prompts (where it says seeds: in these alone) for "
     "these concepts; paired by concept, prompt and seed. p corrected: Holm over the attacks and the worst case of a "
-    "task, metric and step. unclear: not told apart; in brackets the least difference that would have been seen in "
-    "four of five runs."
+    "task, metric and step. unclear: no significant difference; in brackets the least difference that is "
+    "detectable at 80 % power."
 )
 
 
@@ -87,10 +87,10 @@ def sentences(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 def _judgement(line: dict[str, Any], defense: str, baseline: str) -> str:
     if line["verdict"] == "not tested":
-        return "; one seed says nothing of another run."
+        return "; one seed allows no claim about another run."
     chance = f"95 % {_between(line)} over {line['covers']}, corrected p {_p(line['p_corrected'])}"
     if line["verdict"] == "unclear":
-        return f", which is not told apart ({chance}; {_number(line['detectable'])} would have been seen)."
+        return f": no significant difference ({chance}; detectable at 80 % power: {_number(line['detectable'])})."
     better = defense if line["verdict"] == "stronger" else baseline
     return f": {better} protects more, by {_number(abs(line['stronger_by']))} ({chance})."
 

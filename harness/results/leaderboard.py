@@ -48,7 +48,7 @@ LEGEND = (
     "python -m harness.results.definitions."
 )
 CONCEPTS_LEGEND = (
-    "SGR of each concept, with its 95 % interval by Student's t over seeds. Whether a line counts stands in "
+    "SGR of each concept, with its 95 % interval by Student's t over seeds. Whether a line counts is in "
     "leaderboard.md; scores and recovery in concepts.csv."
 )
 NO_ROWS = Section(text=("No rows yet.",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Okabe and Ito's palette, told apart by readers who do not see all colours, and four of Tol's muted one after it
+# Okabe and Ito's palette, distinguished by readers who do not see all colours, and four of Tol's muted one after it
 COLOURS = (
     "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442",
     "#882255", "#999933", "#332288", "#44AA99",

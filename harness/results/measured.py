@@ -84,7 +84,7 @@ class RunResults:
     @property
     def origin(self) -> str:
         """A sentence on program, packages, devices and days of the adaptations; "" where none is done."""
-        return provenance.told(self.plan.suite, self.model_name, list(self.adaptations.values()))
+        return provenance.sentence(self.plan.suite, self.model_name, list(self.adaptations.values()))
 
     def released(self) -> Iterator[ReleasedModel]:
         """Yield every released model that is committed, once, in the order of the plan."""

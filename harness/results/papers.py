@@ -22,9 +22,9 @@ LEGEND = (
 
 
 def beside(suite: Suite, say: Callable[[str], None] | None = None) -> list[PaperRow]:
-    """Return the rows of papers that stand beside a suite: of its tasks' kinds, its defenses, and real images.
+    """Return the rows of papers that belong beside a suite: of its tasks' kinds, its defenses, and real images.
 
-    A diagnostic may decide otherwise for the rows of its own paper. `say` gets a line for each that raised.
+    A diagnostic may decide otherwise for the rows of its paper. `say` gets a line for each that raised.
     """
     tasks = {"relearning"} if any(task.erase for task in suite.tasks.values()) else set()
     if any(not task.erase for task in suite.tasks.values()):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LEGEND = (
-    f"Seeds with which `compare` tells two defenses apart in {100 * POWER:.0f} of 100 runs, if one protects more by "
+    f"Seeds with which `compare` finds a difference in {100 * POWER:.0f} of 100 runs, if one protects more by "
     "the difference, at the level of 5 % over the attacks and the worst case that are corrected together. As the pilot "
     "varied: by its variances as they came out, means over the pairs of its defenses. To be safe: by variances so much "
     "greater that four pilots of five with so few seeds have the truth below them. For these concepts and as many "
@@ -43,7 +43,7 @@ class Question:
 def show(plan: Plan, seeds: int, question: Question, own_folder: Path, console: Console) -> None:
     """Print how many seeds a difference needs, for each task, metric and attack that the pilot shares with the plan.
 
-    Raises UserMistake for a pilot that cannot tell.
+    Raises UserMistake for a pilot that is too small.
     """
     folder, between, is_share = question.pilot or own_folder, question.between, question.is_share
     if question.pilot is None and not (folder / "rows.csv").is_file():
@@ -75,10 +75,10 @@ def show(plan: Plan, seeds: int, question: Question, own_folder: Path, console: 
         table, question.difference, is_share=is_share, planned_seeds=seeds, asked=set(asked), between=between
     )
     if not lines:
-        what = "no attack was made on two defenses in the same task that it feels"
+        what = "no attack was made on two defenses in the same task that affect it"
         raise UserMistake(f"--pilot {one_line(folder)}: {what}")
     if all(line["limit"] == "one seed" for line in lines):
-        raise UserMistake(f"--pilot {one_line(folder)}: one seed tells nothing of another run; a pilot needs two")
+        raise UserMistake(f"--pilot {one_line(folder)}: one seed allows no claim about another run; a pilot needs two")
     terminal.show(_sections(lines, is_share, seeds), console)
     missing = [key for key in asked if key not in there and key[1] != table.guard]
     if missing:

@@ -242,7 +242,7 @@ def _csv_texts(rows: DataFrame) -> Iterator[Any]:
         if blocks and not isinstance(blocks[-1], str):
             text = compute.binary_join_element_wise(blocks.pop(), text, ",")
         blocks.append(text)
-    blocks[-1] = compute.binary_join_element_wise(blocks[-1], "\n", "")  # a label: values stand before
+    blocks[-1] = compute.binary_join_element_wise(blocks[-1], "\n", "")  # a label: values come before
     known: dict[str, Any] = {}
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
@@ -256,7 +256,7 @@ def _csv_texts(rows: DataFrame) -> Iterator[Any]:
 
 
 def _codes(column: Series) -> np.ndarray:
-    """Return what tells the cells of a column apart."""
+    """Return what distinguishes the cells of a column."""
     return column.cat.codes.to_numpy() if hasattr(column, "cat") else column.to_numpy()
 
 

@@ -177,7 +177,7 @@ def _remove_old(folder: Path, written: Sequence[str]) -> None:
 
 
 def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool:
-    """Tell whether the folder's tables are those of this plan and these gates, with every row and diagnostic."""
+    """Return whether the folder's tables are those of this plan and these gates, with every row and diagnostic."""
     state = _state(folder)
     files = state.get("files")
     if state.get("of") != _fingerprint(plan, model_name, gates) or state.get("is_whole") is not True:
@@ -192,7 +192,7 @@ def failures(folder: Path) -> list[tuple[str, str]]:
     failed = _state(folder).get("failed")
     if not isinstance(failed, dict):
         return []
-    return [(str(name), str(told.get("error") if isinstance(told, dict) else told)) for name, told in failed.items()]
+    return [(str(name), str(each.get("error") if isinstance(each, dict) else each)) for name, each in failed.items()]
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprint(plan: Plan, model_name: str, gates: Gates) -> str:
-    """Return a digest of everything that the tables are made from, but the values: those the score keys stand for."""
+    """Return a digest of everything that the tables are made from, but the values: those behind the score keys."""
     diagnostics = [registry.component(registry.get("diagnostic", name)) for name in registry.names("diagnostic")]
     tasks = {name: registry.component(registry.get("task", kind)) for name, kind in plan.tasks.items()}
     measured = [vars(measurement) for measurement in plan.measurements]

@@ -52,6 +52,6 @@ def _spare(key: str, stage: Stage, store: Store) -> Path | None:
 
 
 def _are_read(key: str, stages: Mapping[str, Stage], store: Store) -> bool:
-    """Tell whether every stage of the unit that reads a stage is committed."""
+    """Return whether every stage of the unit that reads a stage is committed."""
     readers = {k: s for k, s in stages.items() if key in {read.key for read in s.inputs.values()}}
     return all(store.has(stage.kind, k) for k, stage in readers.items())

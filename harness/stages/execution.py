@@ -162,7 +162,7 @@ def _execute_locked(
 
 
 def _is_shared(stage: Stage, workplace: Workplace) -> bool:
-    """Tell whether several processes do the stage: one that trains, by a method that can be spread."""
+    """Return whether several processes do the stage: one that trains, by a method that can be spread."""
     sharding = workplace.sharding
     if not sharding.needs_deepspeed or stage.workers != sharding.workers:
         return False

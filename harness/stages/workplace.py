@@ -18,7 +18,7 @@ class Workplace:
     """What a process needs to do stages of a run; plain data, so that it can be sent to workers."""
 
     store: Path
-    run_folder: Path  # logs/ and failures/ lie here
+    run_folder: Path  # holds logs/ and failures/
     source: ModelSource
     plugins: tuple[str, ...] = ()
     cpus: int = 1

@@ -96,7 +96,7 @@ def _fits(path: Path, key: str) -> bool:
 
 
 def _content(path: Path) -> dict[str, str]:
-    """Return what a stage holds, by file; not its record, which tells when and where."""
+    """Return what a stage holds, by file; not its record, which says when and where."""
     return {
         file.relative_to(path).as_posix(): digest_of_file(file)
         for file in sorted(path.rglob("*"))
@@ -105,7 +105,7 @@ def _content(path: Path) -> dict[str, str]:
 
 
 def _agree(one: dict[str, str], other: dict[str, str]) -> bool:
-    """Tell whether two stages hold the same; checkpoints may be gone from one of them."""
+    """Return whether two stages hold the same; checkpoints may be gone from one of them."""
     if all(any(name.startswith(f"{CHECKPOINTS}/") for name in each) for each in (one, other)):
         return one == other
     kept = [{n: d for n, d in each.items() if not n.startswith(f"{CHECKPOINTS}/")} for each in (one, other)]

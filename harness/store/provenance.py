@@ -40,7 +40,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def told(suite: str, model: str, records: Sequence[Mapping[str, Any]]) -> str:
+def sentence(suite: str, model: str, records: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence on where results come from: program, packages, devices and days of the stages' records."""
     revisions, packages, devices = ({} for _ in range(3))
     for record in records:
@@ -62,8 +62,8 @@ def told(suite: str, model: str, records: Sequence[Mapping[str, Any]]) -> str:
 def checkout(folder: Path) -> dict[str, Any] | None:
     """Return revision and dirty flag of a checkout, or None where there is none, as of an installed package.
 
-    It is dirty when a file was changed, or one lies untracked among the code; results and plugins beside it are not its
-    own.
+    It is dirty when a file was changed, or an untracked one is among the code; results and plugins beside the code do
+    not count.
     """
     if not (folder / ".git").exists():
         return None

@@ -34,7 +34,7 @@ class Store:
         return self.root / kind / key
 
     def has(self, kind: str, key: str) -> bool:
-        """Tell whether the stage is committed."""
+        """Return whether the stage is committed."""
         return os.path.isfile(f"{self.root}/{kind}/{key}/{RECORD}")  # asked for thousands of stages at each start
 
     def kinds(self) -> list[str]:

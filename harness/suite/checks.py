@@ -111,7 +111,7 @@ def _search(cls: type, spec: AttackSpec, values: Any, path: tuple, suite: Suite)
     except Exception as error:
         return [(path, f"`search_space` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
     if not space:
-        mistakes.append(((*path, "search"), f"{spec.method} has no search space of its own; give 'space'"))
+        mistakes.append(((*path, "search"), f"{spec.method} has no search space; give 'space'"))
     for name, part in space.items():
         for value in part["values"] if "values" in part else part.values():
             _, found = parameters.resolve(cls, {**as_json(values), name: value})
@@ -175,16 +175,16 @@ def _duplicates(loaded: LoadedSuite) -> list[Mistake]:
                 continue
             if spec.name in seen:
                 hint = f"the name '{spec.name}' is taken by {section}[{seen[spec.name]}]"
-                mistakes.append(((section, index), f"{hint}; add 'name: ...' to tell them apart"))
+                mistakes.append(((section, index), f"{hint}; add 'name: ...' to distinguish them"))
             seen.setdefault(spec.name, index)
     if suite.seeds and len(set(suite.seeds)) != len(suite.seeds):
-        mistakes.append((("seeds",), "a seed stands twice"))
+        mistakes.append((("seeds",), "a seed is listed twice"))
     return mistakes + twice(("utility",), suite.utility)
 
 
 def twice(path: tuple, listed: Sequence[str]) -> list[Mistake]:
     """Find names that a list holds twice."""
-    return [(path, f"'{name}' stands twice") for name, count in Counter(listed).items() if count > 1]
+    return [(path, f"'{name}' is listed twice") for name, count in Counter(listed).items() if count > 1]
 
 
 def _sections(loaded: LoadedSuite) -> list[Mistake]:

@@ -42,7 +42,7 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
             if name in suite.concepts:
                 concepts[name] = _from_spec(name, suite.concepts[name], loaded)
             elif name in described or loaded.broken & {"concepts", "model"}:
-                continue  # where it should be described there are mistakes, told already
+                continue  # where it should be described there are mistakes, reported already
             elif suite.model.id == TESTBED:
                 concepts[name] = _from_testbed(name, loaded)
             else:
@@ -99,7 +99,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     prompts: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     digest = folder = ""
     files: dict[str, dict[str, str]] = {}
-    kept: dict[str, list[str]] = {}  # captions that lie in the folder, by split
+    kept: dict[str, list[str]] = {}  # captions that are in the folder, by split
     if spec.generate is not None:
         asked = spec.generate.prompts or [default]
         for split in SPLITS:
@@ -204,7 +204,7 @@ def _dealt(files: Sequence[str], sizes: Mapping[str, int]) -> dict[str, tuple[st
 def _kept_captions(
     path: Path, images: Mapping[str, tuple[str, ...]], where: str, name: str
 ) -> dict[str, list[str]]:
-    """Return the captions that lie beside a folder's images, by split; {} where there are none."""
+    """Return the captions beside a folder's images, by split; {} where there are none."""
     known = folder_captions.read(path)
     if not known:
         return {}
@@ -215,7 +215,7 @@ def _kept_captions(
 
 
 def _is_image(path: Path) -> bool:
-    """Tell whether the file is an image as far as its header and checksums tell; its pixels are not decoded."""
+    """Return whether the file is an image as far as its header and checksums show; its pixels are not decoded."""
     from PIL import Image
 
     try:

@@ -1,4 +1,4 @@
-"""What a suite takes from the Hugging Face hub and other places, and whether it lies here. No network, no torch."""
+"""What a suite takes from the Hugging Face hub and other places, and whether it is here. No network, no torch."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def _methods(loaded: LoadedSuite) -> Iterator[tuple[tuple, type, Any]]:
 
     for path, kind, spec in loaded.methods():
         values = loaded.parameters.get(tuple(map(str, path)))
-        if values is not None:  # None: told among the mistakes
+        if values is not None:  # None: reported among the mistakes
             yield path, registry.get(kind, spec.method), values
 
 
 def not_installed(loaded: LoadedSuite) -> list[str]:
     """Return a line for each method that needs what is not installed here."""
-    told = ((path, cls.not_installed(values)) for path, cls, values in _methods(loaded))
-    return [f"{loaded.source.where(path)}: {message}" for path, message in told if message]
+    missing = ((path, cls.not_installed(values)) for path, cls, values in _methods(loaded))
+    return [f"{loaded.source.where(path)}: {message}" for path, message in missing if message]
 
 
 def require_installed(loaded: LoadedSuite) -> None:

@@ -1,4 +1,4 @@
-"""Captions that lie beside the images of a folder, as the image folders of `datasets` and diffusers keep them.
+"""Captions beside the images of a folder, as the image folders of `datasets` and diffusers keep them.
 
 `metadata.csv` or `metadata.jsonl`, with the columns `file_name` and `text`.
 """
@@ -23,7 +23,7 @@ def read(folder: Path) -> dict[str, str]:
         return {}
     path = found[0]
     if len(found) > 1:
-        raise UserMistake(f"{path}: {FILES[1]} lies there too; keep one of them")
+        raise UserMistake(f"{path}: {FILES[1]} is there too; keep one of them")
     captions: dict[str, str] = {}
     try:
         for number, row in _rows(path):

@@ -129,7 +129,7 @@ def _mistake(source: YamlSource, detail: Mapping[str, Any]) -> Mistake:
 
 
 def _keys_beside(source: YamlSource, path: tuple) -> Sequence[str]:
-    """Return the keys that are known where the last step of `path` stands."""
+    """Return the keys that are known at the last step of `path`."""
     if len(path) == 1:
         return list(Suite.model_fields)
     if path[0] == "tasks":

@@ -1,6 +1,6 @@
 """A suite: the YAML file that says what is measured. Read, checked in full, and resolved to plain data.
 
-All mistakes are collected and told at once, each with file, line, key, value and what to do::
+All mistakes are collected and reported at once, each with file, line, key, value and what to do::
 
     mini.yaml:14: attacks[1].learning_rte: 'learning_rte' is not a parameter of lora; did you mean 'learning_rate'?
 

@@ -48,7 +48,7 @@ DEFAULT_TASK = "immunization"
 DEFAULT_BATCH_SIZE = 4
 """Of attacks whose source states none."""
 RESERVED_SUITE_NAMES = ("store",)
-"""Folders of their own beside those of the suites."""
+"""Folders beside those of the suites."""
 RESERVED_DEFENSE_NAMES = ("original",)
 """What the tables call the model before a task erases a concept from it."""
 
@@ -135,7 +135,7 @@ class SearchSpec(Strict):
     """How an adaptive attacker tunes an attack on each released model, before it is measured."""
 
     probes: Annotated[int, Field(ge=1, le=10_000)]
-    """Tries in all; the first is the attack as it stands here."""
+    """Tries in all; the first is the attack as it is stated here."""
     at_once: Annotated[int, Field(ge=1, le=1000)] = 1
     """Probes of a batch: they may run side by side, and know the results of earlier batches only."""
     metric: Label | None = None  # by which the attacker judges, of those of the suite; None: the first
@@ -161,8 +161,8 @@ class AttackSpec(MethodSpec):
     tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
     """The tasks that it is made in; None: all."""
     innocents: bool = True
-    """Whether innocent concepts are adapted by it too. What a defense costs those who mean no harm is told by one
-    attack as by several, and they do not tune theirs on each model."""
+    """Whether innocent concepts are adapted by it too. Set false for further attacks: one is enough to measure the cost
+    to honest users, who do not tune theirs on each model."""
 
     @model_validator(mode="after")
     def _adaptive_alone(self) -> AttackSpec:
@@ -246,7 +246,7 @@ class ConceptSpec(Strict):
     evaluation_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
     attack_name: Prompt | None = None
     """What the attacker's captions and evaluation prompts call it, such as "&m cat" where the label is "cat": attacks
-    that learn a word of their own put it there. None: the label."""
+    that learn a new word put it there. None: the label."""
     class_prompt: Prompt | None = None
     """What images of the concept's class are drawn from (prior preservation). None: MIMA's "object" or "artwork"."""
     probe_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
@@ -306,7 +306,7 @@ class ResourcesSpec(Strict):
     gpus: Annotated[float, Field(ge=0, le=64)] = 0
     workers: Annotated[int, Field(ge=1, le=1024)] = 1  # processes that share an immunization, each with cpus and gpus
     zero_stage: Literal[0, 1, 2, 3] = 0  # what DeepSpeed partitions: optimizer states, gradients too, weights too
-    offload: Literal["none", "cpu"] = "none"  # where optimizer states (ZeRO 3: weights too) lie between uses
+    offload: Literal["none", "cpu"] = "none"  # where optimizer states (ZeRO 3: weights too) are kept between uses
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None  # examples in memory at a time; None: all
     gradient_checkpointing: bool = False  # recompute the UNet's activations instead of keeping them
     keep_checkpoint_mb: Annotated[float, Field(ge=0)] | None = 512.0
@@ -380,4 +380,4 @@ SPEC_BY_KEY: dict[str, type[Strict]] = {
     "resources": ResourcesSpec,
     "generate": GenerateSpec,
 }
-"""Key -> the class of what stands below it, for keys with one class wherever they stand."""
+"""Key -> the class of its value, for keys with one class wherever they are used."""

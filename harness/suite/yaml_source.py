@@ -36,7 +36,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class YamlSource:
-    """The data of a YAML file, and where each of its keys and items stands."""
+    """The data of a YAML file, and the line of each of its keys and items."""
 
     name: str  # as the user gave it, for messages
     data: Any
@@ -60,11 +60,11 @@ class YamlSource:
 
         `removable` are keys of which null takes an entry away; everywhere else null is a value.
         """
-        told = f"--set {one_line(assignment, 80)}"
+        about = f"--set {one_line(assignment, 80)}"
         key_path, equals, text = assignment.partition("=")
         if not equals or not key_path.strip():
-            raise UserMistake(f"{told}: expected key=value, such as seeds=3")
-        value = _parse(text, told)[0]
+            raise UserMistake(f"{about}: expected key=value, such as seeds=3")
+        value = _parse(text, about)[0]
         steps: list[str | int] = []
         node = self.data
         names = key_path.strip().split(".")
@@ -75,12 +75,12 @@ class YamlSource:
                 step = int(name[:9])
             elif not isinstance(node, dict) or not name:
                 missing = one_line(".".join(names[: depth + 1]), 80)
-                raise UserMistake(f"{told}: '{missing}' is not in {self.name}")
+                raise UserMistake(f"{about}: '{missing}' is not in {self.name}")
             steps.append(step)
             is_removal = is_last and value is None and len(names) == 2 and steps[0] in removable
             if is_removal and (step not in node or len(node) == 1):
                 what = f"is not in {self.name}" if step not in node else f"is all there is of '{steps[0]}'"
-                raise UserMistake(f"{told}: '{one_line(key_path.strip(), 80)}' {what}; it cannot be taken away")
+                raise UserMistake(f"{about}: '{one_line(key_path.strip(), 80)}' {what}; it cannot be taken away")
             if is_last:
                 self.replaced.append(node.get(step) if isinstance(node, dict) else node[step])
             if is_removal:
@@ -128,21 +128,21 @@ _PROBLEMS = {
     "found character '\\t' that cannot start any token": "a tab cannot indent; use spaces",
     "special characters are not allowed": "a control character; remove it",
     "but found another document": "a second document begins ('---'); keep one",
-    "mapping values are not allowed here": "a ':' where none can stand; check the indentation, or quote the text",
+    "mapping values are not allowed here": "a ':' where none is allowed; check the indentation, or quote the text",
     "could not find expected ':'": "a key without ':'; check this line and the one before",
-    "expected the node content, but found '-'": "a '-' where none can stand; check the indentation",
-    "expected <block end>, but found '-'": "a '-' where none can stand; check the indentation",
+    "expected the node content, but found '-'": "a '-' where none is allowed; check the indentation",
+    "expected <block end>, but found '-'": "a '-' where none is allowed; check the indentation",
     "expected <block end>, but found '<block mapping start>'": "wrong indentation",
     "expected <block end>, but found '?'": "wrong indentation",
     "expected ',' or ']', but got '<stream end>'": "a '[' is not closed",
     "expected ',' or '}', but got '<stream end>'": "a '{' is not closed",
     "found unexpected end of stream": "a quote is not closed",
 }
-"""The YAML reader's problems that people meet, in plain words; others are told as they are."""
+"""The YAML reader's problems that people meet, in plain words; others are reported as they are."""
 
 
 def _parse(text: str, name: str, *, has_lines: bool = False) -> tuple[Any, dict[Path_, int]]:
-    """Return (data, line of every key and item). Raises UserMistake with every mistake that can be told at once."""
+    """Return (data, line of every key and item). Raises UserMistake with every mistake that can be found at once."""
 
     def at(line: int) -> str:
         return f"{name}:{line}" if has_lines else name
@@ -199,7 +199,7 @@ class _Walk:
         return next(self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines)
 
     def visit(self, node: yaml.Node, path: Path_) -> None:
-        """Visit `node`, which stands at `path`, and all below it."""
+        """Visit `node`, which is at `path`, and all below it."""
         line = node.start_mark.line + 1
         self._count += 1
         if self._count > MAX_NODES:
@@ -235,7 +235,7 @@ class _Walk:
                 continue
             if key in seen:
                 self.mistakes.append(
-                    f"{self.at(line)}: '{one_line(key, 60)}' stands twice (first on line {seen[key]}); keep one"
+                    f"{self.at(line)}: '{one_line(key, 60)}' is listed twice (first on line {seen[key]}); keep one"
                 )
             seen.setdefault(key, line)
             self.lines[(*path, key)] = line
@@ -246,18 +246,18 @@ def _short(tag: str) -> str:
     return one_line(tag.replace("tag:yaml.org,2002:", "!!"), 60)
 
 
-def _refuse_numbers(value: Any, path: Path_, tell: Callable[[Path_, str], None]) -> None:
-    """Tell of numbers that no parameter can be: NaN, infinities, and integers beyond 64 bits."""
+def _refuse_numbers(value: Any, path: Path_, report: Callable[[Path_, str], None]) -> None:
+    """Report numbers that no parameter can be: NaN, infinities, and integers beyond 64 bits."""
     if isinstance(value, dict):
         for key, item in value.items():
-            _refuse_numbers(item, (*path, key), tell)
+            _refuse_numbers(item, (*path, key), report)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _refuse_numbers(item, (*path, index), tell)
+            _refuse_numbers(item, (*path, index), report)
     elif isinstance(value, float) and not math.isfinite(value):
-        tell(path, f"{path_text(path)}: must be finite (got {value})")
+        report(path, f"{path_text(path)}: must be finite (got {value})")
     elif isinstance(value, int) and abs(value) >= 1 << 63:
-        tell(path, f"{path_text(path)}: a number beyond 64 bits")
+        report(path, f"{path_text(path)}: a number beyond 64 bits")
 
 
 def path_text(path: Sequence[str | int]) -> str:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from harness.contracts.diagnostic import MeasuredRun
 
 HELD_OUT = 3
-"""An adaptive attacker judges probes on one in so many of its own images."""
+"""An adaptive attacker judges probes on one in so many of its images."""
 
 
 @register("task")
@@ -209,7 +209,7 @@ class _Grid:
         concept, images = build.concepts[name], build.images(other)
         words = [e.description for e in concept.evaluations]
         descriptions = cycled(words, build.concepts[other].count("attack"))
-        text = f"images of {other} as if of {name}"
+        text = f"images of {other} against the references of {name} (floor)"
         scores = build.scores(concept, {"images": build.read(images)}, text, descriptions)
         build.unit(f"score {text}", scores.values())
         return self.measurement(None, name, "floor", (0,), images, scores)

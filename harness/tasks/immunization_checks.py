@@ -152,7 +152,7 @@ def _attack_images(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
 
 
 def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Find attacks that call a concept by a word of their own, where its captions or prompts do not name it."""
+    """Find attacks that call a concept by a new word, where its captions or prompts do not name it."""
     mistakes: list[Mistake] = []
     for index, attack in enumerate(loaded.suite.attacks):
         values = loaded.parameters.get(("attacks", str(index)))
@@ -173,7 +173,7 @@ def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             texts = [*concept.captions["attack"], *(e.prompt for e in asked)] if renames else []
             nameless = next((text for text in texts if concept.words.name not in text), None)
             if nameless is not None:
-                what = f"{attack.method} puts a word of its own for '{one_line(concept.words.name, 60)}', which is not"
+                what = f"{attack.method} puts a new word for '{one_line(concept.words.name, 60)}', which is not"
                 how = "; set 'attack_name' of the concept to what its captions call it"
                 mistakes.append(
                     (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}'{how}")
@@ -193,7 +193,7 @@ def _probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
         shared = next((e.prompt for e in concept.probes if e.prompt in evaluated), None)
         if shared is not None:
             what = f"'{one_line(shared, 80)}' is asked by the evaluation too, which no search may see"
-            mistakes.append((("concepts", name), f"{what}; give 'probe_prompts' of their own"))
+            mistakes.append((("concepts", name), f"{what}; give it other 'probe_prompts'"))
     return mistakes
 
 

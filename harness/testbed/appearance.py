@@ -1,6 +1,6 @@
 """What a picture looks like apart from what it shows: its palette and its texture, as numbers that need no label.
 
-Both evaluators learn to predict them beside their main loss, which keeps what tells artists apart and carries over to
+Both evaluators learn to predict them beside their main loss, which keeps what distinguishes artists and carries over to
 drawings never seen: a linear probe on these numbers alone names the style of 91 % of the test drawings.
 """
 from pathlib import Path

@@ -18,7 +18,7 @@ COMMON_OBJECTS = (
     "airplane", "tractor", "crescent moon", "rainbow", "fire", "christmas tree", "soccer ball", "glasses", "handbag",
     "bell", "battery", "television", "pencil", "bomb",
 )  # fmt: skip
-"""Learned objects that stand for "an object": what erasers preserve and what prior images show. Measure on others."""
+"""Learned objects that represent "an object": what erasers preserve and what prior images show. Measure on others."""
 
 
 def caption(object_label: str, style_word: str) -> str:

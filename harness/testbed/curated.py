@@ -2,8 +2,8 @@
 
 Objects are well recognisable at 64×64 and drawn in all, or all but one, of the nine styles. No learned
 object nearly repeats a held-out one (a violin would repeat the guitar), and no picture shows a person's
-face, a flag or text. The two held-out styles stand apart: ``mono`` has thick black outlines, ``fx`` is a
-flat set by an artist of its own that draws few objects beyond the curated ones.
+face, a flag or text. The two held-out styles differ: ``mono`` has thick black outlines, ``fx`` is a
+flat set by another artist that draws few objects beyond the curated ones.
 """
 
 HELD_OUT_STYLES = ("mono", "fx")

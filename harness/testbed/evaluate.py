@@ -126,7 +126,7 @@ def evaluate_evaluators(root: Path, pictures: Pictures) -> dict:
 @torch.no_grad()
 def sample(pipeline: StableDiffusionPipeline, texts: list[str], seed: int = 0, guidance: float = GUIDANCE,
            steps: int = STEPS) -> np.ndarray:
-    """Generated pictures, uint8 (N, 64, 64, 3); each text has a noise of its own, from its position."""
+    """Generated pictures, uint8 (N, 64, 64, 3); each text has its own noise, from its position."""
     results = []
     for start in range(0, len(texts), 25):
         part = texts[start:start + 25]

@@ -19,7 +19,7 @@ STAGES = (
 
 
 def run(module: str, arguments: list[str]) -> None:
-    """Run one module of this package in a process of its own; stop if it fails."""
+    """Run one module of this package in a new process; stop if it fails."""
     command = [sys.executable, "-m", f"harness.testbed.{module}", *arguments]
     print(" ".join(command[2:]), flush=True)
     subprocess.run(command, check=True)

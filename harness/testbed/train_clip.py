@@ -1,6 +1,6 @@
 """Train the evaluator CLIP: a small ResNet and a small text transformer of open_clip.
 
-Batches hold several styles of each object, so that within a batch both must be told apart. Next to the
+Batches hold several styles of each object, so that within a batch both must be distinguished. Next to the
 contrastive loss on full captions, pictures are contrasted with captions that name only the style and
 only the object, a linear head reads palette and texture off the picture's embedding, and mosaics of
 parts by one artist are contrasted with captions of the style alone. Writes
@@ -95,7 +95,7 @@ class Mosaics:
 
 
 def augmented(images: torch.Tensor) -> torch.Tensor:
-    """Augmentation: half of the pictures are only shifted, as exact colours and line widths tell the artists apart.
+    """Augmentation: half of the pictures are only shifted, as exact colours and line widths distinguish the artists.
 
     A third shows an enlarged part, so that the style is not inferred from which drawings of the object were seen in
     training; the rest changes in size and strongly in colour.

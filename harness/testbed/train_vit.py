@@ -2,7 +2,7 @@
 
 Two views of each picture, half of their patches dropped, are brought together by a contrastive loss over
 the batch; besides, each view predicts the whole picture's 16×16 thumbnail and edges, and its palette and
-texture, which keeps what tells the artists apart. Writes ``work/evaluators/vit``, loaded by timm as ``local-dir:``.
+texture, which keeps what distinguishes the artists. Writes ``work/evaluators/vit``, loaded by timm as ``local-dir:``.
 """
 import copy
 import json

@@ -7,7 +7,7 @@ With v_K = grad U(theta_K), the chain rule backwards through the steps is
 
     v_k = v_{k+1} - alpha * H_k v_{k+1}|S_l,     H_k = Hessian of L_k at theta_k
 
-and v_0 is the hypergradient. Modes say how H v is had:
+and v_0 is the hypergradient. `mode` selects how H v is computed:
 
     exact              reverse over reverse, at the cost of a double backward; not where weights are partitioned.
     finite_difference  (grad L(theta + e v) - grad L(theta - e v)) / 2e: two more gradients, no graph of a gradient.

@@ -208,7 +208,7 @@ def denoising_loss(
 
 
 def are_rejected(parts: Sequence[LossPart]) -> bool:
-    """Tell whether every example of the parts had the weight zero when they were last called."""
+    """Return whether every example of the parts had the weight zero when they were last called."""
     return all(part.example_weights is not None and not bool(part.example_weights.any()) for part in parts)
 
 

@@ -1,4 +1,4 @@
-"""The one loop of training stages: goes on where a kill left off, tells progress, keeps state, notices divergence."""
+"""The one loop of training stages: continues after a kill, reports progress, keeps state, notices divergence."""
 
 from __future__ import annotations
 

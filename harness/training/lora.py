@@ -23,7 +23,7 @@ TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"
 TEXT = "text_encoder."
-"""Stands before the names of the text encoder's adapter, where it has one."""
+"""Prefix of the names of the text encoder's adapter, where it has one."""
 
 
 def configuration(variant: Variant, rank: int, alpha: float, modules: Sequence[str]) -> Any:

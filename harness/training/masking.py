@@ -11,7 +11,7 @@ gradient g with respect to theta serves both levels:
                  theta_i <- theta_i + Delta_i (m_i' - m_i)
     user step    theta_i <- theta_i - eta (1 - m_i)^2 g_i,  Delta_i <- Delta_i + eta (1 - m_i) g_i  (9 and 10)
 
-with a_i = <Delta_i, g_i> and m = sigmoid(x / T). Logits are few and lie on the CPU; a step asks the device once, for
+with a_i = <Delta_i, g_i> and m = sigmoid(x / T). Logits are few and are on the CPU; a step asks the device once, for
 all a_i together. Vectors are whole tensors or, under ZeRO 3, the pieces of this process.
 """
 
@@ -70,8 +70,8 @@ class Signal:
         self.running = torch.zeros(2, tensors, dtype=torch.float64)  # means of a and of its square
         self.count = 0
 
-    def heard(self, signal: Tensor) -> Tensor:
-        """Return what is heard of a step's a, [tensors]."""
+    def normalised(self, signal: Tensor) -> Tensor:
+        """Return the normalised signal, [tensors]."""
         if self.normalise == "none":
             return signal
         if self.normalise == "rms":
@@ -142,7 +142,7 @@ class MaskedWeights:
         """Move the mask by the gradient g of the upper loss with respect to theta."""
         signal = self.weights.inner(self.delta, slope)
         before = self.mask
-        pulls = self.rule.pulls(self.logits, self.signal.heard(signal))
+        pulls = self.rule.pulls(self.logits, self.signal.normalised(signal))
         self.logits = self.rule.moved(self.logits, pulls)
         self._shift(self.mask - before)
         return MaskStep(signal, *pulls)

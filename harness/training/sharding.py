@@ -1,7 +1,7 @@
 """Weights spread over processes by DeepSpeed ZeRO, behind the interface of `harness.training.weights`.
 
 Stage 0 holds everything everywhere and averages gradients; 1 partitions optimizer states; 2 gradients too; 3 weights
-too. With offload, optimizer states (and under ZeRO 3 the weights at rest) lie in main memory. The engine gathers
+too. With offload, optimizer states (and under ZeRO 3 the weights at rest) are in main memory. The engine gathers
 weights, reduces gradients and steps the optimizer; what is ours is to evaluate it away from the weights that it owns
 (a look-ahead, a perturbation) and to hand it a gradient that no single backward pass has: the hypergradient.
 
@@ -381,7 +381,7 @@ class ProcessGroup(World):
         return self._reduce(float(flag and self.rank == 0), dist.ReduceOp.MAX) > 0
 
     def all(self, flag: bool) -> bool:
-        """Tell whether every process says yes."""
+        """Return whether every process says yes."""
         return self._reduce(float(flag), dist.ReduceOp.MIN) > 0
 
     def mean(self, value: float) -> float:

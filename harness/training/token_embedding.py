@@ -1,6 +1,6 @@
-"""A word with embeddings of its own in the text encoder's prompts, as Textual Inversion learns it (Gal et al. 2022).
+"""A new word with its embeddings in the text encoder's prompts, as Textual Inversion learns it (Gal et al. 2022).
 
-Neither vocabulary nor weights grow: in the token ids a slot stands for each vector, and while a prompt is encoded the
+Neither vocabulary nor weights grow: in the token ids a slot represents each vector, and while a prompt is encoded the
 slots' embeddings are replaced by the vectors. That is what a new token with these rows would do, since nothing else in
 the encoder looks at ids.
 """
@@ -48,7 +48,7 @@ class LearnedWord:
     """A word of `vectors` embeddings that begin as an existing word's tokens, in turn; a `TextSource`."""
 
     def __init__(self, model: DiffusionModel, begin_as: str, vectors: int = 1, called: str = "{}"):
-        """`called` is how the word stands in texts. Raises ValueError when `begin_as` is nothing to the tokenizer."""
+        """`called` is how texts name the word. Raises ValueError when `begin_as` is nothing to the tokenizer."""
         self.model = model
         self._called = called
         tokens = model.tokenizer(begin_as, add_special_tokens=False).input_ids
@@ -60,7 +60,7 @@ class LearnedWord:
         self.vectors = nn.Parameter(table[rows].detach().clone())  # [vectors, width]
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """Return token ids [texts, tokens] with SLOT where the word stands. Padded, cut to full length.
+        """Return token ids [texts, tokens] with SLOT where the word is. Padded, cut to full length.
 
         Raises ValueError when a text does not hold the word or it does not fit in.
         """

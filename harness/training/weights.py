@@ -1,4 +1,4 @@
-"""The trained weights of a stage, wherever they lie, and the optimizer that moves them.
+"""The trained weights of a stage, wherever they are, and the optimizer that moves them.
 
 Immunization takes gradients at many points: at the released weights, after a lower step, a little to either side. It is
 written against this interface alone, so that the same lines run in one process (`LocalWeights`) and on weights that

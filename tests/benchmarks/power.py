@@ -33,7 +33,7 @@ MOST = 60
 
 
 def found(run: Run, seeds: int, difference: float, source: np.random.Generator) -> bool:
-    """Tell whether a run of so many seeds makes the claim."""
+    """Return whether a run of so many seeds makes the claim."""
     (line,) = compare(frame_of(replace(run, seeds=seeds).rows(source, difference)), "mine", ["theirs"], 200)
     return line["verdict"] == "stronger"
 

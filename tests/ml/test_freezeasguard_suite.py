@@ -30,7 +30,7 @@ def folders(tmp_path) -> list[str]:
     return overrides
 
 
-def test_without_images_each_missing_folder_is_told(capsys):
+def test_without_images_each_missing_folder_is_reported(capsys):
     """One line each, and nothing else is wrong."""
     assert main(["validate", str(SUITES / "freezeasguard.yaml")]) == 2
 

@@ -188,13 +188,13 @@ def test_a_signal_can_be_divided_by_its_size():
     """Its scale over the tensors no longer matters."""
     signal = torch.randn(8, generator=torch.Generator().manual_seed(2))
 
-    assert torch.equal(Signal("none", 8).heard(signal), signal)
-    heard = Signal("rms", 8).heard(signal)
+    assert torch.equal(Signal("none", 8).normalised(signal), signal)
+    heard = Signal("rms", 8).normalised(signal)
     assert float(heard.square().mean()) == pytest.approx(1.0)
-    assert torch.allclose(Signal("rms", 8).heard(1e-6 * signal), heard, rtol=1e-4)
+    assert torch.allclose(Signal("rms", 8).normalised(1e-6 * signal), heard, rtol=1e-4)
 
 
-def test_a_signal_can_be_heard_as_adam_hears_a_gradient():
+def test_a_signal_can_be_scaled_as_adam_scales_a_gradient():
     """Twelve steps of torch's own Adam on the logits, whose scale is each tensor's own."""
     source = torch.Generator().manual_seed(2)
     signals = torch.randn(12, 8, generator=source) * 10.0 ** torch.arange(-6, 2)
@@ -204,7 +204,7 @@ def test_a_signal_can_be_heard_as_adam_hears_a_gradient():
     for signal in signals:
         logits.grad = signal.double()
         optimizer.step()
-        total += ours.heard(signal)
+        total += ours.normalised(signal)
 
     assert torch.allclose(-total, logits.detach().float(), rtol=1e-5, atol=1e-6)
 

@@ -40,7 +40,7 @@ def test_class_is_found_in_the_description(text, words, expected):
         ("a dog in front of a church", "names several (church, dog)"),
     ],
 )
-def test_description_without_one_class_is_told(text, words):
+def test_description_without_one_class_is_reported(text, words):
     """None, or several: the user has to say."""
     with pytest.raises(ValueError) as caught:
         asked_for(text, KNOWN, {})

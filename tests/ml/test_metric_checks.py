@@ -10,7 +10,7 @@ from torchvision.models import get_weight
 
 from harness.core.errors import ExitCode
 from metrics import encoders, torchvision_files
-from tests.test_suite_mistakes import assert_told
+from tests.test_suite_mistakes import assert_says
 
 METRICS = "metrics: [clip_image, clip_text]"
 
@@ -37,7 +37,7 @@ def test_extra_that_is_not_installed_ends_a_run_before_it_begins(project, withou
     outcome = project.cli("run", str(project.suite), "--runs", str(project.runs))
 
     assert outcome.code == ExitCode.USER_MISTAKE
-    assert_told(outcome, project, ":17: ", "topiq needs pyiqa; install it with: pip install 'immunitybench[quality]'")
+    assert_says(outcome, project, ":17: ", "topiq needs pyiqa; install it with: pip install 'immunitybench[quality]'")
     assert len(outcome.errors) == 1
     assert not project.runs.exists()
 
@@ -61,14 +61,14 @@ def test_extra_that_is_not_installed_is_no_mistake_of_the_suite(project, without
         (("images_per_prompt: 2", "images_per_prompt: 1"), "lamp", "a step has one image"),
     ],
 )
-def test_distribution_of_one_image_is_told(project, metric, change, concept, words):
+def test_distribution_of_one_image_is_reported(project, metric, change, concept, words):
     """For each concept, since all are scored by every metric."""
     _with(project, f"clip_image, {metric}", change)
 
     outcome = project.validate()
 
     assert outcome.code == ExitCode.USER_MISTAKE
-    assert_told(outcome, project, ":17: ", f"concept '{concept}': {metric} compares distributions, but {words}")
+    assert_says(outcome, project, ":17: ", f"concept '{concept}': {metric} compares distributions, but {words}")
 
 
 def test_biased_cmmd_takes_one_image(project):
@@ -78,14 +78,14 @@ def test_biased_cmmd_takes_one_image(project):
     assert project.validate().code == ExitCode.DONE
 
 
-def test_concept_without_a_class_is_told(project):
+def test_concept_without_a_class_is_reported(project):
     """A style is none; a lamp goes by another name there."""
     _with(project, "target_class_accuracy")
 
     outcome = project.validate()
 
-    assert_told(outcome, project, ":17: ", "concept 'vangogh': 'an artwork of van gogh' names no category")
-    assert_told(outcome, project, ":17: ", "concept 'lamp': 'a photo of lamp' names no category of the classifier; say")
+    assert_says(outcome, project, ":17: ", "concept 'vangogh': 'an artwork of van gogh' names no category")
+    assert_says(outcome, project, ":17: ", "concept 'lamp': 'a photo of lamp' names no category of the classifier; say")
     assert not any("purse" in line for line in outcome.errors)
 
 
@@ -97,10 +97,10 @@ def test_words_say_which_class_is_meant(project):
 
     _with(project, f"{{method: target_class_accuracy, {words.replace('beagle', 'beagles')}}}")
     outcome = project.validate()
-    assert_told(outcome, project, ":17: ", "'dog': no category 'beagles'; did you mean 'beagle'?")
+    assert_says(outcome, project, ":17: ", "'dog': no category 'beagles'; did you mean 'beagle'?")
     assert len(outcome.errors) == 1  # not once for each concept
     _with(project, "{method: target_class_accuracy, classifier: resnet50}")
-    assert_told(project.validate(), project, ":17: ", "'resnet50' is no classifier of torchvision; give the full name")
+    assert_says(project.validate(), project, ":17: ", "'resnet50' is no classifier of torchvision; give the full name")
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_words_say_which_class_is_meant(project):
         ("{method: cmmd, sigma: 0}", "must be greater than 0"),
     ],
 )
-def test_parameters_that_do_not_fit_are_told(project, entry, words):
+def test_parameters_that_do_not_fit_are_reported(project, entry, words):
     """At their line."""
     _with(project, entry)
 
-    assert_told(project.validate(), project, ":17: ", words)
+    assert_says(project.validate(), project, ":17: ", words)
 
 
 def test_torchvisions_files_are_where_and_what_the_table_says(monkeypatch, tmp_path):

@@ -147,7 +147,7 @@ def test_testbed_form_tells_a_drawing_from_its_negative():
     assert values == sorted(values, reverse=True) and values[0] - values[-1] > 0.1
 
 
-def test_weights_of_another_network_are_told(trunk, images, tmp_path):
+def test_weights_of_another_network_are_reported(trunk, images, tmp_path):
     """By the tensor that they lack."""
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     metric = LpipsImage(Parameters("squeeze", str(tmp_path / "other.safetensors"), 64))
@@ -165,7 +165,7 @@ def test_weights_of_another_network_are_told(trunk, images, tmp_path):
         ({"size": 8}, "must be at least 32"),
     ],
 )
-def test_parameters_that_do_not_fit_are_told(given, words):
+def test_parameters_that_do_not_fit_are_reported(given, words):
     """Before any compute."""
     values, mistakes = parameters.resolve(LpipsImage, given)
 

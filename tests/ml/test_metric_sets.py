@@ -202,7 +202,7 @@ def test_statistics_of_a_file_stand_for_the_references(drawings, tmp_path):
         (Kid, {"feats": np.array([{}])}, "allow_pickle"),
     ],
 )
-def test_statistics_that_do_not_fit_are_told(drawings, tmp_path, cls, arrays, words):
+def test_statistics_that_do_not_fit_are_reported(drawings, tmp_path, cls, arrays, words):
     """And what would have to be unpickled is refused."""
     np.savez(tmp_path / "bad.npz", **arrays)
 

@@ -24,7 +24,7 @@ def told(capsys) -> tuple[list[str], list[str]]:
     return captured.out.splitlines(), captured.err.splitlines()
 
 
-def test_without_photographs_each_missing_folder_is_told(capsys):
+def test_without_photographs_each_missing_folder_is_reported(capsys):
     """One line each, and nothing else is wrong."""
     assert main(["validate", str(SUITE)]) == 2
 

@@ -4,7 +4,7 @@ document.documentElement.classList.add("js");
 
 function compare(one, other) {
   if (one === other) return 0;
-  if (one === "") return 1; // what is undefined stands last, whichever way
+  if (one === "") return 1; // what is undefined comes last, whichever way
   if (other === "") return -1;
   const [a, b] = [Number(one), Number(other)];
   return Number.isNaN(a) || Number.isNaN(b) ? one.localeCompare(other) : a - b;
