@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+from types import SimpleNamespace
 
+from harness.results import papers
+from harness.suite.spec import TaskSpec
 from tests.test_cli import arguments, commit_all
 
 
@@ -39,6 +42,13 @@ def test_a_task_without_erasure_has_no_rows_of_relearning(project):
         rows = list(csv.DictReader(file))
     assert {row["task"] for row in rows} == {"adaptation"}
     assert {row["defense"] for row in rows} <= {"", "none"}
+
+
+def test_other_kinds_of_tasks_have_no_papers_beside_them():
+    """An entry of another form has no erasure to be asked for."""
+    suite = SimpleNamespace(tasks={"probe": TaskSpec(kind="other")}, defenses=[SimpleNamespace(method="uce")])
+
+    assert papers.beside(suite) == []
 
 
 def test_tables_on_freezing_speak_of_adaptation(project):

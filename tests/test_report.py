@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html.parser
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from defenses.freezing import against_random as masks_against_random
 from defenses.freezing import masks
@@ -16,9 +18,10 @@ from harness.analysis.front import front
 from harness.analysis.leaderboard import leaderboard
 from harness.cli import main
 from harness.core.errors import ExitCode
+from harness.core.files import write_json
 from harness.report import drawings, page, records, run_folder, sheets, views
 from harness.results import adaptation_cost
-from harness.results.rows import write_csv
+from harness.results.rows import COLUMNS, write_csv
 from harness.store.store import Store
 from tests.report_run import PROMPTS, STEPS, key, make
 
@@ -344,6 +347,65 @@ def test_run_without_rows_is_reported(tmp_path, capsys):
 
     assert main(["report", str(folder)]) == ExitCode.USER_MISTAKE
     assert "no rows yet" in capsys.readouterr().err
+
+
+def with_another_kind(folder: Path, *, alone: bool, count: int = 3) -> list[str]:
+    """Add a task of another kind to a run folder, with rows and a table of its own; `alone`: in place of the rest.
+
+    Return the lines of its table.
+    """
+    with open(folder / "rows.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    other = dict.fromkeys(COLUMNS, "") | {"task": "probe", "student": "loud", "value": "0.5", "metric": "norm"}
+    other |= {"direction": "higher", "unit": "steps", "role": "target", "is_weak": "false"}
+    other |= dict.fromkeys(("seed", "step", "n_probes", "prompt_index"), "0")
+    own = [] if alone else [{**row, "student": ""} for row in rows]
+    write_csv(folder / "rows.csv", [*own, other], (*COLUMNS, "student"))
+    lines = [f"<b>&{n}" for n in range(count)]
+    write_csv(folder / "norms.csv", [{"student": line} for line in lines], ("student",))
+    write_json(folder / "tables.json", {"is_whole": True, "files": ["norms.csv", "../norms.csv", "gone.csv", 3]})
+    suite = yaml.safe_load((folder / "suite.resolved.yaml").read_text())
+    suite["tasks"] = {**({} if alone else suite["tasks"]), "probe": {"kind": "noise_norms", "prompts": ["a"]}}
+    (folder / "suite.resolved.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
+    return lines
+
+
+SECTIONS = ("short", "leaderboard", "soon", "curves", "plane", "images")
+
+
+def test_a_task_of_another_kind_stands_beside_the_leaderboard(folder, tmp_path):
+    """Its rows enter none of the numbers; its table is shown, and offered as a file."""
+    own = make(tmp_path)
+    lines = with_another_kind(own, alone=False)
+    page.make(own)
+    found = read(own)
+    ids = [attributes.get("id") for _, attributes in found.tags]
+
+    assert run_of(own)[1] == run_of(folder)[1]
+    assert all(line in found.text for line in lines) and "3 lines; all are in" in found.text
+    assert {*SECTIONS, "further", "validity"} <= set(ids)
+    assert {"#short", "#further", "data/norms.csv"} <= set(found.values("a", "href"))
+    assert (own / "report" / "data" / "norms.csv").read_bytes() == (own / "norms.csv").read_bytes()
+    assert "3 defenses,\n2 attacks, 2 seeds, 3 scores" in found.text
+    assert "normhighersteps" in found.text  # its line of the scores
+
+
+def test_a_run_of_another_kind_alone_says_what_is_left_out(tmp_path):
+    """One line in the place of everything that is made of attacks; of a long table the first lines."""
+    own = make(tmp_path)
+    lines = with_another_kind(own, alone=True, count=page.LONGEST + 5)
+    page.make(own)
+    found = read(own)
+    ids = {attributes.get("id") for _, attributes in found.tags}
+    links = set(found.values("a", "href"))
+
+    assert "there is no leaderboard, and what is made of it is left out" in found.text
+    assert not ids & set(SECTIONS) and not links & {f"#{name}" for name in SECTIONS}
+    assert all(link[1:] in ids for link in links if link.startswith("#"))
+    assert lines[page.LONGEST - 1] in found.text and lines[page.LONGEST] not in found.text
+    assert f"{page.LONGEST + 5} lines, of which {page.LONGEST} are shown" in found.text
+    assert "· 1 rows · 2 seeds, 1 score ·" in found.text
+    assert "A line counts when" not in found.text and "Failed stages" in found.text
 
 
 def test_report_needs_no_torch(tmp_path):

@@ -68,9 +68,17 @@ def test_labels_of_other_tasks_are_columns_behind_the_known_ones():
     """Empty where a stage has none."""
     made = frame([part(), part(recipe="half"), part(ratio="0.5", recipe="none")])
 
-    assert set(made.columns[len(COLUMNS) :]) == {"recipe", "ratio"}
+    assert tuple(made.columns[len(COLUMNS) :]) == ("recipe", "ratio")
     assert made["recipe"].tolist() == ["", "half", "none"]
     assert made["ratio"].tolist() == ["", "", "0.5"]
+
+
+def test_columns_of_other_tasks_stand_in_the_order_of_their_labels():
+    """In every process, whatever words it hashes how."""
+    names = [f"label_{n}" for n in random.Random(0).sample(range(100), 20)]
+    made = frame([part(**dict.fromkeys(names[:12], "x")), part(**dict.fromkeys(names, "x"))])
+
+    assert list(made.columns[len(COLUMNS) :]) == names
 
 
 def test_a_prompt_that_was_not_asked_is_an_error():

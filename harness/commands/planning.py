@@ -51,10 +51,13 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
     )
     shared, unshared = cost.shared_passes(plan), cost.unshared_passes(plan)
     ratio = f" ({unshared / shared:.1f} times as many)" if shared else ""
+    apart = (
+        f"; {unshared:,.0f}{ratio} if each attack on each concept erased, immunized, adapted and sampled for itself"
+        if any(measurement.is_apart for measurement in plan.measurements)
+        else ""
+    )
     console.print(
-        f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing; {unshared:,.0f}{ratio} if each "
-        "attack on each concept erased, immunized, adapted and sampled for itself",
-        highlight=False,
+        f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing{apart}", highlight=False
     )
     for line in fetched.lines(fetching.of_suite(opened.loaded)):
         console.print(line, highlight=False)

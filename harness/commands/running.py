@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
         opened.make_folder()
         finish(opened, console)
         return ExitCode.DONE
+    _forget_others(opened, recorded_failures)
     done = set() if options.cache == "never" else committed
     walk = Walk(opened.plan, done.__contains__)
     if options.cache == "always":
@@ -53,7 +55,7 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
             write_resolved(opened)
         console.print(
             f"nothing to do: all {len(opened.plan.stages)} stages of '{opened.plan.suite}' are committed; "
-            f"the leaderboard is in {opened.folder}/leaderboard.csv",
+            f"the tables are in {opened.folder}",
             highlight=False,
         )
         return ExitCode.DONE
@@ -151,6 +153,13 @@ def _check_devices(opened: Opened) -> None:
             f"{where}: resources.gpus: a stage wants {wanted:g} GPU, this machine has {found}; "
             "use --set resources.gpus=0 for the CPU"
         )
+
+
+def _forget_others(opened: Opened, recorded: dict[str, Path]) -> None:
+    """Remove the failures of stages that are not in the plan any more, such as those of a plug-in before its edit."""
+    for key in recorded.keys() - opened.plan.stages.keys():
+        with contextlib.suppress(OSError):
+            recorded.pop(key).unlink(missing_ok=True)
 
 
 def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:

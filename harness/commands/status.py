@@ -40,9 +40,10 @@ def show(opened: Opened, console: Console) -> ExitCode:
     plan = opened.plan
     kinds = Counter(s.kind for s in plan.stages.values())
     done = Counter(plan.stages[k].kind for k in committed)
+    width = max(map(len, kinds), default=0)
     for kind in kinds_in_order():
         if kinds[kind]:
-            console.print(f"{kind:<9} {done[kind]:>6} of {kinds[kind]}", highlight=False)
+            console.print(f"{kind:<{width}} {done[kind]:>6} of {kinds[kind]}", highlight=False)
     failures = [
         json.loads(path.read_text("utf-8"))
         for key, stage in plan.stages.items()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from harness.contracts.task import Measurement
 from harness.core import registry
 from harness.plan.builder import Builder
 from harness.plan.graph import Plan, Unit
@@ -14,9 +17,16 @@ def make(loaded: LoadedSuite) -> Plan:
     for name, spec in loaded.suite.tasks.items():
         task = registry.get("task", spec.kind)(None)
         build.plan.tasks[name] = spec.kind
-        build.plan.measurements += task.plan(name, spec, build)
+        build.plan.measurements += (_named(name, measurement) for measurement in task.plan(name, spec, build))
     build.plan.units = list(build.units.values())
     return ordered(build.plan)
+
+
+def _named(task: str, measurement: Measurement) -> Measurement:
+    """Return a measurement with the label by which its rows are found again, the name of its task."""
+    if "task" in measurement.labels:
+        return measurement
+    return replace(measurement, labels={"task": task, **measurement.labels})
 
 
 def ordered(plan: Plan) -> Plan:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _ANCHOR = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _FILE = re.compile(r"[a-z0-9_]{1,60}\.(csv|png)")
 _TAKEN = frozenset(
-    {"short", "leaderboard", "soon", "curves", "plane", "images", "validity", "costs", "provenance", "ledger",
-     "definitions"}
+    {"short", "leaderboard", "soon", "curves", "plane", "images", "further", "validity", "costs", "provenance",
+     "ledger", "definitions"}
 )  # fmt: skip
 """Anchors of the page's own sections; `task-` and `validity-` begin further ones."""
 

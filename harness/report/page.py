@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,14 +20,17 @@ from harness.analysis.leaderboard import by_concept, leaderboard
 from harness.core.errors import UserMistake, one_line
 from harness.core.version import __version__
 from harness.report import costs, drawings, own_sections, records, run_folder, sheets, views
-from harness.results import definitions
+from harness.results import definitions, tables
 from harness.results.folder import RESOLVED
 from harness.results.leaderboard import SOON_LEGEND, soon_text
+from harness.results.reading import read_table
 
 FOLDER = "report"
 DATA = (
     "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", costs.FILE, RESOLVED,
 )  # fmt: skip
+LONGEST = 200
+"""Lines that the page shows of a table that it knows nothing of; the file has all of them."""
 TEMPLATES = Path(report.__file__).parent / "template"
 
 
@@ -68,10 +72,13 @@ def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, i
     shown, left_out = sheets.make(run, gallery, prompts)
     own, failed = own_sections.of_run(run, _environment())
     data = list(dict.fromkeys([*DATA, *(name for section in own for name in section.data)]))
+    further = further_tables(run.path, data)
+    data += [table.file for table in further]
     _copy(run.path, data, folder / "data")
     _copy(run.path, [name for section in own for name in section.figures], folder / "figures")
     context = {
         "own_sections": own,
+        "further": further,
         "failed_diagnostics": failed,
         "costs": costs.of_run(run.path),
         "run": run,
@@ -96,6 +103,31 @@ def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, i
     }
     (folder / "index.html").write_text(_render(context), encoding="utf-8")
     return sum(1 for _ in (folder / "images").iterdir()), len(shown), left_out
+
+
+@dataclass(frozen=True)
+class FurtherTable:
+    """A table of the run that no section of the page knows, such as that of another kind of task."""
+
+    file: str
+    columns: list[str]
+    lines: list[list[str]]
+    """Shown of it: at most LONGEST."""
+    count: int
+
+
+def further_tables(folder: Path, known: Collection[str]) -> list[FurtherTable]:
+    """Return the tables that were written into a run folder and are not among the known files."""
+    found = []
+    for name in tables.files(folder):
+        # what names no file of the folder itself could be a path out of it
+        if name in known or not re.fullmatch(r"[a-z0-9_]{1,60}\.csv", name) or not (folder / name).is_file():
+            continue
+        lines = read_table(folder / name)
+        columns = [column for column in lines[0] if column] if lines else []
+        shown = [[line[column] or "" for column in columns] for line in lines[:LONGEST]]
+        found.append(FurtherTable(name, columns, shown, len(lines)))
+    return found
 
 
 def _copy(source: Path, names: Sequence[str], target: Path) -> None:

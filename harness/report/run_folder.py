@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from harness.results import folder
 from harness.results.folder import RESOLVED, read_suite
 from harness.results.rows import read_rows
 from harness.store.store import Store
+from harness.suite.spec import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -42,7 +44,11 @@ class RunFolder:
     suite_text: str
     gates: Gates
     table: Measurements
+    """The rows of immunization tasks."""
+    about: dict[str, Mapping[str, Any]]
+    """metric -> its first row, for what each score is: those of `table`, then those of other kinds of tasks."""
     rows: int
+    """Of all tasks."""
     seed: int
     """The seed whose images are shown: the suite's first."""
     drawn: dict[TrialName, Drawn]
@@ -64,20 +70,32 @@ def read(path: Path) -> RunFolder:
         what = "no seeds or gates in it; write it anew with `table`"
         raise UserMistake(f"{one_line(path / RESOLVED)}: {what}") from None
     rows = read_rows(path)
+    is_other = rows["task"].isin(_of_other_kinds(suite))
+    own, other = rows[~is_other], rows[is_other].drop_duplicates("metric")
+    table = Measurements(own)
+    others = {line["metric"]: line for line in other.to_dict("records") if line["metric"] not in table.about}
     return RunFolder(
         path=path,
         suite=suite,
         suite_text=text,
         gates=gates,
-        table=Measurements(rows),
+        table=table,
+        about=table.about | others,
         rows=len(rows),
         seed=seed,
-        drawn=_drawn(rows, seed),
+        drawn=_drawn(own, seed),
         scores=_keys(rows["score_key"]),
         store=Store(path.parent / "store"),
         is_whole=folder.is_whole(path),
         failures=folder.failures(path),
     )
+
+
+def _of_other_kinds(suite: Mapping[str, Any]) -> list[str]:
+    """Return the tasks that are no immunization: their labels are their own, and their tables tell of them."""
+    tasks = suite.get("tasks")
+    entries = {str(n): e for n, e in tasks.items() if isinstance(e, dict)} if isinstance(tasks, dict) else {}
+    return [name for name, entry in entries.items() if entry.get("kind", DEFAULT_TASK) != DEFAULT_TASK]
 
 
 def _keys(column: Series) -> list[str]:

@@ -48,10 +48,10 @@ def records(plan: Plan, store: Store) -> dict[str, Mapping[str, Any]]:
 
 
 def _adapted(plan: Plan) -> Iterator[tuple[Measurement, str]]:
-    """Yield (measurement, key of the adaptation) of what was drawn from adapted models."""
+    """Yield (measurement, key of the adaptation) of what was drawn from adapted models, by tasks that name attacks."""
     for measurement in plan.measurements:
         read = plan.stages[measurement.observed].inputs.get("adapt")
-        if read is not None:
+        if read is not None and "attack" in measurement.labels:
             yield measurement, read.key
 
 

@@ -10,7 +10,7 @@ from harness.analysis.paper_rows import COLUMNS, PaperRow, load
 from harness.contracts.table import Section, Table
 from harness.results.diagnostics import Diagnostics
 from harness.results.writing import write_table
-from harness.suite.spec import Suite
+from harness.suite.spec import DEFAULT_TASK, Suite
 
 FILE = "paper_rows"
 SHOWN = ("model", "task", "defense", "attack", "setting", "metric", "unit", "printed", "note")
@@ -26,8 +26,9 @@ def beside(suite: Suite, say: Callable[[str], None] | None = None) -> list[Paper
 
     A diagnostic may decide otherwise for the rows of its paper. `say` gets a line for each that raised.
     """
-    tasks = {"relearning"} if any(task.erase for task in suite.tasks.values()) else set()
-    if any(not task.erase for task in suite.tasks.values()):
+    immunized = [task for task in suite.tasks.values() if task.kind == DEFAULT_TASK]  # papers' numbers are of no other
+    tasks = {"relearning"} if any(task.erase for task in immunized) else set()
+    if any(not task.erase for task in immunized):
         tasks |= {"personalization", "adaptation"}
     defenses = {spec.method for spec in suite.defenses} | {""}
     diagnostics = Diagnostics(say)

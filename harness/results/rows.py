@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import pyarrow
     from pandas import DataFrame, Series
 
+    from harness.contracts.task import Label
+
 COLUMNS = (
     "suite", "model", "task", "defense", "method", "profile", "is_weak", "protected", "attack", "attacker", "n_probes",
     "concept", "role", "seed", "step", "prompt_index", "prompt", "metric", "value", "direction", "unit", "range",
@@ -62,7 +64,8 @@ def collect(plan: Plan, store: Store, model_name: str) -> DataFrame:
 def frame(parts: Iterable[tuple[Labels, Mapping[str, Any]]]) -> DataFrame:
     """Return the rows of score stages: (labels, what scores.json holds) of each.
 
-    Labels that are no columns of COLUMNS become columns behind them. Raises IndexError for a prompt without text.
+    Labels that are no columns of COLUMNS are words, and become columns behind them in order of first appearance.
+    Raises IndexError for a prompt without text.
     """
     import numpy as np
     import pandas as pd
@@ -76,7 +79,7 @@ def frame(parts: Iterable[tuple[Labels, Mapping[str, Any]]]) -> DataFrame:
             continue
         for listed, of_all in zip(zip(*map(_ENTRY, entries), strict=True), (steps, prompts, values), strict=True):
             of_all.extend(listed)
-        for name in own.keys() - labels.keys() - {"prompt"}:
+        for name in [name for name in own if name not in labels and name != "prompt"]:
             labels[name] = _Codes([""] * len(counts))
         about = {name: text for name, text in scores["about"].items() if name in labels}
         for name, codes in labels.items():
@@ -166,7 +169,7 @@ def _scored(plan: Plan, store: Store, model_name: str) -> Iterator[tuple[Labels,
         labels = {
             "suite": plan.suite,
             "model": model_name,
-            **{n: "+".join(value) if isinstance(value, tuple) else value for n, value in measurement.labels.items()},
+            **{name: _label(name, value) for name, value in measurement.labels.items()},
             "sample_key": measurement.observed,
             "prompt": registry.get("stage", observed.kind).prompts(observed.parameters),
         }
@@ -176,6 +179,13 @@ def _scored(plan: Plan, store: Store, model_name: str) -> Iterator[tuple[Labels,
                 kept[key] = scores
             if scores is not None:
                 yield {**labels, "metric": metric, "score_key": key}, scores
+
+
+def _label(name: str, value: Label) -> Any:
+    """Return a label as rows have it: a word, but for the few columns of numbers."""
+    if isinstance(value, tuple):
+        return "+".join(value)
+    return value if name in _NUMBERS or isinstance(value, str) else str(_cell(value))
 
 
 def _scores(store: Store, kind: str, key: str) -> Mapping[str, Any] | None:

@@ -187,6 +187,12 @@ def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool
     return all((folder / str(name)).is_file() for name in files)
 
 
+def files(folder: Path) -> list[str]:
+    """Return the names of the files that were written as the folder's tables."""
+    listed = _state(folder).get("files")
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+
+
 def failures(folder: Path) -> list[tuple[str, str]]:
     """Return (diagnostic, error) of those that failed when the folder's tables were written."""
     failed = _state(folder).get("failed")
