@@ -39,9 +39,8 @@ class Remembered:
         """Return the names of tensors that differ now; an adapter beside them, and new rows, do not count."""
         import torch
 
-        from harness.training.selection import clean
-
-        now = {clean(name): tensor for name, tensor in _tensors(model).items()}
+        # peft wraps what it adapts: "to_k.weight" is "to_k.base_layer.weight" in training
+        now = {name.replace(".base_layer", ""): tensor for name, tensor in _tensors(model).items()}
         return {n for n, t in self.tensors.items() if n in now and not torch.equal(_first_rows(now[n], t), t)}
 
     def left_behind(self, model: DiffusionModel) -> str | None:

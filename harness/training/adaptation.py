@@ -87,9 +87,14 @@ def adapt(
     weights = sharding.spread(model, trained, {LEVEL: level}, run)
     learner = _Adaptation(run, weights, loss, recipe.prior_weight, is_hooked=bool(hooks))
     for done in trajectory(run, learner, budget.steps, "the attack"):
-        held = weights.bytes_held()
-        run.ledger.numbers |= {"trained_bytes": held["weights"], "optimizer_bytes": held["optimizer"]}
+        _note_bytes(run, weights)
         yield done, weights
+    _note_bytes(run, weights)  # a run that goes on from its end yields nothing
+
+
+def _note_bytes(run: Run, weights: Weights) -> None:
+    held = weights.bytes_held()
+    run.ledger.numbers |= {"trained_bytes": held["weights"], "optimizer_bytes": held["optimizer"]}
 
 
 class _Adaptation:
