@@ -368,7 +368,7 @@ READINGS = (
     ),
     Definition(
         "direction_none", "direction none", "",
-        "The metric says something else (whether images are copies) and is shown beside the scores: no separate lines.",
+        "The metric measures something else (whether images are copies) and is shown beside the scores, not in lines.",
         OURS,
     ),
     Definition(

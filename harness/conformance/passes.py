@@ -49,7 +49,7 @@ def counted(model: DiffusionModel) -> Iterator[Passes]:
 
 
 def require_counted(method: Any, ledger: Ledger, seen: Passes) -> None:
-    """Raise Nonconforming when a ledger says something else than was seen; NotApplicable when there was nothing."""
+    """Raise Nonconforming when a ledger differs from what was seen; NotApplicable when there was nothing."""
     if ledger.forward_passes != seen.forward:
         fail(method, f"counts {ledger.forward_passes:g} forward passes in the ledger where {seen.forward} were made")
     if not seen.backward <= ledger.backward_passes <= DOUBLE_BACKWARD * seen.backward:

@@ -2,8 +2,8 @@
 
 A layer is a committed stage whose folder holds a `Protection`: changed tensors, whole components with their
 configuration (a pruned UNet), frozen names, hooks. Later layers are written over earlier ones. A stage names the state
-that it works on by its inputs, one role a layer; a second state (a teacher beside a student) has a name, which stands
-before its roles.
+that it works on by its inputs, one role a layer; a second state (a teacher beside a student) has a name, the prefix
+of its roles.
 """
 
 from __future__ import annotations

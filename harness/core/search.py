@@ -88,23 +88,23 @@ def as_json(space: Space) -> dict[str, Any]:
     return {name: part.as_json() for name, part in space.items()}
 
 
-def propose(space: Mapping[str, Mapping[str, Any]], seed: int, told: Sequence[Probe], place: int) -> dict[str, Any]:
+def propose(space: Mapping[str, Mapping[str, Any]], seed: int, before: Sequence[Probe], place: int) -> dict[str, Any]:
     """Return the values of a probe: {} for the very first, which changes nothing.
 
-    `space` as JSON values; `told` are the probes of all batches before, in order; `place` is the probe's in its own
+    `space` as JSON values; `before` are the probes of all batches before, in order; `place` is the probe's in its own
     batch. Probes that diverged count as the worst that was found.
     """
-    if not told and place == 0:
+    if not before and place == 0:
         return {}
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {name: _distribution(optuna, part) for name, part in space.items()}
-    source = mix(seed, len(told)) % 2**32  # each batch draws anew: the first ones are random
+    source = mix(seed, len(before)) % 2**32  # each batch draws anew: the first ones are random
     sampler = optuna.samplers.TPESampler(seed=source, n_startup_trials=4, constant_liar=True, multivariate=False)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    found = [probe.score for probe in told if probe.score is not None]
-    for probe in told:
+    found = [probe.score for probe in before if probe.score is not None]
+    for probe in before:
         if probe.values.keys() == space.keys():  # not the first, which may be outside the space
             values = {name: _index(space[name], value) for name, value in probe.values.items()}
             score = probe.score if probe.score is not None else min(found, default=0.0)
@@ -120,14 +120,14 @@ def explored(probes: int) -> int:
     return probes - 2 * (probes // 6)
 
 
-def repeated(told: Sequence[Probe], place: int) -> Mapping[str, Any] | None:
+def repeated(tried: Sequence[Probe], place: int) -> Mapping[str, Any] | None:
     """Return the values of a repeat: {} at even places, those of the best probe at odd ones; None: none is needed.
 
-    `told` are the probes that tried something new.
+    `tried` are the probes that tried something new.
     """
-    if all(probe.score is None for probe in told) or not best(told).values:
+    if all(probe.score is None for probe in tried) or not best(tried).values:
         return None
-    return best(told).values if place % 2 else {}
+    return best(tried).values if place % 2 else {}
 
 
 def best(probes: Sequence[Probe]) -> Probe:

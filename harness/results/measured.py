@@ -92,7 +92,7 @@ class RunResults:
         for measurement in self.plan.measurements:
             about, key = measurement.labels, measurement.needs.get("immunize")
             if key is None or "defense" not in about or not self.store.has("immunize", key):
-                continue  # also where another kind of task draws from a released model under labels of its own
+                continue  # also where another kind of task draws from a released model under other labels
             name = (about["task"], about["defense"], about["protected"], about["seed"])
             if name in seen:
                 continue

@@ -57,7 +57,7 @@ class Signal:
     """What takes the place of a in equation 8.
 
     none: a itself. rms: a over its root mean square over the tensors; of tensors whose a differ by orders of magnitude
-    the largest alone are heard. adam: each tensor's running mean over the root of its running mean square (Kingma and
+    only the largest count. adam: each tensor's running mean over the root of its running mean square (Kingma and
     Ba 2015; betas 0.9 and 0.999, bias corrected), which is of one size for all and lets noise cancel.
     """
 
