@@ -69,7 +69,7 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
         )
     else:
         console.print(
-            "no estimate yet for some kinds: it is learned from finished stages",
+            "no estimate yet: learned from finished stages",
             highlight=False,
         )
     if tflops is not None or not is_known:
