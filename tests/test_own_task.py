@@ -206,3 +206,73 @@ def test_releases_and_adaptations_may_be_read_under_other_labels(project):
     assert len(list(labelled.released())) > 0 and len(list(adaptation_cost._adapted(plan))) > 0
     assert list(others.released()) == []
     assert adaptation_cost.lines(plan_of_others, done) == []
+
+
+def test_power_is_of_suites_with_attacks(own):
+    """There is nothing to compare."""
+    project, given = own
+    commit_norms(project, project.plan(yaml.safe_dump(ALONE)))
+    assert project.cli("table", *given).code == 0
+
+    outcome = project.cli("plan", *given, "--power", "10%")
+
+    assert (outcome.code, outcome.err) == (2, "error: --power: the suite has no attack, so it compares no two defenses\n")
+
+
+# -- a plug-in that is wrong -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wrong(project, tmp_path):
+    """A function that writes the plug-in with one text replaced and returns the arguments of a verb."""
+
+    def write(old: str, new: str) -> tuple[str, ...]:
+        text = PLUGIN.read_text(encoding="utf-8")
+        assert old in text
+        path = tmp_path / "wrong.py"
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        project.write(yaml.safe_dump(ALONE))
+        return (*arguments(project), "--plugin", str(path))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"layers": 0, "seed": seed}', '"value": 0, "seed": seed}', "'value' is no label: rows fill that column"),
+        ("passes = len(spec.prompts)", "passes = len(spec.prompt)", "AttributeError: "),
+    ],
+)
+def test_a_plan_that_fails_is_a_mistake_of_the_plugin(project, wrong, old, new, words):
+    """One line with file and line, whatever verb; no traceback."""
+    given = wrong(old, new)
+
+    outcome = project.cli("validate", *given)
+
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert "wrong.py:" in outcome.err and "planning the task 'probe' failed" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('Table("noise_norms", COLUMNS', 'Table("rows", COLUMNS', "the name 'rows' of a table is bad, or taken"),
+        ('Table("noise_norms", COLUMNS', 'Table("../norms", COLUMNS', "the name '../norms' of a table is bad"),
+        ('own["value"].mean()', 'own["valve"].mean()', "KeyError: 'valve'"),
+    ],
+)
+def test_tables_that_fail_cost_no_rows(project, wrong, old, new, words):
+    """The rows are written all the same."""
+    given = wrong(old, new)
+    registry.load_plugins([given[-1]])
+    commit_norms(project, project.plan(yaml.safe_dump(ALONE)))
+
+    outcome = project.cli("table", *given)
+
+    assert outcome.code == 2
+    assert words in outcome.err and "the tables of task 'noise_norms' failed" in outcome.err
+    assert len(read_rows(project.runs / "small")) == 2 * 3 * len(PROMPTS)
+    assert not list((project.runs).rglob("norms.csv"))

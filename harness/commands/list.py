@@ -7,7 +7,7 @@ import argparse
 from harness.commands import arguments
 from harness.core.errors import ExitCode
 
-KINDS = ("task", "defense", "attack", "metric", "diagnostic")
+KINDS = ("task", "defense", "attack", "metric", "diagnostic", "stage")
 """Shown, in this order."""
 
 SUMMARY = "show what is registered, and the bundled suites"

@@ -17,9 +17,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from harness.contracts.defense import Defense
 from harness.contracts.method import Method
+from harness.contracts.state import ModelState
 from harness.contracts.table import Figure, Section, Table
+from harness.core.concept import Concept
 from harness.core.identity import Input, Stage
+from harness.core.sampling import Sampling
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.suite.spec import TaskSpec
 
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
 
     from harness.contracts.diagnostic import MeasuredRun
 
+FILLED = frozenset(
+    {"suite", "model", "step", "prompt_index", "prompt", "metric", "value", "direction", "unit", "range", "backbone",
+     "preprocessing", "library", "sample_key", "score_key"}
+)  # fmt: skip
+"""Columns that rows fill themselves, from the stages and their scores: no labels."""
 Label = str | int | bool | tuple[str, ...]
 """A value of a label; a tuple is joined by + in the rows."""
 
@@ -54,6 +63,8 @@ class Build(Protocol):
     """What a task plans with: it adds stages to one plan and returns their keys. Equal stages are one."""
 
     loaded: LoadedSuite
+    sampling: Sampling
+    """How the suite draws images."""
 
     def stage(
         self,
@@ -72,6 +83,29 @@ class Build(Protocol):
 
     def read(self, key: str) -> Input:
         """Return a planned stage as the input of another."""
+
+    def images(self, name: str) -> str:
+        """Add the stage that lays out the images of a concept of the suite, one folder per split."""
+
+    def release(
+        self,
+        kind: str,
+        defense: Defense,
+        called: str,
+        targets: Sequence[str],
+        preserve: Sequence[str],
+        seed: int,
+        over: ModelState,
+    ) -> str:
+        """Add a stage in which a defense works on a state of the model, as eraser or immunizer (`kind`)."""
+
+    def sample(
+        self, concept: Concept, seed: int, steps: tuple[int, ...], inputs: Mapping[str, Input], label: str
+    ) -> str:
+        """Add a stage that draws the evaluation images of a concept."""
+
+    def scores(self, concept: Concept, generated: Mapping[str, Input], label: str) -> dict[str, str]:
+        """Add the stages that score images against the references of a concept; return metric -> key."""
 
 
 class Task(Method):

@@ -18,7 +18,8 @@ import importlib.util
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -222,6 +223,24 @@ def _load_plugin(path: Path) -> None:
         line = error.lineno if is_of_file else _line_in(error, path)
         what = "" if isinstance(error, BadMethod) else f"{type(error).__name__}: "
         raise UserMistake(f"{f':{line}' if line else ''}: {what}{one_line(error)}") from error
+
+
+@contextmanager
+def blamed(cls: type, what: str) -> Iterator[None]:
+    """Turn what the code of a plug-in raises inside the block into a UserMistake: `what`, its file and line, the error.
+
+    A bundled method is ours: what it raises goes on as it is.
+    """
+    try:
+        yield
+    except UserMistake:
+        raise
+    except Exception as error:
+        if cls.__module__ not in _plugin_digests:
+            raise
+        path = sys.modules[cls.__module__].__file__
+        where = f"{one_line(path)}:{_line_in(error, Path(path)) or 1}"
+        raise UserMistake(f"{where}: {what}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _line_in(error: BaseException, path: Path) -> int | None:

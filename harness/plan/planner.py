@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.contracts.task import Measurement
+from harness.contracts.task import FILLED, Measurement
 from harness.core import registry
 from harness.plan.builder import Builder
 from harness.plan.graph import Plan, Unit
@@ -15,15 +15,23 @@ def make(loaded: LoadedSuite) -> Plan:
     """Return the plan of a checked suite: the same for the same suite, and made of it alone."""
     build = Builder(loaded)
     for name, spec in loaded.suite.tasks.items():
-        task = registry.get("task", spec.kind)(None)
+        cls = registry.get("task", spec.kind)
         build.plan.tasks[name] = spec.kind
-        build.plan.measurements += (_named(name, measurement) for measurement in task.plan(name, spec, build))
+        with registry.blamed(cls, f"planning the task '{name}' failed"):
+            measured = cls(None).plan(name, spec, build)
+            build.plan.measurements += (_named(name, measurement) for measurement in measured)
     build.plan.units = list(build.units.values())
     return ordered(build.plan)
 
 
 def _named(task: str, measurement: Measurement) -> Measurement:
-    """Return a measurement with the label by which its rows are found again, the name of its task."""
+    """Return a measurement with the label by which its rows are found again, the name of its task.
+
+    Raises ValueError for a label that rows fill themselves.
+    """
+    taken = sorted(measurement.labels.keys() & FILLED)
+    if taken:
+        raise ValueError(f"'{taken[0]}' is no label: rows fill that column themselves")
     if "task" in measurement.labels:
         return measurement
     return replace(measurement, labels={"task": task, **measurement.labels})

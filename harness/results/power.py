@@ -65,9 +65,11 @@ def show(plan: Plan, seeds: int, question: Question, own_folder: Path, console: 
         if each.labels.get("attack")
         for metric in each.scores
     }
+    if not asked:
+        raise UserMistake("--power: the suite has no attack, so it compares no two defenses")
     there = {(task, metric, attack) for task, attack, _, metric, _ in table.groups}
     if not there & set(asked):
-        first = "/".join(next(iter(asked), ("no attack",)))
+        first = "/".join(next(iter(asked)))
         has = f"; it has {', '.join('/'.join(key) for key in sorted(there)[:3])}" if there else ""
         what = f"holds none of the suite's task/metric/attack such as {first}{has}"
         raise UserMistake(f"--pilot {one_line(folder)}: {one_line(what, 400)}")

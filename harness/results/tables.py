@@ -20,6 +20,7 @@ from harness.analysis.paper_rows import PaperRow
 from harness.contracts.diagnostic import Diagnostic
 from harness.contracts.table import Figure, Section, Table
 from harness.core import registry
+from harness.core.errors import one_line
 from harness.core.files import write_json
 from harness.core.identity import digest_of_json
 from harness.plan.graph import Plan
@@ -90,13 +91,17 @@ def _of_tasks(run: RunResults) -> tuple[list[Table | Figure], list[Section]]:
     made: list[Table | Figure] = []
     shown: list[Section] = []
     for kind in dict.fromkeys(run.plan.tasks.values()):
-        task, rows = registry.get("task", kind)(None), run.rows_of(kind)
-        own = list(task.tables(run, rows))
-        twice = {each.name for each in own} & {each.name for each in made}
-        if twice:
-            raise ValueError(f"the task {kind} has a table '{twice.pop()}', as another task of the suite has")
-        made += own
-        shown += task.shown(own)
+        cls, rows = registry.get("task", kind), run.rows_of(kind)
+        with registry.blamed(cls, f"the tables of task '{kind}' failed; its rows are in {one_line(run.folder)}"):
+            task = cls(None)
+            own = list(task.tables(run, rows))
+            taken = RESERVED | {Path(name).stem for name in ROW_FILES} | {each.name for each in made}
+            for each in own:
+                if not _NAME.fullmatch(each.name) or each.name in taken:
+                    raise ValueError(f"the name '{one_line(each.name, 80)}' of a table is bad, or taken")
+                taken |= {each.name}
+            made += own
+            shown += task.shown(own)
     return made, shown
 
 

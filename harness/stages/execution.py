@@ -23,7 +23,7 @@ from harness.stages import checkpoints
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
-from harness.store import provenance
+from harness.store import provenance, scores
 from harness.store.store import Store
 
 log = logging.getLogger("immunitybench")
@@ -140,6 +140,7 @@ def _execute_locked(
             )
             run.ledger.peak_memory_bytes = peak_memory_bytes(device)
             ledger = run.ledger.as_json()
+        scores.require(folder)
         seconds = time.perf_counter() - clock
         record.update(
             identity=describe(stage),
