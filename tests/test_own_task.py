@@ -216,7 +216,8 @@ def test_power_is_of_suites_with_attacks(own):
 
     outcome = project.cli("plan", *given, "--power", "10%")
 
-    assert (outcome.code, outcome.err) == (2, "error: --power: the suite has no attack, so it compares no two defenses\n")
+    assert outcome.code == 2
+    assert outcome.err == "error: --power: the suite has no attack, so it compares no two defenses\n"
 
 
 # -- a plug-in that is wrong -----------------------------------------------------------------------------------------
