@@ -1,4 +1,4 @@
-"""Caption lists: text files with one caption a line, shipped with the suites or given by path. No torch here."""
+"""Caption lists: text files with one caption per line, shipped with the suites or given by path. No torch here."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def path(name: str) -> Path:
-    """Return the file of a list: of a bundled one by its name, else `name` as a path."""
+    """Return the file of a list; `name` is a bundled list, else a path."""
     bundled = Path(str(importlib.resources.files("suites"))) / f"{name}.txt"
     return bundled if bundled.is_file() else Path(name)
 
 
 def read(name: str, count: int | None = None, seed: int | None = None) -> list[str]:
-    """Return the captions of a list; `count` of them, the first or those drawn under `seed`.
+    """Return the captions of a list, or `count` of them: the first ones, or a random draw when `seed` is given.
 
-    Raises ValueError when there are none.
+    Raises ValueError when the list is empty.
     """
     captions = [line.strip() for line in path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not captions:

@@ -1,8 +1,8 @@
-"""A concept: what is protected, attacked or kept, with its images by split and its prompts. Plain data, no torch.
+"""A concept that is protected, attacked or kept, with its images by split and its prompts. Plain data, no torch.
 
-Splits: `defense` is what the publisher immunizes with, `attack` what the attacker trains on, `reference` what results
-are compared with. They are disjoint, and what the publisher sees of one concept is not among what another concept of
-the same task is attacked with or compared with.
+The publisher immunizes with the split `defense`, the attacker trains on `attack`, and results are compared with
+`reference`. The splits are disjoint. Within a task, no image that the publisher sees of one concept is in the attack
+or reference split of another.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from harness.core.words import Words
 
 SPLITS = ("defense", "attack", "reference")
 PRIOR = "prior"
-"""The folder of the images of a concept's class, which is no split: the base model draws them from `class_prompts`."""
+"""The folder for images of a concept's class (not a split): the base model draws them from `class_prompts`."""
 CLASS_PROMPTS = {"object": "object", "style": "artwork"}
-"""What images of a class are drawn from: MIMA's own words (papers' facts: mima.md, section 3)."""
+"""Prompts for images of a class: MIMA's own words (papers' facts: mima.md, section 3)."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation prompt: what the attacked model is asked for, and what an evaluator should see."""
+    """One evaluation prompt, and a description of what its image should show."""
 
     prompt: str  # may hold the attacker's identifier
     description: str  # the same in plain words: for text alignment
@@ -33,16 +33,16 @@ class Concept:
 
     name: str
     kind: str  # object | style
-    phrase: str  # the words that name it: what an eraser erases
-    words: Words  # what the attacker calls it, in captions and evaluation prompts
+    phrase: str  # the words that name it, as an eraser uses them
+    words: Words  # the attacker's name for it, in captions and evaluation prompts
     source: str  # catalog | folder | generated
     images: Mapping[str, tuple[str, ...]]  # split -> catalog ids or file names; () for generated
-    captions: Mapping[str, tuple[str, ...]]  # defense, attack -> one caption an image
+    captions: Mapping[str, tuple[str, ...]]  # defense, attack -> one caption per image
     descriptions: tuple[str, ...]  # plain words for each image of the attack split
     prompts: Mapping[str, tuple[str, ...]]  # split -> generating prompts; () unless generated
     evaluations: tuple[Evaluation, ...]
-    probes: tuple[Evaluation, ...]  # what an adaptive attacker judges its probes by; no evaluation prompt
-    class_prompts: tuple[str, ...]  # what images of its class are drawn from, for prior preservation
+    probes: tuple[Evaluation, ...]  # an adaptive attacker judges its probes by them; none is an evaluation prompt
+    class_prompts: tuple[str, ...]  # prompts for images of its class, for prior preservation
     digest: str  # of the images' content; "" when generated
     folder: str = ""  # where the files are on this machine; not part of any identity
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of a folder: split -> digest -> file name

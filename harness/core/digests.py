@@ -12,7 +12,7 @@ from harness.core.files import write_json
 from harness.core.identity import digest_of_file, digest_of_json
 
 SUFFIXES = frozenset({".json", ".safetensors", ".txt"})
-"""What is read of a model folder."""
+"""Suffixes of the files that are read in a model folder."""
 
 
 @lru_cache(maxsize=8)
@@ -37,7 +37,7 @@ def of_testbed(part: str) -> str:
 def of_folder(path: Path, suffixes: frozenset[str] | None = SUFFIXES) -> str:
     """Return a digest of the files of a folder with `suffixes` (None: of all), by relative name and content.
 
-    Digests of single files are remembered between runs by size and time of change: hashing gigabytes is slow.
+    Digests of single files are cached between runs by size and modification time: hashing gigabytes is slow.
     Raises FileNotFoundError when there is no such folder.
     """
     if not path.is_dir():
@@ -50,7 +50,7 @@ def of_folder(path: Path, suffixes: frozenset[str] | None = SUFFIXES) -> str:
 
 
 class _Memory:
-    """Digests by path, size and time of change, kept in the user's cache folder."""
+    """Digests by path, size and modification time, kept in the user's cache folder."""
 
     def __init__(self) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -77,4 +77,4 @@ class _Memory:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, self.known)
         except OSError:
-            pass  # a memory that cannot be kept costs time only
+            pass  # a cache that cannot be written only costs time

@@ -1,7 +1,7 @@
-"""Mistakes of the user, and the exit codes of the program.
+"""User mistakes, and the exit codes of the program.
 
-A mistake of the user is reported in one line (where, what, what to do), without a traceback. Everything else that is
-raised is a defect of the program or of a method and keeps its traceback.
+A user mistake is reported in one line (where, what, what to do), without a traceback. Any other exception is a defect
+of the program or of a method and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class ExitCode(IntEnum):
 
 
 class UserMistake(Exception):
-    """One or several mistakes in what the user gave us, each a line that says where, what and what to do."""
+    """One or several mistakes in the user's input, each as one line: where, what and what to do."""
 
     def __init__(self, messages: str | Sequence[str]):
         self.messages: list[str] = [messages] if isinstance(messages, str) else list(messages)
         super().__init__("\n".join(self.messages))
 
-    def __reduce__(self):  # the messages must survive a trip between processes
+    def __reduce__(self):  # keeps the messages when pickled for another process
         return (type(self), (self.messages,))
 
 
 class StageFailure(Exception):
-    """A stage could not be done; its record is in the run's failures folder and the other stages go on."""
+    """A stage failed; its record is in the run's failures folder and the other stages continue."""
 
 
 def one_line(text: object, limit: int = 160) -> str:
@@ -43,7 +43,7 @@ def one_line(text: object, limit: int = 160) -> str:
 
 
 def did_you_mean(name: object, allowed: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest allowed name, else the list of what is allowed."""
+    """Return "; did you mean 'x'?" for the nearest allowed name, else the list of allowed names."""
     names = sorted(set(allowed))
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     if near:

@@ -1,4 +1,4 @@
-"""Weights that a library fetches from the Hugging Face hub or another place, and whether they are here. No torch."""
+"""Weights that a library fetches from the Hugging Face hub or elsewhere, and whether they are cached. No torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 class Fetched:
     """Weights that a library fetches when its cache does not hold them."""
 
-    id: str  # of the hub, such as timm/vit_small_patch16_224.dino; else how the library calls them
+    id: str  # on the hub, such as timm/vit_small_patch16_224.dino; else the library's name for them
     parts: tuple[tuple[str, ...], ...] = ()
-    """Of each part, one of these files must be in the cache (patterns); none: the location is unknown."""
-    revision: str | None = None  # a commit; None: what the library takes, the newest
+    """For each part, file patterns: one of them must be in the cache. (): the location is unknown."""
+    revision: str | None = None  # a commit; None: the library's choice, the newest
     size: int | None = None  # bytes, about
     file: Path | None = None  # where its library keeps it, when that is not the hub's cache
 
@@ -34,7 +34,7 @@ def is_cached(fetched: Fetched) -> bool | None:
     if not fetched.parts:
         return None
     folder = _snapshot(fetched.id, fetched.revision)
-    # exists() follows the cache's links: what was only half fetched is not there
+    # exists() follows the cache's links: a half-fetched file does not exist
     return folder is not None and all(
         any(file.exists() for pattern in part for file in folder.glob(pattern)) for part in fetched.parts
     )
@@ -55,7 +55,7 @@ def _snapshot(repository: str, revision: str | None) -> Path | None:
 
 
 def lines(fetched: Iterable[Fetched]) -> list[str]:
-    """Return a line for each that is not in the cache, or may not be."""
+    """Return one line for each item that is not, or may not be, in the cache."""
     found = []
     for one in fetched:
         cached = is_cached(one)

@@ -1,4 +1,4 @@
-"""Files that hold either their old content or all of the new one, and processes that may have left some behind."""
+"""Write files atomically, sync them to disk, and check whether a process is alive."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON so that `path` holds either the old content or all of the new one."""
+    """Write `value` as JSON; `path` always holds either the whole old or the whole new content."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either the old content or all of the new one."""
+    """Write `text`; `path` always holds either the whole old or the whole new content."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -28,7 +28,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process of this machine lives."""
+    """Return whether a process of this machine is alive."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -39,13 +39,13 @@ def is_alive(pid: int) -> bool:
 
 
 def sync_files(folder: Path) -> None:
-    """Ask the disk to keep the files of a folder, at any depth, and their names."""
+    """Sync the files of a folder, at any depth, and their names to disk."""
     for path in [folder, *folder.rglob("*")]:
         sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Ask the disk to keep the folder's entries, so that a power cut cannot leave a record without its files."""
+    """Sync the folder's entries to disk, so that a power cut cannot leave a record without its files."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Python's search for garbage in circles, paused where millions of objects are made and nearly all are kept."""
+"""Pause Python's cyclic garbage collection where millions of objects are made and nearly all are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Do not search for circles inside the block; everything else is freed as ever."""
+    """Pause cyclic garbage collection inside the block; reference counting still frees objects."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

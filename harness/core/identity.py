@@ -1,4 +1,4 @@
-"""The identity of a stage: one key from everything that can change its result, and from nothing else.
+"""The identity of a stage: one key made from everything that can change its result, and from nothing else.
 
 In the key: the kind, the component (method name and version; for a plug-in, the digest of its file), its resolved
 parameters, the keys of the stages it reads, the model and its revision, the digest of the data, the seed, the
@@ -19,8 +19,8 @@ from typing import Any
 from harness.core.described import as_json
 
 KEY_VERSION = 1
-"""Raised when the meaning of a stage's description changes, or what shared code (training, sampling, stages) makes of
-it, so that old records are not taken for new ones. Methods have their versions."""
+"""Increased when a stage's description changes its meaning, or when shared code (training, sampling, stages) changes
+its result, so that old records are not taken for new ones. Methods have their own versions."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Stage:
     seed: int | None  # None: the result does not depend on chance
     precision: str  # fp32 | bf16
 
-    # What follows is about this machine or for people, and not part of the identity.
+    # The fields below describe this machine or are for people. They are not part of the identity.
     label: str = field(default="", compare=False)
     local: Mapping[str, Any] = field(default_factory=dict, compare=False)  # where files are on this machine
     workers: int = field(default=1, compare=False)  # processes that share the stage (world size)
@@ -88,13 +88,13 @@ def digest_of_json(value: Any) -> str:
 def key(stage: Stage, parameters_json: str | None = None) -> str:
     """Return the identity of `stage`: 32 hexadecimal digits.
 
-    `parameters_json` is the canonical JSON of the stage's parameters, where the caller has it already: thousands of
-    stages of a plan share few parameters. The key is the same without it.
+    `parameters_json`: the canonical JSON of the stage's parameters, if the caller already has it. It saves time, as
+    thousands of stages of a plan share few parameters. The key is the same without it.
     """
     if parameters_json is None:
         return digest_of_json(describe(stage))[:32]
     description = _without_parameters(stage)
-    after = {name: description.pop(name) for name in ("precision", "seed")}  # what comes after it in sorted order
+    after = {name: description.pop(name) for name in ("precision", "seed")}  # sorted after "parameters"
     text = f'{canonical_json(description)[:-1]},"parameters":{parameters_json},{canonical_json(after)[1:]}'
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 

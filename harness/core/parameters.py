@@ -1,7 +1,7 @@
 """Parameters of a method: a frozen dataclass, checked in full before any compute.
 
-Defaults are the paper's. `presets` of a method name other sets of values (the testbed's rates, an example script's);
-a value in the suite beats the preset, which beats the default.
+Defaults are the paper's. A method's `presets` name other sets of values (for the testbed, or from an example script).
+A value in the suite overrides the preset, and the preset overrides the default.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def resolve(
 ) -> tuple[Any, list[tuple[str, str]]]:
     """Return (parameters, mistakes) of the method class `cls`: mistakes are (field name or "", message).
 
-    `parameters` is an instance of `cls.Parameters`, or None when there are mistakes. Types are taken as they are
-    written: neither "4" nor true is a number. `beside` are further keys that are allowed beside parameters, to suggest.
+    `parameters` is an instance of `cls.Parameters`, or None when there are mistakes. Types are strict: neither "4" nor
+    true is a number. `beside`: keys allowed next to the parameters, for "did you mean" suggestions.
     """
     from pydantic import PydanticUndefinedAnnotation, PydanticUserError, ValidationError
 
@@ -50,7 +50,7 @@ def resolve(
             mistakes.append((name, f"must be finite (got {one_line(value, 60)})"))
     finite = {name: value for name, value in values.items() if is_finite_json(value)}
     try:
-        # through JSON: its strict mode takes a list for a tuple and 1 for 1.0, but no text and no boolean for a number
+        # through JSON: strict mode then accepts a list as a tuple and 1 as 1.0, but no text and no boolean as a number
         parameters = _adapter(cls.Parameters).validate_json(json.dumps(finite), strict=True)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
@@ -95,9 +95,9 @@ _WORDS: dict[str, str] = {
 
 
 def explain(detail: Mapping[str, Any], pattern_words: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Return one of pydantic's errors in our words, with the value that was got.
+    """Return one of pydantic's errors in our words, with the value that was given.
 
-    `pattern_words` says in words what a text must look like, by regular expression.
+    `pattern_words`: regular expression -> a description of the texts that it accepts.
     """
     kind, context, got = detail["type"], detail.get("ctx", {}), detail.get("input")
     if kind == "value_error":
@@ -118,7 +118,7 @@ def explain(detail: Mapping[str, Any], pattern_words: Mapping[str, str] = Mappin
 
 
 def _show(value: Any) -> str:
-    """Return a value as it would be written in YAML, cut short."""
+    """Return a value as written in YAML, shortened."""
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, (list, tuple)):

@@ -16,10 +16,10 @@ TESTBED = "testbed"
 
 
 def path_from(text: str, folder: Path) -> Path | None:
-    """Return the path that `text` names, seen from `folder`, or None when no path can look like that."""
+    """Return the path that `text` names, relative to `folder`, or None when it cannot be a path."""
     try:
         path = folder / Path(text).expanduser()
-        path.exists()  # raises for names that are too long or hold a zero byte
+        path.exists()  # raises for names that are too long or contain a zero byte
     except (OSError, ValueError, RuntimeError):
         return None
     return path

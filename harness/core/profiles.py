@@ -1,4 +1,4 @@
-"""Settings that a profile decides where none is given, for methods of which paper and code differ."""
+"""Parameters that a profile sets when none is given, for methods whose paper and code differ."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class ByProfile:
-    """Mixin of `Parameters` of which some are None by default: "as the profile says"."""
+    """Mixin for `Parameters` in which some fields are None by default; the profile sets those."""
 
     def of_profile(self) -> Mapping[str, Any]:
-        """Return the value of each such parameter, by name, where None is given."""
+        """Return the profile's value of each such parameter, by name."""
         raise NotImplementedError
 
     def chosen(self, name: str) -> Any:
-        """Return a parameter, or what the profile says where None is given."""
+        """Return a parameter, or the profile's value if the parameter is None."""
         given = getattr(self, name)
         return self.of_profile()[name] if given is None else given

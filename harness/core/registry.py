@@ -1,4 +1,4 @@
-"""How methods are found: a decorator, an entry point, or `--plugin file.py`. One door for bundled and outside methods.
+"""Find methods by a decorator, an entry point, or `--plugin file.py`; bundled and outside methods register alike.
 
 A method is a class with `name`, `version` and `Parameters` (a frozen dataclass whose defaults are the paper's).
 Registering checks the class, refuses a name that is taken, and needs no list to be edited elsewhere::
@@ -37,11 +37,11 @@ KINDS = {
     "sampling_hook": "harness.contracts.hooks:SamplingHook",
     "diagnostic": "harness.contracts.diagnostic:Diagnostic",
 }
-"""What can be registered, and the base class that says what it has to offer."""
+"""Kinds of methods, and the base class of each."""
 PACKAGES = ("harness.stages", "harness.tasks", "defenses", "attacks", "metrics")
-"""The packages whose modules hold what is bundled."""
+"""Packages whose modules hold the bundled methods."""
 GROUPS = ("tasks", "stages", "defenses", "attacks", "metrics")
-"""`immunitybench.<group>` are the entry points of installed distributions."""
+"""Installed distributions use the entry points `immunitybench.<group>`."""
 REQUIRED = {
     "defense": ("protect",),
     "preparation": ("protect",),
@@ -52,11 +52,11 @@ REQUIRED = {
     "adaptation_hook": ("weigh",),
     "diagnostic": ("of",),
 }
-"""Functions that a method writes itself, in place of the base class's."""
+"""Functions that a method must override, by kind."""
 ONE_OF = {"sampling_hook": ("begin", "at_step")}
-"""Functions of which it writes at least one."""
+"""Functions of which a method must override at least one."""
 ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range"), "task": ("name", "version", "Spec")}
-"""Class attributes that a method sets; of other kinds name and version."""
+"""Class attributes that a method must set, by kind; other kinds: name and version."""
 DIRECTIONS = ("higher", "lower", "none")
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
@@ -75,7 +75,7 @@ MethodClass = TypeVar("MethodClass", bound=type)
 def register(kind: str) -> Callable[[MethodClass], MethodClass]:
     """Return a class decorator that registers a method of `kind` under its `name`.
 
-    Raises BadMethod when the class lacks what the kind needs, its name is bad, or another class has the name.
+    Raises BadMethod when the class lacks what the kind needs, its name is invalid, or another class has the name.
     """
     if kind not in KINDS:
         raise BadMethod(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
@@ -118,7 +118,7 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
 
 
 def _check_metric(cls: type, where: str) -> None:
-    """Raise BadMethod when a table could not be read by what the metric says of its values."""
+    """Raise BadMethod when direction, unit or range of a metric are not valid."""
     if cls.direction not in DIRECTIONS:
         raise BadMethod(f"{where}: direction {cls.direction!r} must be 'higher' or 'lower'")
     if not isinstance(cls.unit, str):
@@ -174,7 +174,7 @@ def load() -> None:
 def load_plugins(paths: Sequence[str | Path]) -> None:
     """Import each `--plugin` file; its methods register themselves.
 
-    Raises UserMistake for all files that are missing, not Python, fail on import or register nothing.
+    Raises one UserMistake for all files that are missing, are not Python, fail on import or register nothing.
     """
     load()
     mistakes: list[str] = []
@@ -188,9 +188,9 @@ def load_plugins(paths: Sequence[str | Path]) -> None:
 
 
 def _load_plugin(path: Path) -> None:
-    """Import one plug-in, once. Raises UserMistake whose message goes on after the name of the file."""
+    """Import one plug-in, once. Raises UserMistake with a message that the caller puts after the file's name."""
     try:
-        path = path.resolve()  # as tracebacks name it
+        path = path.resolve()  # tracebacks name the resolved path
         if path.is_dir():
             raise UserMistake(": is a folder; give the path of a Python file")
         source = path.read_bytes()

@@ -1,4 +1,4 @@
-"""How images are drawn, as a stage is given it: the suite's `sampling`. No torch here."""
+"""Settings for drawing images, in the form that stages get: the suite's `sampling`. No torch here."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Sampling:
     steps: int
     guidance: float
     batch_size: int
-    images_per_prompt: int | None = optional()  # None: the stage says how many
+    images_per_prompt: int | None = optional()  # None: the stage sets the number
 
     @property
     def alone(self) -> Sampling:
-        """The same for stages that draw a number of images a prompt by themselves."""
+        """The same settings for stages that set the number of images per prompt themselves."""
         return replace(self, images_per_prompt=None)
 
     @property

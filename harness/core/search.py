@@ -1,14 +1,14 @@
-"""An adaptive attacker's search over an attack's own settings: what is tried next, and what was best. No torch.
+"""An adaptive attacker's search over an attack's own settings: which to try next, and which were best. No torch.
 
-A *probe* is one try: the attack with other settings, on a part of the attacker's own images, judged when its steps are
-spent by the rest of them, with prompts that no evaluation asks. Probes come in batches; those of a batch know the
-results of all batches before. Optuna's TPE proposes (Bergstra et al. 2011), as a function of the seed and of what was
-found: a probe is a stage like others, so it is shared, kept and counted, whoever does it and in whatever order.
+A *probe* is one try: the attack with other settings, trained on a part of the attacker's own images. After its last
+step it is judged by the other images, with prompts that no evaluation uses. Probes come in batches; each batch knows
+the results of all earlier ones. Optuna's TPE (Bergstra et al. 2011) proposes settings from the seed and these results
+alone. A probe is a stage like others: it is shared, kept and counted, and who runs it, and in which order, is free.
 
-The best of several noisy scores flatters: what looks best on a few images under one seed may be worse than the stated
-attack. So the first probe is the attack as the suite states it, and of every six probes two repeat that one and the
-best of the others under another seed, with other images held out (as far as there are other thirds). Only settings
-that score higher each time are taken; else the attack stays as it was stated.
+The best of several noisy scores is too optimistic: settings that look best on a few images under one seed may be worse
+than the attack as the suite states it. So the first probe is the stated attack, and two of every six probes repeat it
+and the best other probe under another seed, with other images held out (as far as there are other thirds). Settings
+are used only if they score higher each time; else the stated attack is used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 from harness.core.seeds import mix
 
 VERSION = 3
-"""Raised when the same findings lead to other proposals, or the same probe to another score."""
+"""Increased when the same results lead to other proposals, or the same probe to another score."""
 IMAGES = 3
-"""Of each prompt, that a probe is judged by: one alone says little."""
+"""Images per prompt that a probe is judged by: one alone is too noisy."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Choice:
 
 
 Space = Mapping[str, Range | Choice]
-"""What may be changed, by parameter."""
+"""Parameters that the search may change, and their values."""
 
 
 @dataclass(frozen=True)
 class Probe:
     """What a probe tried and how it scored; a score of None: the training diverged."""
 
-    values: Mapping[str, Any] | None  # None: a repeat that was not needed, as nothing had scored higher
+    values: Mapping[str, Any] | None  # None: a repeat that was not needed because nothing had scored higher
     score: float | None
 
 
@@ -70,12 +70,12 @@ def judge(metrics: Sequence[Any]) -> str | None:
 
 
 def around(value: float, factor: float = 10.0) -> Range:
-    """Return the range from a `factor`-th of a value to `factor` times as much."""
+    """Return the range from `value / factor` to `value * factor`."""
     return Range(value / factor, value * factor)
 
 
 def given(space: Mapping[str, Sequence[Any]]) -> Space:
-    """Return a space as a suite writes it: two numbers that are not whole are a range, anything else choices."""
+    """Return the space that a suite states: two positive increasing floats are a range, anything else choices."""
     parts: dict[str, Range | Choice] = {}
     for name, values in space.items():
         is_range = len(values) == 2 and all(type(v) is float for v in values) and 0 < values[0] < values[1]
@@ -91,8 +91,8 @@ def as_json(space: Space) -> dict[str, Any]:
 def propose(space: Mapping[str, Mapping[str, Any]], seed: int, before: Sequence[Probe], place: int) -> dict[str, Any]:
     """Return the values of a probe: {} for the very first, which changes nothing.
 
-    `space` as JSON values; `before` are the probes of all batches before, in order; `place` is the probe's in its own
-    batch. Probes that diverged count as the worst that was found.
+    `space`: as JSON values. `before`: the probes of all earlier batches, in order. `place`: the probe's place in its
+    own batch. Probes that diverged count with the worst score found.
     """
     if not before and place == 0:
         return {}
@@ -100,7 +100,7 @@ def propose(space: Mapping[str, Mapping[str, Any]], seed: int, before: Sequence[
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {name: _distribution(optuna, part) for name, part in space.items()}
-    source = mix(seed, len(before)) % 2**32  # each batch draws anew: the first ones are random
+    source = mix(seed, len(before)) % 2**32  # a new seed for each batch: the first ones are random
     sampler = optuna.samplers.TPESampler(seed=source, n_startup_trials=4, constant_liar=True, multivariate=False)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     found = [probe.score for probe in before if probe.score is not None]
@@ -116,14 +116,14 @@ def propose(space: Mapping[str, Mapping[str, Any]], seed: int, before: Sequence[
 
 
 def explored(probes: int) -> int:
-    """Return how many of a search's probes, the first of them, try something new; the rest repeat, in pairs."""
+    """Return how many probes of a search try new settings; they come first, and the rest repeat, in pairs."""
     return probes - 2 * (probes // 6)
 
 
 def repeated(tried: Sequence[Probe], place: int) -> Mapping[str, Any] | None:
-    """Return the values of a repeat: {} at even places, those of the best probe at odd ones; None: none is needed.
+    """Return the values of a repeat: {} at even places, the best probe's at odd ones; None: no repeat is needed.
 
-    `tried` are the probes that tried something new.
+    `tried`: the probes that tried new settings.
     """
     if all(probe.score is None for probe in tried) or not best(tried).values:
         return None
@@ -139,10 +139,10 @@ def best(probes: Sequence[Probe]) -> Probe:
 
 
 def chosen(probes: Sequence[Probe]) -> Probe:
-    """Return the probe whose settings the attack is made with, of a whole search in order.
+    """Return the probe whose settings the attack uses; `probes` are all of a search, in order.
 
-    The best of those that tried something new, if it scored higher than the attack as it was stated in every repeat
-    too. Raises ValueError when all diverged.
+    It is the best of those that tried new settings, if it also scored higher than the stated attack in every repeat;
+    else the stated attack. Raises ValueError when all diverged.
     """
     count = explored(len(probes))
     stated, contender = probes[0], best(probes[:count])

@@ -1,8 +1,8 @@
 """Seeds by role: defense, attack, search, sampling, images.
 
-One number in the suite gives independent seeds for each role. The seed of an attack does not name the defense, so
+One number in the suite gives independent seeds for each role. The seed of an attack does not depend on the defense, so
 every defense meets the same noise, batches and initialization, and comparisons are paired. Draws inside a loop are
-functions of (seed, step), never of what was drawn before: a loop that resumes at step k draws what it would have drawn.
+functions of (seed, step), never of earlier draws: a loop that resumes at step k draws the same as one without a break.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a stage is spread over processes, and which settings of a method they can serve. No torch."""
+"""How a stage is spread over processes, and which settings of a method this supports. No torch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a stage is spread and how it saves memory. Results agree up to the order of sums, so no identity holds it."""
+    """How a stage is spread and how it saves memory. Results agree up to the order of sums, so no identity has it."""
 
     workers: int = 1  # processes that share the stage; they divide the global batch
     zero_stage: int = 0  # DeepSpeed ZeRO: 1 partitions optimizer states, 2 gradients too, 3 weights too
     offload: str = "none"  # none | cpu: where optimizer states (and under ZeRO 3 weights) are kept between uses
-    micro_batch_size: int | None = None  # examples whose graph is alive at a time in a process; None: all of its share
+    micro_batch_size: int | None = None  # examples whose graph a process holds at a time; None: all of its share
     gradient_checkpointing: bool = False  # recompute activations of the UNet in the backward pass
 
     @property
     def needs_deepspeed(self) -> bool:
-        """Whether anything is spread or moved at all."""
+        """Whether anything is partitioned or offloaded at all."""
         return self.workers > 1 or self.offload != "none"
 
 
 def global_batch(parameters: Any, sharding: Sharding) -> Iterator[tuple[str, str]]:
-    """Find a global batch that the processes do not divide."""
+    """Find a global batch size that is not a multiple of the number of processes."""
     if parameters.batch_size % sharding.workers:
         yield (
             "batch_size",
@@ -34,7 +34,7 @@ def global_batch(parameters: Any, sharding: Sharding) -> Iterator[tuple[str, str
 
 
 def hypergradient_mode(mode: str, sharding: Sharding) -> tuple[str, str] | None:
-    """Return (parameter, message) when the ZeRO stage cannot serve a mode."""
+    """Return (parameter, message) when the ZeRO stage does not support a mode."""
     if mode != "exact" or not sharding.needs_deepspeed or sharding.zero_stage < 3:
         return None
     return (

@@ -1,4 +1,4 @@
-"""What a concept is called by one side: its name in captions and prompts, and what that name is made of."""
+"""The name that one side uses for a concept in captions and prompts, and the parts of that name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Words:
     """The words of a concept. Personalization: "sk object"; re-learning: the concept's own, "strawberry"."""
 
     name: str  # as it is written in captions and evaluation prompts
-    identifier: str = ""  # the part of the name that means nothing before, "sk"; "" where it goes by its own words
+    identifier: str = ""  # the part of the name without prior meaning, "sk"; "" if the concept's own words are used
     class_word: str = ""  # what kind of thing it is, "object"
 
     def renamed(self, text: str, called: str) -> str:
@@ -18,7 +18,7 @@ class Words:
         return text if called == self.name else text.replace(self.name, called)
 
     def with_identifier(self, token: str) -> str:
-        """Return the name with another identifier, before the name where it has none."""
+        """Return the name with another identifier; if it has none, the new one goes before the name."""
         if self.identifier:
             return self.name.replace(self.identifier, token, 1)
         return f"{token} {self.name}"

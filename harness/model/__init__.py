@@ -1,1 +1,1 @@
-"""The diffusion model, drawing from it, where it comes from, and the surroundings of a stage (`Run`)."""
+"""The diffusion model and its source, drawing images from it, and the environment of a stage (`Run`)."""

@@ -1,9 +1,9 @@
-"""One batch of images while it is drawn: what a sampling hook sees of it and may change, and the denoising loop.
+"""One batch of images while it is drawn: what a sampling hook sees and may change, and the denoising loop.
 
 The loop does what diffusers' `StableDiffusionPipeline` does, with the pipeline's own parts: starting latents,
-scheduler, UNet, decoder and image processor. Without hooks its images are the pipeline's, bit for bit. It is a loop of
-ours because the pipeline's callback comes after a step: the first step is out of its reach, the timesteps are not known
-before, guidance is a private attribute, and a change across guidance 1 would need two texts stacked by hand.
+scheduler, UNet, decoder and image processor. Without hooks its images are the pipeline's, bit for bit. We do not use
+the pipeline's callback because it runs after each step: it cannot change the first step, the timesteps are not known
+in advance, guidance is a private attribute, and moving guidance across 1 would need two texts stacked by hand.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class Drawing:
-    """A batch of images on their way from noise. Hooks may set the tensors and the guidance, but keep the shapes."""
+    """A batch of images being denoised. Hooks may set the tensors and the guidance, but must keep the shapes."""
 
     model: DiffusionModel
     run: Run
-    prompts: tuple[str, ...]  # one an image
-    seeds: tuple[int, ...]  # of the starting noise, one an image
+    prompts: tuple[str, ...]  # one per image
+    seeds: tuple[int, ...]  # of the starting noise, one per image
     timesteps: tuple[int, ...]  # of all denoising steps, from noise to image
     latents: Tensor  # [images, channels, height, width]
     embeddings: Tensor  # [images, tokens, width], of the prompts
     negative_embeddings: Tensor  # same shape, of the text that guidance leads away from: ""
     guidance: float | Tensor | None
-    """w in e("") + w [e(prompt) - e("")], e the UNet's prediction: a number, or one an image, [images]. None: e(prompt)
-    alone, in half the passes; so it begins where the suite's guidance is 1 or less, as in diffusers."""
+    """w in e("") + w [e(prompt) - e("")], where e is the UNet's prediction: one number, or one per image, [images].
+    None: e(prompt) alone, in half the passes: the start value if the suite's guidance is 1 or less, as in diffusers."""
 
     def predict(
         self, latents: Tensor, timestep: int | Tensor, embeddings: Tensor, *, with_gradient: bool = False
     ) -> Tensor:
         """Return the UNet's prediction [batch, channels, height, width] for latents of any batch.
 
-        `timestep` is one for all, or [batch]. `with_gradient` keeps the graph to latents and embeddings that ask for
-        one. Each sample counts as a forward pass in the ledger, and as a backward pass when a gradient goes through.
+        `timestep`: one for all, or [batch]. `with_gradient` keeps the graph of latents and embeddings that require
+        gradients. Each sample counts as a forward pass in the ledger, and as a backward pass when it is differentiated.
         """
         scheduler = self.model.pipeline.scheduler
         with torch.set_grad_enabled(with_gradient):
-            # the schedulers that `sampling` knows scale nothing, whatever the timestep
+            # the schedulers that `sampling` knows do not scale, so the timestep does not matter
             scaled = scheduler.scale_model_input(latents, timestep)
             said = self.model.unet(scaled, timestep, encoder_hidden_states=embeddings, return_dict=False)[0]
         ledger, count = self.run.ledger, latents.shape[0]
@@ -63,7 +63,7 @@ class Drawing:
         return said
 
     def guided(self, timestep: int | Tensor) -> Tensor:
-        """Return what the scheduler steps along: the prediction at the present latents under the present guidance."""
+        """Return the guided prediction at the current latents, from which the scheduler computes its step."""
         if self.guidance is None:
             return self.predict(self.latents, timestep, self.embeddings)
         texts = torch.cat([self.negative_embeddings, self.embeddings])
@@ -73,24 +73,24 @@ class Drawing:
 
 
 class Watcher(Protocol):
-    """What is called while a batch is drawn; `SamplingHook` of `harness.contracts.hooks` says when and for what."""
+    """Functions that are called while a batch is drawn; see `SamplingHook` of `harness.contracts.hooks`."""
 
     needs_gradient: ClassVar[bool]
 
     def begin(self, drawing: Drawing) -> None:
-        """Before the first step."""
+        """Called before the first step."""
 
     def at_step(self, drawing: Drawing, index: int, timestep: int) -> None:
-        """Before each step."""
+        """Called before each step."""
 
     def end(self, drawing: Drawing) -> None:
-        """After the last step, or what failed."""
+        """Called after the last step, or after a failure."""
 
 
 def starting_latents(model: DiffusionModel, seeds: Sequence[int], like: Tensor) -> tuple[Tensor, list[torch.Generator]]:
-    """Return the latents [images, channels, height, width] that drawing begins with, and the generators they came of.
+    """Return the latents [images, channels, height, width] that drawing begins with, and their generators.
 
-    Each image has its own generator, on the CPU, so that a GPU sees the same numbers. `like` gives the precision.
+    Each image has its own generator, on the CPU, so that a GPU gets the same numbers. `like` sets the precision.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     size, channels = model.image_size, model.unet.config.in_channels
@@ -99,9 +99,9 @@ def starting_latents(model: DiffusionModel, seeds: Sequence[int], like: Tensor) 
 
 
 def draw(drawing: Drawing, generators: Sequence[torch.Generator], watchers: Sequence[Watcher] = ()) -> list[Image]:
-    """Take every denoising step of the pipeline's scheduler, whose timesteps are set; return the images, decoded.
+    """Take every denoising step of the pipeline's scheduler, whose timesteps are set; return the decoded images.
 
-    Raises ValueError when a watcher changed a shape. What watchers began they end, also when something fails.
+    Raises ValueError when a watcher changed a shape. Every watcher that began is ended, even after a failure.
     """
     pipeline = drawing.model.pipeline
     options = pipeline.prepare_extra_step_kwargs(list(generators), 0.0)
@@ -131,7 +131,7 @@ def draw(drawing: Drawing, generators: Sequence[torch.Generator], watchers: Sequ
 
 @contextlib.contextmanager
 def _watched(drawing: Drawing, watcher: Watcher) -> Iterator[None]:
-    """Let a watcher change a drawing: with gradients if it needs them, of which nothing is left; shapes stay."""
+    """Let a watcher change a drawing, with gradients if it needs them; then check shapes and detach the tensors."""
     names = ("latents", "embeddings", "negative_embeddings")
     before = {name: getattr(drawing, name).shape for name in names}
     with torch.set_grad_enabled(watcher.needs_gradient):

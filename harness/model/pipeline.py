@@ -1,8 +1,8 @@
 """A text-to-image model: loaded once, changed in declared places, and put back exactly.
 
 The model is a genuine diffusers `StableDiffusionPipeline`, from the hub, a folder or the embedded testbed. Weights are
-held in fp32 (masters); `precision: bf16` computes under autocast. The safety checker is left out in every arm: its
-black images would enter the means of both (papers' released scripts differ here).
+held in fp32 (masters); `precision: bf16` computes under autocast. The safety checker is left out for every defense:
+its black images would enter the means (the papers' released scripts differ here).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ COMPONENTS = ("unet", "text_encoder", "vae")
 
 
 class DiffusionModel:
-    """A pipeline and the memory of its released state.
+    """A pipeline that can return to its released state.
 
     `overlay` and `change` keep the original of every tensor before it is changed; `restore` puts the originals back
-    bit for bit. A change that was not declared is noticed by `is_restorable` (a checksum of every tensor, between
-    stages), and the model is then loaded anew.
+    bit for bit. `is_restorable` detects undeclared changes (a checksum of every tensor, between stages); the model is
+    then loaded again.
     """
 
     def __init__(self, pipeline, device: torch.device):
@@ -39,19 +39,19 @@ class DiffusionModel:
         if self.image_size >= 256:
             pipeline.vae.enable_slicing()  # decode one image at a time: sixteen at once do not fit a 24 GB card
         self._originals: dict[str, Tensor] = {}
-        self._replaced: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}  # component -> the base's, its originals
+        self._replaced: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}  # component -> (base module, its originals)
         self._is_spent = False
         self._seen = {name: _checksum(tensor) for name, tensor in self._tensors().items()}
         self._tokenizer_length = len(pipeline.tokenizer)
         self._processors = dict(pipeline.unet.attn_processors)
         self._scheduler = pipeline.scheduler
-        self.engine: nn.Module | None = None  # what calls the UNet while its weights are spread over processes
+        self.engine: nn.Module | None = None  # calls the UNet while its weights are spread over processes
 
     @classmethod
     def load(cls, source: ModelSource, device: torch.device) -> DiffusionModel:
         """Load the pipeline of `source`: safetensors only, no code from the hub, no network for local folders.
 
-        Raises UserMistake when the files cannot be loaded or are no Stable Diffusion pipeline.
+        Raises UserMistake when the files cannot be loaded or are not a Stable Diffusion pipeline.
         """
         from diffusers import StableDiffusionPipeline
         from diffusers.utils import logging
@@ -123,7 +123,7 @@ class DiffusionModel:
         }
 
     def tokenize(self, texts: Iterable[str]) -> Tensor:
-        """Return token ids [texts, tokens], padded and cut to full length; learned words of several vectors spread."""
+        """Return token ids [texts, tokens], padded or cut to full length; learned words may take several tokens."""
         prompts = [self.pipeline.maybe_convert_prompt(text, self.tokenizer) for text in texts]
         return self.tokenizer(
             prompts,
@@ -153,9 +153,9 @@ class DiffusionModel:
         return changed
 
     def use_up(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
-        """As `change`, without keeping the originals, for a method that has no memory for them: it spends the model.
+        """Like `change`, but without keeping the originals, for a method that has no memory for them.
 
-        The next stage loads it anew.
+        The model cannot be restored: the next stage loads it again.
         """
         self._is_spent = True
         known = self.parameters()
@@ -163,7 +163,7 @@ class DiffusionModel:
 
     @property
     def is_spent(self) -> bool:
-        """Whether `use_up` was called: the model cannot be put back and is loaded anew."""
+        """Whether `use_up` was called: the model cannot be restored and is loaded again."""
         return self._is_spent
 
     def overlay(self, tensors: Mapping[str, Tensor]) -> None:
@@ -178,9 +178,9 @@ class DiffusionModel:
                 parameters[name].copy_(tensor)
 
     def replace(self, component: str, other: nn.Module | Path) -> None:
-        """Put another component in the place of the model's, with its configuration; `restore` undoes it.
+        """Replace a component of the model, with its configuration; `restore` undoes it.
 
-        `other` is a module, or a folder that its library's `from_pretrained` loads. Raises KeyError for another name.
+        `other`: a module, or a folder that the library's `from_pretrained` loads. Raises KeyError for an unknown name.
         """
         if component not in COMPONENTS:
             raise KeyError(f"the model has no component '{component}'; it has {', '.join(COMPONENTS)}")
@@ -194,7 +194,7 @@ class DiffusionModel:
         setattr(self.pipeline, component, other)
 
     def _put_back(self) -> None:
-        """Put the base's components back where others are, with the memory of what was changed in them."""
+        """Put the base's components back in place of others, with the kept originals of their changed tensors."""
         for component, (own, of_own) in self._replaced.items():
             setattr(self.pipeline, component, own)
             others = {n: t for n, t in self._originals.items() if not n.startswith(f"{component}.")}
@@ -202,7 +202,7 @@ class DiffusionModel:
         self._replaced.clear()
 
     def restore(self) -> None:
-        """Put back every declared change, bit for bit, and what methods set on modules: mode, processors, scheduler."""
+        """Undo every declared change, bit for bit, and settings of modules: mode, attention processors, scheduler."""
         self._put_back()
         parameters = self.parameters()
         with torch.no_grad():
@@ -221,9 +221,9 @@ class DiffusionModel:
         self.pipeline.scheduler = self._scheduler
 
     def is_restorable(self) -> bool:
-        """Return whether `restore` gives the released model: nothing was added, and what is not declared is unchanged.
+        """Return whether `restore` gives the released model: nothing added, and no undeclared tensor changed.
 
-        Components that were replaced are put back already.
+        This call already puts replaced components back.
         """
         self._put_back()
         is_grown = len(self.tokenizer) != self._tokenizer_length
@@ -263,13 +263,13 @@ _cached: dict[str, tuple[str, DiffusionModel]] = {}
 
 
 def warm(source: ModelSource, device: torch.device, name: str = "") -> DiffusionModel:
-    """Return the base model in its released state, from memory when this process has it; one model a name."""
+    """Return the base model in its released state, from memory when this process has it; one model per name."""
     wanted = f"{sorted(source.identity.items())}|{device}"
     known, model = _cached.get(name, ("", None))
     if known == wanted and model.is_restorable():
         model.restore()
         return model
-    _cached.pop(name, None)  # one model in memory; one that is changed beyond repair is dropped here
+    _cached.pop(name, None)  # drop a model that cannot be restored before loading: one model in memory
     model = None
     loaded = DiffusionModel.load(source, device)
     _cached[name] = wanted, loaded
@@ -277,6 +277,6 @@ def warm(source: ModelSource, device: torch.device, name: str = "") -> Diffusion
 
 
 def forget(*, further_alone: bool = False) -> None:
-    """Drop the warm models, so that the next stage loads them anew; `further_alone`: all but the unnamed one."""
+    """Drop the warm models, so that the next stage loads them again; `further_alone`: all but the unnamed one."""
     for name in [name for name in _cached if name or not further_alone]:
         del _cached[name]

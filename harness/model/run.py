@@ -21,17 +21,17 @@ CHECKPOINT_INTERVAL_S = 20.0
 
 
 class World:
-    """The processes that share a stage; this base class: one alone."""
+    """The processes that share a stage; this base class is for a single process."""
 
     rank = 0
     size = 1
 
     def decide(self, flag: bool) -> bool:
-        """Return what the first process says, so that all do the same."""
+        """Return the flag of the first process, so that all do the same."""
         return flag
 
     def all(self, flag: bool) -> bool:
-        """Return whether every process says yes."""
+        """Return whether the flag is true in every process."""
         return flag
 
     def mean(self, value: float) -> float:
@@ -39,18 +39,18 @@ class World:
         return value
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Wait until every process has reached this call."""
 
 
 @dataclass
 class Ledger:
-    """What a stage cost."""
+    """The cost of a stage."""
 
     forward_passes: float = 0.0  # UNet passes over one sample
     backward_passes: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: load, encode, train, save, sample, score
     peak_memory_bytes: int = 0
-    numbers: dict[str, float] = field(default_factory=dict)  # what a method reports, such as a final loss
+    numbers: dict[str, float] = field(default_factory=dict)  # values that a method reports, such as a final loss
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -74,20 +74,20 @@ class Ledger:
 
 @dataclass
 class Run:
-    """The surroundings of one stage."""
+    """The environment of one stage."""
 
     seed: int | None
     device: torch.device
     precision: str  # fp32 | bf16 (autocast over fp32 weights)
-    folder: Path  # survives a kill; holds what `save_state` wrote
+    folder: Path  # survives a kill; holds the files of `save_state`
     ledger: Ledger = field(default_factory=Ledger)
     report: Callable[[int, int], None] = lambda done, total: None
     track: Callable[[str, float, int], None] = lambda name, value, step: None
     sharding: Sharding = field(default_factory=Sharding)
     world: World = field(default_factory=World)
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
-    prepared: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the defense's `preparation` changed
-    keeps_end: bool = False  # keep the state at the end too: of a part, when others follow in the same stage
+    prepared: Mapping[str, torch.Tensor] = field(default_factory=dict)  # changed by the defense's `preparation`
+    keeps_end: bool = False  # keep the state at the end too: for a part that others follow in the same stage
     _last_checkpoint: float = field(default_factory=time.monotonic)
 
     def seed_for(self, *axes: str | int) -> int:
@@ -97,7 +97,7 @@ class Run:
         return mix(self.seed, *axes)
 
     def part(self, name: str) -> Run:
-        """Return a run for a training that is one of several in this stage: own seeds, own state, the same ledger."""
+        """Return a run for one of several trainings in this stage: own seeds, own state, the same ledger."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         seed = None if self.seed is None else mix(self.seed, name)
@@ -112,14 +112,14 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def is_checkpoint_due(self) -> bool:
-        """Return whether the interval since the last `save_state` has passed; the same to every process."""
+        """Return whether the interval since the last `save_state` has passed; every process gets the same answer."""
         return self.world.decide(time.monotonic() - self._last_checkpoint >= self.checkpoint_interval_s)
 
     def save_state(self, step: int, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-        """Keep what is needed to go on from `step`, in place of what was kept before. Every process calls it.
+        """Save what is needed to continue from `step`, in place of the earlier state. Every process calls it.
 
-        Each process keeps a file of its tensors; the last one to be written, by the first process when all others
-        are on disk, says which belong together.
+        Each process writes a file of its tensors. When all are on disk, the first process writes the pointer file that
+        names the step and the number of processes.
         """
         from safetensors.torch import save
 
@@ -151,14 +151,14 @@ class Run:
         os.replace(temporary, path)
 
     def drop_state(self) -> None:
-        """Forget what was kept: the stage starts over."""
+        """Forget the saved state: the stage starts over."""
         self._state_pointer.unlink(missing_ok=True)
 
     def load_state(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         """Return (step, tensors, numbers) of the last `save_state`, or None when there is none.
 
-        None too when it was kept by another number of processes, or is damaged in any of them: starting over is right,
-        only slower.
+        Also None when another number of processes saved it, or the file of any process is damaged: starting over is
+        correct, only slower.
         """
         found = self._read_state()
         if not self.world.all(found is not None):

@@ -41,8 +41,8 @@ def sample(
 ) -> Iterator[tuple[int, int, Image]]:
     """Yield (prompt index, image index, image) for every image, batched over prompts.
 
-    `settings` are those of the suite's `sampling`. The starting noise of an image depends on (seed, prompt index,
-    image index) alone: not on the batch, the defense, or the step of the attack. `hooks` see each batch in their order.
+    `settings`: the suite's `sampling`. The starting noise of an image depends only on (seed, prompt index, image
+    index), not on the batch, the defense, or the step of the attack. `hooks` run on each batch, in their order.
     Raises ValueError for a model that takes the guidance as an input.
     """
     if model.unet.config.time_cond_proj_dim is not None:

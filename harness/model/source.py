@@ -1,4 +1,4 @@
-"""Which base model a suite names, and the revision that makes its identity. No torch here."""
+"""The base model that a suite names, and the revision that identifies it. No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _COMPONENTS = ("unet", "vae", "text_encoder")
 
 SD1_PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
-"""Numbers of weights of what is loaded of SD 1.x."""
+"""Numbers of weights of the components of SD 1.x that are loaded."""
 SD1_IDS = frozenset(
     {
         *(f"CompVis/stable-diffusion-v1-{i}" for i in range(1, 5)),
@@ -29,12 +29,12 @@ SD1_IDS = frozenset(
 )
 """Hub ids of models of that shape."""
 _SD1_UNET = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "sample_size": 64}
-"""What a UNet of SD 1.x says of itself."""
+"""Configuration values of an SD 1.x UNet."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model: what it is (identity), and where this machine finds it."""
+    """A base model: its identity, and where this machine finds it."""
 
     identity: Mapping[str, str]  # source: testbed | folder | hub; id (hub only); revision; variant
     location: str = field(compare=False)  # a folder or a hub id
@@ -48,7 +48,7 @@ class ModelSource:
 
 
 def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
-    """Return the source of a `ModelSpec`. Raises UserMistake when it cannot be a model; reaches no network."""
+    """Return the source of a `ModelSpec`. Raises UserMistake when it cannot be a model; uses no network."""
     extra = {"variant": spec.variant} if spec.variant else {}
     if spec.id == TESTBED:
         from harness.core import paths
@@ -83,7 +83,7 @@ def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
 
 
 def has_sd1_shape(source: ModelSource) -> bool:
-    """Return whether the model's UNet is of SD 1.x's shape: by hub id, or by the configuration in its folder."""
+    """Return whether the UNet has the shape of SD 1.x's: by hub id, or by the configuration in its folder."""
     if source.identity["source"] == "hub":
         return source.identity["id"] in SD1_IDS
     try:
@@ -108,7 +108,7 @@ def fetches(source: ModelSource) -> list[Fetched]:
 
 
 def _check_folder(path: Path | None, given: str, variant: str | None, where: str) -> None:
-    """Refuse a folder that is no diffusers model, or whose weights are not safetensors."""
+    """Refuse a folder that is not a diffusers model, or whose weights are not safetensors."""
     given = one_line(given)
     if path is None or not path.is_dir():
         raise UserMistake(f"{where}: model: folder '{given}' does not exist")

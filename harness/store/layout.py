@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 CHECKPOINTS = "checkpoints"
-"""Of an adaptation: a folder for each step. It may be gone from a committed stage (`harness.stages.checkpoints`)."""
+"""In an adaptation: one folder per step inside. A committed stage may lack it (`harness.stages.checkpoints`)."""
 SCORES = "scores.json"
-"""Of a stage that scores: {"about": {...}, "values": [{"step": 0, "prompt": 0, "value": 0.5}, ...]}.
+"""File of a scoring stage: {"about": {...}, "values": [{"step": 0, "prompt": 0, "value": 0.5}, ...]}.
 
 `about` may hold direction, unit, range, backbone, preprocessing and library, all words. `prompt` is the index of a
-prompt, or null where a value is of all prompts together. Values are finite: a stage fails where one is not."""
+prompt, or null for a value of all prompts together. Values are finite: otherwise the stage fails."""
 
 
 def step_folder(step: int) -> str:

@@ -1,4 +1,4 @@
-"""`merge`: the stages of several machines in one store. A key with different results in two of them is refused."""
+"""`merge` brings the stages of several machines into one store. A key with different results is refused."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ MOST_TOLD = 20
 
 @dataclass(frozen=True)
 class Merged:
-    """How a merge ended."""
+    """The result of a merge."""
 
     copied: int
-    known: int  # were there already, the same
+    known: int  # already there, with the same content
 
 
 def merge(sources: Sequence[str], into: str) -> Merged:
-    """Copy every committed stage of the sources into a store, each at once; nothing is copied when two disagree.
+    """Copy every committed stage of the sources into a store, each atomically; if two disagree, nothing is copied.
 
-    Folders are results folders (`runs`) or stores. Raises UserMistake for what is no store, for stages whose record
-    does not fit their key, and for every key that holds other content elsewhere.
+    Folders are results folders (`runs`) or stores. Raises UserMistake for folders that are not stores, for stages
+    whose record does not fit their key, and for every key whose content differs between stores.
     """
     target = Store(_store_in(Path(into), into, must_exist=False))
     stores = [(given, Store(_store_in(Path(given), given))) for given in sources]
@@ -66,7 +66,7 @@ def merge(sources: Sequence[str], into: str) -> Merged:
 
 
 def _store_in(path: Path, given: str, must_exist: bool = True) -> Path:
-    """Return the store of a results folder, or the folder itself where it is one."""
+    """Return the store of a results folder, or the folder itself if it is a store."""
     if (path / "store").is_dir():
         return path / "store"
     if Store(path).kinds():
@@ -96,7 +96,7 @@ def _fits(path: Path, key: str) -> bool:
 
 
 def _content(path: Path) -> dict[str, str]:
-    """Return what a stage holds, by file; not its record, which says when and where."""
+    """Return the content of a stage, by file, without its record, which holds time and machine."""
     return {
         file.relative_to(path).as_posix(): digest_of_file(file)
         for file in sorted(path.rglob("*"))
@@ -105,7 +105,7 @@ def _content(path: Path) -> dict[str, str]:
 
 
 def _agree(one: dict[str, str], other: dict[str, str]) -> bool:
-    """Return whether two stages hold the same; checkpoints may be gone from one of them."""
+    """Return whether two stages have the same content; one of them may lack checkpoints."""
     if all(any(name.startswith(f"{CHECKPOINTS}/") for name in each) for each in (one, other)):
         return one == other
     kept = [{n: d for n, d in each.items() if not n.startswith(f"{CHECKPOINTS}/")} for each in (one, other)]
@@ -113,9 +113,9 @@ def _agree(one: dict[str, str], other: dict[str, str]) -> bool:
 
 
 def _copy(path: Path, final: Path) -> None:
-    """Copy a stage so that it is there as a whole or not at all."""
+    """Copy a stage atomically: whole, or not at all."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f".old.{uuid.uuid4().hex}"  # swept, should a kill come between
+    temporary = final.parent / f".old.{uuid.uuid4().hex}"  # `sweep` removes it after a kill
     shutil.copytree(path, temporary)
     sync_files(temporary)
     os.rename(temporary, final)

@@ -17,7 +17,7 @@ PACKAGES = (
 )  # fmt: skip
 
 CODE = ("harness", "defenses", "attacks", "metrics")
-"""Folders whose files are imported, untracked ones too."""
+"""Folders whose files are imported, including untracked files."""
 
 
 @lru_cache(maxsize=1)
@@ -41,7 +41,7 @@ def describe() -> dict[str, Any]:
 
 
 def sentence(suite: str, model: str, records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence on where results come from: program, packages, devices and days of the stages' records."""
+    """Return a sentence on the origin of results: program, packages, devices and days of the stages' records."""
     revisions, packages, devices = ({} for _ in range(3))
     for record in records:
         of = record["provenance"]
@@ -60,10 +60,10 @@ def sentence(suite: str, model: str, records: Sequence[Mapping[str, Any]]) -> st
 
 
 def checkout(folder: Path) -> dict[str, Any] | None:
-    """Return revision and dirty flag of a checkout, or None where there is none, as of an installed package.
+    """Return revision and dirty flag of a checkout, or None without one, such as for an installed package.
 
-    It is dirty when a file was changed, or an untracked one is among the code; results and plugins beside the code do
-    not count.
+    It is dirty when a tracked file was changed, or a code folder has an untracked file. Results and plug-ins outside
+    the code folders do not count.
     """
     if not (folder / ".git").exists():
         return None
@@ -76,7 +76,7 @@ def checkout(folder: Path) -> dict[str, Any] | None:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    # a line is two letters of state, a blank and a path, quoted where it holds odd characters
+    # a line is two letters of state, a blank and a path, quoted if it has special characters
     own = (not line.startswith("??") or line[3:].strip('"').split("/")[0] in CODE for line in status.splitlines())
     return {"revision": revision, "is_dirty": any(own)}
 

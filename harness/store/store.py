@@ -1,8 +1,8 @@
 """Where finished stages are kept: `<store>/<kind>/<key>/`, with a commit record.
 
-A stage writes into a temporary folder beside its place, which is renamed to `<key>` last. A folder without its record
-`record.json` does not exist for us. Readers need no lock; two processes that do the same stage at the same time are
-kept apart by a lock on the stage's work folder, which also holds what a long stage saved to resume from.
+A stage writes into a temporary folder next to its final one; the last step renames it to `<key>`. A folder without
+`record.json` is ignored. Readers need no lock. A lock on the stage's work folder separates two processes that do the
+same stage at the same time; the folder also holds the state from which a long stage resumes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Store:
 
     def has(self, kind: str, key: str) -> bool:
         """Return whether the stage is committed."""
-        return os.path.isfile(f"{self.root}/{kind}/{key}/{RECORD}")  # asked for thousands of stages at each start
+        return os.path.isfile(f"{self.root}/{kind}/{key}/{RECORD}")  # called for thousands of stages at each start
 
     def kinds(self) -> list[str]:
         """Return the kinds of stages that have a folder here, sorted."""
@@ -77,10 +77,10 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, kind: str, key: str, *, replace: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Yield (folder, record) to fill; on leaving without an exception both are committed by one rename.
+        """Yield (folder, record) to fill; if the block ends without an exception, one rename commits both.
 
-        `replace` puts the new result in the place of a committed one. When another process committed the same key
-        first, its result stays and ours is dropped.
+        `replace`: the new result replaces a committed one. When another process committed the same key first, its
+        result stays and ours is dropped.
         """
         parent = self.root / kind
         parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class Store:
         record: dict[str, Any] = {}
         try:
             yield folder, record
-            write_json(folder / RECORD, record)  # last in the folder: a record promises all the rest
+            write_json(folder / RECORD, record)  # written last: a record means that all other files are there
             sync_folder(folder)
             final = self.path(kind, key)
             if final.exists() and (replace or not self.has(kind, key)):
@@ -105,7 +105,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self) -> int:
-        """Remove what processes of this machine that are gone left behind; return how many folders."""
+        """Remove folders that dead processes of this machine left behind; return how many."""
         removed = 0
         for folder in self.root.glob("*/.*"):
             parts = folder.name.split(".")  # "", key, host, pid, random
