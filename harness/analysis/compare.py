@@ -1,17 +1,17 @@
 """Two defenses side by side: is one stronger than the other, and how sure is that? Pure arithmetic, no torch, no files.
 
-    stronger_by    what the attack reaches on the baseline less what it reaches on the defense, in the metric's unit
-                   (of a distance the other way round), mean over targets. Above 0: the defense protects more.
-    low, high      its 95 % interval; `covers` says of what chance (`harness.analysis.statistics`). Paired by concept,
-                   prompt and seed.
-    p, p_corrected of no difference; corrected by Holm over the attacks and the worst case of a task, metric and step.
-    detectable     the least difference that so many seeds and prompts find in four of five runs, at the level that the
-                   correction asks of the first of so many tests.
-    retained_by    the same on innocent concepts, the other way round: above 0: they are learned better.
+    stronger_by    the attack's score on the baseline minus its score on the defense, in the metric's unit (reversed for
+                   a distance), mean over targets. Above 0: the defense protects more.
+    low, high      its 95 % interval, paired by concept, prompt and seed; `covers` names the kinds of chance that it
+                   includes (`harness.analysis.statistics`).
+    p, p_corrected for no difference; Holm's correction is over the attacks and the worst case of a task, metric and step.
+    detectable     the least difference that this number of seeds and prompts finds in four of five runs, at the level
+                   of the first step of Holm's correction.
+    retained_by    the same on innocent concepts with reversed sign; above 0: they are learned better.
     verdict        stronger | weaker: p_corrected below 0.05; unclear: no significant difference; not tested: one seed.
 
-Worst case: what the most successful attack reaches on each of the two, whichever it is; drawn anew with every bootstrap
-sample, so that the choice of the attack is part of the chance. An attack that some target lacks is no part of it.
+Worst case: the score of the most successful attack on each of the two, which may be different attacks. They are chosen
+again in every bootstrap sample, so that the interval covers this choice. An attack that some target lacks is left out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Return a line for each baseline, task, metric, step and attack, and the worst case over attacks.
 
-    Tasks that lack one of the two are left out. Raises ValueError, naming what there is, for an unknown defense.
+    Tasks that lack one of the two are left out. Raises ValueError for an unknown defense and names the known ones.
     """
     table = measured(rows)
     known = list(dict.fromkeys(name for of in table.defenses.values() for name in of))
@@ -77,11 +77,11 @@ def _family(table: Measurements, keys: Sequence[Key], defense: str, baseline: st
 
 
 def judge(compared: Sequence[Compared]) -> list[dict[str, Any]]:
-    """Return the lines of tests that are corrected together, with p_corrected, detectable and verdict."""
+    """Return the lines of jointly corrected tests, with p_corrected, detectable and verdict."""
     tests = sum(line["p"] is not None for line, _ in compared)
     for (line, found), corrected in zip(compared, holm([line["p"] for line, _ in compared]), strict=True):
         line["p_corrected"] = corrected
-        line["detectable"] = found.detectable(level=1 - LEVEL / max(tests, 1))  # as the first of Holm's steps asks
+        line["detectable"] = found.detectable(level=1 - LEVEL / max(tests, 1))  # the level of Holm's first step
         line["verdict"] = _verdict(line)
     return [line for line, _ in compared]
 
@@ -89,7 +89,7 @@ def judge(compared: Sequence[Compared]) -> list[dict[str, Any]]:
 def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws: int = 1000) -> Compared | None:
     """Return the line of an attack, or of the worst case of several; None where the sides share no target.
 
-    A side of several defenses counts with their mean. What depends on the other tests is left to `judge`.
+    A side of several defenses counts with their mean. `judge` adds the columns that depend on the other tests.
     """
     task, attack, attacker, metric, step = keys[0]
     sign = table.sign(metric)
@@ -98,7 +98,7 @@ def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws:
     if not cells:
         return None
     found = estimate(cells, statistic, draws=draws)
-    # innocents meet the attacks one by one: a worst case is none of theirs
+    # innocents are compared for single attacks only: they have no worst case
     innocents, _ = paired_cells(table, keys, sides, "innocent") if len(keys) == 1 else ([], 0)
     kept = estimate(innocents, statistic, draws=draws) if innocents else None
     reached = [closest(cells, side, len(keys), sign) for side in (0, 1)]
@@ -135,7 +135,7 @@ def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws:
 
 
 def _retained(found: Estimate | None) -> dict[str, float | None]:
-    """Return what is said of innocents: the same gap the other way round."""
+    """Return the columns on innocents: the same gap with reversed sign."""
     names = ("retained_by", "retained_low", "retained_high", "retained_p")
     if found is None:
         return dict.fromkeys(names)
@@ -155,10 +155,10 @@ def _verdict(line: Mapping[str, Any]) -> str:
 def paired_cells(
     table: Measurements, keys: Sequence[Key], sides: Sequence[Sequence[str]], role: str
 ) -> tuple[list[np.ndarray], int]:
-    """Return ([sides x attacks, prompts, seeds] of each concept, number of seeds): a side's attacks, then the next's.
+    """Return (one array [sides x attacks, prompts, seeds] per concept, number of seeds); sides follow one another.
 
-    Concepts and seeds that were measured throughout: in every attack, on all sides, with the same number of prompts.
-    Of an unfinished run that is the choice of seeds that leaves most of it. Of several defenses of a side the mean.
+    Only concepts and seeds that were measured in every attack, on all sides, with the same number of prompts. For an
+    unfinished run, the seeds are those that keep most of it. Several defenses of a side are averaged.
     """
     found = [
         table.values(task, defense, attack, attacker, metric, step, role)
@@ -189,8 +189,8 @@ def paired_cells(
 
 
 def _seeds_kept(by_concept: Sequence[set[int]]) -> list[int]:
-    """Return the seeds whose rectangle of concepts that have them all is largest; of equal ones that of most seeds."""
-    choices: set[frozenset[int]] = set()  # every intersection of what concepts have
+    """Return the seeds that maximize seeds x concepts that have all of them; on a tie, the choice with most seeds."""
+    choices: set[frozenset[int]] = set()  # every intersection of the concepts' seeds
     for own in {frozenset(own) for own in by_concept}:
         choices |= {own} | {own & other for other in choices}
 
@@ -201,7 +201,7 @@ def _seeds_kept(by_concept: Sequence[set[int]]) -> list[int]:
 
 
 def gap_of_greatest(attacks: int, sign: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the statistic: what the closest attack reaches on the baseline less that on the defense."""
+    """Return the statistic: the closest attack's score on the baseline minus the closest attack's on the defense."""
 
     def gap(means: np.ndarray) -> np.ndarray:
         of_attack = sign * means.mean(axis=(1, 3))  # [draws, 2 x attacks]
@@ -211,6 +211,6 @@ def gap_of_greatest(attacks: int, sign: int) -> Callable[[np.ndarray], np.ndarra
 
 
 def closest(cells: Sequence[np.ndarray], side: int, attacks: int, sign: int) -> float:
-    """Return what the closest attack reaches on one side, mean over concepts, prompts and seeds."""
+    """Return the score of the closest attack on one side, mean over concepts, prompts and seeds."""
     means = np.mean([x.mean(axis=(1, 2)) for x in cells], axis=0)
     return max((float(value) for value in means[side * attacks : (side + 1) * attacks]), key=lambda v: sign * v)

@@ -1,13 +1,13 @@
 """How soon an attack recovers: whole trajectories as one line each. Pure arithmetic, no torch, no files.
 
-    share          (M - M_before) / (M_real - M_before), mean over targets: how far the attack is on the way from the
-                   undefended model before it to real images. M is the mean over prompts and seeds. Unlike `recovery`
-                   it does not depend on what the undefended attack reaches, so attacks can be compared by it.
-    steps_to_half  at which step the share first reaches a half, between the steps that were read in the logarithm of
-                   one more than the step. Empty: not within the steps that were made.
-    area           mean share from step 0 to the last step, over the same logarithm: small is strong protection.
+    share          (M - M_before) / (M_real - M_before), mean over targets: how far the attack has come from the
+                   undefended model before it (0) to real images (1). M is the mean over prompts and seeds. Unlike
+                   `recovery` it does not depend on the undefended attack's score, so attacks can be compared by it.
+    steps_to_half  the step at which the share first reaches one half, interpolated between the read steps linearly in
+                   log(step + 1). Empty: not reached within the trained steps.
+    area           mean share from step 0 to the last step, over log(step + 1): small is strong protection.
 
-`_none`: of the same attack on the undefended model. Whether an attack counts, the leaderboard says.
+`_none`: for the same attack on the undefended model. The leaderboard says whether an attack counts.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def curves(rows: DataFrame | Measurements) -> list[dict[str, Any]]:
 
 
 def steps_to(curve: Sequence[tuple[int, float]], share: float = HALF) -> float | None:
-    """Return the step at which a curve of (step, share), by step, first reaches a share; None: never."""
+    """Return the step at which a curve of (step, share), sorted by step, first reaches `share`; None: never."""
     last: tuple[int, float] | None = None
     for step, value in curve:
         if value >= share:
@@ -81,7 +81,7 @@ def steps_to(curve: Sequence[tuple[int, float]], share: float = HALF) -> float |
 
 
 def area(curve: Sequence[tuple[int, float]]) -> float | None:
-    """Return the mean share of a curve over the logarithm of one more than the step; None for a single point."""
+    """Return the mean share of a curve over log(step + 1); None for a single point."""
     if len(curve) < 2:
         return None
     places = [(math.log1p(step), value) for step, value in curve]
@@ -93,7 +93,7 @@ def area(curve: Sequence[tuple[int, float]]) -> float | None:
 def _curve(
     table: Measurements, task: str, defense: str, attack: str, attacker: str, metric: str, steps: Sequence[int]
 ) -> tuple[list[tuple[int, float]], int] | None:
-    """Return ((step, share) from step 0 on, number of targets) over targets that have every step; None for none."""
+    """Return ((step, share) from step 0 on, number of targets) over targets that have every step; None without any."""
     start = _by_cell(table.means(task, table.undefended[task], "", "", metric, 0, "target"))
     real = _by_cell(table.means(task, "", "", "", metric, 0, "real"))
     points = [(0, _by_cell(table.means(task, defense, "", "", metric, 0, "target")))]

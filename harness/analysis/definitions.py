@@ -1,6 +1,6 @@
-"""What each number means: one definition a column of the general tables, and of the directions and intervals. No torch.
+"""Definitions of each column of the general tables, and of the directions and intervals. No torch.
 
-Columns of a diagnostic's tables are defined beside it (`Diagnostic.definitions`); `python -m
+The columns of a diagnostic's tables are defined in the diagnostic (`Diagnostic.definitions`); `python -m
 harness.results.definitions` prints both, as the page `docs/definitions.md`.
 
 In formulas M is a metric's mean over a concept's evaluation prompts and images, for one seed: M_none on the undefended
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Definition:
-    """What one name means."""
+    """The definition of one name."""
 
     name: str
-    """The column, as the tables spell it; of what is no column a name of ours."""
+    """The column as the tables spell it; for anything else our own name."""
     title: str
-    """For people, a few words."""
+    """A few words for people."""
     formula: str
-    """Empty: none beyond the meaning."""
+    """Empty: no formula beyond the meaning."""
     meaning: str
     """How to read it, and when it is empty."""
     source: str
@@ -100,7 +100,7 @@ SETTING = (
     ),
     Definition("n_prompts", "prompts", "", "compare: evaluation prompts, summed over the targets.", OURS),
 )  # fmt: skip
-"""What a line is about."""
+"""Columns that say what a line is about."""
 
 SCORES = (
     Definition(
@@ -155,7 +155,7 @@ SCORES = (
     ),
     Definition("real", "real images", "M_real", "concepts.csv: target_real of one concept.", OURS),
 )  # fmt: skip
-"""Plain means."""
+"""Columns that are plain means."""
 
 GAPS = (
     Definition(
@@ -225,7 +225,7 @@ GAPS = (
         OURS,
     ),
 )  # fmt: skip
-"""What is made of the means."""
+"""Columns computed from the means."""
 
 CURVES = (
     Definition(
@@ -254,7 +254,7 @@ CURVES = (
         OURS,
     ),
 )  # fmt: skip
-"""Of whole trajectories."""
+"""Columns on whole trajectories."""
 
 VERDICTS = (
     Definition(
@@ -279,7 +279,7 @@ VERDICTS = (
         OURS,
     ),
 )  # fmt: skip
-"""What may be claimed."""
+"""Columns on what may be claimed."""
 
 COMPARISON = (
     Definition(
@@ -347,7 +347,7 @@ COMPARISON = (
     Definition("retained_high", "innocents better by, upper limit", "", "As high.", OURS),
     Definition("retained_p", "p of innocents", "as p", "Not corrected, and no claim.", OURS),
 )  # fmt: skip
-"""Of two defenses."""
+"""Columns that compare two defenses."""
 
 READINGS = (
     Definition(
@@ -421,7 +421,7 @@ COSTS = (
         "The same, of seconds a step. Empty where stages shared a CPU, which slow each other.", OURS,
     ),
 )  # fmt: skip
-"""Of adaptation_cost.csv."""
+"""Columns of adaptation_cost.csv."""
 
 SECTIONS: tuple[tuple[str, tuple[Definition, ...]], ...] = (
     ("Gaps and shares", GAPS),

@@ -1,24 +1,25 @@
-"""Limits that hold as often as they say when chance comes from two sources, both known from few draws. No torch.
+"""Calibrated confidence limits when chance comes from two sources, each estimated from few draws. No torch.
 
-A value has the variance a + b; a is estimated with few degrees of freedom (seeds), b with others (prompts). Limits put
-together from each part's own Student's t,
+A value has the variance a + b; a is estimated with few degrees of freedom (seeds), b with others (prompts). Limits
+combined from each part's own Student's t,
 
     half width^2 = t_a(p)^2 a + t_b(p)^2 b,
 
-hold the truth more often than 1 - p: up to 98 % of times for 95 % with three seeds, since both parts seldom come out
-small at once. How often they miss is known for every share a / (a + b):
+contain the truth more often than 1 - p: in up to 98 % of cases for 95 % with three seeds, since both estimates are
+seldom too small at once. How often they miss is known for every share a / (a + b):
 
-    miss(share, p) = E[2 T(-sqrt(n (share B t_a^2 / n_a + (1 - share) (1 - B) t_b^2 / n_b)))],   n = n_a + n_b,
+    miss(share, p) = E[2 T(-sqrt(n (share B t_a^2 / n_a + (1 - share) (1 - B) t_b^2 / n_b)))],   n = n_a + n_b.
 
-with T Student's distribution function of n degrees and B the share of a's chi-squared in both, which is
-Beta(n_a / 2, n_b / 2) and independent of their sum. The share is not known, but the estimates bound it: its odds are
-the estimated odds times (n_a / B) / (n_b / (1 - B)), Fisher's fiducial distribution. Limits are those of the p at which
-the mean of `miss` over it is what was asked: prepivoting (Beran 1987), the unknown averaged rather than plugged in.
+T is Student's distribution function with n degrees of freedom. B is the share of a's chi-squared in the sum of both; it
+has the distribution Beta(n_a / 2, n_b / 2) and is independent of the sum. The share a / (a + b) is unknown, but the
+estimates constrain it: its odds are the estimated odds times (n_a / B) / (n_b / (1 - B)), Fisher's fiducial
+distribution. The limits use the p at which the mean of `miss` over this distribution is the wanted rate: prepivoting
+(Beran 1987), with the unknown share averaged over rather than plugged in.
 
-With three seeds or more, 95 % limits then hold between 93.5 and 96.7 % of times whatever the share
-(`tests/test_limits.py` works it out). With two seeds the share is nearly unknown and nothing is calibrated: limits stay
-those of each part's own t, which hold 95 to 99 %. Tests of a difference are not calibrated either: a claim must not be
-false more often than its level says for any share, and some shares are on the wrong side of 95 %.
+With three seeds or more, 95 % limits then contain the truth in 93.5 to 96.7 % of cases for any share
+(`tests/test_limits.py` computes it). With two seeds the share is nearly unknown and nothing is calibrated: the limits
+stay those of each part's own t, which contain the truth in 95 to 99 %. Tests of a difference are not calibrated either:
+a claim must not be false more often than its level for any share, and for some shares calibration gives less than 95 %.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import functools
 import numpy as np
 
 FEWEST_DEGREES = 2
-"""Of the part that is known less well: below, nothing is calibrated."""
+"""With fewer degrees of freedom in either part, nothing is calibrated."""
 SHARES, NODES, LEVELS = 65, 65, 65
 
 
 def nominal(share: np.ndarray, degrees: tuple[int, int], p: float) -> np.ndarray:
-    """Return the p whose limits miss the truth with probability `p`, for shares of the first in what was estimated.
+    """Return the nominal p at which limits miss the truth with probability `p`, for estimated shares of the first part.
 
-    `degrees` are those of the two estimates.
+    `degrees`: degrees of freedom of the two estimates.
     """
     if min(degrees) < FEWEST_DEGREES:
         return np.full(np.shape(share), p)
@@ -43,7 +44,7 @@ def nominal(share: np.ndarray, degrees: tuple[int, int], p: float) -> np.ndarray
 
 
 def miss(share: np.ndarray, degrees: tuple[int, int], p: float) -> np.ndarray:
-    """Return how often limits of p that are not calibrated miss the truth, for true shares."""
+    """Return how often uncalibrated limits of p miss the truth, for true shares of the first part."""
     from scipy.special import stdtr
 
     first, second, weights = _beta(*degrees)
@@ -63,11 +64,11 @@ def _log_nominal(degrees: tuple[int, int], p: float) -> np.ndarray:
     levels = np.linspace(np.log(p), 0.0, LEVELS)
     missed = np.array([np.interp(true, _angles(), miss(shares, degrees, level)) @ weights for level in np.exp(levels)])
     inner = [np.interp(np.log(p), np.log(of_share), levels) for of_share in missed.T]
-    return np.array([np.log(p), *inner, np.log(p)])  # one source alone needs none
+    return np.array([np.log(p), *inner, np.log(p)])  # a single source needs no calibration
 
 
 def _angles() -> np.ndarray:
-    """Return where shares are tabulated: close to each other near 0 and 1, where much changes."""
+    """Return the angles of the tabulated shares: dense near 0 and 1, where the values change most."""
     return np.linspace(0.0, np.pi / 2, SHARES)
 
 
@@ -78,7 +79,7 @@ def _angle(share: np.ndarray) -> np.ndarray:
 def _beta(first: int, second: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return nodes B and 1 - B and weights that integrate over B ~ Beta(first / 2, second / 2).
 
-    They are trapezoids in ln(B / (1 - B)).
+    They follow the trapezoid rule in ln(B / (1 - B)).
     """
     from scipy.special import betaincinv, expit, logit
 
@@ -90,6 +91,6 @@ def _beta(first: int, second: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _square(degrees: int, p: float) -> float:
-    from scipy.special import stdtrit  # the quantile alone: scipy.stats takes a second to import
+    from scipy.special import stdtrit  # only this quantile: importing scipy.stats takes a second
 
     return float(stdtrit(degrees, p / 2)) ** 2

@@ -1,6 +1,6 @@
-"""Rows put in order: means over prompts of every defense, attack, metric, step, role, concept and seed. No files.
+"""Grouped rows: means over prompts for every defense, attack, metric, step, role, concept and seed. No files.
 
-Rows are a DataFrame with the columns that `harness.results.rows` names. They are grouped at once, by whole columns.
+Rows are a DataFrame with the columns that `harness.results.rows` names. Whole columns are grouped at once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Trial = tuple[str, str, int]
 """(protected set, concept, seed)."""
 
 ABOUT = ("task", "defense", "attack", "attacker", "metric", "step", "role")
-"""What is measured together."""
+"""Columns that name a group of trials."""
 TRIAL = ("protected", "concept", "seed")
 _SAMPLED = ("task", "defense", "attack", "attacker")
 
 
 class Measurements:
-    """What rows hold, and what there is to group it by, in order of first appearance."""
+    """The values of rows, and the labels that group them, in order of first appearance."""
 
     def __init__(self, rows: DataFrame):
         import numpy as np
@@ -39,7 +39,7 @@ class Measurements:
         frame = rows.iloc[firsts].reset_index(drop=True)
         frame = frame.drop(columns=["value", "prompt_index", "prompt", "score_key"])
         self.frame: DataFrame = frame.assign(n_values=counts, mean=exact_means(self._sorted, self._ends))
-        """One line each (task, ..., role; protected set, concept, seed): the labels of its first row, its mean."""
+        """One line per (task, ..., role; protected set, concept, seed): the labels of its first row, and the mean."""
         self._trials: list[Trial] = list(zip(*(frame[name].tolist() for name in TRIAL), strict=True))
         self._means: list[float] = self.frame["mean"].tolist()
         self._places = _places(frame, ABOUT)
@@ -74,7 +74,7 @@ class Measurements:
         self.probes: dict[tuple[str, str, str], int] = {
             group[:3]: probes for group, probes in zip(self.groups, attacked["n_probes"].tolist(), strict=True)
         }
-        """(task, attack, attacker) -> how often it tried before."""
+        """(task, attack, attacker) -> number of probes before the attack."""
 
     def sign(self, metric: str) -> int:
         """Return 1 where greater values mean more similarity, -1 where they mean less."""
@@ -83,7 +83,7 @@ class Measurements:
     def values(
         self, task: str, defense: str, attack: str, attacker: str, metric: str, step: int, role: str
     ) -> Mapping[Trial, Sequence[float]]:
-        """Return trial -> values by prompt, in the order of the rows; one value of a metric of whole sets."""
+        """Return trial -> values by prompt, in the order of the rows; a metric of whole sets has one value."""
         places = self._places.get((task, defense, attack, attacker, metric, step, role), ())
         ends, counts = self._ends, self.frame["n_values"].to_numpy()
         return {self._trials[place]: self._sorted[ends[place] - counts[place] : ends[place]] for place in places}
@@ -98,22 +98,22 @@ class Measurements:
         return self._found[key]
 
     def shares_images(self, task: str, attack: str, attacker: str, defense: str, other: str) -> bool:
-        """Return whether the attack's images are the very same stages' for two defenses, wherever both were attacked.
+        """Return whether the attack's images come from the same stages for two defenses, wherever both were attacked.
 
-        So it is where the attack heeds neither: by identity, not by value, as scores may agree for other reasons.
+        This is so when neither defense affects the attack. Keys are compared, not values: equal scores prove nothing.
         """
         first, second = (self._samples.get((task, name, attack, attacker), {}) for name in (defense, other))
         both = first.keys() & second.keys()
         return bool(both) and all(first[trial] == second[trial] for trial in both)
 
     def _samples_of(self, rows: DataFrame, group: np.ndarray) -> dict[tuple[str, str, str, str], dict[Trial, str]]:
-        """Return (task, defense, attack, attacker) -> trial -> key of its images, as the last of its rows names it."""
+        """Return (task, defense, attack, attacker) -> trial -> key of its images, from its last row that has one."""
         import numpy as np
 
         sampled = _numbered(self.frame, (*_SAMPLED, *TRIAL))
         last = np.full(sampled.max(initial=-1) + 1, -1, dtype=np.int64)
         is_named = (rows["sample_key"] != "").to_numpy()
-        last[sampled[group[is_named]]] = np.flatnonzero(is_named)  # of equal places the last one stays
+        last[sampled[group[is_named]]] = np.flatnonzero(is_named)  # where an index repeats, the last value stays
         named = rows.iloc[last[last >= 0]]
         keys = named["sample_key"].tolist()
         trials = list(zip(*(named[name].tolist() for name in TRIAL), strict=True))
@@ -122,12 +122,12 @@ class Measurements:
 
 
 def measured(rows: DataFrame | Measurements) -> Measurements:
-    """Return rows put in order."""
+    """Return the rows as `Measurements`."""
     return rows if isinstance(rows, Measurements) else Measurements(rows)
 
 
 def exact_means(values: np.ndarray, ends: np.ndarray) -> list[float]:
-    """Return the mean of each stretch of consecutive values, by their ends; sums are exact."""
+    """Return the mean of each block of consecutive values; `ends` are the blocks' ends. Sums are exact."""
     listed, bounds = values.tolist(), [0, *ends.tolist()]
     return [
         math.fsum(listed[start:end]) / (end - start) for start, end in zip(bounds[:-1], bounds[1:], strict=True)
@@ -150,7 +150,7 @@ def _numbered(rows: DataFrame, names: Sequence[str]) -> np.ndarray:
 
 
 def _codes(column: Series) -> tuple[np.ndarray, int]:
-    """Return the codes of a column's labels, and how many labels there are at most."""
+    """Return the codes of a column's labels, and an upper bound on the number of labels."""
     import pandas as pd
 
     if hasattr(column, "cat"):
@@ -160,7 +160,7 @@ def _codes(column: Series) -> tuple[np.ndarray, int]:
 
 
 def _places(rows: DataFrame, names: Sequence[str]) -> dict[tuple, list[int]]:
-    """Return combination of labels -> the places of its rows, both in order of first appearance."""
+    """Return combination of labels -> indices of its rows, both in order of first appearance."""
     import numpy as np
 
     group = _numbered(rows, names)

@@ -1,32 +1,32 @@
-"""Numbers that papers print, as data: one CSV a paper in `papers/`, one row a printed number. No torch.
+"""Numbers that papers print, as data: one CSV per paper in `papers/`, one row per printed number. No torch.
 
-They are set beside measured rows and never averaged with them: a paper's model, data, steps and encoders are its own.
+They are shown next to measured rows and never averaged with them: a paper's model, data, steps and encoders differ.
 Columns, in the order of the file:
 
     paper      name of the file, without its ending
-    table      the paper's number of the table; in words where it has none, or where the number was measured by others
+    table      the table's number in the paper; in words if it has none, or if others measured the value
     status     how the number was read:
                paper          in the paper itself
                released-code  in output that the authors keep beside their code
                second-hand    in another document that quotes the paper
-               third-party    in another work, which measured it: the method run again, or another one beside it
-               figure         off a plot: approximate
+               third-party    in another work, which measured it: the method run again, or another method next to it
+               figure         read off a plot: approximate
     source     where it is printed, in words
     model      the attacked or changed model, as far as it is stated; "real images": no model drew them
-    task       the paper's word, of a closed set
+    task       the paper's word, from a closed set
     defense    "none": undefended; empty: real images
     attack     empty: not attacked, or the source does not say how
     setting    concept or domain, freezing ratio, number of concepts, steps
     metric     with `direction` and `unit`, the same in all rows of a file
     direction  "higher": a greater value is more similarity or quality as the metric defines it, or more of what a ratio
-               such as SGR is made to measure; "lower": less; "none": neither, such as a cost. Not what an attacker or
-               a defender wants: a style metric may be "higher" in a paper that wants little of it (its note says so)
+               such as SGR measures; "lower": less; "none": neither, such as a cost. It does not say what an attacker
+               or defender wants: a style metric may be "higher" in a paper that wants it low (its note says so)
     unit       empty: a bare number, or not stated
     value      as printed, with its zeros
-    deviation  what the source prints behind ±; empty: nothing
-    note       what is uncertain about the number, or contradicted elsewhere; empty: nothing known
+    deviation  the value that the source prints after ±; empty: none
+    note       doubts about the number, or contradictions elsewhere; empty: none known
 
-A dash in a table has no row. Papers whose tables could not be read (MIMA) have no file.
+A dash in a printed table has no row. Papers whose tables could not be read (MIMA) have no file.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _CLOSED = {"status": get_args(Status), "task": get_args(Task), "direction": get_
 _FILLED = ("table", "source", "model", "metric")
 _IDENTITY = ("table", "model", "task", "defense", "attack", "setting", "metric")
 _REAL = "real images"
-_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?", re.ASCII)  # no nan, no inf, no exponent: what tables print
+_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?", re.ASCII)  # as tables print: no nan, no inf, no exponent
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def load(paper: str | None = None) -> list[PaperRow]:
 
 
 def parse(text: str, file: str) -> list[PaperRow]:
-    """Return the rows of a CSV text; `file` is its name, from which the paper's is taken.
+    """Return the rows of a CSV text; `file` is its name, which gives the paper's name.
 
-    Raises ValueError with all mistakes of the file, a line each that names file and line.
+    Raises ValueError with all mistakes of the file, one per line, each with file and line number.
     """
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
     mistakes: list[str] = []
@@ -143,7 +143,7 @@ def _folder() -> Traversable:
 
 
 def _mistakes(cells: list[str], paper: str) -> list[str]:
-    """Return what is wrong with one row by itself."""
+    """Return the mistakes of a single row."""
     if len(cells) != len(COLUMNS):
         return [f"a row must have {len(COLUMNS)} cells (got {len(cells)})"]
     row = dict(zip(COLUMNS, cells, strict=True))
@@ -175,7 +175,7 @@ def _tidy(cell: str) -> str:
 
 
 def _row(row: Mapping[str, str]) -> PaperRow:
-    """Return the typed row of checked cells."""
+    """Return checked cells as a typed row."""
     deviation = float(row["deviation"]) if row["deviation"] else None
     printed = row["value"] if deviation is None else f"{row['value']} ± {row['deviation']}"
     return PaperRow(**{**row, "value": float(row["value"]), "deviation": deviation, "printed": printed})

@@ -1,25 +1,26 @@
-"""How many seeds a claim needs, before it is run: from the variances of a pilot run. No torch, no files.
+"""How many seeds a claim needs, computed before the run from the variances of a pilot run. No torch, no files.
 
-A claim is what `harness.analysis.compare` makes of two defenses: that under an attack one protects more. How sure it is
-depends on how much the difference between two defenses varies over seeds and prompts, which a pilot of two seeds or
-more knows: of every pair of its defenses (those made weak on purpose left out, and of those that affect an attacker
-nothing of, so that they share their images, all but one) both variances are estimated as `compare` does, and their
-means taken, for two defenses that vary as the pilot's do.
+A claim is that of `harness.analysis.compare`: under an attack, one of two defenses protects more. How sure it is
+depends on how much the difference of the two varies over seeds and prompts. A pilot of two or more seeds estimates both
+variances as `compare` does, for every pair of its defenses, and their means are used: the two defenses of the claim are
+assumed to vary as the pilot's do. Defenses made weak on purpose are left out. Of defenses that do not affect an
+attacker, and so share their images, only one is used.
 
-    difference    that is to be found, in the metric's unit; as a share: of what the attack reaches on the undefended
-                  model (SGR, taken of the mean over targets)
-    n_tests       attacks and worst case that are corrected together; the level is 5 % over their number, at which
-                  Holm's correction is sure to make the claim, whatever the other tests say
-    detectable    the least difference that as many seeds as are planned find in four of five runs
-    seeds         how many find the difference in four of five runs, by the pilot's variances as they came out
-    seeds_safe    the same by variances that the truth is below in four pilots of five: those of few seeds often come
-                  out far too small (`Estimate.cautious`)
-    covers        of what chance this speaks; other concepts are never in it
-    limit         why there is no number: prompts: their part alone, which no seeds make smaller, hides the difference;
-                  seeds: more than `most` are needed; one seed: the pilot is too small; undefined: a share of nothing
+    difference    the difference to find, in the metric's unit; given as a share: of the attack's score on the
+                  undefended model (SGR of the mean over targets)
+    n_tests       attacks and worst case that are corrected together; the level is 5 % divided by their number, at which
+                  Holm's correction makes the claim whatever the other tests give
+    detectable    the least difference that the planned number of seeds finds in four of five runs
+    seeds         how many seeds find the difference in four of five runs, with the pilot's variances as estimated
+    seeds_safe    the same with upper limits of the variances, which are above the truth in four of five pilots:
+                  variances from few seeds are often estimated far too small (`Estimate.cautious`)
+    covers        the kinds of chance that are included; other concepts never are
+    limit         why there is no number: prompts: their variance, which more seeds do not reduce, hides the difference;
+                  seeds: more than `most` are needed; one seed: the pilot is too small; undefined: no score to take a
+                  share of
 
-Prompts and targets are taken to be as many as in the pilot. `tests/benchmarks/false_claims.py` counts how often
-`compare` finds what is said to be found.
+The numbers of prompts and targets are assumed to be the pilot's. `tests/benchmarks/false_claims.py` counts how often
+`compare` finds such differences.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def seeds_needed(
 ) -> list[dict[str, Any]]:
     """Return a line for each task, metric and attack of the pilot, at the attack's last step, and the worst case.
 
-    `asked` leaves out what is not in it, `between` all pairs but one. Where no two defenses were attacked alike,
-    or all share their images, there is no line.
+    `asked`: only these attacks; `between`: only this pair of defenses. There is no line where no two defenses were
+    attacked alike, or where all share their images.
     """
     table = measured(rows)
     wanted = [key for key in table.groups if asked is None or (key[0], key[3], key[1]) in asked]
@@ -86,12 +87,12 @@ def seeds_needed(
 def _line(
     table: Measurements, keys: list[Key], tests: int, between: tuple[str, str] | None, draws: int
 ) -> dict[str, Any] | None:
-    """Return what the pilot says of an attack, or of the worst case of several; None without two defenses."""
+    """Return the pilot's columns for an attack, or for the worst case of several; None without two defenses."""
     task, attack, attacker, metric, step = keys[0]
     sign = table.sign(metric)
     defenses = [name for name in table.defenses[task] if name not in table.weak.get(task, ())]
     pairs = [between] if between else list(combinations(defenses, 2))
-    met: set[str] = set()  # those whose images another already represents
+    met: set[str] = set()  # defenses that another one with the same images represents
     for first, second in pairs:
         if first not in met and _are_same(table, keys, first, second):
             met.add(second)
@@ -104,7 +105,7 @@ def _line(
             found.setdefault(shape, []).append(estimate(cells, gap_of_greatest(len(keys), sign), draws=draws))
     if not found:
         return None
-    shape = max(found)  # of an unfinished pilot the pairs that are most complete
+    shape = max(found)  # in an unfinished pilot, the most complete pairs
     none = table.undefended[task]
     bare, _ = paired_cells(table, keys, [(none,)], "target") if none else ([], 0)
     pooled = _pooled(found[shape])
@@ -127,12 +128,12 @@ def _line(
 
 
 def _are_same(table: Measurements, keys: list[Key], first: str, second: str) -> bool:
-    """Return whether two defenses affect none of the attacks: a pair that varies by nothing."""
+    """Return whether two defenses affect none of the attacks, so that their difference has no variance."""
     return all(table.shares_images(key[0], key[1], key[2], first, second) for key in keys)
 
 
 def _pooled(estimates: list[Estimate]) -> Estimate:
-    """Return an estimate with the mean variances of several of the same shape."""
+    """Return an estimate with the mean variances of several estimates of the same shape."""
     first, count = estimates[0], len(estimates)
     if first.variance_seeds is None:
         return first
@@ -141,7 +142,7 @@ def _pooled(estimates: list[Estimate]) -> Estimate:
 
 
 def _needed(line: Mapping[str, Any], difference: float, is_share: bool, planned: int, most: int) -> dict[str, Any]:
-    """Return what follows for a difference; None throughout where a share is of nothing."""
+    """Return the columns for a difference; it and the seeds are None without a score to take a share of."""
     if is_share:
         none = line["reached_none"]
         difference = difference * none if none is not None and none > 0 else None

@@ -1,26 +1,26 @@
-"""Intervals and tests for paired measurements: how sure is a difference, and of what? No torch, no files.
+"""Intervals and tests for paired measurements: how sure is a difference, and under which chance? No torch, no files.
 
-Every defense meets the same concepts, prompts and seeds, so what is compared is paired in all three. Concepts are the
-ones that were chosen: nothing here speaks of others. Prompts and seeds are drawn, crossed with each other (each prompt
-is asked in each seed), and both bring chance:
+Every defense meets the same concepts, prompts and seeds, so comparisons are paired in all three. Concepts are fixed:
+no result extends to others. Prompts and seeds are treated as random draws and are crossed (each prompt is used with
+each seed); both bring chance:
 
     seeds    another run of defense, attack and sampling, under the same prompts
     prompts  other evaluation prompts of the same kind, asked of the same adapted models
 
-The variance that seeds bring is estimated by a bootstrap over seeds (Efron and Tibshirani 1993); what prompts bring
-beside it, by one over prompts within concepts, less what stays in the cells when both are taken out, which the one over
-seeds holds already (crossed factors: Owen 2007). One unit less than there are is drawn each time, which makes the
-variance of a mean unbiased (Rao and Wu 1988). Percentiles of a bootstrap of three seeds are far too narrow, so limits
-are those of Student's t of each part, put together as squares (Zou and Donner 2008):
+The variance from seeds is estimated by a bootstrap over seeds (Efron and Tibshirani 1993). The additional variance from
+prompts is estimated by a bootstrap over prompts within concepts, minus the residual variance of the cells without both
+effects, which the bootstrap over seeds already contains (crossed factors: Owen 2007). Each sample draws one unit fewer
+than there are, which makes the variance of a mean unbiased (Rao and Wu 1988). Bootstrap percentiles of three seeds are
+far too narrow, so the limits use Student's t for each part and add their squares (Zou and Donner 2008):
 
     half width^2 = t(seeds - 1)^2 V_seeds + t(prompts - concepts)^2 V_prompts
 
-From three seeds up intervals are calibrated so that they hold as often as they say; tests of a difference keep the
-limits above, whose claims are false less often than their level whatever brings the chance (`harness.analysis.limits`).
-So where both kinds of chance matter an interval may leave zero out where p is a little above its level. One t at
-Satterthwaite's (1946) degrees of freedom would hold 88 % with two seeds that bring most of the chance: it takes a
-variance that came out small for one that is well known. `tests/benchmarks/coverage.py` measures how often intervals
-hold the truth.
+With three or more seeds, intervals are calibrated to their stated coverage. Tests of a difference use the uncalibrated
+limits above: their claims are false less often than their level for any mix of the two parts
+(`harness.analysis.limits`). So where both kinds of chance matter, an interval may exclude zero although p is a little
+above the level. A single t with Satterthwaite's (1946) degrees of freedom would cover only 88 % with two seeds that
+bring most of the chance: it treats a variance that came out small as one that is well known.
+`tests/benchmarks/coverage.py` measures how often intervals contain the truth.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic, how far it may be off, and by what."""
+    """A statistic, and its variances from seeds and from prompts."""
 
     value: float
     variance_seeds: float | None  # None: fewer than two seeds, which allow no claim about another run
-    variance_prompts: float | None  # beside the seeds'; None: fewer than two prompts of a concept
+    variance_prompts: float | None  # added to the seeds'; None: a concept has fewer than two prompts
     seeds: int
-    prompts: int  # beyond the first of each concept
+    prompts: int  # prompts beyond the first of each concept
 
     @property
     def covers(self) -> str:
-        """What the interval covers, in words."""
+        """The kinds of chance that the interval covers, in words."""
         if self.variance_seeds is None:
             return "nothing: one seed"
         return "seeds" if self.variance_prompts is None else "seeds and prompts"
 
     def interval(self, level: float = 0.95) -> tuple[float | None, float | None]:
-        """Return the interval of a level, calibrated; (None, None) for one seed."""
+        """Return the calibrated interval of a level; (None, None) for one seed."""
         if self.variance_seeds is None:
             return None, None
         parts, p = self._parts(self.seeds), 1 - level
@@ -68,7 +68,7 @@ class Estimate:
         return self.value - half, self.value + half
 
     def p_value(self) -> float | None:
-        """Return the least p at which limits of level 1 - p, not calibrated, leave zero out.
+        """Return the least p at which the uncalibrated limits of level 1 - p exclude zero.
 
         None for one seed; 1 where nothing differs at all.
         """
@@ -76,7 +76,7 @@ class Estimate:
             return None
         if self._reach(lambda degrees: 1.0) == 0.0:
             return 1.0 if self.value == 0.0 else 0.0
-        low, high = -40.0, 0.0  # of ln p
+        low, high = -40.0, 0.0  # bounds of ln p
         for _ in range(60):
             middle = (low + high) / 2
             tail = math.exp(middle) / 2
@@ -85,11 +85,11 @@ class Estimate:
         return math.exp(high)
 
     def power(self, difference: float, seeds: int | None = None, level: float = 0.95) -> float | None:
-        """Return the chance that a test at `level` calls a true difference of that size by its side; None: one seed.
+        """Return the chance that a test at `level` finds a true difference of that size, with its sign; None: one seed.
 
-        With so many seeds and the variances as estimated, for chance that is normal: the limits are as uncertain as
-        variances from so few seeds and prompts are, so the mean is taken over their distributions. (The usual sum of
-        two quantiles of t promises 80 % where three seeds give 71 %, at a level corrected for four tests.)
+        Chance is taken as normal, with the variances as estimated. The limits of such a test are uncertain, because
+        they use variances from few seeds and prompts; so the chance is averaged over the distributions of these. (The
+        usual sum of two t quantiles promises 80 % where three seeds give 71 %, at a level corrected for four tests.)
         """
         seeds = seeds or self.seeds
         if self.variance_seeds is None or seeds < 2:
@@ -104,7 +104,7 @@ class Estimate:
         return float(np.mean(_normal((abs(difference) - np.sqrt(squares)) / math.sqrt(variance))))
 
     def detectable(self, seeds: int | None = None, power: float = 0.8, level: float = 0.95) -> float | None:
-        """Return the least difference that a test at `level` finds with probability `power`, with so many seeds."""
+        """Return the least difference that a test at `level` with `seeds` seeds finds with probability `power`."""
         if self.power(0.0, seeds, level) is None:
             return None
         low, high = 0.0, math.sqrt(sum(part for _, part in self._parts(seeds or self.seeds)))
@@ -118,7 +118,7 @@ class Estimate:
         return high
 
     def seeds_for(self, difference: float, power: float = 0.8, level: float = 0.95, most: int = 1000) -> int | None:
-        """Return how many seeds find a difference; None: not even `most` do, or there is no variance to go by."""
+        """Return how many seeds find a difference; None: more than `most`, or the variance is unknown."""
         found = self.power(difference, most, level)
         if found is None or found < power:
             return None
@@ -129,10 +129,10 @@ class Estimate:
         return high
 
     def cautious(self, confidence: float = 0.8) -> Estimate:
-        """Return the estimate with variances at their upper limits: what to plan by (Browne 1995).
+        """Return the estimate with its variances at their upper limits, for planning (Browne 1995).
 
-        Variances from few seeds come out far too small as often as too great; so many pilots of a hundred have the
-        truth below this limit.
+        Variances from few seeds are often estimated far too small. The true variance is below its limit in a share
+        `confidence` of pilots.
         """
         from scipy.special import chdtri
 
@@ -145,7 +145,7 @@ class Estimate:
         return replace(self, variance_seeds=raised, variance_prompts=prompts)
 
     def _parts(self, seeds: int) -> list[tuple[int, float]]:
-        """Return (degrees of freedom, variance) of each kind of chance, with so many seeds."""
+        """Return (degrees of freedom, variance) of each kind of chance, with `seeds` seeds."""
         parts = [(seeds - 1, self.variance_seeds * self.seeds / seeds)]
         if self.variance_prompts:  # does not shrink with more seeds
             parts.append((self.prompts, self.variance_prompts))
@@ -159,8 +159,8 @@ class Estimate:
 def estimate(cells: Sequence[np.ndarray], statistic: Statistic, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Estimate a statistic of measurements.
 
-    `cells` holds for each concept an array [quantities, prompts, seeds]: the same quantities and seeds for every
-    concept, separate prompts. `draws` bootstrap samples of each kind come from `seed`.
+    `cells`: one array [quantities, prompts, seeds] per concept, with the same quantities and seeds for every concept
+    and its own prompts. `draws`: bootstrap samples of each kind, drawn with `seed`.
     """
     seeds, prompts = cells[0].shape[2], tuple(x.shape[1] for x in cells)
     value = float(statistic(_averaged(cells))[0])
@@ -177,11 +177,11 @@ def estimate(cells: Sequence[np.ndarray], statistic: Statistic, *, draws: int = 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Bootstrap samples for measurements of one shape: what is drawn does not depend on what was measured."""
+    """Bootstrap samples for measurements of one shape; they do not depend on the measured values."""
 
     seeds: np.ndarray  # [draws, seeds - 1]
-    prompts: list[np.ndarray]  # of each concept the share of every prompt, [draws, prompts]
-    cells: list[np.ndarray]  # of each concept places among its cells, [prompts, draws, seeds]
+    prompts: list[np.ndarray]  # per concept, the weight of every prompt, [draws, prompts]
+    cells: list[np.ndarray]  # per concept, indices of its cells, [prompts, draws, seeds]
 
 
 @functools.lru_cache(maxsize=4)  # comparisons alternate between few shapes: targets and innocents
@@ -217,7 +217,7 @@ def _over_prompts(cells: Sequence[np.ndarray], statistic: Statistic, drawn: _Dra
 
 
 def _over_cells(cells: Sequence[np.ndarray], statistic: Statistic, drawn: _Drawn) -> float:
-    """Draw what is left in the cells, once seeds and prompts are taken out, anew beside what they explain."""
+    """Return the variance when only the residuals of the cells, without seed and prompt effects, are drawn."""
     draws, (quantities, _, seeds) = len(drawn.seeds), cells[0].shape
     means = np.empty((draws, len(cells), quantities, seeds))
     for place, (x, chosen) in enumerate(zip(cells, drawn.cells, strict=True)):
@@ -227,7 +227,7 @@ def _over_cells(cells: Sequence[np.ndarray], statistic: Statistic, drawn: _Drawn
         left = left * math.sqrt(prompts * seeds / ((prompts - 1) * (seeds - 1)))
         flat = left.reshape(quantities, prompts * seeds)
         noise = flat.take(chosen[0], axis=1)  # [quantities, draws, seeds]
-        for places in chosen[1:]:  # prompt by prompt: all at once needs the memory of all
+        for places in chosen[1:]:  # one prompt at a time, to save memory
             noise += flat.take(places, axis=1)
         noise /= prompts
         np.add(by_seed[:, 0][None], np.moveaxis(noise, 1, 0), out=means[:, place])
@@ -235,9 +235,9 @@ def _over_cells(cells: Sequence[np.ndarray], statistic: Statistic, drawn: _Drawn
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return Holm's (1979) corrected p-values: the chance that any of the tests calls chance a difference is kept.
+    """Return Holm's (1979) corrected p-values, which bound the chance that any test makes a false claim.
 
-    What was not tested (None) stays so and does not count.
+    None (not tested) stays None and does not count.
     """
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
@@ -249,7 +249,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _quantile(degrees: float, probability: float) -> float:
-    from scipy.special import stdtrit  # the quantile alone: scipy.stats takes a second to import
+    from scipy.special import stdtrit  # only this quantile: importing scipy.stats takes a second
 
     return float(stdtrit(degrees, probability))
 
@@ -262,7 +262,7 @@ def _normal(values: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _spread(degrees: int, points: int = 64) -> np.ndarray:
-    """Return an estimated variance over the true one, at evenly spaced quantiles: chi-squared over its degrees."""
+    """Return evenly spaced quantiles of an estimated variance over the true one: chi-squared over its degrees."""
     from scipy.special import chdtri
 
     return chdtri(degrees, (np.arange(points) + 0.5) / points) / degrees

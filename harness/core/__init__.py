@@ -1,1 +1,1 @@
-"""Code that any room may import: errors, keys, seeds, parameters, words, concepts, registry. No torch, no suite file."""
+"""Code that any room may import: errors, keys, seeds, parameters, words, concepts, registry. No torch, no suites."""
