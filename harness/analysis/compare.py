@@ -4,7 +4,7 @@
                    a distance), mean over targets. Above 0: the defense protects more.
     low, high      its 95 % interval, paired by concept, prompt and seed; `covers` names the kinds of chance that it
                    includes (`harness.analysis.statistics`).
-    p, p_corrected for no difference; Holm's correction is over the attacks and the worst case of a task, metric and step.
+    p, p_corrected for no difference; Holm's correction is over attacks and worst case of a task, metric and step.
     detectable     the least difference that this number of seeds and prompts finds in four of five runs, at the level
                    of the first step of Holm's correction.
     retained_by    the same on innocent concepts with reversed sign; above 0: they are learned better.

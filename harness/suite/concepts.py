@@ -1,16 +1,16 @@
-"""Concepts: what is protected, attacked or kept, with its images by split and its prompts. No torch here.
+"""Concepts that are protected, attacked or kept, with their images by split and their prompts. No torch here.
 
 A concept comes from one of three places:
 
-- the testbed's catalog (`object:pizza`, `style:fx`): shipped drawings. A *known* concept (learned in pre-training) is
-  drawn by the base model itself, as re-learning attacks do; a *new* one is taught by its drawings under an identifier
-  that differs between defender and attacker (IMMA, README of the released code);
+- the testbed's catalog (`object:pizza`, `style:fx`): shipped drawings. The images of a *known* concept (learned in
+  pre-training) are drawn by the base model itself, as in re-learning attacks; a *new* concept is taught by its drawings
+  under an identifier that differs between defender and attacker (IMMA, README of the released code);
 - a folder of images, sorted by name and cut into disjoint splits;
 - the base model, which draws it from prompts.
 
-Splits: `defense` is what the publisher immunizes with, `attack` what the attacker trains on, `reference` what results
-are compared with. They are disjoint, and what the publisher sees of one concept is not among what another concept of
-the same task is attacked with or compared with.
+The publisher immunizes with the split `defense`, the attacker trains on `attack`, and results are compared with
+`reference`. The splits are disjoint. Within a task, no image that the publisher sees of one concept is in the attack
+or reference split of another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
-    """Return every concept that the suite names. Raises UserMistake with all that cannot be resolved."""
+    """Return every concept that the suite names. Raises UserMistake for all that cannot be resolved."""
     suite = loaded.suite
     described = loaded.source.data.get("concepts")
     described = described if isinstance(described, dict) else {}
@@ -42,7 +42,7 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
             if name in suite.concepts:
                 concepts[name] = _from_spec(name, suite.concepts[name], loaded)
             elif name in described or loaded.broken & {"concepts", "model"}:
-                continue  # where it should be described there are mistakes, reported already
+                continue  # its description has mistakes, which are already reported
             elif suite.model.id == TESTBED:
                 concepts[name] = _from_testbed(name, loaded)
             else:
@@ -52,7 +52,7 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
                 )
         except UserMistake as mistake:
             mistakes += mistake.messages
-    used = {*suite.concept_names(), *_texts(loaded.source.replaced)}  # or was, before a --set cut the suite down
+    used = {*suite.concept_names(), *_texts(loaded.source.replaced)}  # or was used before a --set
     for name in suite.concepts if not loaded.broken & {"tasks", "utility"} else ():
         if name not in used:
             mistakes.append(f"{loaded.source.where(('concepts', name))}: concept '{name}' is described but not used")
@@ -99,7 +99,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     prompts: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     digest = folder = ""
     files: dict[str, dict[str, str]] = {}
-    kept: dict[str, list[str]] = {}  # captions that are in the folder, by split
+    kept: dict[str, list[str]] = {}  # captions found in the folder, by split
     if spec.generate is not None:
         asked = spec.generate.prompts or [default]
         for split in SPLITS:
@@ -119,7 +119,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     probes = spec.probe_prompts or [f"a picture of {spec.attack_name or spec.label}"]
 
     def plain(text: str) -> str:
-        """Return a text of the attacker's in plain words."""
+        """Return an attacker's text in plain words."""
         return text.replace(spec.attack_name, spec.label) if spec.attack_name else text
 
     described = spec.descriptions or [plain(text) for text in asked]
@@ -131,7 +131,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         words=Words(
             name=spec.attack_name or spec.label,
             identifier=(spec.attack_name or "").removesuffix(spec.label).strip() if spec.attack_name else "",
-            # what the base model draws goes by a word that a defense may have erased
+            # a concept that the base model draws has a label that a defense may have erased
             class_word=spec.label if spec.kind == "object" and spec.folder else spec.kind,
         ),
         source="generated" if spec.generate else "folder",
@@ -182,7 +182,7 @@ def _read_folder(
 
 
 def _sizes(spec: ConceptSpec, count: int) -> dict[str, int]:
-    """Return how many images of a folder of `count` each split shall hold."""
+    """Return how many of a folder's `count` images each split gets."""
     if spec.per_split is None:
         return dict.fromkeys(SPLITS, count // len(SPLITS))
     if isinstance(spec.per_split, int):
@@ -215,7 +215,7 @@ def _kept_captions(
 
 
 def _is_image(path: Path) -> bool:
-    """Return whether the file is an image as far as its header and checksums show; its pixels are not decoded."""
+    """Return whether the file is an image, judged by header and checksums; its pixels are not decoded."""
     from PIL import Image
 
     try:

@@ -1,4 +1,4 @@
-"""What a suite takes from the Hugging Face hub and other places, and whether it is here. No network, no torch."""
+"""Weights that a suite fetches from the hub or elsewhere, and whether they are here. No network, no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def of_suite(loaded: LoadedSuite) -> dict[Fetched, list[tuple]]:
-    """Return all that the suite's model and methods fetch, and which entries of the suite ask for it."""
+    """Return everything that the suite's model and methods fetch, and the entries of the suite that ask for it."""
     from harness.model import source as model_source
 
     asked: dict[Fetched, list[tuple]] = {}
@@ -36,7 +36,7 @@ def _methods(loaded: LoadedSuite) -> Iterator[tuple[tuple, type, Any]]:
 
 
 def not_installed(loaded: LoadedSuite) -> list[str]:
-    """Return a line for each method that needs what is not installed here."""
+    """Return one line for each method that needs something that is not installed here."""
     missing = ((path, cls.not_installed(values)) for path, cls, values in _methods(loaded))
     return [f"{loaded.source.where(path)}: {message}" for path, message in missing if message]
 
@@ -49,7 +49,7 @@ def require_installed(loaded: LoadedSuite) -> None:
 
 
 def require_offline(loaded: LoadedSuite) -> None:
-    """Raise UserMistake for all that is missing where HF_HUB_OFFLINE forbids to fetch it, before any compute."""
+    """Raise UserMistake, before any compute, for everything missing that HF_HUB_OFFLINE forbids to fetch."""
     asked = of_suite(loaded)
     if not asked:
         return

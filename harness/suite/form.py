@@ -1,4 +1,4 @@
-"""Whether a suite has the form that it must have: types, unknown and missing keys, in our words, with their place."""
+"""Check the form of a suite: wrong types, unknown and missing keys are reported in our words, with their place."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from harness.suite.yaml_source import YamlSource
 
 
 def validate(source: YamlSource) -> tuple[Suite, list[Mistake], frozenset[str]]:
-    """Return the suite, its mistakes of form and the sections they are in; with mistakes, it holds what is right.
+    """Return the suite, its mistakes of form and their sections; with mistakes, the suite holds only its correct parts.
 
-    In such a part-suite a required key that is missing or wrong is None, and so is an entry of a list of methods that
-    is wrong, so that the others keep their index.
+    In such a partial suite a required key that is missing or wrong is None. So is a wrong entry in a list of methods,
+    so that the others keep their index.
     """
     tasks, details = _tasks(source)
     try:
@@ -63,7 +63,7 @@ def validate(source: YamlSource) -> tuple[Suite, list[Mistake], frozenset[str]]:
 
 
 def _tasks(source: YamlSource) -> tuple[dict[str, TaskSpec], list[dict[str, Any]]]:
-    """Return the entries under `tasks`, each of the form of its kind, and pydantic's errors of those that are not."""
+    """Return the entries under `tasks`, each in the form of its kind, and pydantic's errors for the wrong ones."""
     given = source.data.get("tasks")
     tasks: dict[str, TaskSpec] = {}
     details: list[dict[str, Any]] = []
@@ -85,12 +85,12 @@ def _form_of_task(entry: Any) -> type[TaskSpec] | None:
     """Return the form of an entry under `tasks`; None for an unknown kind."""
     kind = entry.get("kind", DEFAULT_TASK) if isinstance(entry, dict) else DEFAULT_TASK
     if not isinstance(kind, str):
-        return TaskSpec  # which says that it must be text
+        return TaskSpec  # its errors say that kind must be text
     return registry.get("task", kind).Spec if kind in registry.names("task") else None
 
 
 def _by_short_form(name: str, value: Any) -> Any:
-    """Return `value` as the field validators of `Suite` would hand it on."""
+    """Return `value` as the field validators of `Suite` convert it."""
     try:
         if name == "model":
             return Suite.model_by_name(value)
@@ -105,7 +105,7 @@ _adapter = lru_cache(maxsize=64)(TypeAdapter)
 
 
 def _valid(annotation: Any, value: Any) -> Any:
-    """Return `value` as `annotation` says, or None when it is not of that form."""
+    """Return `value` converted to `annotation`, or None when it does not have that form."""
     try:
         return _adapter(annotation).validate_python(value)
     except ValidationError:
@@ -114,7 +114,7 @@ def _valid(annotation: Any, value: Any) -> Any:
 
 def _mistake(source: YamlSource, detail: Mapping[str, Any]) -> Mistake:
     """Return (path, message) of one of pydantic's errors, in our words."""
-    # pydantic names more places than there are in the file, such as that of a concept written without brackets
+    # pydantic's place may have steps that are not in the file, such as for a concept written without brackets
     path: tuple = ()
     node: Any = source.data
     for step in detail["loc"]:

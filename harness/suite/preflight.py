@@ -1,4 +1,4 @@
-"""Whether the model of a suite can be loaded here, asked before any compute."""
+"""Whether the model of a suite can be loaded here, checked before any compute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.model.source import ModelSource
 def preflight(source: ModelSource) -> None:
     """Check before any compute that the model can be loaded: digests of the testbed, the index of a hub model.
 
-    Raises UserMistake. Reaches the hub only for hub models, and not when HF_HUB_OFFLINE is set.
+    Raises UserMistake. Contacts the hub only for hub models, and not when HF_HUB_OFFLINE is set.
     """
     if source.identity["source"] == "testbed":
         from harness.testbed import verify

@@ -1,4 +1,4 @@
-"""What a suite may say: a class for each part of the YAML file, a comment for each key.
+"""The keys of a suite: a class for each part of the YAML file, a comment for each key.
 
 The shape of a suite::
 
@@ -44,13 +44,13 @@ Prompt = Annotated[str, Field(min_length=1, max_length=1000, pattern=_PRINTABLE)
 Location = Annotated[str, Field(min_length=1, max_length=4000, pattern=_PRINTABLE)]
 
 DEFAULT_TASK = "immunization"
-"""The kind of a task that names none."""
+"""The kind of a task that states no kind."""
 DEFAULT_BATCH_SIZE = 4
-"""Of attacks whose source states none."""
+"""For attacks whose source states none."""
 RESERVED_SUITE_NAMES = ("store",)
-"""Folders beside those of the suites."""
+"""Names of our own folders next to those of the suites."""
 RESERVED_DEFENSE_NAMES = ("original",)
-"""What the tables call the model before a task erases a concept from it."""
+"""The tables' name for the model before a task erases a concept from it."""
 
 
 def _step(value: Any) -> Any:
@@ -78,7 +78,7 @@ class Strict(BaseModel):
 
 
 class ModelSpec(Strict):
-    """The base model: `testbed`, a diffusers folder, or a hub id with the commit that it is pinned to."""
+    """The base model: `testbed`, a diffusers folder, or a hub id with a pinned commit."""
 
     id: Location
     revision: Annotated[str, Field(max_length=300)] | None = None
@@ -111,16 +111,16 @@ class MethodSpec(Strict):
 
 
 class DefenseSpec(MethodSpec):
-    """A defense, and how much of a protected set it is given."""
+    """A defense, and which concepts of a protected set it gets."""
 
     protects: Literal["all", "first"] = "all"
-    """first: only the first concept of each set, while all of them are attacked: how a defense of one concept is
-    compared on sets of several."""
+    """first: only the first concept of each set, while all are attacked; to compare a defense of one concept on sets
+    of several."""
     weak: bool = False
-    """Made weak on purpose: every attack should succeed on it, and one that does not says nothing of other defenses
-    (Zimmermann et al. 2022). Attacked on targets alone."""
+    """Made weak on purpose: every attack should succeed on it, and an attack that fails on it is no evidence about
+    other defenses (Zimmermann et al. 2022). It is attacked on targets only."""
     tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
-    """The tasks that it is made in; None: all."""
+    """The tasks that use it; None: all."""
 
     @model_validator(mode="after")
     def _none_is_everywhere(self) -> DefenseSpec:
@@ -135,34 +135,34 @@ class SearchSpec(Strict):
     """How an adaptive attacker tunes an attack on each released model, before it is measured."""
 
     probes: Annotated[int, Field(ge=1, le=10_000)]
-    """Tries in all; the first is the attack as it is stated here."""
+    """Number of tries in all; the first is the attack as stated here."""
     at_once: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Probes of a batch: they may run side by side, and know the results of earlier batches only."""
-    metric: Label | None = None  # by which the attacker judges, of those of the suite; None: the first
+    """Probes per batch: they may run in parallel, and know only the results of earlier batches."""
+    metric: Label | None = None  # the suite's metric by which the attacker judges; None: the first
     space: dict[Annotated[str, Field(max_length=40)], Annotated[list[Any], Field(min_length=1, max_length=100)]] = {}
-    """What may be changed, in place of the attack's own: [low, high] for a number that is a fraction (tried on a
-    logarithmic scale), and a list of values for anything else."""
+    """The search space, in place of the attack's own: [low, high] for a fractional number (tried on a logarithmic
+    scale), a list of values for anything else."""
 
 
 class AttackSpec(MethodSpec):
     """An attack under a stated budget: the same for every defense."""
 
     attacker: Literal["honest", "adaptive"] = "honest"
-    """honest: honours what the publisher froze and its training hooks; adaptive: trains the weights as they are."""
+    """honest: obeys the publisher's frozen parameters and training hooks; adaptive: ignores them."""
     steps: Annotated[list[Step], BeforeValidator(_as_list), Field(min_length=1, max_length=100)] | None = None
     """Optimizer steps at which the trajectory is read; "10x" is ten times the usual number. None: the usual number."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None  # global: over all processes; None: the usual
     images: Count | None = None  # how many of the attack split are used; None: all
-    search: SearchSpec | None = None  # of an adaptive attacker
+    search: SearchSpec | None = None  # only for an adaptive attacker
     restore: list[Literal["unet", "text_encoder", "vae"]] = []
-    """Components of which an adaptive attacker puts the weights from before the defense in the place of those that it
-    changed: what FreezeAsGuard and weight edits cannot prevent where the base model is public. Where the task erases
-    first, these are the erased model's: undoing the erasure would be another question."""
+    """Components whose weights from before the defense an adaptive attacker puts back. FreezeAsGuard and weight edits
+    cannot prevent this where the base model is public. If the task erases first, the weights are the erased model's:
+    undoing the erasure would be another question."""
     tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
-    """The tasks that it is made in; None: all."""
+    """The tasks that use it; None: all."""
     innocents: bool = True
-    """Whether innocent concepts are adapted by it too. Set false for further attacks: one is enough to measure the cost
-    to honest users, who do not tune theirs on each model."""
+    """Whether it also adapts innocent concepts. Set it to false for additional attacks: one is enough to measure the
+    cost to honest users, who do not tune an attack on each model."""
 
     @model_validator(mode="after")
     def _adaptive_alone(self) -> AttackSpec:
@@ -181,9 +181,9 @@ class AttackSpec(MethodSpec):
         return steps
 
     def budget(self, usual: Any) -> tuple[tuple[int, ...], int]:
-        """Return (steps, batch size), with what is not given from the `UsualBudget` of the preset, where it has one.
+        """Return (steps, batch size); missing values come from the preset's `UsualBudget`, if it has one.
 
-        Raises ValueError when the steps are left open, or do not increase.
+        Raises ValueError when no steps are known, or when they do not increase.
         """
         asked = self.steps if self.steps is not None else ["1x"]
         if usual is None and not all(isinstance(step, int) for step in asked):
@@ -195,7 +195,7 @@ class AttackSpec(MethodSpec):
 
 
 class TaskSpec(Strict):
-    """What every entry under `tasks` says: of which kind it is. Each kind of task adds what it needs."""
+    """The part that all entries under `tasks` share: the kind. Each kind of task adds its own keys."""
 
     kind: Annotated[str, Field(max_length=40)] = DEFAULT_TASK
 
@@ -204,7 +204,7 @@ class TaskSpec(Strict):
         return []
 
     def methods(self) -> dict[tuple[str, ...], tuple[str, MethodSpec]]:
-        """Return path within the entry -> (kind, method) of the methods that it names itself."""
+        """Return path within the entry -> (kind, method) for the methods that the entry itself names."""
         return {}
 
     def most_together(self) -> int:
@@ -213,7 +213,7 @@ class TaskSpec(Strict):
 
 
 class GenerateSpec(Strict):
-    """Images that the base model draws itself: what re-learning attacks train on."""
+    """Images that the base model draws itself; re-learning attacks train on them."""
 
     per_split: Annotated[int, Field(ge=1, le=1000)] = 20
     prompts: Annotated[list[Prompt], Field(min_length=1)] | None = None  # None: the concept's own
@@ -230,27 +230,27 @@ class SplitSizes(Strict):
 class ConceptSpec(Strict):
     """A concept that is not in the testbed's catalog.
 
-    Images of a folder are sorted by name and dealt to the splits in turn, until each has as many as it shall hold.
-    Where the folder keeps captions (`harness/suite/folder_captions.py`), they are the images' own in training, and
-    those of the reference images are the evaluation prompts, unless others are given.
+    Images of a folder are sorted by name and dealt to the splits in turn until each split is full. If the folder has
+    captions (`harness/suite/folder_captions.py`), training uses them, and those of the reference images are the
+    evaluation prompts, unless other prompts are given.
     """
 
     kind: Literal["object", "style"]
     label: Prompt  # the words that name it
     folder: Location | None = None  # images of the concept
     per_split: Annotated[int, Field(ge=1, le=10_000)] | SplitSizes | None = None
-    """Images a split, of each as many or of each its own number; None: a third of the folder."""
+    """Images per split: one number for all splits, or one for each; None: a third of the folder."""
     generate: GenerateSpec | None = None  # instead of a folder
     defense_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     attack_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     evaluation_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
     attack_name: Prompt | None = None
-    """What the attacker's captions and evaluation prompts call it, such as "&m cat" where the label is "cat": attacks
-    that learn a new word put it there. None: the label."""
+    """Its name in the attacker's captions and evaluation prompts, such as "&m cat" for the label "cat": attacks that
+    learn a new word put it in place of "&m". None: the label."""
     class_prompt: Prompt | None = None
-    """What images of the concept's class are drawn from (prior preservation). None: MIMA's "object" or "artwork"."""
+    """Prompt for images of the concept's class (prior preservation). None: MIMA's "object" or "artwork"."""
     probe_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
-    """What an adaptive attacker judges its probes by: no evaluation prompt. None: "a picture of" and the name."""
+    """An adaptive attacker judges its probes by them, not by evaluation prompts. None: "a picture of" and the name."""
     descriptions: list[Prompt] | None = None
     """What each evaluation prompt shows, in plain words: for text alignment. None: the prompt itself."""
 
@@ -282,25 +282,25 @@ class SamplingSpec(Strict):
 
 
 class ImagesSpec(Strict):
-    """How many images a split holds where the base model draws them for the testbed's learned concepts."""
+    """How many images per split the base model draws for the testbed's known concepts."""
 
     per_split: Annotated[int, Field(ge=1, le=1000)] = 20
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
 class GatesSpec(Strict):
-    """When a cell of the leaderboard counts."""
+    """Thresholds that decide whether a cell of the leaderboard counts."""
 
     min_recovery: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """The undefended attack must regain this share of the way from before the attack to real images."""
+    """The undefended attack must gain this share of the difference between real images and the model before it."""
     min_utility: Annotated[float, Field(ge=0, le=1)] = 0.9
     """The released model must keep this share of the undefended model's utility, by every metric."""
     min_headroom: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Real images must score so much more than the model before the attack, as a share of their score."""
+    """Real images must score better than the model before the attack by at least this share of their score."""
 
 
 class ResourcesSpec(Strict):
-    """What one stage gets. Not part of any identity."""
+    """The resources of one stage. Not part of any identity."""
 
     cpus: Annotated[int, Field(ge=1, le=1024)] = 1  # threads of a stage; the same for both executors
     gpus: Annotated[float, Field(ge=0, le=64)] = 0
@@ -310,8 +310,8 @@ class ResourcesSpec(Strict):
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None  # examples in memory at a time; None: all
     gradient_checkpointing: bool = False  # recompute the UNet's activations instead of keeping them
     keep_checkpoint_mb: Annotated[float, Field(ge=0)] | None = 512.0
-    """An adapted model that takes more is deleted when its images are drawn, and made anew should it be wanted again: a
-    fine-tuned UNet of SD 1.x has 3.4 GB at each step that is read. None: all are kept."""
+    """A larger adapted model is deleted once its images are drawn, and made again if it is needed later: a fine-tuned
+    UNet of SD 1.x takes 3.4 GB at each step that is read. None: all are kept."""
 
     @model_validator(mode="after")
     def _offload_is_zero(self) -> ResourcesSpec:
@@ -320,20 +320,20 @@ class ResourcesSpec(Strict):
         return self
 
     def sharding(self) -> Sharding:
-        """Return what the training code needs to know of it."""
+        """Return the part that the training code needs."""
         return Sharding(self.workers, self.zero_stage, self.offload, self.micro_batch_size, self.gradient_checkpointing)
 
 
 class Suite(Strict):
-    """A whole suite, checked. What is not given has its default here."""
+    """A whole checked suite, with defaults for the keys that are not given."""
 
     name: Label
     description: Annotated[str, Field(max_length=10_000)] = ""
     model: ModelSpec
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=1000)] = [0]
-    tasks: Annotated[dict[Label, Any], Field(min_length=1)]  # of the form that each one's kind has (`TaskSpec`)
+    tasks: Annotated[dict[Label, Any], Field(min_length=1)]  # each in the form of its kind (`TaskSpec`)
     concepts: dict[ConceptName, ConceptSpec] = {}
-    defenses: Annotated[list[DefenseSpec], Field(max_length=1000)] = []  # this and the next three: where a task asks
+    defenses: Annotated[list[DefenseSpec], Field(max_length=1000)] = []  # like the next three: only if a task needs it
     attacks: Annotated[list[AttackSpec], Field(max_length=1000)] = []
     metrics: Annotated[list[MethodSpec], Field(max_length=100)] = []
     utility: list[ConceptName] = []
@@ -345,13 +345,13 @@ class Suite(Strict):
     @field_validator("model", mode="before")
     @classmethod
     def model_by_name(cls, value: Any) -> Any:
-        """Take the id alone."""
+        """Accept the id alone."""
         return {"id": value} if isinstance(value, str) else value
 
     @field_validator("seeds", mode="before")
     @classmethod
     def seeds_by_count(cls, value: Any) -> Any:
-        """Take a number for the first so many."""
+        """Accept a number n, for the first n seeds."""
         if isinstance(value, bool) or not isinstance(value, int):
             return value
         if not 1 <= value <= 1000:
@@ -368,7 +368,7 @@ class Suite(Strict):
 
 
 SECTIONS = ("defenses", "attacks", "metrics", "utility")
-"""Keys that a suite may leave out where none of its tasks needs them."""
+"""Keys that a suite may leave out if none of its tasks needs them."""
 METHOD_SECTIONS = {"defenses": "defense", "attacks": "attack", "metrics": "metric"}
 """Key of a suite -> kind of its methods."""
 METHOD_SPECS = {"defenses": DefenseSpec, "attacks": AttackSpec, "metrics": MethodSpec}
@@ -380,4 +380,4 @@ SPEC_BY_KEY: dict[str, type[Strict]] = {
     "resources": ResourcesSpec,
     "generate": GenerateSpec,
 }
-"""Key -> the class of its value, for keys with one class wherever they are used."""
+"""Key -> the class of its value, for keys that have the same class everywhere."""

@@ -1,4 +1,4 @@
-"""Read a YAML file as plain data with the line of every key, and refuse what is bad YAML in one line each."""
+"""Read a YAML file as plain data with the line of every key; each mistake in the YAML is reported in one line."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class YamlSource:
     data: Any
     lines: dict[Path_, int] = field(default_factory=dict)
     overrides: dict[Path_, str] = field(default_factory=dict)  # path -> the text of --set
-    removed: set[Path_] = field(default_factory=set)  # what a --set took away
-    replaced: list[Any] = field(default_factory=list)  # the values that a --set replaced or took away
+    removed: set[Path_] = field(default_factory=set)  # paths that a --set removed
+    replaced: list[Any] = field(default_factory=list)  # values that a --set replaced or removed
 
     def where(self, path: Sequence[str | int]) -> str:
-        """Return "file:line" of the deepest known part of `path`, or the --set that put it there."""
+        """Return "file:line" of the deepest known part of `path`, or the --set that gave it."""
         path = tuple(path)
         for length in range(len(path), -1, -1):
             if path[:length] in self.overrides:
@@ -58,7 +58,7 @@ class YamlSource:
     def override(self, assignment: str, removable: Sequence[str] = ()) -> None:
         """Apply one `--set key.path=value`; the value is YAML. Raises UserMistake when it does not fit.
 
-        `removable` are keys of which null takes an entry away; everywhere else null is a value.
+        `removable`: keys in which null removes an entry; everywhere else null is a value.
         """
         about = f"--set {one_line(assignment, 80)}"
         key_path, equals, text = assignment.partition("=")
@@ -94,13 +94,13 @@ class YamlSource:
                 node = node[step]
         path = tuple(steps)
         for known in [k for k in self.lines if k[: len(path)] == path]:
-            del self.lines[known]  # the lines of what was replaced
+            del self.lines[known]  # lines of the replaced part
         if path not in self.removed:
             self.overrides[path] = one_line(assignment, 80)
 
 
 def read(path: Path) -> YamlSource:
-    """Read one YAML document. Raises UserMistake naming file and line for anything that is not one."""
+    """Read one YAML document. Raises UserMistake with file and line for anything else."""
     name = one_line(path, 300)
     try:
         with open(path, "rb") as file:
@@ -138,7 +138,7 @@ _PROBLEMS = {
     "expected ',' or '}', but got '<stream end>'": "a '{' is not closed",
     "found unexpected end of stream": "a quote is not closed",
 }
-"""The YAML reader's problems that people meet, in plain words; others are reported as they are."""
+"""Common messages of the YAML reader, in plain words; others are reported unchanged."""
 
 
 def _parse(text: str, name: str, *, has_lines: bool = False) -> tuple[Any, dict[Path_, int]]:
@@ -185,14 +185,14 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Walk:
-    """Records the line of each key and item of a tree of nodes, and what is wrong with it."""
+    """Records the line of each key and item of a tree of nodes, and its mistakes."""
 
     def __init__(self, at: Callable[[int], str]):
         self.at = at
         self.lines: dict[Path_, int] = {}
         self.mistakes: list[str] = []
         self._count = 0
-        self._above: set[int] = set()  # ids of the nodes that hold the one being visited
+        self._above: set[int] = set()  # ids of the nodes that contain the one being visited
 
     def line_of(self, path: Path_) -> int:
         """Return the line of the deepest known part of `path`."""
@@ -247,7 +247,7 @@ def _short(tag: str) -> str:
 
 
 def _refuse_numbers(value: Any, path: Path_, report: Callable[[Path_, str], None]) -> None:
-    """Report numbers that no parameter can be: NaN, infinities, and integers beyond 64 bits."""
+    """Report numbers that no parameter can have: NaN, infinities, and integers beyond 64 bits."""
     if isinstance(value, dict):
         for key, item in value.items():
             _refuse_numbers(item, (*path, key), report)
