@@ -1,7 +1,7 @@
 """The contract of an attack: how someone adapts a released model to a concept, under a stated budget.
 
-An attack honours a `Protection` when the attacker is honest; it does not know which defense made it. It leaves, at
-each step asked for, what diffusers loads without our code.
+An attack obeys a `Protection` when the attacker is honest; it does not know which defense made it. At each requested
+step it saves files that diffusers loads without our code.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class AttackedConcept:
     """A concept as the attacker knows it: the attack split, under the attacker's own words."""
 
     kind: str  # object | style
-    captions: tuple[str, ...]  # one an image; they name the concept as `called`
+    captions: tuple[str, ...]  # one per image; they name the concept as `called`
     files: tuple[Path, ...]
-    words: Words = Words("")  # whole where the attack says `uses_words`
-    called: str = ""  # what this attack calls the concept; so do the evaluation prompts
-    prior_captions: tuple[str, ...] = ()  # one an image of the class
+    words: Words = Words("")  # complete only if the attack sets `uses_words`
+    called: str = ""  # the name of the concept in this attack and in the evaluation prompts
+    prior_captions: tuple[str, ...] = ()  # one per image of the class
     prior_files: tuple[Path, ...] = ()
 
     @cached_property
@@ -50,11 +50,11 @@ class AttackedConcept:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the attacker may spend; the same for every defense."""
+    """The attacker's limits; the same for every defense."""
 
     steps: tuple[int, ...]  # optimizer steps at which the trajectory is read, increasing
     batch_size: int  # global: over all processes
-    attacker: str = "honest"  # honest: honours frozen tensors and training hooks; adaptive: does not
+    attacker: str = "honest"  # honest: obeys frozen tensors and training hooks; adaptive: does not
 
     @property
     def is_honest(self) -> bool:
@@ -64,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class UsualBudget:
-    """What the source of a preset spends: taken where a suite says nothing, and what "10x" is ten times of."""
+    """The budget in the source of a preset: used where a suite states none; "10x" is ten times its steps."""
 
     steps: int
     batch_size: int
@@ -82,15 +82,15 @@ class Attack(Method):
     """Base class of attacks. Subclasses set the class attributes and write `adapt`, `load` and `unload`."""
 
     budgets: ClassVar[Mapping[str, UsualBudget]] = {}
-    """By preset, "" for the defaults: what the source spends."""
+    """Preset ("" for the defaults) -> the budget in its source."""
     trains_released_weights: ClassVar[bool] = True
     """Whether it trains weights that a publisher can freeze; False: only additional weights."""
     uses_words: ClassVar[bool] = False
-    """Whether the result depends on the parts of a name (`AttackedConcept.words`), beside the texts that contain it."""
+    """Whether the result depends on the parts of a name (`AttackedConcept.words`), not only on texts with the name."""
 
     @classmethod
     def called(cls, parameters: Any, words: Words) -> str:
-        """Return what the attack calls the concept in captions and evaluation prompts."""
+        """Return the attack's name for the concept in captions and evaluation prompts."""
         return words.name
 
     @classmethod
@@ -100,20 +100,20 @@ class Attack(Method):
 
     @classmethod
     def passes_an_example(cls, parameters: Any) -> float:
-        """Return UNet passes for each example of a batch (a backward counts 2): for estimates."""
+        """Return UNet passes for each example of a batch (a backward pass counts 2), for estimates."""
         return 3.0
 
     @classmethod
     def search_space(cls, parameters: Any) -> Space:
-        """Return what an adaptive attacker may change of these parameters; {}: nothing."""
+        """Return the parameters that an adaptive attacker may change, with their values; {}: none."""
         return {}
 
     @classmethod
     def can_share(cls, parameters: Any) -> bool:
-        """Return whether several processes can share `adapt`: it trains through `harness.training.sharding`.
+        """Return whether several processes can share `adapt`, which then trains through `harness.training.sharding`.
 
-        Only what is in the UNet can be spread. An attack that cannot, or whose batch the processes do not divide, is
-        made by one process.
+        Only weights in the UNet can be spread. One process runs an attack that cannot be shared, or whose batch size is
+        not a multiple of the number of processes.
         """
         return False
 
@@ -127,18 +127,18 @@ class Attack(Method):
     ) -> Iterator[Checkpoint]:
         """Train and yield a checkpoint at each of `budget.steps`; a checkpoint is saved before the next is asked for.
 
-        After a kill, `adapt` is called again with the same `run.folder`: it goes on from what `run.save_state` kept
-        and yields the steps after it (those before are saved).
+        After a kill, `adapt` is called again with the same `run.folder`: it continues from the state of
+        `run.save_state` and yields the steps after it (earlier ones are saved).
         """
         raise NotImplementedError
 
     def load(self, model: DiffusionModel, folder: Path) -> None:
-        """Load what a checkpoint saved into the model's pipeline, by diffusers' own loader.
+        """Load the files of a checkpoint into the model's pipeline, with diffusers' own loader.
 
-        Weights that it overwrites are declared by `model.change`.
+        Declare the weights that it overwrites with `model.change`.
         """
         raise NotImplementedError
 
     def unload(self, model: DiffusionModel) -> None:
-        """Undo what `load` of this object did, so that the pipeline is the released model again."""
+        """Undo this object's `load`, so that the pipeline is the released model again."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The contract of a defense: what the publisher does to a model before its release.
+"""The contract of a defense: how the publisher changes a model before its release.
 
 A defense is one file: a class with its `Parameters` above it, registered by a decorator. Modules of defenses are
 imported to check suites, so they import torch inside `protect` (or the functions it calls), not at the top.
@@ -30,13 +30,13 @@ class ProtectedConcept:
 
     kind: str  # object | style
     phrase: str
-    captions: tuple[str, ...] = ()  # one an image
+    captions: tuple[str, ...] = ()  # one per image
     files: tuple[Path, ...] = ()
-    prior_captions: tuple[str, ...] = ()  # one an image of the class
+    prior_captions: tuple[str, ...] = ()  # one per image of the class
     prior_files: tuple[Path, ...] = ()
 
     def texts(self, templates: Sequence[str] | None) -> tuple[str, ...]:
-        """Return templates with the concept's words for {}, or its captions where there are no templates."""
+        """Return the templates with the concept's words in place of {}, or without templates its captions."""
         if templates is None:
             return self.captions
         return tuple(template.replace("{}", self.phrase) for template in templates)
@@ -56,31 +56,31 @@ class Defense(Method):
     """Base class of defenses. Subclasses set the class attributes and write `protect`."""
 
     threat_model: ClassVar[ThreatModel] = ThreatModel(changes=("unet",))
-    """Must not say less than what `protect` releases: where nothing changes, attackers who honour nothing share the
+    """Must cover everything that `protect` releases: if it states no change, attackers who obey nothing share the
     undefended model's stages."""
     uses: ClassVar[frozenset[str]] = frozenset({"targets", "preserved", "images", "seed"})
-    """What the result depends on. What is left out is not given, and results are shared over it."""
+    """What the result depends on. Anything not listed is not passed, and results are shared across its values."""
     can_erase: ClassVar[bool] = False
     """Whether it removes the target from what the model draws, so that a task may name it under `erase`."""
     max_targets: ClassVar[int | None] = None
     """How many concepts it can protect together; None: any number."""
     can_shard: ClassVar[bool] = False
     """Whether `protect` trains through `harness.training.sharding`, so that several processes can share it: each calls
-    it with a `run` that says which of them it is, and all return the same protection."""
+    it with a `run` that has its rank, and all return the same protection."""
 
     @classmethod
     def used(cls, parameters: Any) -> frozenset[str]:
-        """Return what the result depends on with these parameters: `uses`, or less."""
+        """Return what the result depends on with these parameters: `uses` or a part of it."""
         return cls.uses
 
     @classmethod
     def unet_passes(cls, parameters: Any, targets: int) -> float:
-        """Return roughly how many UNet passes over one sample `protect` makes (a backward counts 2): for estimates."""
+        """Return roughly how many UNet passes over one sample `protect` makes (a backward pass counts 2)."""
         return 0.0
 
     @classmethod
     def prior_images(cls, parameters: Any) -> int:
-        """Return how many images of its class each target shall come with, for prior preservation.
+        """Return how many images of its class each target needs, for prior preservation.
 
         The base model draws them (not the erased one), once for all defenses and targets that ask for the same.
         """
@@ -88,21 +88,21 @@ class Defense(Method):
 
     @classmethod
     def preparation(cls, parameters: Any) -> Defense | None:
-        """Return a method that runs before, as a separate stage, for all who ask for the same; None: nothing.
+        """Return a method that runs before, as a separate stage shared by all who ask for the same; None: no method.
 
-        It is registered as "preparation" and gets the same concepts and seed; the tensors that it changed are
-        `run.prepared`.
+        It is registered as "preparation" and gets the same concepts and seed; `run.prepared` has the tensors that it
+        changed.
         """
         return None
 
     @classmethod
     def check_task(cls, parameters: Any, targets: int, preserved: int) -> Sequence[tuple[str, str]]:
-        """Return (parameter, message) for what cannot be done for so many concepts, protected and preserved."""
+        """Return (parameter, message) for mistakes with these numbers of protected and preserved concepts."""
         return ()
 
     @classmethod
     def check_sharding(cls, parameters: Any, sharding: Sharding) -> Sequence[tuple[str, str]]:
-        """Return (parameter, message) for what the processes cannot serve, such as a batch that they do not divide."""
+        """Return (parameter, message) for settings that `sharding` does not support, such as an indivisible batch."""
         return ()
 
     def protect(
@@ -114,15 +114,15 @@ class Defense(Method):
     ) -> Protection:
         """Return what is released for `model` so that adapting it to `targets` works badly.
 
-        `preserved` are concepts that the publisher wants kept learnable and may train on; the innocent concepts that
-        the leaderboard measures are never among them. The model may be changed in place (declare it with
-        `model.change`): it is put back afterwards, and only the returned protection is kept.
+        `preserved`: concepts that the publisher wants to keep learnable and may train on; never the innocent concepts
+        that the leaderboard measures. The model may be changed in place (declare it with `model.change`): it is
+        restored afterwards, and only the returned protection is kept.
         """
         raise NotImplementedError
 
     def keep(self, folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
-        """Write into `folder` what else belongs beside the protection, for the method's own diagnostic.
+        """Write further files next to the protection in `folder`, for the method's own diagnostic.
 
-        Called once, after the protection was saved there. `elements` are the model's parameters in its order, with the
+        Called once, after the protection was saved there. `elements`: the model's parameters in its order, with the
         number of elements of each. By default nothing is written.
         """

@@ -1,8 +1,8 @@
-"""The contract of a diagnostic: what a method has to say of a run beside the tables that all methods share.
+"""The contract of a diagnostic: a method's own results of a run, in addition to the tables of all methods.
 
-A diagnostic belongs to a method and is kept in the method's package, or in a plug-in. The tables and the report ask
+A diagnostic belongs to a method and is kept in the method's package, or in a plug-in. The tables and the report call
 every registered diagnostic and know none by name. One that raises is left out and named in the output; all other tables
-are written. A small one::
+are written. A small example::
 
     @register("diagnostic")
     class ChangedWeights(Diagnostic):
@@ -53,14 +53,14 @@ class ReleasedModel:
     is_weak: bool
     """Whether the suite made the defense weak on purpose."""
     key: str
-    """Of the stage; the same for all seeds where no seed changes the result."""
+    """Key of the stage; the same for all seeds if the result does not depend on the seed."""
     stage: Stage
     folder: Path
-    """Holds the protection, and what `Defense.keep` wrote beside it."""
+    """Holds the protection, and the files of `Defense.keep`."""
 
 
 class MeasuredRun(Protocol):
-    """A run as a diagnostic sees it: what was planned, what is committed, and the general numbers made of it."""
+    """A run as a diagnostic sees it: the plan, the committed stages, and the general results computed from them."""
 
     @property
     def suite(self) -> str:
@@ -68,7 +68,7 @@ class MeasuredRun(Protocol):
 
     @property
     def model_name(self) -> str:
-        """The model that everything starts from."""
+        """The name of the base model."""
 
     @property
     def folder(self) -> Path:
@@ -76,7 +76,7 @@ class MeasuredRun(Protocol):
 
     @property
     def store(self) -> Store:
-        """Where stages are committed."""
+        """The store of committed stages."""
 
     @property
     def measurements(self) -> Measurements:
@@ -92,7 +92,7 @@ class MeasuredRun(Protocol):
 
     @property
     def papers(self) -> Sequence[PaperRow]:
-        """Papers' numbers that are wanted beside the run's; empty where they were not asked for."""
+        """Papers' numbers to show next to the run's; empty if not requested."""
 
     @property
     def protected_together(self) -> Mapping[str, int]:
@@ -104,7 +104,7 @@ class MeasuredRun(Protocol):
 
     @property
     def origin(self) -> str:
-        """A sentence on program, packages, devices and days of the adaptations; "" where none is done."""
+        """A sentence on program, packages, devices and days of the adaptations; "" if there are none yet."""
 
     def released(self) -> Iterable[ReleasedModel]:
         """Yield every released model that is committed, once, in the order of the plan."""
@@ -112,13 +112,13 @@ class MeasuredRun(Protocol):
 
 @dataclass(frozen=True)
 class PageSection:
-    """A section of the report, below a heading that the page makes."""
+    """A section of the report, below a heading that the page adds."""
 
     title: str
     anchor: str
-    """Of links to it: lower-case letters, digits and "-"; no other section of the page has it."""
+    """Target of links, unique in the page: lower-case letters, digits and "-"."""
     template: str
-    """A Jinja template as text. Values are escaped; the page's filters number, percent, duration and plain are known.
+    """A Jinja template as text. Values are escaped; the page's filters number, percent, duration and plain can be used.
     Figures are in `figures/`, data files in `data/`."""
     context: Mapping[str, Any] = field(default_factory=dict)
     """The template's variables."""
@@ -129,15 +129,15 @@ class PageSection:
 
 
 class Diagnostic(Method):
-    """Base class of diagnostics. Subclasses set `name` and `version`, write `of`, and what else they have to say."""
+    """Base class of diagnostics. Subclasses set `name` and `version`, and write `of` and any other function here."""
 
     title: ClassVar[str] = ""
-    """Of the section that holds its definitions."""
+    """Title of the section with its definitions."""
     definitions: ClassVar[tuple[Definition, ...]] = ()
-    """What the columns of its tables mean, one definition for each column that the general tables do not have."""
+    """Definitions of those columns of its tables that the general tables do not have."""
 
     def of(self, run: MeasuredRun) -> Any | None:
-        """Return what it found in a run, which the other functions get as `found`; None: nothing to say of this run."""
+        """Return its results on a run, which the other functions get as `found`; None: no results for this run."""
         raise NotImplementedError
 
     def files(self, found: Any, run: MeasuredRun) -> Iterable[Table | Figure]:
@@ -145,16 +145,16 @@ class Diagnostic(Method):
         return ()
 
     def extend(self, table: Table, found: Any, run: MeasuredRun) -> Table:
-        """Return a general table with further columns or sections; lines and general columns stay."""
+        """Return a general table with further columns or sections; existing lines and columns must stay."""
         return table
 
     def stands_beside(self, row: PaperRow, suite: Suite) -> bool | None:
-        """Return whether a paper's row belongs beside a suite's results; None: the general rule decides.
+        """Return whether a paper's row is shown next to a suite's results; None: the general rule decides.
 
-        The general rule takes rows of the suite's kinds of tasks and of the defenses that it measures.
+        The general rule shows rows of the suite's kinds of tasks and of the defenses that it measures.
         """
         return None
 
     def section(self, folder: Path) -> PageSection | None:
-        """Return its section of the report, from the files of a run folder; None: the report has none."""
+        """Return its section of the report, made from the files of a run folder; None: no section."""
         return None

@@ -1,4 +1,4 @@
-"""Hooks that a publisher asks for: of those who fine-tune the released model, and of those who draw from it."""
+"""Hooks that a publisher asks others to run: when they fine-tune the released model, or draw images from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HookSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """What an adaptation hook sees of one training step."""
+    """The data of one training step that an adaptation hook sees."""
 
     step: int
     noisy_latents: Tensor  # [batch, channels, height, width]
@@ -42,8 +42,8 @@ class AdaptationHook:
     def weigh(self, model: DiffusionModel, batch: Batch) -> Tensor:
         """Return a weight for each example's loss, shape [batch], finite and without gradient.
 
-        A step whose examples all have the weight zero, over all processes, is not taken: neither weights nor the
-        optimizer's moments move. The ledger counts such steps as `skipped_steps`.
+        If all examples of a step, over all processes, have the weight zero, the step is skipped: neither weights nor
+        optimizer moments change. The ledger counts such steps as `skipped_steps`.
         """
         raise NotImplementedError
 
@@ -51,28 +51,28 @@ class AdaptationHook:
 class SamplingHook:
     """Runs while images are drawn from a released model. Register with @register("sampling_hook").
 
-    Write `begin` or `at_step`, or both. A hook serves all batches of a stage, one after the other; what it keeps of a
-    batch it sets anew in `begin`. UNet passes are counted where they go through `drawing.predict`.
+    Write `begin` or `at_step`, or both. One hook object handles all batches of a stage, one after the other, so `begin`
+    must reset its state. UNet passes are counted if they go through `drawing.predict`.
     """
 
     needs_gradient: ClassVar[bool] = False
-    """Whether `begin` and `at_step` are called with gradients enabled. Weights ask for none; a hook calls
+    """Whether `begin` and `at_step` are called with gradients enabled. Weights do not require gradients; a hook calls
     `requires_grad_` on embeddings or latents, and `drawing.predict(..., with_gradient=True)`. No graph is kept."""
 
     def __init__(self, parameters: Any):
         self.parameters = parameters
 
     def begin(self, drawing: Drawing) -> None:
-        """Change embeddings, latents or guidance of a batch before its first step, or the model's attention."""
+        """Change embeddings, latents or guidance of a batch, or the model's attention, before the first step."""
 
     def at_step(self, drawing: Drawing, index: int, timestep: int) -> None:
         """Change embeddings, latents or guidance before denoising step `index` (from 0) at `timestep`.
 
-        What is set holds for the steps that follow too.
+        Changes also apply to the following steps.
         """
 
     def end(self, drawing: Drawing) -> None:
-        """Undo what was done to the model; called once for each `begin`, also when drawing failed."""
+        """Undo changes to the model; called once for each `begin`, also when drawing failed."""
 
 
 def make_hooks(kind: str, specs: Sequence[HookSpec]) -> list[Any]:

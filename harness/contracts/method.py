@@ -1,4 +1,4 @@
-"""What defenses, attacks and metrics have in common: a name, a version, checked parameters and their presets."""
+"""The common part of defenses, attacks and metrics: a name, a version, checked parameters and their presets."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 class Method:
-    """Base class of methods. The base classes of the kinds derive from it and say what is to be written."""
+    """Base class of methods. The base class of each kind derives from it and adds the functions to write."""
 
     name: ClassVar[str]
     version: ClassVar[int]
-    """Raised whenever results change, so that stored results of the old code are not reused."""
+    """Increase it whenever results change, so that stored results of the old code are not reused."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of parameter values, each with its source in a comment."""
     quick: ClassVar[Mapping[str, Any]] = {}
-    """Parameter values that make it cheap and still let it change something, for conformance checks (`check`)."""
+    """Parameter values with which it is cheap but still has an effect, for conformance checks (`check`)."""
 
     @dataclass(frozen=True)
     class Parameters:
@@ -31,15 +31,15 @@ class Method:
 
     @classmethod
     def files(cls, parameters: Any) -> Mapping[str, Path]:
-        """Return the parameters that name files or folders here, by name: their content is identity, not their path."""
+        """Return parameter -> file or folder on this machine: its content enters the identity, not its path."""
         return {}
 
     @classmethod
     def fetches(cls, parameters: Any) -> Sequence[Fetched]:
-        """Return the weights that it takes from the hub, so that `validate` can name what is not here yet."""
+        """Return the weights that it fetches from the hub, so that `validate` can name those that are not here yet."""
         return ()
 
     @classmethod
     def not_installed(cls, parameters: Any) -> str | None:
-        """Return what it needs that is not installed here, and what to do; None: nothing."""
+        """Return what is not installed here but needed, and what to do; None: nothing is missing."""
         return None

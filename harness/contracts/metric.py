@@ -1,8 +1,8 @@
-"""The contract of a metric: images, references and descriptions in; one number a prompt out, or one in all.
+"""The contract of a metric: images, references and descriptions in; one number per prompt out, or one in total.
 
-A metric carries what a reader of a table needs to know: direction, unit, range, backbone, preprocessing. Encoders are
-loaded once per worker, and references encoded once for all that are compared with them. Like other methods, modules of
-metrics import torch inside their functions.
+A metric has the attributes that a reader of a table needs: direction, unit, range, backbone, preprocessing. Encoders
+are loaded once per worker, and references are encoded once for all comparisons with them. Like modules of other
+methods, modules of metrics import torch inside their functions.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Metric(Method):
 
     direction: ClassVar[str]
     """"higher": a greater value means more of what the attacker wants; "lower": less; "none": it measures something
-    else, and is shown beside the scores."""
+    else, and is shown next to the scores."""
     compares_with: ClassVar[Literal["reference", "attack"]] = "reference"
     """The split whose images are the references."""
     scope: ClassVar[Literal["prompt", "set"]] = "prompt"
-    """"prompt": a value for each evaluation prompt; "set": one for all images of a step, as of distributions."""
+    """"prompt": a value for each evaluation prompt; "set": one for all images of a step, as for distributions."""
     encoder: ClassVar[str | None] = None
-    """What `encode` does, with its version ("open_clip@1"): references are then encoded once, and kept, for all metrics
-    that name the same encoder with the same `encoder_parameters`. None: `score` gets the images themselves."""
+    """Name and version of `encode` ("open_clip@1"): references are then encoded once and kept, for all metrics that
+    name the same encoder with the same `encoder_parameters`. None: `score` gets the images themselves."""
     encoder_parameters: ClassVar[tuple[str, ...]] = ()
     """The parameters that `encode` depends on."""
     unit: ClassVar[str]
@@ -39,7 +39,7 @@ class Metric(Method):
 
     @classmethod
     def check_concept(cls, parameters: Any, concept: Concept, drawn: int) -> Iterable[tuple[str, str]]:
-        """Return (parameter or "", why) for what keeps it from scoring a concept of which a step has `drawn` images."""
+        """Return (parameter or "", why) if it cannot score a concept with `drawn` images per step."""
         return ()
 
     def about(self) -> dict[str, str]:
@@ -51,7 +51,7 @@ class Metric(Method):
         raise NotImplementedError
 
     def known(self, images: Sequence[Image], device: torch.device) -> Sequence[Image] | torch.Tensor:
-        """Return references as `score` takes them."""
+        """Return references in the form that `score` takes."""
         return images if self.encoder is None else self.encode(images, device)
 
     def score(
@@ -61,7 +61,7 @@ class Metric(Method):
         descriptions: Sequence[str],
         device: torch.device,
     ) -> list[float]:
-        """Return one value a prompt (of scope "set": one); `images[i]` were drawn for what `descriptions[i]` says.
+        """Return one value per prompt (scope "set": one in total); `descriptions[i]` says what `images[i]` should show.
 
         Descriptions are in plain words. `references` are images, or their features where `encoder` is set.
         """

@@ -1,6 +1,6 @@
-"""What a publisher releases (`Protection`), and against whom it is meant (`ThreatModel`).
+"""What a publisher releases (`Protection`), and against which attacker (`ThreatModel`).
 
-Attacks and the sampler honour a `Protection` without knowing which defense made it.
+Attacks and the sampler obey a `Protection` without knowing which defense made it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """Under which attacker a defense makes sense. Tables say which attacker they show."""
+    """The attacker against which a defense makes sense. Tables name the attacker that they show."""
 
-    changes: tuple[str, ...] = ()  # what the defense changes: a component, such as "unet", or a named set of the UNet's
+    changes: tuple[str, ...] = ()  # what the defense changes: components, such as "unet", or named sets of the UNet's
     # parameters, such as "unet.cross_attention_kv" (`harness.training.selection`)
     must_honour: tuple[str, ...] = ()  # what an attacker must obey: "frozen", "adaptation_hooks", "sampling_hooks"
 
@@ -39,13 +39,13 @@ class Protection:
     sampling: tuple[HookSpec, ...] = ()
     """Hooks that the serving side runs (inference-time mitigation)."""
     details: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """What the method records of single tensors, by name; never loaded again."""
+    """Numbers that the method records on single tensors, by name; never loaded again."""
     components: Mapping[str, nn.Module | Path] = field(default_factory=dict)
-    """Whole components in the place of the model's, by name ("unet"), where their configuration is another one (a
-    pruned UNet): a module, or the folder that it was saved to. `tensors` are written over them."""
+    """Whole components that replace the model's, by name ("unet"), because their configuration differs (a pruned UNet):
+    a module, or the folder that it was saved to. `tensors` are written over them."""
 
     def with_asked(self, layer: Protection) -> Protection:
-        """Return this protection with what a further layer asks of others: frozen names and hooks, no weights."""
+        """Return this protection with the frozen names and hooks of a further layer, without its weights."""
         return replace(
             self,
             frozen=self.frozen | layer.frozen,
@@ -54,7 +54,7 @@ class Protection:
         )
 
     def save(self, folder: Path) -> None:
-        """Write protection.json into `folder`, tensors.safetensors where there are any, and a folder a component."""
+        """Write into `folder`: protection.json, tensors.safetensors if there are any, and one folder per component."""
         from safetensors.torch import save_file
 
         if self.tensors:
@@ -74,7 +74,7 @@ class Protection:
 
     @classmethod
     def load(cls, folder: Path) -> Protection:
-        """Read what `save` wrote."""
+        """Return the protection that `save` wrote."""
         from safetensors.torch import load_file
 
         described = json.loads((folder / "protection.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The contract of a kind of stage: what its typed parameters are, and how one such stage is done.
+"""The contract of a kind of stage: its typed parameters, and how one such stage is run.
 
 A kind is one class, registered by a decorator::
 
@@ -17,8 +17,8 @@ A kind is one class, registered by a decorator::
             model, _ = work.state()
             ...
 
-A task builds the parameters, the stage gets them: equal, also in another process. Their JSON is part of the stage's
-key. `do` fills `work.folder`, which is committed when it returns; what it raises is recorded and stops nothing else.
+A task builds the parameters, and the stage gets equal ones, also in another process. Their JSON is part of the stage's
+key. `do` fills `work.folder`, which is committed when it returns. An exception is recorded and stops no other stage.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class StageWork(Protocol):
-    """What a stage is done with: its surroundings, its folder, and what it reads."""
+    """What a stage works with: its environment, its folder, and its inputs."""
 
     stage: Stage
     run: Run
@@ -49,7 +49,7 @@ class StageWork(Protocol):
     """Becomes the committed folder of the stage."""
 
     def input(self, role: str) -> Path:
-        """Return the folder of the committed stage that is read in a role."""
+        """Return the folder of the committed stage that has this role among the inputs."""
 
     def files(self, role: str, split: str) -> list[Path]:
         """Return the images of a split of an `images` input, in order."""
@@ -58,7 +58,7 @@ class StageWork(Protocol):
         """Return the base model in its released state."""
 
     def state(self, name: str = "") -> tuple[DiffusionModel, Protection]:
-        """Return (model, protection): the state that the stage's inputs name, all layers over the base model.
+        """Return (model, protection) of the state that the stage's inputs name: all layers over the base model.
 
         States of different names are different models in memory.
         """
@@ -68,24 +68,24 @@ class StageKind(Method):
     """Base class of the kinds of stages. Subclasses set the class attributes and write `do`."""
 
     after: ClassVar[tuple[str, ...]] = ()
-    """The kinds that such a stage may read; they come first in every list."""
+    """The kinds that such a stage may read; every list puts them before it."""
     per_trial: ClassVar[bool] = False
-    """Whether a script that knows of one trial alone would do it by itself: how `plan` counts what sharing saves."""
+    """Whether a script for a single trial would do it itself; `plan` uses this to count what sharing saves."""
     is_layer: ClassVar[bool] = False
     """Whether its folder holds a `Protection`, so that it can be a layer of a model state."""
     restorable: ClassVar[bool] = False
-    """Of a layer: whether an adaptive attacker who restores components puts back the weights from before it."""
+    """For a layer: whether an adaptive attacker who restores components puts back the weights from before it."""
     spare: ClassVar[str | None] = None
-    """A folder of a committed stage that may be deleted when it is large and everything in its unit has read it."""
+    """A folder of the committed stage that may be deleted if it is large, once all stages of its unit have read it."""
 
     @classmethod
     def can_spread(cls, stage: Stage) -> bool:
-        """Return whether several processes can share a stage: it trains by a method that can be spread."""
+        """Return whether several processes can share a stage, because its method can be spread."""
         return False
 
     @classmethod
     def prompts(cls, parameters: Any) -> Sequence[str]:
-        """Return what was asked for, by prompt index, for the rows of its scores; () where nothing was."""
+        """Return the prompts, by prompt index, for the rows of its scores; () without prompts."""
         return ()
 
     def do(self, parameters: Any, work: StageWork) -> None:
@@ -108,7 +108,7 @@ def from_json(plain: Mapping[str, Any]) -> Stage:
 
 
 def kinds_in_order() -> list[str]:
-    """Return the names of the registered kinds, each after those that it may read; else by name."""
+    """Return the names of the registered kinds, each after the kinds that it may read, otherwise sorted by name."""
     order: dict[str, None] = {}
 
     def visit(name: str, above: Mapping[str, None]) -> None:

@@ -1,9 +1,9 @@
 """A state of the model: the base, and layers over it in the order in which they were made.
 
 A layer is a committed stage whose folder holds a `Protection`: changed tensors, whole components with their
-configuration (a pruned UNet), frozen names, hooks. Later layers are written over earlier ones. A stage names the state
-that it works on by its inputs, one role a layer; a second state (a teacher beside a student) has a name, the prefix
-of its roles.
+configuration (a pruned UNet), frozen names, hooks. Later layers are written over earlier ones. The inputs of a stage
+name the state that it works on, one role per layer. A second state (a teacher next to a student) has a name, which is
+the prefix of its roles.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class ModelState:
         return ModelState((*self.layers, Input(kind, key)))
 
     def inputs(self, name: str = "") -> dict[str, Input]:
-        """Return role -> layer for a stage that works on this state; `name`: of a further state of the same stage.
+        """Return role -> layer for a stage that works on this state; `name`: the name of a further state, else "".
 
-        A role is the layer's kind, numbered from the second of a kind on: keys hold roles without their order, so the
-        order must follow from them. Raises ValueError where it does not: layers go in the order of their kinds.
+        A role is the layer's kind, with a number from the second layer of a kind on. Keys do not store the order of
+        roles, so layers must be in the order of their kinds; otherwise this raises ValueError.
         """
         order = [kind for kind in kinds_in_order() if registry.get("stage", kind).is_layer]
         unfit = next((layer.kind for layer in self.layers if layer.kind not in order), None)
@@ -48,7 +48,7 @@ class ModelState:
 
     @classmethod
     def read(cls, inputs: Mapping[str, Input], name: str = "") -> ModelState:
-        """Return the state that `inputs` names: what `inputs(name)` gave."""
+        """Return the state that `inputs` names, as given by `ModelState.inputs(name)`."""
         order = [kind for kind in kinds_in_order() if registry.get("stage", kind).is_layer]
         found = [
             (order.index(read.kind), int(role.partition("#")[2] or 1), read)

@@ -1,8 +1,8 @@
-"""Tables and figures as data: what is said, apart from how Markdown, LaTeX, CSV or a terminal write it.
+"""Tables and figures as data: their content, separate from the format (Markdown, LaTeX, CSV or terminal).
 
-A `Table` holds the same content twice: lines with columns for machines (CSV), and sections of text for people. Whoever
-makes a table gives plain text; the writers in `harness/results/` escape it for their format. Whoever makes a figure
-gives a function that draws it. No torch and no pandas here.
+A `Table` holds the same content twice: lines with columns for machines (CSV), and sections of text for people. Its
+text is plain; the writers in `harness/results/` escape it for their format. A `Figure` holds a function that draws it.
+No torch and no pandas here.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page for people: a heading, paragraphs, a table and notes below it. What is empty is left out."""
+    """A part of a page for people: a heading, paragraphs, a table and notes below it. Empty parts are left out."""
 
     title: str = ""
     text: tuple[str, ...] = ()
-    """Paragraphs between heading and table: our own words. Markdown takes them as they are."""
+    """Paragraphs between heading and table: our own words. Markdown does not escape them."""
     headers: tuple[str, ...] = ()
     """One for each column; (): no table."""
     rows: Sequence[Sequence[str]] = ()
-    """The cells of each row, as many as headers."""
+    """The cells of each row, one per header."""
     alignments: str = ""
     """A letter for each column: l (words) or r (numbers). "": words first, then numbers."""
     notes: tuple[str, ...] | None = None
-    """List items below the table. (): the table has none, and a line is left free for them."""
+    """List items below the table. (): the table has none, but an empty line is kept for them."""
     level: int = 2
-    """Of the heading: 1 is the title of a page."""
+    """Level of the heading: 1 is the title of a page."""
     faint: Collection[int] = frozenset()
-    """Rows that do not count, by their place: a terminal shows them dim."""
+    """Indices of rows that do not count: a terminal shows them dim."""
     ends: Collection[int] = frozenset()
-    """Rows that end a group, by their place: a terminal draws a line below them."""
+    """Indices of rows that end a group: a terminal draws a line below them."""
 
     def __post_init__(self) -> None:
         """Raise ValueError where rows or alignments do not fit the headers."""
@@ -54,9 +54,9 @@ class Table:
     """A table of a run, written as NAME.csv (where it has columns) and NAME.md (where it has sections)."""
 
     name: str
-    """Of its files, without an ending: lower-case letters, digits and "_"."""
+    """Name of its files without an ending: lower-case letters, digits and "_"."""
     columns: tuple[str, ...] = ()
-    """Of the CSV file, in order."""
+    """Columns of the CSV file, in order."""
     lines: Sequence[Mapping[str, Any]] = ()
     """Each has all columns: text, numbers, booleans, or None where a value is not defined."""
     sections: Sequence[Section] = ()
@@ -67,6 +67,6 @@ class Figure:
     """A figure of a run, written as NAME.png."""
 
     name: str
-    """Of its file, without an ending: lower-case letters, digits and "_"."""
+    """Name of its file without an ending: lower-case letters, digits and "_"."""
     draw: Callable[[Path], bool]
-    """Draws the file (PNG) at a path; returns False where there is nothing to draw."""
+    """Draws the file (PNG) at a path; returns False if there is nothing to draw."""

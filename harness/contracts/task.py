@@ -1,4 +1,4 @@
-"""The contract of a task: which grid a suite walks, what is measured in it, and the tables that come of it.
+"""The contract of a task: the grid of a suite, what is measured in it, and the tables made from it.
 
 A task is one file: a class with the form of its entry in the suite (`Spec`) above it, registered by a decorator. The
 entry under `tasks` names it by `kind` (immunization, unless it says otherwise)::
@@ -7,8 +7,8 @@ entry under `tasks` names it by `kind` (immunization, unless it says otherwise):
       styles: {targets: [...], innocents: [...]}      # kind: immunization
       copies: {kind: memorization, prompts: [...]}
 
-`plan` describes stages through a builder and yields measurements: which stage is observed, which stages score it, and
-which labels the values have in the rows.
+`plan` adds stages through a builder and yields measurements: which stage is observed, which stages score it, and which
+labels the values have in the rows.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Measurement:
     steps: tuple[int, ...] = (0,)
     """Training steps at which the output is read; 0: before any."""
     needs: Mapping[str, str] = field(default_factory=dict)
-    """Kind -> key of further stages without which there are no rows, even where all of the above are committed."""
+    """Kind -> key of further stages that must be committed before there are rows."""
     is_apart: bool = False
-    """Whether a script that knows of no other measurement would do everything for it by itself."""
+    """Whether a script for this measurement alone would do everything for it itself."""
 
 
 class Build(Protocol):
-    """What a task plans with: it adds stages to one plan and returns their keys. Equal stages are one."""
+    """The builder that a task plans with: it adds stages to one plan and returns their keys. Equal stages are one."""
 
     loaded: LoadedSuite
     sampling: Sampling
@@ -76,7 +76,7 @@ class Build(Protocol):
         seed: int | None = None,
         **further: Any,
     ) -> str:
-        """Add a stage; see `harness.plan.builder.Builder.stage` for what else may be said of it."""
+        """Add a stage; see `harness.plan.builder.Builder.stage` for further arguments."""
 
     def unit(self, name: str, stages: Iterable[str]) -> None:
         """Group stages that one worker does in a row; a stage belongs to the first unit that names it."""
@@ -114,21 +114,21 @@ class Task(Method):
     Spec: ClassVar[type[TaskSpec]]
     """The form of its entry in a suite."""
     sections: ClassVar[frozenset[str]] = frozenset()
-    """The sections of a suite that it needs, of defenses, attacks, metrics and utility."""
+    """The sections of a suite that it needs: any of defenses, attacks, metrics and utility."""
 
     @classmethod
     def check(cls, loaded: LoadedSuite, entries: Mapping[str, Any]) -> Iterable[Mistake]:
-        """Return what is wrong with the entries of this kind, before images are read; a wrong entry is not in them."""
+        """Return mistakes in the entries of this kind, before images are read; malformed entries are not passed."""
         return ()
 
     @classmethod
     def check_concepts(cls, loaded: LoadedSuite, entries: Mapping[str, Any]) -> Iterable[Mistake]:
-        """Return what is wrong with the entries, once their concepts are resolved."""
+        """Return mistakes in the entries, once their concepts are resolved."""
         return ()
 
     @classmethod
     def count(cls, loaded: LoadedSuite, name: str, spec: Any) -> int:
-        """Return about how many trials an entry has: a slip of the pen is refused before it is planned."""
+        """Return about how many trials an entry has, so that a mistyped size is refused before planning."""
         return 0
 
     def tables(self, run: MeasuredRun, rows: DataFrame) -> Iterable[Table | Figure]:
@@ -136,7 +136,7 @@ class Task(Method):
         return ()
 
     def shown(self, made: Sequence[Table | Figure]) -> Sequence[Section]:
-        """Return what a terminal shows of its tables: unless overridden, what they show to people."""
+        """Return the sections of its tables that a terminal shows; by default all."""
         return [section for table in made if isinstance(table, Table) for section in table.sections]
 
     def plan(self, name: str, spec: Any, build: Any) -> Iterator[Measurement]:

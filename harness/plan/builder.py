@@ -1,6 +1,6 @@
-"""Adds stages to one plan: what each depends on, so what its key is made of. What tasks plan with.
+"""The builder that tasks plan with: it adds stages to one plan and sets what each depends on, and so its key.
 
-A method a kind of stage that several tasks share; `stage` adds any other. Every method returns the key.
+One method for each kind of stage that several tasks share; `stage` adds any other. These methods return the key.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Metric:
     cls: type
     component: str
     parameters: Described  # for the identity
-    local: Mapping[str, Any]  # those for this machine
+    local: Mapping[str, Any]  # parameters for this machine only
 
 
 class Builder:
@@ -48,7 +48,7 @@ class Builder:
         self._images: dict[str, str] = {}
         # keyed by id(); the object is kept so that its id is not reused
         self._identities: dict[int, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
-        self._shared: dict[tuple, tuple[Any, str]] = {}  # parameters of many stages, with their JSON
+        self._shared: dict[tuple, tuple[Any, str]] = {}  # parameters that many stages have, with their JSON
         given = self.suite.sampling.model_dump()
         self.sampling = Sampling(**{f.name: given[f.name] for f in fields(Sampling)})
         self.metrics: list[Metric] = []
@@ -78,7 +78,7 @@ class Builder:
     ) -> str:
         """Add a stage.
 
-        `component`: the method that does it; None: the kind itself. `seed` None: chance has no part in the result.
+        `component`: the method that does it; None: the kind itself. `seed` None: the result does not depend on chance.
         `reads_model`: whether the base model is part of the identity. `data`: digests of files that no stage made,
         `local`: where they are on this machine. `work`: UNet sample passes, a backward pass counts as two. `workers`:
         how many processes may share it. `parameters_json`: the canonical JSON of the parameters, where it is known.
@@ -110,7 +110,7 @@ class Builder:
         self.units[members] = Unit(name, members, frozenset(reads) - set(members))
 
     def share(self, *name: Any, make: Callable[[], Any]) -> dict[str, Any]:
-        """Return parameters that many stages have in common, with their JSON, as `stage` takes them: made once."""
+        """Return parameters that many stages share, with their JSON, as arguments of `stage`; they are made once."""
         if name not in self._shared:
             made = make()
             self._shared[name] = made, canonical_json(as_json(made))
@@ -125,7 +125,7 @@ class Builder:
     # -- images ------------------------------------------------------------------------------------------
 
     def images(self, name: str) -> str:
-        """Add the stage that lays out the images of a concept, one folder a split."""
+        """Add the stage that lays out the images of a concept, one folder per split."""
         if name in self._images:
             return self._images[name]
         concept = self.concepts[name]
@@ -151,10 +151,10 @@ class Builder:
         return k
 
     def _drawn(self, prompts: Mapping[str, Sequence[str]], seed: int, label: str) -> str:
-        """Add a stage in which the base model draws an image for each prompt, one folder a key of `prompts`."""
+        """Add a stage in which the base model draws an image for each prompt, one folder per key of `prompts`."""
         return self.stage(
             "images",
-            # one image a prompt, however many are evaluated
+            # one image per prompt, however many are evaluated
             ImagesParameters({split: tuple(own) for split, own in prompts.items()}, self.sampling.alone),
             inputs={},
             seed=seed,
@@ -166,7 +166,7 @@ class Builder:
         """Add the stage that draws `count` images of a concept's class; concepts of the same class share it."""
         label = f"{count} class images, {', '.join(concept.class_prompts[:2])}"
         label += ", ..." if len(concept.class_prompts) > 2 else ""
-        # not named by the concept, and not by the count: fewer images are the first of more
+        # the seed depends neither on the concept nor on the count: fewer images are the first of more
         seed = seeds.derive("images", self.suite.images.seed, PRIOR, digest_of_json(concept.class_prompts))
         k = self._drawn({PRIOR: cycled(concept.class_prompts, count)}, seed, label)
         self.unit(label, [k])
@@ -186,7 +186,7 @@ class Builder:
     ) -> str:
         """Add a stage in which a defense works on a state of the model, as eraser or immunizer (`kind`).
 
-        `called` is its label in the suite. What the method does not use does not enter its identity.
+        `called`: its label in the suite. Only what the method uses enters the identity.
         """
         cls, values = type(defense), defense.parameters
         inputs = over.inputs()
@@ -223,7 +223,7 @@ class Builder:
     def _known(
         self, role: str, names: Sequence[str], used: frozenset[str], prior: int
     ) -> tuple[tuple[KnownConcept, ...], dict[str, Input]]:
-        """Return what a defense knows of concepts, and the images of them that it reads."""
+        """Return the concepts as a defense knows them, and the stages with the images that it reads."""
         found, inputs = [], {}
         for index, name in enumerate(names):
             concept = self.concepts[name]
@@ -237,7 +237,7 @@ class Builder:
             found.append(KnownConcept(concept.kind, concept.phrase, captions, prior_captions))
         return tuple(found), inputs
 
-    # -- what is drawn, and its scores -------------------------------------------------------------------
+    # -- drawn images and their scores -------------------------------------------------------------------
 
     def sample(
         self,
@@ -251,9 +251,9 @@ class Builder:
         restore: tuple[str, ...] = (),
         attacker: str | None = None,
     ) -> str:
-        """Add a stage that draws the evaluation images; `called`: what the model was taught to call the concept.
+        """Add a stage that draws the evaluation images; `called`: the name that the model was taught for the concept.
 
-        `restore`, `attacker`: components that an adaptive attacker puts back, and that he is one.
+        `restore`: components that an adaptive attacker puts back; `attacker`: "adaptive", or None if honest.
         """
         called = concept.words.name if called is None else called
         images = len(concept.evaluations) * self.suite.sampling.images_per_prompt * len(steps)
@@ -284,9 +284,9 @@ class Builder:
         descriptions: tuple[str, ...] | None = None,
         images: int | None = None,
     ) -> dict[str, str]:
-        """Score images against the references of a concept; `descriptions` are those of its prompts unless given.
+        """Score images against the references of a concept; `descriptions`: by default those of its prompts.
 
-        `images`: on so many of the attack split the attack trained, where that is not all of it.
+        `images`: how many images of the attack split the attack trained on, if not all.
         """
         descriptions = descriptions or tuple(e.description for e in concept.evaluations)
         scores = {}
@@ -310,7 +310,7 @@ class Builder:
         return scores
 
     def _references(self, concept: Concept, metric: Metric) -> str:
-        """Add what a metric compares images of a concept with: its images, or their features."""
+        """Add the stage of a metric's references for a concept: its images, or their features."""
         images = self.images(concept.name)
         cls = metric.cls
         if cls.encoder is None:
@@ -322,7 +322,7 @@ class Builder:
             reads_model=False,
             inputs={"images": self.read(images)},
             label=f"features of {concept.name} ({cls.compares_with}) for {metric.name}",
-            # any metric of the encoder gives the same
+            # every metric with this encoder gives the same features
             local={
                 "metric": {"component": metric.component, "parameters": dict(metric.parameters)},
                 "parameters": dict(metric.local),
@@ -342,5 +342,5 @@ def _identify(cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def cycled(prompts: Sequence[str], count: int) -> tuple[str, ...]:
-    """Return `count` prompts, those given coming round."""
+    """Return `count` prompts, repeating the given ones in order."""
     return tuple(prompts[i % len(prompts)] for i in range(count))

@@ -1,4 +1,4 @@
-"""What a plan costs before anything was measured: UNet passes, and GPU-hours where the UNet is Stable Diffusion 1.x's.
+"""The cost of a plan before any measurement: UNet passes, and GPU-hours if the UNet is Stable Diffusion 1.x's.
 
 A pass is one forward pass over one sample; a backward pass counts as two. No torch here: the operations of a pass are
 a number that a test counts (tests/ml/test_cost.py).
@@ -17,18 +17,18 @@ SUSTAINED = {
     "fp32": (0.4 * 19.5, "40 % of an A100's 19.5 TFLOP/s in fp32 (TF32 is off: fp32 means fp32)"),
     "bf16": (0.4 * 312.0, "40 % of an A100's 312 TFLOP/s in bf16"),
 }
-"""By precision: TFLOP/s that a GPU is assumed to sustain, and in words. Not measured."""
+"""By precision: assumed sustained TFLOP/s of a GPU, and its description. Not measured."""
 
 
 def shared_passes(plan: Plan) -> float:
-    """Return the UNet passes of the plan: each stage once."""
+    """Return the UNet passes of the plan, each stage counted once."""
     return sum(stage.work for stage in plan.stages.values())
 
 
 def unshared_passes(plan: Plan) -> float:
-    """Return the UNet passes where each attack on each concept erases, immunizes, adapts and samples for itself.
+    """Return the UNet passes if each attack on each concept did its own erasing, immunizing, adapting and sampling.
 
-    What else there is (images of concepts, samples before any attack) is counted once, as in the plan.
+    Everything else (images of concepts, samples before any attack) is counted once, as in the plan.
     """
     upstream = plan.upstream()
     per_trial = {kind for kind in registry.names("stage") if registry.get("stage", kind).per_trial}
@@ -61,5 +61,5 @@ def asked(plan: Plan) -> Counter[str]:
 
 
 def gpu_hours(passes: float, tflops: float) -> float:
-    """Return the GPU-hours of so many passes of the SD 1.x UNet at a sustained throughput."""
+    """Return the GPU-hours of `passes` passes of the SD 1.x UNet at a sustained throughput."""
     return passes * SD1_UNET_FLOPS / (tflops * 1e12) / 3600

@@ -1,9 +1,8 @@
-"""The graph that a suite asks for: stages by key, units of them for workers, and the measurements that they serve.
+"""The graph of a suite: stages by key, units of stages for workers, and the measurements that need them.
 
 Most work of the grid is shared: stages are content-addressed, so two measurements that need the same stage name the
-same key, and it is done once. What varies last is done together: an adaptation, the images sampled from its trajectory
-and their scores form one *unit*, which is what an executor hands to a worker; the stages of a unit are committed one by
-one.
+same key, and it is done once. The last steps are done together: an adaptation, the images sampled from its trajectory
+and their scores form one *unit*, which an executor hands to a worker. The stages of a unit are committed one by one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Unit:
 
 @dataclass
 class Plan:
-    """The graph: stages by key, units in an order that respects their needs, and the measurements they serve."""
+    """The graph: stages by key, units ordered by their needs, and the measurements."""
 
     suite: str
     stages: dict[str, Stage] = field(default_factory=dict)
@@ -35,11 +34,11 @@ class Plan:
     tasks: dict[str, str] = field(default_factory=dict)  # name of a task -> its kind, in the order of the suite
 
     def read(self, key: str) -> Input:
-        """Return a stage as what another one reads."""
+        """Return a stage as the input of another one."""
         return Input(self.stages[key].kind, key)
 
     def upstream(self) -> Callable[[str], frozenset[str]]:
-        """Return a function from a key to itself and the keys of all that it needs."""
+        """Return a function from a key to the set of itself and of all keys that it needs."""
         closure: dict[str, frozenset[str]] = {}
 
         def upstream(key: str) -> frozenset[str]:

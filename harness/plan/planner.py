@@ -1,4 +1,4 @@
-"""From a checked suite to its plan: tasks are asked for their measurements, units are put in order."""
+"""From a checked suite to its plan: tasks give their measurements, and units are put in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.suite.loaded import LoadedSuite
 
 
 def make(loaded: LoadedSuite) -> Plan:
-    """Return the plan of a checked suite: the same for the same suite, and made of it alone."""
+    """Return the plan of a checked suite; it depends on the suite only."""
     build = Builder(loaded)
     for name, spec in loaded.suite.tasks.items():
         cls = registry.get("task", spec.kind)

@@ -1,7 +1,7 @@
 """Immunization: defenses before the release, adaptation after it, over a grid defense x attack x concept x seed.
 
 The undefended model is a row like the others, measured under the same attack seed, so every gap is paired. An innocent
-concept is adapted by the same attack as a target. What varies least is planned first and shared.
+concept is adapted by the same attack as a target. Stages that vary least are planned first and shared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from harness.contracts.diagnostic import MeasuredRun
 
 HELD_OUT = 3
-"""An adaptive attacker judges probes on one in so many of its images."""
+"""An adaptive attacker holds out one in this many of its images to judge probes."""
 
 
 @register("task")
@@ -51,24 +51,24 @@ class Immunization(Task):
 
     @classmethod
     def check(cls, loaded: LoadedSuite, entries: Mapping[str, ImmunizationSpec]) -> list[Mistake]:
-        """Names, roles and methods that do not fit together."""
+        """Return mistakes in names, roles and methods that do not fit together."""
         return immunization_checks.before_concepts(loaded, entries)
 
     @classmethod
     def check_concepts(cls, loaded: LoadedSuite, entries: Mapping[str, ImmunizationSpec]) -> list[Mistake]:
-        """Images and words that are missing or seen by both sides."""
+        """Return mistakes in images and words: those that are missing, or seen by both sides."""
         return immunization_checks.after_concepts(loaded, entries)
 
     @classmethod
     def count(cls, loaded: LoadedSuite, name: str, spec: ImmunizationSpec) -> int:
-        """Attacked models, and those before any attack."""
+        """Return the number of attacked models and of models before any attack."""
         each = 1 + len(loaded.attacks_on(name))
         measured = sum((len(together) + len(spec.innocents)) * each for together in spec.targets)
         measured += len(loaded.suite.utility) * len(spec.targets)
         return measured * len(loaded.defenses_in(name)) * len(loaded.suite.seeds or ())
 
     def tables(self, run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
-        """The leaderboard first; its worst case, how soon attacks recover, single concepts, and recovery curves."""
+        """Yield the leaderboard, its worst case, how soon attacks recover, single concepts, and recovery curves."""
         lines, measured = run.leaderboard, run.measurements
         worst, soon, concepts = worst_case(lines), curves(measured), by_concept(measured)
         yield Table("leaderboard", COLUMNS, lines, leaderboard.sections(lines, worst, soon))
@@ -79,18 +79,18 @@ class Immunization(Task):
             yield Figure(f"recovery_{role}", partial(recovery_curves, measured, role=role))
 
     def shown(self, made: Sequence[Table | Figure]) -> list[Section]:
-        """The leaderboard and its worst case."""
+        """Return the sections of the leaderboard and of its worst case."""
         return leaderboard.shown(made[0].lines)
 
     def plan(self, name: str, spec: ImmunizationSpec, build: Builder) -> Iterator[Measurement]:
-        """Yield the measurements of one protected set after the other."""
+        """Yield the measurements, one protected set after the other."""
         for together in spec.targets:
             yield from _Grid(name, spec, tuple(together), build).measurements()
 
 
 @dataclass(frozen=True)
 class _Released:
-    """A released model under one seed, as the measurements that attack it name it."""
+    """A released model under one seed, with the labels that its measurements use."""
 
     defense: str
     method: str
@@ -103,10 +103,10 @@ class _Released:
     must_honour: frozenset[str] = frozenset()
 
     def met_by(self, attack: AttackSpec | None) -> ModelState:
-        """Return the state that an attack (None: sampling before any) is affected by.
+        """Return the state that an attack (None: sampling before any attack) works on.
 
-        A defense that changes no weight has no effect on those who do not honour what it asks for, nor on an honest
-        attack that it does not concern: they share the stages of the undefended model.
+        A defense that changes no weight has no effect on attackers who ignore its frozen names and hooks, nor on an
+        honest attack that these do not concern: both share the stages of the undefended model.
         """
         if self.undefended is None:
             return self.state
@@ -129,7 +129,7 @@ class _Grid:
         self.utility = [(c, "utility") for c in build.suite.utility]
 
     def measurements(self) -> Iterator[Measurement]:
-        """Yield them in the order of the table: real images, then by seed the model before erasure and defenses."""
+        """Yield them in the order of the table: real images, then per seed the model before erasure and the defenses."""
         erased = self._erased()
         for name, _ in self.roles:
             yield self._real(name)
@@ -144,7 +144,7 @@ class _Grid:
                 yield from self._defended(index, seed, erased)
 
     def _erased(self) -> ModelState:
-        """Return the state that defenses begin with: the base model, erased where the task erases."""
+        """Return the state that defenses start from: the base model, erased if the task erases."""
         if self.spec.erase is None:
             return ModelState()
         values = self.build.loaded.parameters["tasks", self.task, "erase"]
@@ -159,7 +159,7 @@ class _Grid:
         return self.build.release(kind, defense, called, targets, self.spec.preserve, seed, over)
 
     def _defended(self, index: int, seed: int, erased: ModelState) -> Iterator[Measurement]:
-        """Yield all that is measured of one defense under one seed."""
+        """Yield all measurements of one defense under one seed."""
         released = self._released(index, seed, erased)
         for name, role in self.roles:
             if released.is_weak and role != "target":
@@ -204,7 +204,7 @@ class _Grid:
         return self.measurement(None, name, "real", (0,), images, scores)
 
     def _floor(self, name: str, other: str) -> Measurement:
-        """Add the scores that images of another concept get: what a model that draws something else would have."""
+        """Add the scores of another concept's images: those of a model that draws something else."""
         build = self.build
         concept, images = build.concepts[name], build.images(other)
         words = [e.description for e in concept.evaluations]
@@ -215,7 +215,7 @@ class _Grid:
         return self.measurement(None, name, "floor", (0,), images, scores)
 
     def _before(self, released: _Released, name: str, role: str) -> Measurement:
-        """Add what the released model draws before any attack (step 0)."""
+        """Add the images that the released model draws before any attack (step 0)."""
         build, concept = self.build, self.build.concepts[name]
         text = f"{name} before the attack ({released.label})"
         sample = build.sample(concept, released.seed, (0,), released.met_by(None).inputs(), f"sample {text}")
@@ -233,7 +233,7 @@ class _Grid:
         scores: Mapping[str, str],
         attack: AttackSpec | None = None,
     ) -> Measurement:
-        """Return what is measured of a concept; `released` None: images that no released model drew."""
+        """Return the measurement of a concept; `released` None: for images that no released model drew."""
         defended = released.state.layers[-1:] if released is not None else ()
         return Measurement(
             labels={
@@ -277,7 +277,7 @@ class _Attack:
         self.work = float(self.steps[-1] * self.batch_size * self.cls.passes_an_example(self.values))
 
     def measurement(self) -> Measurement:
-        """Add all stages of the attack, and return what is measured."""
+        """Add all stages of the attack, and return its measurement."""
         build, spec, concept, seed = self.build, self.spec, self.concept, self.released.seed
         shared = build.share("adapt", self.index, concept.name, make=self._parameters)
         state = self.released.met_by(spec).inputs()
@@ -293,7 +293,7 @@ class _Attack:
             component=registry.component(self.cls),
             inputs=inputs,
             local={"parameters": self.local} if self.local else {},
-            seed=seeds.derive("attack", seed, concept.name),  # names no defense: all meet the same noise
+            seed=seeds.derive("attack", seed, concept.name),  # without the defense: all meet the same noise
             label=f"adapt {self.text}",
             work=self.work,
             workers=workers if self.cls.can_share(self.values) and self.batch_size % workers == 0 else 1,
@@ -354,7 +354,7 @@ class _Attack:
                 add(index, known, {"place": index - first}, seeds.derive("search", *base))
         known = dict(probes)
         for place in range(count - new):
-            pair = place // 2 + 1  # both of a pair under one seed, so that they differ in their settings alone
+            pair = place // 2 + 1  # both of a pair have one seed, so that only their settings differ
             add(new + place, known, {"repeat": place}, seeds.derive("search", *base, pair))
         return probes
 
@@ -364,7 +364,7 @@ class _Attack:
         return next(metric for metric in self.build.metrics if metric.name == wanted)
 
     def _probe(self, attack: AdaptParameters, which: Mapping[str, int]) -> ProbeParameters:
-        """Return the parameters of a probe: the attack's, and what it may change and is judged by."""
+        """Return the parameters of a probe: the attack's, its search space, and how it is judged."""
         concept, judge = self.concept, self._judge()
         available = attack.budget.images or concept.count("attack")
         return ProbeParameters(
@@ -385,14 +385,14 @@ class _Attack:
 
 
 def _space(attack: AttackSpec, cls: type, values: Any) -> dict[str, Any]:
-    """Return what the attack's search may change, as JSON values; {} without a search."""
+    """Return the search space of the attack, as JSON values; {} without a search."""
     if attack.search is None:
         return {}
     return search.as_json(search.given(attack.search.space) or cls.search_space(values))
 
 
 def _prior_images(cls: type, values: Any, space: Mapping[str, Any]) -> int:
-    """Return how many class images the attack trains on at most, whatever its search chooses."""
+    """Return the largest number of class images that the attack may train on, for any choice of its search."""
     prior = cls.prior_images(values)
     if "prior_weight" in space or "prior_images" in space:
         asked = space.get("prior_images", {}).get("values", [getattr(values, "prior_images", 0)])

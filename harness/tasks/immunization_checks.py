@@ -1,4 +1,4 @@
-"""What may not fit together in immunization tasks: roles, methods and images. Each returns (path, message) pairs."""
+"""Checks of immunization tasks: roles, methods and images that do not fit. Each returns (path, message) pairs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from harness.suite.spec import AttackSpec
 from harness.tasks.immunization_form import ImmunizationSpec
 
 Entries = Mapping[str, ImmunizationSpec]
-"""Name of a task -> what it says."""
+"""Name of a task -> its entry."""
 
 
 def before_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Return what is wrong before images are read."""
+    """Return the mistakes that can be found before images are read."""
     checks = (_erasers, _duplicates, _crossed_concepts, _undefended, _protected_together, _no_attack)
     return [mistake for check in checks for mistake in check(loaded, entries)]
 
 
 def after_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Return what is wrong with concepts and their images."""
+    """Return the mistakes in concepts and their images."""
     checks = (_seen_by_both, _attack_images, _attack_words, _probe_prompts, _scored_concepts)
     return [mistake for check in checks for mistake in check(loaded, entries)]
 
@@ -65,10 +65,10 @@ def _crossed_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
 
 
 def _undefended(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Find out whether there is exactly one defense of the method none."""
+    """Find a missing or repeated defense of the method none."""
     defenses = loaded.suite.defenses
     if any(spec is None or spec.method not in registry.names("defense") for spec in defenses):
-        return []  # what is wrong there may have been meant as none
+        return []  # the wrong entry may have been meant as none
     none = [index for index, spec in enumerate(defenses) if spec.method == "none"]
     if len(none) > 1:
         first = f"defenses[{none[0]}] is of method none too"
@@ -106,7 +106,7 @@ def _protected_together(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
 
 
 def _no_attack(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Find tasks that no attack is left for."""
+    """Find tasks without any attack."""
     suite = loaded.suite
     if "tasks" in loaded.broken or not suite.attacks or any(spec is None for spec in suite.attacks):
         return []
@@ -118,7 +118,7 @@ def _no_attack(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
 
 
 def _seen_by_both(loaded: LoadedSuite, entries: Entries) -> Iterator[Mistake]:
-    """Find, of any two concepts of a task, the first image that the publisher sees and that is measured on."""
+    """Find, for any two concepts of a task, the first image that the publisher sees and that is also measured on."""
     concepts = loaded.concepts
     for task_name, task in entries.items() if not loaded.broken & {"tasks"} else ():
         shown: dict[str, tuple[str, str]] = {}
@@ -134,7 +134,7 @@ def _seen_by_both(loaded: LoadedSuite, entries: Entries) -> Iterator[Mistake]:
 
 
 def _attack_images(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Find attacks that ask for more images than an attacked concept has, or search with too few to hold any out."""
+    """Find attacks with more images than an attacked concept has, or a search with too few images to hold any out."""
     mistakes: list[Mistake] = []
     for index, attack in enumerate(loaded.suite.attacks):
         if attack is None or (attack.images is None and attack.search is None):
@@ -152,7 +152,7 @@ def _attack_images(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
 
 
 def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Find attacks that call a concept by a new word, where its captions or prompts do not name it."""
+    """Find attacks with a new word for a concept whose captions or prompts do not contain its name."""
     mistakes: list[Mistake] = []
     for index, attack in enumerate(loaded.suite.attacks):
         values = loaded.parameters.get(("attacks", str(index)))
@@ -182,7 +182,7 @@ def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
 
 
 def _probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Find concepts that a search tunes attacks on, whose probes ask what an evaluation asks."""
+    """Find concepts of an attack with a search whose probe prompts are also evaluation prompts."""
     mistakes: list[Mistake] = []
     searched = [attack for attack in loaded.suite.attacks if attack is not None and attack.search is not None]
     for name in dict.fromkeys(name for attack in searched for name in _attacked(entries, attack)):
@@ -198,7 +198,7 @@ def _probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
 
 
 def _scored_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Find concepts that a metric cannot score: all are scored by every metric."""
+    """Find concepts that a metric cannot score; every metric scores all concepts."""
     mistakes: list[Mistake] = []
     sampling = loaded.suite.sampling
     for index, spec in enumerate(loaded.suite.metrics if sampling is not None else ()):
@@ -209,14 +209,14 @@ def _scored_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
         for name, concept in loaded.concepts.items():
             drawn = len(concept.evaluations) * sampling.images_per_prompt
             found = asked(cls, ("metrics", index), "check_concept", values, concept, drawn)
-            for path, text in found:  # a parameter is named where the fault is not the concept's
+            for path, text in found:  # a path to a parameter: the fault is not the concept's
                 is_of_concept = path[-1] in ("", index)
                 mistakes.append((path[:2], f"concept '{name}': {text}") if is_of_concept else (path, text))
     return list(dict.fromkeys(mistakes))
 
 
 def _attacked(entries: Entries, attack: AttackSpec) -> list[str]:
-    """Return the concepts that an attack is made on."""
+    """Return the concepts that an attack is run on."""
     names: dict[str, None] = {}
     for task_name, task in entries.items():
         if task_name in (attack.tasks or [task_name]):

@@ -1,4 +1,4 @@
-"""What an entry of the immunization task says in a suite."""
+"""The form of an immunization task's entry in a suite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _as_list(value: Any) -> Any:
 
 
 ProtectedSet = Annotated[list[ConceptName], BeforeValidator(_as_list), Field(min_length=1, max_length=1000)]
-"""Concepts that are protected together; one by itself may be written without brackets."""
+"""Concepts that are protected together; a single one may be written without brackets."""
 
 
 class ImmunizationSpec(TaskSpec):
