@@ -36,7 +36,7 @@ FILLED = frozenset(
     {"suite", "model", "step", "prompt_index", "prompt", "metric", "value", "direction", "unit", "range", "backbone",
      "preprocessing", "library", "sample_key", "score_key"}
 )  # fmt: skip
-"""Columns that rows fill themselves, from the stages and their scores: no labels."""
+"""Columns that rows fill from the stages and their scores: no measurement may use them as labels."""
 Label = str | int | bool | tuple[str, ...]
 """A value of a label; a tuple is joined by + in the rows."""
 

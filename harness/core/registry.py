@@ -227,9 +227,9 @@ def _load_plugin(path: Path) -> None:
 
 @contextmanager
 def blamed(cls: type, what: str) -> Iterator[None]:
-    """Turn what the code of a plug-in raises inside the block into a UserMistake: `what`, its file and line, the error.
+    """Turn an exception from a plug-in's code inside the block into a UserMistake: file, line, `what` and the error.
 
-    A bundled method is ours: what it raises goes on as it is.
+    Exceptions of bundled methods pass unchanged: they are defects of ours.
     """
     try:
         yield

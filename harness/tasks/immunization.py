@@ -129,7 +129,7 @@ class _Grid:
         self.utility = [(c, "utility") for c in build.suite.utility]
 
     def measurements(self) -> Iterator[Measurement]:
-        """Yield them in the order of the table: real images, then per seed the model before erasure and the defenses."""
+        """Yield them in the order of the table: real images, then per seed the model before erasure and defenses."""
         erased = self._erased()
         for name, _ in self.roles:
             yield self._real(name)
