@@ -100,7 +100,7 @@ class Measurements:
     def shares_images(self, task: str, attack: str, attacker: str, defense: str, other: str) -> bool:
         """Return whether the attack's images come from the same stages for two defenses, wherever both were attacked.
 
-        This is so when neither defense affects the attack. Keys are compared, not values: equal scores prove nothing.
+        This is so when neither defense affects the attack. Keys are compared: values may be equal for other reasons.
         """
         first, second = (self._samples.get((task, name, attack, attacker), {}) for name in (defense, other))
         both = first.keys() & second.keys()

@@ -1,4 +1,4 @@
-"""The form of SCORES, which every stage that scores writes: checked before it is committed, whoever wrote it."""
+"""Check the form of SCORES, which every scoring stage writes, before the stage is committed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.store.layout import SCORES
 
 
 def require(folder: Path) -> None:
-    """Raise ValueError where a folder holds SCORES that no rows can be made of, or values that are not finite."""
+    """Raise ValueError if SCORES of a folder cannot be turned into rows, or has values that are not finite."""
     path = folder / SCORES
     if not path.is_file():
         return
