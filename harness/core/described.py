@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 Described = Mapping[str, Any]
-"""JSON values by name: what a method's own parameters are to everything but the method."""
+"""JSON values by name: a method's own parameters, as everything but the method handles them."""
 Typed = TypeVar("Typed")
 _LEFT_OUT = "left out while None"
 
@@ -37,7 +37,7 @@ def as_json(value: Any) -> Any:
 
 
 def typed(cls: type[Typed], described: Any) -> Typed:
-    """Return the instance of a dataclass that `as_json` described. Raises pydantic's ValidationError for another's."""
+    """Return the instance of a dataclass that `as_json` described. Raises pydantic's ValidationError otherwise."""
     return _adapter(cls).validate_python(described)
 
 

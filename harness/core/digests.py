@@ -12,7 +12,7 @@ from harness.core.files import write_json
 from harness.core.identity import digest_of_file, digest_of_json
 
 SUFFIXES = frozenset({".json", ".safetensors", ".txt"})
-"""What is read of a model folder."""
+"""Suffixes of the files that count in the digest of a model folder."""
 
 
 @lru_cache(maxsize=8)
@@ -77,4 +77,4 @@ class _Memory:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, self.known)
         except OSError:
-            pass  # a memory that cannot be kept costs time only
+            pass  # a memory that cannot be written costs time only

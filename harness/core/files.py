@@ -28,7 +28,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process of this machine lives."""
+    """Return whether a process is running on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Python's search for garbage in circles, paused where millions of objects are made and nearly all are kept."""
+"""Python's cyclic garbage collection, paused where millions of objects are made and nearly all of them are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Do not search for circles inside the block; everything else is freed as ever."""
+    """Pause cyclic garbage collection inside the block; reference counting frees objects as usual."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

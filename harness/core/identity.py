@@ -19,8 +19,8 @@ from typing import Any
 from harness.core.described import as_json
 
 KEY_VERSION = 1
-"""Raised when the meaning of a stage's description changes, or what shared code (training, sampling, stages) makes of
-it, so that old records are not taken for new ones. Methods have their versions."""
+"""Raised when the meaning of a stage's description changes, or when shared code (training, sampling, stages) computes
+something else from it. Then old records are not taken for new ones. Methods have their own versions."""
 
 
 @dataclass(frozen=True)

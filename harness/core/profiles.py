@@ -1,4 +1,4 @@
-"""Settings that a profile decides where none is given, for methods of which paper and code differ."""
+"""Settings whose default depends on a profile, for methods whose paper and code differ."""
 
 from __future__ import annotations
 

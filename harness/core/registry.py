@@ -1,4 +1,4 @@
-"""How methods are found: a decorator, an entry point, or `--plugin file.py`. One door for bundled and outside methods.
+"""How methods are found: a decorator, an entry point, or `--plugin file.py`, the same for all methods.
 
 A method is a class with `name`, `version` and `Parameters` (a frozen dataclass whose defaults are the paper's).
 Registering checks the class, refuses a name that is taken, and needs no list to be edited elsewhere::
@@ -36,7 +36,7 @@ KINDS = {
     "sampling_hook": "harness.contracts.hooks:SamplingHook",
     "diagnostic": "harness.contracts.diagnostic:Diagnostic",
 }
-"""What can be registered, and the base class that says what it has to offer."""
+"""What can be registered, and the base class that defines its interface."""
 PACKAGES = ("harness.stages", "harness.tasks", "defenses", "attacks", "metrics")
 """The packages whose modules hold what is bundled."""
 GROUPS = ("tasks", "stages", "defenses", "attacks", "metrics")
@@ -117,7 +117,7 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
 
 
 def _check_metric(cls: type, where: str) -> None:
-    """Raise BadMethod when a table could not be read by what the metric says of its values."""
+    """Raise BadMethod when the metric's direction, unit or range is not valid: tables could not be read without."""
     if cls.direction not in DIRECTIONS:
         raise BadMethod(f"{where}: direction {cls.direction!r} must be 'higher' or 'lower'")
     if not isinstance(cls.unit, str):
@@ -187,7 +187,7 @@ def load_plugins(paths: Sequence[str | Path]) -> None:
 
 
 def _load_plugin(path: Path) -> None:
-    """Import one plug-in, once. Raises UserMistake whose message goes on after the name of the file."""
+    """Import one plug-in, once. Raises UserMistake; its message is meant to follow the name of the file."""
     try:
         path = path.resolve()  # as tracebacks name it
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""How images are drawn, as a stage is given it: the suite's `sampling`. No torch here."""
+"""How images are drawn: the suite's `sampling`, as stages receive it. No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sampling:
 
     @property
     def alone(self) -> Sampling:
-        """The same for stages that draw a number of images a prompt by themselves."""
+        """The same settings for stages that set the number of images per prompt themselves."""
         return replace(self, images_per_prompt=None)
 
     @property

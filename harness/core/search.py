@@ -5,10 +5,10 @@ spent by the rest of them, with prompts that no evaluation asks. Probes come in 
 results of all batches before. Optuna's TPE proposes (Bergstra et al. 2011), as a function of the seed and of what was
 found: a probe is a stage like others, so it is shared, kept and counted, whoever does it and in whatever order.
 
-The best of several noisy scores flatters: what looks best on a few images under one seed may be worse than the stated
-attack. So the first probe is the attack as the suite states it, and of every six probes two repeat that one and the
-best of the others under another seed, with other images held out (as far as there are other thirds). Only settings
-that score higher each time are taken; else the attack stays as it was stated.
+The best of several noisy scores is too high: settings that look best on a few images under one seed may be worse than
+the stated attack. So the first probe is the attack as the suite states it. Of every six probes two are repeats: one of
+that first probe, one of the best other probe, both under another seed and with other images held out (as far as other
+thirds are left). Settings are taken only if they score higher in every repeat; else the attack stays as it was stated.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 from harness.core.seeds import mix
 
 VERSION = 3
-"""Raised when the same findings lead to other proposals, or the same probe to another score."""
+"""Raised when the same results would lead to other proposals, or the same probe to another score."""
 IMAGES = 3
-"""Of each prompt, that a probe is judged by: one alone says little."""
+"""Images of each prompt by which a probe is judged: a single image is too noisy."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +88,23 @@ def as_json(space: Space) -> dict[str, Any]:
     return {name: part.as_json() for name, part in space.items()}
 
 
-def propose(space: Mapping[str, Mapping[str, Any]], seed: int, told: Sequence[Probe], place: int) -> dict[str, Any]:
+def propose(space: Mapping[str, Mapping[str, Any]], seed: int, earlier: Sequence[Probe], place: int) -> dict[str, Any]:
     """Return the values of a probe: {} for the very first, which changes nothing.
 
-    `space` as JSON values; `told` are the probes of all batches before, in order; `place` is the probe's in its own
-    batch. Probes that diverged count as the worst that was found.
+    `space` as JSON values; `earlier` are the probes of all batches before, in order; `place` is the probe's index in
+    its batch. Probes that diverged count as the worst that was found.
     """
-    if not told and place == 0:
+    if not earlier and place == 0:
         return {}
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {name: _distribution(optuna, part) for name, part in space.items()}
-    source = mix(seed, len(told)) % 2**32  # each batch draws anew: the first ones are random
+    source = mix(seed, len(earlier)) % 2**32  # each batch draws anew: the first ones are random
     sampler = optuna.samplers.TPESampler(seed=source, n_startup_trials=4, constant_liar=True, multivariate=False)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    found = [probe.score for probe in told if probe.score is not None]
-    for probe in told:
+    found = [probe.score for probe in earlier if probe.score is not None]
+    for probe in earlier:
         if probe.values.keys() == space.keys():  # not the first, which may be outside the space
             values = {name: _index(space[name], value) for name, value in probe.values.items()}
             score = probe.score if probe.score is not None else min(found, default=0.0)
@@ -120,14 +120,14 @@ def explored(probes: int) -> int:
     return probes - 2 * (probes // 6)
 
 
-def repeated(told: Sequence[Probe], place: int) -> Mapping[str, Any] | None:
+def repeated(explored: Sequence[Probe], place: int) -> Mapping[str, Any] | None:
     """Return the values of a repeat: {} at even places, those of the best probe at odd ones; None: none is needed.
 
-    `told` are the probes that tried something new.
+    `explored` are the probes that tried something new.
     """
-    if all(probe.score is None for probe in told) or not best(told).values:
+    if all(probe.score is None for probe in explored) or not best(explored).values:
         return None
-    return best(told).values if place % 2 else {}
+    return best(explored).values if place % 2 else {}
 
 
 def best(probes: Sequence[Probe]) -> Probe:
@@ -139,10 +139,10 @@ def best(probes: Sequence[Probe]) -> Probe:
 
 
 def chosen(probes: Sequence[Probe]) -> Probe:
-    """Return the probe whose settings the attack is made with, of a whole search in order.
+    """Return the probe whose settings the attack is made with; `probes` are a whole search, in order.
 
-    The best of those that tried something new, if it scored higher than the attack as it was stated in every repeat
-    too. Raises ValueError when all diverged.
+    It is the best of those that tried something new, if it also scored higher than the attack as stated in every
+    repeat; else the attack as stated. Raises ValueError when all diverged.
     """
     count = explored(len(probes))
     stated, contender = probes[0], best(probes[:count])

@@ -1,4 +1,4 @@
-"""What a concept is called by one side: its name in captions and prompts, and what that name is made of."""
+"""The name of a concept as one side uses it in captions and prompts, and the parts of that name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Words:
     """The words of a concept. Personalization: "sk object"; re-learning: the concept's own, "strawberry"."""
 
     name: str  # as it is written in captions and evaluation prompts
-    identifier: str = ""  # the part of the name that means nothing before, "sk"; "" where it goes by its own words
+    identifier: str = ""  # the new word in the name, such as "sk"; "" where there is none
     class_word: str = ""  # what kind of thing it is, "object"
 
     def renamed(self, text: str, called: str) -> str:
