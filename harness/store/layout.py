@@ -5,7 +5,7 @@ from __future__ import annotations
 CHECKPOINTS = "checkpoints"
 """Of an adaptation: a folder for each step. It may be gone from a committed stage (`harness.stages.checkpoints`)."""
 SCORES = "scores.json"
-"""Of a stage that scores: what the metric says of itself, and its values."""
+"""Of a stage that scores: the description of the metric, and its values."""
 
 
 def step_folder(step: int) -> str:

@@ -21,7 +21,7 @@ MOST_TOLD = 20
 
 @dataclass(frozen=True)
 class Merged:
-    """How a merge ended."""
+    """The result of a merge."""
 
     copied: int
     known: int  # were there already, the same
@@ -96,7 +96,7 @@ def _fits(path: Path, key: str) -> bool:
 
 
 def _content(path: Path) -> dict[str, str]:
-    """Return what a stage holds, by file; not its record, which says when and where."""
+    """Return the content of a stage by file, without its record, which contains time and machine."""
     return {
         file.relative_to(path).as_posix(): digest_of_file(file)
         for file in sorted(path.rglob("*"))
@@ -105,7 +105,7 @@ def _content(path: Path) -> dict[str, str]:
 
 
 def _agree(one: dict[str, str], other: dict[str, str]) -> bool:
-    """Return whether two stages hold the same; checkpoints may be gone from one of them."""
+    """Return whether two stages have the same content; one of them may lack its checkpoints."""
     if all(any(name.startswith(f"{CHECKPOINTS}/") for name in each) for each in (one, other)):
         return one == other
     kept = [{n: d for n, d in each.items() if not n.startswith(f"{CHECKPOINTS}/")} for each in (one, other)]
@@ -115,7 +115,7 @@ def _agree(one: dict[str, str], other: dict[str, str]) -> bool:
 def _copy(path: Path, final: Path) -> None:
     """Copy a stage so that it is there as a whole or not at all."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f".old.{uuid.uuid4().hex}"  # swept, should a kill come between
+    temporary = final.parent / f".old.{uuid.uuid4().hex}"  # removed by `sweep` after a kill
     shutil.copytree(path, temporary)
     sync_files(temporary)
     os.rename(temporary, final)

@@ -105,7 +105,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self) -> int:
-        """Remove what processes of this machine that are gone left behind; return how many folders."""
+        """Remove the folders that ended processes of this machine left behind; return how many."""
         removed = 0
         for folder in self.root.glob("*/.*"):
             parts = folder.name.split(".")  # "", key, host, pid, random
