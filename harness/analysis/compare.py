@@ -2,16 +2,16 @@
 
     stronger_by    what the attack reaches on the baseline less what it reaches on the defense, in the metric's unit
                    (of a distance the other way round), mean over targets. Above 0: the defense protects more.
-    low, high      its 95 % interval; `covers` says of what chance (`harness.analysis.statistics`). Paired by concept,
+    low, high      its 95 % interval; `covers`: of which chance (`harness.analysis.statistics`). Paired by concept,
                    prompt and seed.
     p, p_corrected of no difference; corrected by Holm over the attacks and the worst case of a task, metric and step.
-    detectable     the least difference that so many seeds and prompts find in four of five runs, at the level that the
-                   correction asks of the first of so many tests.
-    retained_by    the same on innocent concepts, the other way round: above 0: they are learned better.
+    detectable     the least difference that so many seeds and prompts find in four of five runs, at the level of the
+                   first of the corrected tests.
+    retained_by    the same on innocent concepts with the opposite sign. Above 0: they are learned better.
     verdict        stronger | weaker: p_corrected below 0.05; unclear: no significant difference; not tested: one seed.
 
-Worst case: what the most successful attack reaches on each of the two, whichever it is; drawn anew with every bootstrap
-sample, so that the choice of the attack is part of the chance. An attack that some target lacks is no part of it.
+Worst case: what the most successful attack on each of the two defenses reaches. The attack is chosen anew in every
+bootstrap sample, so that its choice is part of the chance. Attacks that some target lacks are left out.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws:
     if not cells:
         return None
     found = estimate(cells, statistic, draws=draws)
-    # innocents meet the attacks one by one: a worst case is none of theirs
+    # innocents are compared attack by attack: they have no worst case
     innocents, _ = paired_cells(table, keys, sides, "innocent") if len(keys) == 1 else ([], 0)
     kept = estimate(innocents, statistic, draws=draws) if innocents else None
     reached = [closest(cells, side, len(keys), sign) for side in (0, 1)]
@@ -135,7 +135,7 @@ def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws:
 
 
 def _retained(found: Estimate | None) -> dict[str, float | None]:
-    """Return what is said of innocents: the same gap the other way round."""
+    """Return the columns of innocents: the same gap with the opposite sign."""
     names = ("retained_by", "retained_low", "retained_high", "retained_p")
     if found is None:
         return dict.fromkeys(names)

@@ -7,7 +7,7 @@
                    one more than the step. Empty: not within the steps that were made.
     area           mean share from step 0 to the last step, over the same logarithm: small is strong protection.
 
-`_none`: of the same attack on the undefended model. Whether an attack counts, the leaderboard says.
+`_none`: of the same attack on the undefended model. The leaderboard decides whether an attack counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Limits that hold as often as they say when chance comes from two sources, both known from few draws. No torch.
+"""Limits that hold as often as stated when chance comes from two sources, both known from few draws. No torch.
 
 A value has the variance a + b; a is estimated with few degrees of freedom (seeds), b with others (prompts). Limits put
 together from each part's own Student's t,

@@ -25,7 +25,7 @@ _SAMPLED = ("task", "defense", "attack", "attacker")
 
 
 class Measurements:
-    """What rows hold, and what there is to group it by, in order of first appearance."""
+    """The values of rows, and the labels that group them, in order of first appearance."""
 
     def __init__(self, rows: DataFrame):
         import numpy as np
@@ -74,7 +74,7 @@ class Measurements:
         self.probes: dict[tuple[str, str, str], int] = {
             group[:3]: probes for group, probes in zip(self.groups, attacked["n_probes"].tolist(), strict=True)
         }
-        """(task, attack, attacker) -> how often it tried before."""
+        """(task, attack, attacker) -> how many probes it made before."""
 
     def sign(self, metric: str) -> int:
         """Return 1 where greater values mean more similarity, -1 where they mean less."""
@@ -98,9 +98,9 @@ class Measurements:
         return self._found[key]
 
     def shares_images(self, task: str, attack: str, attacker: str, defense: str, other: str) -> bool:
-        """Return whether the attack's images are the very same stages' for two defenses, wherever both were attacked.
+        """Return whether two defenses share the stages of the attack's images, wherever both were attacked.
 
-        So it is where the attack heeds neither: by identity, not by value, as scores may agree for other reasons.
+        They do when neither affects the attack. Compared by key, not by value: scores may agree for other reasons.
         """
         first, second = (self._samples.get((task, name, attack, attacker), {}) for name in (defense, other))
         both = first.keys() & second.keys()

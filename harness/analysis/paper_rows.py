@@ -20,7 +20,7 @@ Columns, in the order of the file:
     metric     with `direction` and `unit`, the same in all rows of a file
     direction  "higher": a greater value is more similarity or quality as the metric defines it, or more of what a ratio
                such as SGR is made to measure; "lower": less; "none": neither, such as a cost. Not what an attacker or
-               a defender wants: a style metric may be "higher" in a paper that wants little of it (its note says so)
+               a defender wants: a style metric may be "higher" in a paper that wants low values (see its note)
     unit       empty: a bare number, or not stated
     value      as printed, with its zeros
     deviation  what the source prints behind ±; empty: nothing

@@ -1,25 +1,26 @@
 """How many seeds a claim needs, before it is run: from the variances of a pilot run. No torch, no files.
 
 A claim is what `harness.analysis.compare` makes of two defenses: that under an attack one protects more. How sure it is
-depends on how much the difference between two defenses varies over seeds and prompts, which a pilot of two seeds or
-more knows: of every pair of its defenses (those made weak on purpose left out, and of those that affect an attacker
-nothing of, so that they share their images, all but one) both variances are estimated as `compare` does, and their
-means taken, for two defenses that vary as the pilot's do.
+depends on how much the difference between two defenses varies over seeds and prompts. A pilot of two seeds or more
+measures that. Both variances are estimated as `compare` does, for every pair of the pilot's defenses, and their means
+are taken. Defenses made weak on purpose are left out. Of defenses that do not affect the attacker, which share their
+images, only one is used. The result is valid for two defenses that vary as the pilot's do.
 
-    difference    that is to be found, in the metric's unit; as a share: of what the attack reaches on the undefended
-                  model (SGR, taken of the mean over targets)
-    n_tests       attacks and worst case that are corrected together; the level is 5 % over their number, at which
-                  Holm's correction is sure to make the claim, whatever the other tests say
-    detectable    the least difference that as many seeds as are planned find in four of five runs
-    seeds         how many find the difference in four of five runs, by the pilot's variances as they came out
-    seeds_safe    the same by variances that the truth is below in four pilots of five: those of few seeds often come
-                  out far too small (`Estimate.cautious`)
-    covers        of what chance this speaks; other concepts are never in it
-    limit         why there is no number: prompts: their part alone, which no seeds make smaller, hides the difference;
-                  seeds: more than `most` are needed; one seed: the pilot is too small; undefined: a share of nothing
+    difference    the difference to be found, in the metric's unit; as a share: of what the attack reaches on the
+                  undefended model (SGR of the mean over targets)
+    n_tests       attacks and worst case that are corrected together; the level is 5 % divided by their number: at it
+                  Holm's correction confirms the claim whatever the other tests result in
+    detectable    the least difference that the planned number of seeds finds in four of five runs
+    seeds         how many seeds find the difference in four of five runs, by the pilot's variances as estimated
+    seeds_safe    the same by upper limits of the variances, which are above the truth in four of five pilots: estimates
+                  from few seeds are often far too small (`Estimate.cautious`)
+    covers        which chance is covered; other concepts are never covered
+    limit         why there is no number: prompts: the variance of prompts alone, which seeds do not reduce, hides the
+                  difference; seeds: more than `most` are needed; one seed: the pilot is too small; undefined: a share
+                  of nothing
 
-Prompts and targets are taken to be as many as in the pilot. `tests/benchmarks/false_claims.py` counts how often
-`compare` finds what is said to be found.
+The number of prompts and targets is assumed to be the pilot's. `tests/benchmarks/false_claims.py` counts how often
+`compare` finds what these numbers promise.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def seeds_needed(
 ) -> list[dict[str, Any]]:
     """Return a line for each task, metric and attack of the pilot, at the attack's last step, and the worst case.
 
-    `asked` leaves out what is not in it, `between` all pairs but one. Where no two defenses were attacked alike,
-    or all share their images, there is no line.
+    `asked` selects attacks, `between` a single pair of defenses. Where no two defenses were attacked alike, or all
+    share their images, there is no line.
     """
     table = measured(rows)
     wanted = [key for key in table.groups if asked is None or (key[0], key[3], key[1]) in asked]
@@ -86,7 +87,7 @@ def seeds_needed(
 def _line(
     table: Measurements, keys: list[Key], tests: int, between: tuple[str, str] | None, draws: int
 ) -> dict[str, Any] | None:
-    """Return what the pilot says of an attack, or of the worst case of several; None without two defenses."""
+    """Return the line of an attack, or of the worst case of several; None without two defenses."""
     task, attack, attacker, metric, step = keys[0]
     sign = table.sign(metric)
     defenses = [name for name in table.defenses[task] if name not in table.weak.get(task, ())]
@@ -127,7 +128,7 @@ def _line(
 
 
 def _are_same(table: Measurements, keys: list[Key], first: str, second: str) -> bool:
-    """Return whether two defenses affect none of the attacks: a pair that varies by nothing."""
+    """Return whether two defenses affect none of the attacks: such a pair has no variance."""
     return all(table.shares_images(key[0], key[1], key[2], first, second) for key in keys)
 
 
@@ -141,7 +142,7 @@ def _pooled(estimates: list[Estimate]) -> Estimate:
 
 
 def _needed(line: Mapping[str, Any], difference: float, is_share: bool, planned: int, most: int) -> dict[str, Any]:
-    """Return what follows for a difference; None throughout where a share is of nothing."""
+    """Return the columns for a difference; all None where it is a share of nothing."""
     if is_share:
         none = line["reached_none"]
         difference = difference * none if none is not None and none > 0 else None

@@ -15,12 +15,12 @@ are those of Student's t of each part, put together as squares (Zou and Donner 2
 
     half width^2 = t(seeds - 1)^2 V_seeds + t(prompts - concepts)^2 V_prompts
 
-From three seeds up intervals are calibrated so that they hold as often as they say; tests of a difference keep the
-limits above, whose claims are false less often than their level whatever brings the chance (`harness.analysis.limits`).
-So where both kinds of chance matter an interval may leave zero out where p is a little above its level. One t at
-Satterthwaite's (1946) degrees of freedom would hold 88 % with two seeds that bring most of the chance: it takes a
-variance that came out small for one that is well known. `tests/benchmarks/coverage.py` measures how often intervals
-hold the truth.
+From three seeds up intervals are calibrated so that they hold as often as stated. Tests of a difference keep the limits
+above: their claims are false less often than their level, whichever kind of chance dominates
+(`harness.analysis.limits`). So where both kinds matter, an interval may exclude zero although p is a little above its
+level. One t at Satterthwaite's (1946) degrees of freedom would hold 88 % with two seeds that bring most of the chance:
+it treats a variance that is estimated small as one that is well known. `tests/benchmarks/coverage.py` measures how
+often intervals hold the truth.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic, how far it may be off, and by what."""
+    """A statistic with its variances."""
 
     value: float
     variance_seeds: float | None  # None: fewer than two seeds, which allow no claim about another run
@@ -129,10 +129,10 @@ class Estimate:
         return high
 
     def cautious(self, confidence: float = 0.8) -> Estimate:
-        """Return the estimate with variances at their upper limits: what to plan by (Browne 1995).
+        """Return the estimate with variances at their upper limits, for planning (Browne 1995).
 
-        Variances from few seeds come out far too small as often as too great; so many pilots of a hundred have the
-        truth below this limit.
+        Variances from few seeds are often far too small. In a share `confidence` of pilots the truth is below this
+        limit.
         """
         from scipy.special import chdtri
 
