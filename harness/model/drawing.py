@@ -1,9 +1,9 @@
-"""One batch of images while it is drawn: what a sampling hook sees of it and may change, and the denoising loop.
+"""One batch of images while it is drawn: what a sampling hook may read and change, and the denoising loop.
 
 The loop does what diffusers' `StableDiffusionPipeline` does, with the pipeline's own parts: starting latents,
-scheduler, UNet, decoder and image processor. Without hooks its images are the pipeline's, bit for bit. It is a loop of
-ours because the pipeline's callback comes after a step: the first step is out of its reach, the timesteps are not known
-before, guidance is a private attribute, and a change across guidance 1 would need two texts stacked by hand.
+scheduler, UNet, decoder and image processor. Without hooks its images are the pipeline's, bit for bit. The pipeline's
+own callback is not enough: it is called after a step, so that it cannot change the first one; the timesteps are not
+known before; guidance is a private attribute; and a change across guidance 1 would need two texts stacked by hand.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Drawing:
     negative_embeddings: Tensor  # same shape, of the text that guidance leads away from: ""
     guidance: float | Tensor | None
     """w in e("") + w [e(prompt) - e("")], e the UNet's prediction: a number, or one an image, [images]. None: e(prompt)
-    alone, in half the passes; so it begins where the suite's guidance is 1 or less, as in diffusers."""
+    alone, in half the passes; the initial value where the suite's guidance is 1 or less, as in diffusers."""
 
     def predict(
         self, latents: Tensor, timestep: int | Tensor, embeddings: Tensor, *, with_gradient: bool = False
@@ -73,7 +73,7 @@ class Drawing:
 
 
 class Watcher(Protocol):
-    """What is called while a batch is drawn; `SamplingHook` of `harness.contracts.hooks` says when and for what."""
+    """Functions that are called while a batch is drawn, as `SamplingHook` of `harness.contracts.hooks` defines."""
 
     needs_gradient: ClassVar[bool]
 
@@ -88,7 +88,7 @@ class Watcher(Protocol):
 
 
 def starting_latents(model: DiffusionModel, seeds: Sequence[int], like: Tensor) -> tuple[Tensor, list[torch.Generator]]:
-    """Return the latents [images, channels, height, width] that drawing begins with, and the generators they came of.
+    """Return the latents [images, channels, height, width] that drawing begins with, and the generators that made them.
 
     Each image has its own generator, on the CPU, so that a GPU sees the same numbers. `like` gives the precision.
     """
@@ -101,7 +101,7 @@ def starting_latents(model: DiffusionModel, seeds: Sequence[int], like: Tensor) 
 def draw(drawing: Drawing, generators: Sequence[torch.Generator], watchers: Sequence[Watcher] = ()) -> list[Image]:
     """Take every denoising step of the pipeline's scheduler, whose timesteps are set; return the images, decoded.
 
-    Raises ValueError when a watcher changed a shape. What watchers began they end, also when something fails.
+    Raises ValueError when a watcher changed a shape. `end` is called on each watcher that began, also after an error.
     """
     pipeline = drawing.model.pipeline
     options = pipeline.prepare_extra_step_kwargs(list(generators), 0.0)
@@ -131,7 +131,7 @@ def draw(drawing: Drawing, generators: Sequence[torch.Generator], watchers: Sequ
 
 @contextlib.contextmanager
 def _watched(drawing: Drawing, watcher: Watcher) -> Iterator[None]:
-    """Let a watcher change a drawing: with gradients if it needs them, of which nothing is left; shapes stay."""
+    """Let a watcher change a drawing, with gradients if it needs them. No graph is kept, and shapes must not change."""
     names = ("latents", "embeddings", "negative_embeddings")
     before = {name: getattr(drawing, name).shape for name in names}
     with torch.set_grad_enabled(watcher.needs_gradient):

@@ -1,8 +1,8 @@
 """A text-to-image model: loaded once, changed in declared places, and put back exactly.
 
 The model is a genuine diffusers `StableDiffusionPipeline`, from the hub, a folder or the embedded testbed. Weights are
-held in fp32 (masters); `precision: bf16` computes under autocast. The safety checker is left out in every arm: its
-black images would enter the means of both (papers' released scripts differ here).
+held in fp32 (masters); `precision: bf16` computes under autocast. The safety checker is left out for all models: its
+black images would enter the means (papers' released scripts differ here).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DiffusionModel:
         self._tokenizer_length = len(pipeline.tokenizer)
         self._processors = dict(pipeline.unet.attn_processors)
         self._scheduler = pipeline.scheduler
-        self.engine: nn.Module | None = None  # what calls the UNet while its weights are spread over processes
+        self.engine: nn.Module | None = None  # calls the UNet while its weights are sharded
 
     @classmethod
     def load(cls, source: ModelSource, device: torch.device) -> DiffusionModel:
@@ -153,9 +153,9 @@ class DiffusionModel:
         return changed
 
     def use_up(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
-        """As `change`, without keeping the originals, for a method that has no memory for them: it spends the model.
+        """As `change`, without keeping the originals, for a method that has no memory for them.
 
-        The next stage loads it anew.
+        The model is spent: the next stage loads it anew.
         """
         self._is_spent = True
         known = self.parameters()
@@ -194,7 +194,7 @@ class DiffusionModel:
         setattr(self.pipeline, component, other)
 
     def _put_back(self) -> None:
-        """Put the base's components back where others are, with the memory of what was changed in them."""
+        """Put the base's components back where they were replaced, and the record of their changes."""
         for component, (own, of_own) in self._replaced.items():
             setattr(self.pipeline, component, own)
             others = {n: t for n, t in self._originals.items() if not n.startswith(f"{component}.")}

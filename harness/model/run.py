@@ -27,11 +27,11 @@ class World:
     size = 1
 
     def decide(self, flag: bool) -> bool:
-        """Return what the first process says, so that all do the same."""
+        """Return the first process's value, so that all do the same."""
         return flag
 
     def all(self, flag: bool) -> bool:
-        """Return whether every process says yes."""
+        """Return whether the value is true in every process."""
         return flag
 
     def mean(self, value: float) -> float:
@@ -39,7 +39,7 @@ class World:
         return value
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Wait until every process has called this."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Run:
     world: World = field(default_factory=World)
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     prepared: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the defense's `preparation` changed
-    keeps_end: bool = False  # keep the state at the end too: of a part, when others follow in the same stage
+    keeps_end: bool = False  # keep the state at the end too: for a part that other parts of the stage follow
     _last_checkpoint: float = field(default_factory=time.monotonic)
 
     def seed_for(self, *axes: str | int) -> int:
@@ -118,8 +118,8 @@ class Run:
     def save_state(self, step: int, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Keep what is needed to go on from `step`, in place of what was kept before. Every process calls it.
 
-        Each process keeps a file of its tensors; the last one to be written, by the first process when all others
-        are on disk, says which belong together.
+        Each process writes a file of its tensors. When all are on disk, the first process writes a last file that
+        lists which belong together.
         """
         from safetensors.torch import save
 

@@ -19,7 +19,7 @@ _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _COMPONENTS = ("unet", "vae", "text_encoder")
 
 SD1_PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
-"""Numbers of weights of what is loaded of SD 1.x."""
+"""Numbers of weights of the parts of SD 1.x that are loaded."""
 SD1_IDS = frozenset(
     {
         *(f"CompVis/stable-diffusion-v1-{i}" for i in range(1, 5)),
@@ -29,7 +29,7 @@ SD1_IDS = frozenset(
 )
 """Hub ids of models of that shape."""
 _SD1_UNET = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "sample_size": 64}
-"""What a UNet of SD 1.x says of itself."""
+"""Entries of the configuration of a UNet of SD 1.x."""
 
 
 @dataclass(frozen=True)
