@@ -1,7 +1,7 @@
-"""Checks of what a suite means: methods and their parameters, names, sizes. Each returns (path, message) pairs.
+"""Checks of a suite's content: methods and their parameters, names, sizes. Each returns (path, message) pairs.
 
-A suite with mistakes of form is checked as far as it can be read: what is wrong in it is None here. What concerns one
-kind of task alone is checked by it (`harness.contracts.task`).
+A suite with mistakes of form is checked as far as it can be read: its wrong parts are None here. What concerns a single
+kind of task is checked by that task (`harness.contracts.task`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from harness.suite.spec import (
 )
 
 MAX_PRIOR_IMAGES = 100_000
-"""More images of a class are a slip of the pen."""
+"""More images of a class are taken for a typing error."""
 MAX_TRIALS = 200_000
-"""Larger grids are refused: they are slips of the pen, and planning them takes minutes."""
+"""Larger grids are refused: they are typing errors, and planning them takes minutes."""
 
 
 def before_concepts(loaded: LoadedSuite) -> list[Mistake]:
@@ -43,7 +43,7 @@ def before_concepts(loaded: LoadedSuite) -> list[Mistake]:
 
 
 def after_concepts(loaded: LoadedSuite) -> list[Mistake]:
-    """Return the mistakes that show when concepts are resolved."""
+    """Return the mistakes that need resolved concepts."""
     mistakes: list[Mistake] = []
     for kind, entries in _entries(loaded).items():
         mistakes += registry.get("task", kind).check_concepts(loaded, entries)
@@ -120,7 +120,7 @@ def _search(cls: type, spec: AttackSpec, values: Any, path: tuple, suite: Suite)
 
 
 def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...], str]]:
-    """Call what planning will ask a method; return (field or nothing, message) of what is wrong with its answers."""
+    """Call the functions of a method that planning needs; return (field or nothing, message) of each mistake."""
     try:
         mistakes = [
             ((name,), f"'{one_line(file)}' does not exist; give the path of a file or folder")
@@ -154,18 +154,18 @@ def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...]
 
 
 def _reserved_names(loaded: LoadedSuite) -> list[Mistake]:
-    """Find names that would be taken for something of ours."""
+    """Find names that this program uses itself."""
     mistakes: list[Mistake] = []
     if loaded.suite.name in RESERVED_SUITE_NAMES:
-        mistakes.append((("name",), f"'{loaded.suite.name}' is the name of our own folder; choose another"))
+        mistakes.append((("name",), f"'{loaded.suite.name}' is the name of the program's own folder; choose another"))
     for index, spec in enumerate(loaded.suite.defenses):
         if spec is not None and spec.name in RESERVED_DEFENSE_NAMES:
-            mistakes.append((("defenses", index), f"'{spec.name}' is what tables call the model before erasure"))
+            mistakes.append((("defenses", index), f"'{spec.name}' is the label of the model before erasure"))
     return mistakes
 
 
 def _duplicates(loaded: LoadedSuite) -> list[Mistake]:
-    """Find labels that two methods have, and what is listed twice: two rows of a table would carry the same name."""
+    """Find labels and entries that occur twice: two rows of a table would have the same name."""
     suite = loaded.suite
     mistakes: list[Mistake] = []
     for section in METHOD_SECTIONS:
@@ -188,7 +188,7 @@ def twice(path: tuple, listed: Sequence[str]) -> list[Mistake]:
 
 
 def _sections(loaded: LoadedSuite) -> list[Mistake]:
-    """Find sections that a task needs and the suite lacks, and those that it has and no task needs."""
+    """Find sections that a task needs and the suite lacks, and sections that no task needs."""
     if "tasks" in loaded.broken or not loaded.suite.tasks:
         return []
     needed = {section for kind in _entries(loaded) for section in registry.get("task", kind).sections}
@@ -241,7 +241,7 @@ def _unknown_tasks(loaded: LoadedSuite) -> list[Mistake]:
 
 
 def _grid_size(loaded: LoadedSuite) -> list[Mistake]:
-    """Find grids that are too large to be meant."""
+    """Find grids that are too large."""
     tasks = loaded.suite.tasks.items()
     trials = sum(registry.get("task", spec.kind).count(loaded, name, spec) for name, spec in tasks)
     if trials > MAX_TRIALS:
@@ -250,7 +250,7 @@ def _grid_size(loaded: LoadedSuite) -> list[Mistake]:
 
 
 def asked(cls: type, path: tuple, hook: str, *arguments: Any) -> list[Mistake]:
-    """Return what a method's own check finds, or that it failed."""
+    """Return what a method's own check finds, or the error that it raised."""
     try:
         return [((*path, name), message) for name, message in getattr(cls, hook)(*arguments)]
     except Exception as error:

@@ -42,7 +42,7 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
             if name in suite.concepts:
                 concepts[name] = _from_spec(name, suite.concepts[name], loaded)
             elif name in described or loaded.broken & {"concepts", "model"}:
-                continue  # where it should be described there are mistakes, reported already
+                continue  # the section that should describe it has mistakes, reported already
             elif suite.model.id == TESTBED:
                 concepts[name] = _from_testbed(name, loaded)
             else:
@@ -52,7 +52,7 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
                 )
         except UserMistake as mistake:
             mistakes += mistake.messages
-    used = {*suite.concept_names(), *_texts(loaded.source.replaced)}  # or was, before a --set cut the suite down
+    used = {*suite.concept_names(), *_texts(loaded.source.replaced)}  # or was used, before a --set removed the place
     for name in suite.concepts if not loaded.broken & {"tasks", "utility"} else ():
         if name not in used:
             mistakes.append(f"{loaded.source.where(('concepts', name))}: concept '{name}' is described but not used")
@@ -131,7 +131,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         words=Words(
             name=spec.attack_name or spec.label,
             identifier=(spec.attack_name or "").removesuffix(spec.label).strip() if spec.attack_name else "",
-            # what the base model draws goes by a word that a defense may have erased
+            # the base model draws it from a word that a defense may have erased
             class_word=spec.label if spec.kind == "object" and spec.folder else spec.kind,
         ),
         source="generated" if spec.generate else "folder",

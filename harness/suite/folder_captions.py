@@ -17,7 +17,7 @@ MAX_CHARACTERS = 1000
 
 
 def read(folder: Path) -> dict[str, str]:
-    """Return file name -> caption; {} where the folder has no captions. Raises UserMistake for a file unlike that."""
+    """Return file name -> caption; {} where the folder has no captions. Raises UserMistake for another form."""
     found = [folder / name for name in FILES if (folder / name).is_file()]
     if not found:
         return {}

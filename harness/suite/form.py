@@ -1,4 +1,4 @@
-"""Whether a suite has the form that it must have: types, unknown and missing keys, in our words, with their place."""
+"""The form of a suite: mistakes of types, unknown and missing keys, in plain words, with their place."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _form_of_task(entry: Any) -> type[TaskSpec] | None:
     """Return the form of an entry under `tasks`; None for an unknown kind."""
     kind = entry.get("kind", DEFAULT_TASK) if isinstance(entry, dict) else DEFAULT_TASK
     if not isinstance(kind, str):
-        return TaskSpec  # which says that it must be text
+        return TaskSpec  # whose check reports that it must be text
     return registry.get("task", kind).Spec if kind in registry.names("task") else None
 
 

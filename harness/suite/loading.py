@@ -4,7 +4,7 @@ All mistakes are collected and reported at once, each with file, line, key, valu
 
     mini.yaml:14: attacks[1].learning_rte: 'learning_rte' is not a parameter of lora; did you mean 'learning_rate'?
 
-What it may say: `harness/suite/spec.py`.
+Its keys: `harness/suite/spec.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness.suite import yaml_source
 from harness.suite.loaded import LoadedSuite, Mistake
 
 MAX_TRIALS = 200_000
-"""Larger grids are refused: they are slips of the pen, and planning them takes minutes."""
+"""Larger grids are refused: they are typing errors, and planning them takes minutes."""
 
 
 def find(name: str) -> Path:
@@ -88,7 +88,7 @@ def _lines(source: yaml_source.YamlSource, mistakes: Sequence[Mistake]) -> list[
 
 
 def _in_file_order(messages: Sequence[str]) -> list[str]:
-    """Return the messages by line, without repeats, and not more than people read."""
+    """Return the messages by line, without repeats, at most MAX_MESSAGES of them."""
 
     def line(message: str) -> int:
         found = re.search(r":(\d+): ", message)

@@ -1,4 +1,4 @@
-"""What a suite may say: a class for each part of the YAML file, a comment for each key.
+"""The keys of a suite: a class for each part of the YAML file, a comment for each key.
 
 The shape of a suite::
 
@@ -6,7 +6,7 @@ The shape of a suite::
     model: testbed                       # or {id: CompVis/stable-diffusion-v1-4, revision: <40 hex>}, or a folder
     seeds: 2                             # or a list of integers
     tasks:
-      relearning:                        # the name of the task; kind: immunization unless it says otherwise
+      relearning:                        # the name of the task; kind: immunization unless given
         erase: uce                       # done before the defense; leave out for personalization
         targets: [object:light-bulb]     # each entry is protected by itself; a nested list is protected together
         innocents: [object:umbrella]     # attacked too: what must stay learnable
@@ -50,7 +50,7 @@ DEFAULT_BATCH_SIZE = 4
 RESERVED_SUITE_NAMES = ("store",)
 """Folders beside those of the suites."""
 RESERVED_DEFENSE_NAMES = ("original",)
-"""What the tables call the model before a task erases a concept from it."""
+"""The label, in tables, of the model before a task erases a concept from it."""
 
 
 def _step(value: Any) -> Any:
@@ -114,11 +114,11 @@ class DefenseSpec(MethodSpec):
     """A defense, and how much of a protected set it is given."""
 
     protects: Literal["all", "first"] = "all"
-    """first: only the first concept of each set, while all of them are attacked: how a defense of one concept is
-    compared on sets of several."""
+    """first: it protects only the first concept of each set, while all of them are attacked. So a defense of one
+    concept can be compared on sets of several."""
     weak: bool = False
-    """Made weak on purpose: every attack should succeed on it, and one that does not says nothing of other defenses
-    (Zimmermann et al. 2022). Attacked on targets alone."""
+    """Made weak on purpose: every attack should succeed on it. An attack that does not is no evidence for other
+    defenses (Zimmermann et al. 2022). Attacked on targets only."""
     tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
     """The tasks that it is made in; None: all."""
 
@@ -135,10 +135,10 @@ class SearchSpec(Strict):
     """How an adaptive attacker tunes an attack on each released model, before it is measured."""
 
     probes: Annotated[int, Field(ge=1, le=10_000)]
-    """Tries in all; the first is the attack as it is stated here."""
+    """Number of probes; the first is the attack as it is stated here."""
     at_once: Annotated[int, Field(ge=1, le=1000)] = 1
     """Probes of a batch: they may run side by side, and know the results of earlier batches only."""
-    metric: Label | None = None  # by which the attacker judges, of those of the suite; None: the first
+    metric: Label | None = None  # the label of the suite's metric that the attacker judges by; None: the first
     space: dict[Annotated[str, Field(max_length=40)], Annotated[list[Any], Field(min_length=1, max_length=100)]] = {}
     """What may be changed, in place of the attack's own: [low, high] for a number that is a fraction (tried on a
     logarithmic scale), and a list of values for anything else."""
@@ -155,9 +155,9 @@ class AttackSpec(MethodSpec):
     images: Count | None = None  # how many of the attack split are used; None: all
     search: SearchSpec | None = None  # of an adaptive attacker
     restore: list[Literal["unet", "text_encoder", "vae"]] = []
-    """Components of which an adaptive attacker puts the weights from before the defense in the place of those that it
-    changed: what FreezeAsGuard and weight edits cannot prevent where the base model is public. Where the task erases
-    first, these are the erased model's: undoing the erasure would be another question."""
+    """Components whose changed weights an adaptive attacker replaces by those from before the defense. FreezeAsGuard
+    and weight edits cannot prevent it where the base model is public. Where the task erases first, these are the erased
+    model's weights: undoing the erasure would be another question."""
     tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
     """The tasks that it is made in; None: all."""
     innocents: bool = True
@@ -195,7 +195,7 @@ class AttackSpec(MethodSpec):
 
 
 class TaskSpec(Strict):
-    """What every entry under `tasks` says: of which kind it is. Each kind of task adds what it needs."""
+    """The key of every entry under `tasks`: its kind. Each kind of task adds its own keys."""
 
     kind: Annotated[str, Field(max_length=40)] = DEFAULT_TASK
 
@@ -204,7 +204,7 @@ class TaskSpec(Strict):
         return []
 
     def methods(self) -> dict[tuple[str, ...], tuple[str, MethodSpec]]:
-        """Return path within the entry -> (kind, method) of the methods that it names itself."""
+        """Return path within the entry -> (kind, method) of the methods that it names."""
         return {}
 
     def most_together(self) -> int:
@@ -213,7 +213,7 @@ class TaskSpec(Strict):
 
 
 class GenerateSpec(Strict):
-    """Images that the base model draws itself: what re-learning attacks train on."""
+    """Images that the base model draws, such as those that re-learning attacks train on."""
 
     per_split: Annotated[int, Field(ge=1, le=1000)] = 20
     prompts: Annotated[list[Prompt], Field(min_length=1)] | None = None  # None: the concept's own
@@ -245,19 +245,20 @@ class ConceptSpec(Strict):
     attack_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     evaluation_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
     attack_name: Prompt | None = None
-    """What the attacker's captions and evaluation prompts call it, such as "&m cat" where the label is "cat": attacks
-    that learn a new word put it there. None: the label."""
+    """The concept's name in the attacker's captions and evaluation prompts, such as "&m cat" where the label is "cat":
+    attacks that learn a new word put it there. None: the label."""
     class_prompt: Prompt | None = None
     """What images of the concept's class are drawn from (prior preservation). None: MIMA's "object" or "artwork"."""
     probe_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
-    """What an adaptive attacker judges its probes by: no evaluation prompt. None: "a picture of" and the name."""
+    """Prompts by which an adaptive attacker judges its probes, not those of the evaluation. None: "a picture of" and
+    the name."""
     descriptions: list[Prompt] | None = None
     """What each evaluation prompt shows, in plain words: for text alignment. None: the prompt itself."""
 
     @model_validator(mode="after")
     def _prompts_fit(self) -> ConceptSpec:
         if self.attack_captions and not self.evaluation_prompts:
-            raise ValueError("give 'evaluation_prompts' too: they must say what the attack's captions call the concept")
+            raise ValueError("give 'evaluation_prompts' too: they must use the concept's name in the attack's captions")
         if self.descriptions is not None and len(self.descriptions) != len(self.evaluation_prompts or ()):
             raise ValueError("give one entry of 'descriptions' for each of 'evaluation_prompts'")
         return self
@@ -300,7 +301,7 @@ class GatesSpec(Strict):
 
 
 class ResourcesSpec(Strict):
-    """What one stage gets. Not part of any identity."""
+    """Resources of one stage. Not part of any identity."""
 
     cpus: Annotated[int, Field(ge=1, le=1024)] = 1  # threads of a stage; the same for both executors
     gpus: Annotated[float, Field(ge=0, le=64)] = 0
@@ -310,8 +311,8 @@ class ResourcesSpec(Strict):
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None  # examples in memory at a time; None: all
     gradient_checkpointing: bool = False  # recompute the UNet's activations instead of keeping them
     keep_checkpoint_mb: Annotated[float, Field(ge=0)] | None = 512.0
-    """An adapted model that takes more is deleted when its images are drawn, and made anew should it be wanted again: a
-    fine-tuned UNet of SD 1.x has 3.4 GB at each step that is read. None: all are kept."""
+    """An adapted model that takes more disk space is deleted once its images are drawn, and trained again if it is
+    needed later: a fine-tuned UNet of SD 1.x has 3.4 GB at each step. None: all are kept."""
 
     @model_validator(mode="after")
     def _offload_is_zero(self) -> ResourcesSpec:
@@ -320,7 +321,7 @@ class ResourcesSpec(Strict):
         return self
 
     def sharding(self) -> Sharding:
-        """Return what the training code needs to know of it."""
+        """Return the part that the training code needs."""
         return Sharding(self.workers, self.zero_stage, self.offload, self.micro_batch_size, self.gradient_checkpointing)
 
 

@@ -138,7 +138,7 @@ _PROBLEMS = {
     "expected ',' or '}', but got '<stream end>'": "a '{' is not closed",
     "found unexpected end of stream": "a quote is not closed",
 }
-"""The YAML reader's problems that people meet, in plain words; others are reported as they are."""
+"""Frequent problems that the YAML reader reports, in plain words; others are reported as they are."""
 
 
 def _parse(text: str, name: str, *, has_lines: bool = False) -> tuple[Any, dict[Path_, int]]:
