@@ -1,4 +1,4 @@
-"""A run as diagnostics see it: the one place that reads a plan's measurements for them."""
+"""A run for diagnostics: the one place that reads a plan's measurements for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResults:
-    """What was planned, what is committed, and the numbers made of it (`contracts.diagnostic.MeasuredRun`)."""
+    """The plan, what is committed, and the numbers computed from it (`contracts.diagnostic.MeasuredRun`)."""
 
     plan: Plan
     store: Store
@@ -92,7 +92,7 @@ class RunResults:
         for measurement in self.plan.measurements:
             about, key = measurement.labels, measurement.needs.get("immunize")
             if key is None or "defense" not in about or not self.store.has("immunize", key):
-                continue  # also where another kind of task draws from a released model under labels of its own
+                continue  # also where another kind of task draws from a released model under its own labels
             name = (about["task"], about["defense"], about["protected"], about["seed"])
             if name in seen:
                 continue
