@@ -92,7 +92,7 @@ def read(path: Path) -> RunFolder:
 
 
 def _of_other_kinds(suite: Mapping[str, Any]) -> list[str]:
-    """Return the tasks that are no immunization: their labels are their own, and their tables tell of them."""
+    """Return the tasks of other kinds than immunization: they have their own labels and tables."""
     tasks = suite.get("tasks")
     entries = {str(n): e for n, e in tasks.items() if isinstance(e, dict)} if isinstance(tasks, dict) else {}
     return [name for name, entry in entries.items() if entry.get("kind", DEFAULT_TASK) != DEFAULT_TASK]
