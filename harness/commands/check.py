@@ -1,4 +1,4 @@
-"""`check`: whether methods satisfy what every method must, before they are run."""
+"""`check`: whether methods have the properties that every method must have, before they are run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.core.errors import ExitCode, UserMistake, did_you_mean, one_line
 
-SUMMARY = "check that the methods of a plug-in satisfy what every defense and attack must"
+SUMMARY = "check that the methods of a plug-in have the properties that every defense and attack must have"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache", choices=CACHE_MODES, default="only-missing",
-        help="only-missing: run what is not committed, and what failed before (default); always: take whatever is "
-        "recorded, failures too; never: run everything anew; only-cached: run nothing, show what is committed",
+        help="only-missing: run what is not committed, and what failed before (default); always: use everything that "
+        "is recorded, also failures; never: run everything anew; only-cached: run nothing, show what is committed",
     )  # fmt: skip
     parser.add_argument("--track", action="store_true", help="write training curves for TensorBoard (extra: tracking)")
     parser.add_argument("--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one")

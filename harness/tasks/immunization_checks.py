@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from harness.core import registry
+from harness.core.counted import counted
 from harness.core.errors import one_line
 from harness.suite.checks import asked, twice
 from harness.suite.loaded import LoadedSuite, Mistake
@@ -92,7 +93,7 @@ def _protected_together(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             large = next((together for together in task.targets if most is not None and len(together) > most), None)
             if large:
                 together = one_line("+".join(large), 100)
-                what = f"{spec.method} protects at most {most} concept(s) at a time"
+                what = f"{spec.method} protects at most {counted(most, 'concept')} at a time"
                 hint = "list them one by one" + (
                     ", or give it the first of each set with 'protects: first'" if path[0] == "defenses" else ""
                 )
