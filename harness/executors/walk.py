@@ -11,7 +11,7 @@ from harness.plan.graph import Plan, Unit
 
 @dataclass
 class Summary:
-    """How a walk over the plan ended."""
+    """The result of a walk over the plan."""
 
     done: int = 0  # units done in this run
     cached: int = 0  # units that had nothing to do

@@ -1,1 +1,1 @@
-"""Tasks, one a package or file: which grid is walked, what is measured in it, which tables are made of it."""
+"""Tasks, one a package or file: the grid, what is measured in it, and its tables."""

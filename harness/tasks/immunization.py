@@ -90,7 +90,7 @@ class Immunization(Task):
 
 @dataclass(frozen=True)
 class _Released:
-    """A released model under one seed, as the measurements that attack it name it."""
+    """A released model under one seed, with its labels in the measurements that attack it."""
 
     defense: str
     method: str
@@ -105,8 +105,8 @@ class _Released:
     def met_by(self, attack: AttackSpec | None) -> ModelState:
         """Return the state that an attack (None: sampling before any) is affected by.
 
-        A defense that changes no weight has no effect on those who do not honour what it asks for, nor on an honest
-        attack that it does not concern: they share the stages of the undefended model.
+        A defense that changes no weight does not affect attackers who ignore its requirements, nor an honest attack
+        that it does not concern: they share the stages of the undefended model.
         """
         if self.undefended is None:
             return self.state
@@ -144,7 +144,7 @@ class _Grid:
                 yield from self._defended(index, seed, erased)
 
     def _erased(self) -> ModelState:
-        """Return the state that defenses begin with: the base model, erased where the task erases."""
+        """Return the state that defenses start from: the base model, erased where the task erases."""
         if self.spec.erase is None:
             return ModelState()
         values = self.build.loaded.parameters["tasks", self.task, "erase"]
@@ -354,7 +354,7 @@ class _Attack:
                 add(index, known, {"place": index - first}, seeds.derive("search", *base))
         known = dict(probes)
         for place in range(count - new):
-            pair = place // 2 + 1  # both of a pair under one seed, so that they differ in their settings alone
+            pair = place // 2 + 1  # both of a pair under one seed, so that they differ only in their settings
             add(new + place, known, {"repeat": place}, seeds.derive("search", *base, pair))
         return probes
 
@@ -364,7 +364,7 @@ class _Attack:
         return next(metric for metric in self.build.metrics if metric.name == wanted)
 
     def _probe(self, attack: AdaptParameters, which: Mapping[str, int]) -> ProbeParameters:
-        """Return the parameters of a probe: the attack's, and what it may change and is judged by."""
+        """Return the parameters of a probe: the attack's, its search space, and the metric that judges it."""
         concept, judge = self.concept, self._judge()
         available = attack.budget.images or concept.count("attack")
         return ProbeParameters(

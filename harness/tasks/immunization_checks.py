@@ -1,4 +1,4 @@
-"""What may not fit together in immunization tasks: roles, methods and images. Each returns (path, message) pairs."""
+"""Checks of immunization tasks: roles, methods and images that do not fit. Each returns (path, message) pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.suite.spec import AttackSpec
 from harness.tasks.immunization_form import ImmunizationSpec
 
 Entries = Mapping[str, ImmunizationSpec]
-"""Name of a task -> what it says."""
+"""Name of a task -> its entry."""
 
 
 def before_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
@@ -58,7 +58,7 @@ def _crossed_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             for both in sorted(targets & set(others)):
                 mistakes.append((("tasks", name, key), f"'{both}' is a target of this task too"))
         for both in sorted(set(task.innocents) & set(task.preserve)):
-            why = "is measured as an innocent; what the defense sees must be another concept"
+            why = "is measured as an innocent; the defense must not see it"
             mistakes.append((("tasks", name, "preserve"), f"'{both}' {why}"))
         for both in sorted(targets & set(loaded.suite.utility)):
             mistakes.append((("utility",), f"'{both}' is a target of task '{name}'; utility is measured on others"))
@@ -69,7 +69,7 @@ def _undefended(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Find out whether there is exactly one defense of the method none."""
     defenses = loaded.suite.defenses
     if any(spec is None or spec.method not in registry.names("defense") for spec in defenses):
-        return []  # what is wrong there may have been meant as none
+        return []  # a wrong entry may have been meant as none
     none = [index for index, spec in enumerate(defenses) if spec.method == "none"]
     if len(none) > 1:
         first = f"defenses[{none[0]}] is of method none too"
@@ -153,7 +153,7 @@ def _attack_images(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
 
 
 def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Find attacks that call a concept by a new word, where its captions or prompts do not name it."""
+    """Find attacks that teach a new word for a concept whose captions or prompts do not contain its name."""
     mistakes: list[Mistake] = []
     for index, attack in enumerate(loaded.suite.attacks):
         values = loaded.parameters.get(("attacks", str(index)))
@@ -175,7 +175,7 @@ def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             nameless = next((text for text in texts if concept.words.name not in text), None)
             if nameless is not None:
                 what = f"{attack.method} puts a new word for '{one_line(concept.words.name, 60)}', which is not"
-                how = "; set 'attack_name' of the concept to what its captions call it"
+                how = "; set 'attack_name' of the concept to its name in the captions"
                 mistakes.append(
                     (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}'{how}")
                 )
@@ -183,7 +183,7 @@ def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
 
 
 def _probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
-    """Find concepts that a search tunes attacks on, whose probes ask what an evaluation asks."""
+    """Find concepts that a search tunes attacks on, whose probe prompts are also evaluation prompts."""
     mistakes: list[Mistake] = []
     searched = [attack for attack in loaded.suite.attacks if attack is not None and attack.search is not None]
     for name in dict.fromkeys(name for attack in searched for name in _attacked(entries, attack)):
@@ -193,7 +193,7 @@ def _probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
         evaluated = {e.prompt for e in concept.evaluations}
         shared = next((e.prompt for e in concept.probes if e.prompt in evaluated), None)
         if shared is not None:
-            what = f"'{one_line(shared, 80)}' is asked by the evaluation too, which no search may see"
+            what = f"'{one_line(shared, 80)}' is an evaluation prompt too, which no search may see"
             mistakes.append((("concepts", name), f"{what}; give it other 'probe_prompts'"))
     return mistakes
 
@@ -210,7 +210,7 @@ def _scored_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
         for name, concept in loaded.concepts.items():
             drawn = len(concept.evaluations) * sampling.images_per_prompt
             found = asked(cls, ("metrics", index), "check_concept", values, concept, drawn)
-            for path, text in found:  # a parameter is named where the fault is not the concept's
+            for path, text in found:  # the message names a parameter where the concept is not the cause
                 is_of_concept = path[-1] in ("", index)
                 mistakes.append((path[:2], f"concept '{name}': {text}") if is_of_concept else (path, text))
     return list(dict.fromkeys(mistakes))

@@ -1,4 +1,4 @@
-"""What an entry of the immunization task says in a suite."""
+"""The form of an entry of the immunization task in a suite."""
 
 from __future__ import annotations
 
