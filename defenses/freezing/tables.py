@@ -113,7 +113,7 @@ def lines(
     found = []
     for leader in leaders:
         own = by_defense.get((leader["task"], leader["defense"]), [])
-        told = {
+        line = {
             **leader,
             "n_protected": together[leader["task"]],
             "ratio": own[0].ratio if own else None,
@@ -121,7 +121,7 @@ def lines(
             "parameters": sum(mask.share_of_parameters for mask in own) / len(own) if own else 0.0,
             "is_felt": not _is_undefended(leader, table),
         }
-        found.append({column: told[column] for column in COLUMNS})
+        found.append({column: line[column] for column in COLUMNS})
     return found
 
 
@@ -159,11 +159,11 @@ def beside_paper(
 ) -> list[dict[str, Any]]:
     """Return the lines of freezing.csv with `PAPER_COLUMNS`: the defense's numbers as printed."""
     printed = _by_cell(papers)
-    told = []
+    beside = []
     for line in found:
         name = names.get((line["task"], line["defense"]))
-        told.append({**line, **{c: _printed(printed, name, cell) for c, cell in PAPER_COLUMNS.items()}})
-    return told
+        beside.append({**line, **{c: _printed(printed, name, cell) for c, cell in PAPER_COLUMNS.items()}})
+    return beside
 
 
 def costs_beside_paper(
@@ -173,17 +173,17 @@ def costs_beside_paper(
     names: Names,
 ) -> list[dict[str, Any]]:
     """Return the lines of adaptation_cost.csv with `PAPER_COST_COLUMNS`, for attacks that masks affect."""
-    printed, felt = _by_cell(papers), _felt(found)
+    printed, affected = _by_cell(papers), _affected(found)
     methods = {(line["task"], line["defense"]): line["method"] for line in found}
-    told = []
+    beside = []
     for cost in costs:
         name = _name_of_cost(cost, methods.get((cost["task"], cost["defense"]), ""), names)
-        name = name if (cost["task"], cost["attack"]) in felt else None
-        told.append({**cost, **{c: _printed(printed, name, cell) for c, cell in PAPER_COST_COLUMNS.items()}})
-    return told
+        name = name if (cost["task"], cost["attack"]) in affected else None
+        beside.append({**cost, **{c: _printed(printed, name, cell) for c, cell in PAPER_COST_COLUMNS.items()}})
+    return beside
 
 
-def _felt(found: Sequence[Line]) -> set[tuple[str, str]]:
+def _affected(found: Sequence[Line]) -> set[tuple[str, str]]:
     """Return (task, attack) of those that a mask affects: honest, and training what it freezes."""
     return {(line["task"], line["attack"]) for line in found if line["frozen"] and line["is_felt"]}
 
@@ -273,11 +273,11 @@ def _by_ratio(
 
 def _cost(costs: Sequence[Line], found: Sequence[Line], printed: Printed, names: Names) -> list[Section]:
     """Return the tables of what an honest user's adaptation costs: of attacks that the mask affects."""
-    about, felt = {(line["task"], line["defense"]): line for line in found}, _felt(found)
+    about, affected = {(line["task"], line["defense"]): line for line in found}, _affected(found)
     made: list[Section] = []
     groups: dict[tuple, list[Line]] = {}
     for cost in costs:
-        if (cost["task"], cost["attack"]) in felt and (cost["task"], cost["defense"]) in about:
+        if (cost["task"], cost["attack"]) in affected and (cost["task"], cost["defense"]) in about:
             groups.setdefault((cost["task"], cost["attack"]), []).append(cost)
     for (task, attack), own in groups.items():
         head = ["defense", "tensors %", "weights, MB", "optimizer, MB", "peak, MB", "s / step"]
