@@ -1,1 +1,1 @@
-"""What an outsider subclasses: defense, attack, metric, task, kind of stage, hook, diagnostic. See `harness.api`."""
+"""Base classes for plug-ins: defense, attack, metric, task, kind of stage, hook, diagnostic. See `harness.api`."""

@@ -1,7 +1,7 @@
 """The contract of an attack: how someone adapts a released model to a concept, under a stated budget.
 
-An attack honours a `Protection` when the attacker is honest; it does not know which defense made it. It leaves, at
-each step asked for, what diffusers loads without our code.
+An attack honours a `Protection` when the attacker is honest; it does not know which defense made it. At
+each requested step it saves files that diffusers loads without our code.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class AttackedConcept:
     kind: str  # object | style
     captions: tuple[str, ...]  # one an image; they name the concept as `called`
     files: tuple[Path, ...]
-    words: Words = Words("")  # whole where the attack says `uses_words`
-    called: str = ""  # what this attack calls the concept; so do the evaluation prompts
+    words: Words = Words("")  # complete where the attack sets `uses_words`
+    called: str = ""  # the concept's name in this attack and in the evaluation prompts
     prior_captions: tuple[str, ...] = ()  # one an image of the class
     prior_files: tuple[Path, ...] = ()
 
@@ -50,7 +50,7 @@ class AttackedConcept:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the attacker may spend; the same for every defense."""
+    """The attacker's budget; the same for every defense."""
 
     steps: tuple[int, ...]  # optimizer steps at which the trajectory is read, increasing
     batch_size: int  # global: over all processes
@@ -64,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class UsualBudget:
-    """What the source of a preset spends: taken where a suite says nothing, and what "10x" is ten times of."""
+    """The budget in the source of a preset: used where a suite gives none, and multiplied by steps such as "10x"."""
 
     steps: int
     batch_size: int
@@ -82,7 +82,7 @@ class Attack(Method):
     """Base class of attacks. Subclasses set the class attributes and write `adapt`, `load` and `unload`."""
 
     budgets: ClassVar[Mapping[str, UsualBudget]] = {}
-    """By preset, "" for the defaults: what the source spends."""
+    """Preset, "" for the defaults -> the budget in its source."""
     trains_released_weights: ClassVar[bool] = True
     """Whether it trains weights that a publisher can freeze; False: only additional weights."""
     uses_words: ClassVar[bool] = False
@@ -90,7 +90,7 @@ class Attack(Method):
 
     @classmethod
     def called(cls, parameters: Any, words: Words) -> str:
-        """Return what the attack calls the concept in captions and evaluation prompts."""
+        """Return the name of the concept in captions and evaluation prompts under this attack."""
         return words.name
 
     @classmethod
@@ -105,7 +105,7 @@ class Attack(Method):
 
     @classmethod
     def search_space(cls, parameters: Any) -> Space:
-        """Return what an adaptive attacker may change of these parameters; {}: nothing."""
+        """Return the parameters that an adaptive attacker may change, with their values; {}: none."""
         return {}
 
     @classmethod
@@ -140,5 +140,5 @@ class Attack(Method):
         raise NotImplementedError
 
     def unload(self, model: DiffusionModel) -> None:
-        """Undo what `load` of this object did, so that the pipeline is the released model again."""
+        """Undo `load` of this object, so that the pipeline is the released model again."""
         raise NotImplementedError

@@ -56,17 +56,17 @@ class Defense(Method):
     """Base class of defenses. Subclasses set the class attributes and write `protect`."""
 
     threat_model: ClassVar[ThreatModel] = ThreatModel(changes=("unet",))
-    """Must not say less than what `protect` releases: where nothing changes, attackers who honour nothing share the
+    """Must cover everything that `protect` releases: where nothing changes, attackers who honour nothing share the
     undefended model's stages."""
     uses: ClassVar[frozenset[str]] = frozenset({"targets", "preserved", "images", "seed"})
-    """What the result depends on. What is left out is not given, and results are shared over it."""
+    """What the result depends on. Anything else is not passed to `protect`, and results are shared over it."""
     can_erase: ClassVar[bool] = False
     """Whether it removes the target from what the model draws, so that a task may name it under `erase`."""
     max_targets: ClassVar[int | None] = None
     """How many concepts it can protect together; None: any number."""
     can_shard: ClassVar[bool] = False
     """Whether `protect` trains through `harness.training.sharding`, so that several processes can share it: each calls
-    it with a `run` that says which of them it is, and all return the same protection."""
+    it with a `run` that has the process's rank, and all return the same protection."""
 
     @classmethod
     def used(cls, parameters: Any) -> frozenset[str]:
@@ -88,7 +88,7 @@ class Defense(Method):
 
     @classmethod
     def preparation(cls, parameters: Any) -> Defense | None:
-        """Return a method that runs before, as a separate stage, for all who ask for the same; None: nothing.
+        """Return a method that runs before, as a separate stage, once for all that ask for the same; None: nothing.
 
         It is registered as "preparation" and gets the same concepts and seed; the tensors that it changed are
         `run.prepared`.
@@ -97,12 +97,12 @@ class Defense(Method):
 
     @classmethod
     def check_task(cls, parameters: Any, targets: int, preserved: int) -> Sequence[tuple[str, str]]:
-        """Return (parameter, message) for what cannot be done for so many concepts, protected and preserved."""
+        """Return (parameter, message) for each mistake with so many concepts, protected and preserved."""
         return ()
 
     @classmethod
     def check_sharding(cls, parameters: Any, sharding: Sharding) -> Sequence[tuple[str, str]]:
-        """Return (parameter, message) for what the processes cannot serve, such as a batch that they do not divide."""
+        """Return (parameter, message) for each mistake with the processes, such as a batch that they do not divide."""
         return ()
 
     def protect(
@@ -121,7 +121,7 @@ class Defense(Method):
         raise NotImplementedError
 
     def keep(self, folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
-        """Write into `folder` what else belongs beside the protection, for the method's own diagnostic.
+        """Write further files into `folder`, beside the protection, for the method's own diagnostic.
 
         Called once, after the protection was saved there. `elements` are the model's parameters in its order, with the
         number of elements of each. By default nothing is written.

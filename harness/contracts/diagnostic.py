@@ -1,6 +1,6 @@
-"""The contract of a diagnostic: what a method has to say of a run beside the tables that all methods share.
+"""The contract of a diagnostic: a method's own tables of a run, beside the tables that all methods share.
 
-A diagnostic belongs to a method and is kept in the method's package, or in a plug-in. The tables and the report ask
+A diagnostic belongs to a method and is kept in the method's package, or in a plug-in. The tables and the report call
 every registered diagnostic and know none by name. One that raises is left out and named in the output; all other tables
 are written. A small one::
 
@@ -56,11 +56,11 @@ class ReleasedModel:
     """Of the stage; the same for all seeds where no seed changes the result."""
     stage: Stage
     folder: Path
-    """Holds the protection, and what `Defense.keep` wrote beside it."""
+    """Contains the protection, and the files that `Defense.keep` wrote beside it."""
 
 
 class MeasuredRun(Protocol):
-    """A run as a diagnostic sees it: what was planned, what is committed, and the general numbers made of it."""
+    """A run for a diagnostic: what was planned, what is committed, and the general numbers computed from it."""
 
     @property
     def suite(self) -> str:
@@ -116,7 +116,7 @@ class PageSection:
 
     title: str
     anchor: str
-    """Of links to it: lower-case letters, digits and "-"; no other section of the page has it."""
+    """Of links to it: lower-case letters, digits and "-"; unique on the page."""
     template: str
     """A Jinja template as text. Values are escaped; the page's filters number, percent, duration and plain are known.
     Figures are in `figures/`, data files in `data/`."""
@@ -129,7 +129,7 @@ class PageSection:
 
 
 class Diagnostic(Method):
-    """Base class of diagnostics. Subclasses set `name` and `version`, write `of`, and what else they have to say."""
+    """Base class of diagnostics. Subclasses set `name` and `version`, write `of`, and other functions as needed."""
 
     title: ClassVar[str] = ""
     """Of the section that holds its definitions."""
@@ -137,7 +137,7 @@ class Diagnostic(Method):
     """What the columns of its tables mean, one definition for each column that the general tables do not have."""
 
     def of(self, run: MeasuredRun) -> Any | None:
-        """Return what it found in a run, which the other functions get as `found`; None: nothing to say of this run."""
+        """Return the results on a run, which the other functions receive as `found`; None: none on this run."""
         raise NotImplementedError
 
     def files(self, found: Any, run: MeasuredRun) -> Iterable[Table | Figure]:

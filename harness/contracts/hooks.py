@@ -1,4 +1,4 @@
-"""Hooks that a publisher asks for: of those who fine-tune the released model, and of those who draw from it."""
+"""Hooks that a publisher asks for: in fine-tuning the released model, and in drawing images from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HookSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """What an adaptation hook sees of one training step."""
+    """The data of one training step that an adaptation hook receives."""
 
     step: int
     noisy_latents: Tensor  # [batch, channels, height, width]
@@ -51,8 +51,8 @@ class AdaptationHook:
 class SamplingHook:
     """Runs while images are drawn from a released model. Register with @register("sampling_hook").
 
-    Write `begin` or `at_step`, or both. A hook serves all batches of a stage, one after the other; what it keeps of a
-    batch it sets anew in `begin`. UNet passes are counted where they go through `drawing.predict`.
+    Write `begin` or `at_step`, or both. One hook object serves all batches of a stage, one after the other: reset its
+    state in `begin`. UNet passes are counted where they go through `drawing.predict`.
     """
 
     needs_gradient: ClassVar[bool] = False
@@ -68,11 +68,11 @@ class SamplingHook:
     def at_step(self, drawing: Drawing, index: int, timestep: int) -> None:
         """Change embeddings, latents or guidance before denoising step `index` (from 0) at `timestep`.
 
-        What is set holds for the steps that follow too.
+        A change also applies to the steps that follow.
         """
 
     def end(self, drawing: Drawing) -> None:
-        """Undo what was done to the model; called once for each `begin`, also when drawing failed."""
+        """Undo changes of the model; called once for each `begin`, also when drawing failed."""
 
 
 def make_hooks(kind: str, specs: Sequence[HookSpec]) -> list[Any]:

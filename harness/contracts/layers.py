@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def apply(model: DiffusionModel, layers: Iterable[tuple[Path, Collection[str]]]) -> Protection:
-    """Write layers over a model; return what the publisher asks of others, of all layers together.
+    """Write layers over a model; return the publisher's requirements (frozen names, hooks) of all layers together.
 
     A layer is (folder of its stage, components that are left as they are below it). Raises KeyError or ValueError where
     a layer does not fit the model below it.

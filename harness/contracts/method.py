@@ -1,4 +1,4 @@
-"""What defenses, attacks and metrics have in common: a name, a version, checked parameters and their presets."""
+"""The common base class of defenses, attacks and metrics: name, version, checked parameters and their presets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Method:
-    """Base class of methods. The base classes of the kinds derive from it and say what is to be written."""
+    """Base class of methods. The base classes of the kinds derive from it and list the functions to write."""
 
     name: ClassVar[str]
     version: ClassVar[int]
@@ -20,7 +20,7 @@ class Method:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of parameter values, each with its source in a comment."""
     quick: ClassVar[Mapping[str, Any]] = {}
-    """Parameter values that make it cheap and still let it change something, for conformance checks (`check`)."""
+    """Parameter values that make it cheap but still effective, for conformance checks (`check`)."""
 
     @dataclass(frozen=True)
     class Parameters:
@@ -36,10 +36,10 @@ class Method:
 
     @classmethod
     def fetches(cls, parameters: Any) -> Sequence[Fetched]:
-        """Return the weights that it takes from the hub, so that `validate` can name what is not here yet."""
+        """Return the weights that it takes from the hub, so that `validate` can list those that are missing here."""
         return ()
 
     @classmethod
     def not_installed(cls, parameters: Any) -> str | None:
-        """Return what it needs that is not installed here, and what to do; None: nothing."""
+        """Return a message on missing packages and how to install them; None: nothing is missing."""
         return None

@@ -1,6 +1,6 @@
 """The contract of a metric: images, references and descriptions in; one number a prompt out, or one in all.
 
-A metric carries what a reader of a table needs to know: direction, unit, range, backbone, preprocessing. Encoders are
+A metric describes itself for readers of tables: direction, unit, range, backbone, preprocessing. Encoders are
 loaded once per worker, and references encoded once for all that are compared with them. Like other methods, modules of
 metrics import torch inside their functions.
 """
@@ -39,7 +39,7 @@ class Metric(Method):
 
     @classmethod
     def check_concept(cls, parameters: Any, concept: Concept, drawn: int) -> Iterable[tuple[str, str]]:
-        """Return (parameter or "", why) for what keeps it from scoring a concept of which a step has `drawn` images."""
+        """Return (parameter or "", why) for each reason why it cannot score a concept with `drawn` images a step."""
         return ()
 
     def about(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """Under which attacker a defense makes sense. Tables say which attacker they show."""
+    """The attacker against whom a defense is meant. Tables name the attacker that they show."""
 
     changes: tuple[str, ...] = ()  # what the defense changes: a component, such as "unet", or a named set of the UNet's
     # parameters, such as "unet.cross_attention_kv" (`harness.training.selection`)
@@ -39,13 +39,13 @@ class Protection:
     sampling: tuple[HookSpec, ...] = ()
     """Hooks that the serving side runs (inference-time mitigation)."""
     details: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """What the method records of single tensors, by name; never loaded again."""
+    """Details that the method records of single tensors, by name; never loaded again."""
     components: Mapping[str, nn.Module | Path] = field(default_factory=dict)
     """Whole components in the place of the model's, by name ("unet"), where their configuration is another one (a
     pruned UNet): a module, or the folder that it was saved to. `tensors` are written over them."""
 
     def with_asked(self, layer: Protection) -> Protection:
-        """Return this protection with what a further layer asks of others: frozen names and hooks, no weights."""
+        """Return this protection with the requirements of a further layer: frozen names and hooks, no weights."""
         return replace(
             self,
             frozen=self.frozen | layer.frozen,

@@ -1,4 +1,4 @@
-"""The contract of a kind of stage: what its typed parameters are, and how one such stage is done.
+"""The contract of a kind of stage: its typed parameters, and the function that runs such a stage.
 
 A kind is one class, registered by a decorator::
 
@@ -18,7 +18,7 @@ A kind is one class, registered by a decorator::
             ...
 
 A task builds the parameters, the stage gets them: equal, also in another process. Their JSON is part of the stage's
-key. `do` fills `work.folder`, which is committed when it returns; what it raises is recorded and stops nothing else.
+key. `do` fills `work.folder`, which is committed when it returns; an error is recorded and stops no other stage.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class StageWork(Protocol):
-    """What a stage is done with: its surroundings, its folder, and what it reads."""
+    """The arguments of a running stage: its surroundings, its folder, and its inputs."""
 
     stage: Stage
     run: Run
@@ -70,7 +70,7 @@ class StageKind(Method):
     after: ClassVar[tuple[str, ...]] = ()
     """The kinds that such a stage may read; they come first in every list."""
     per_trial: ClassVar[bool] = False
-    """Whether a script that knows of one trial alone would do it by itself: how `plan` counts what sharing saves."""
+    """Whether a script for a single trial would repeat it: so `plan` counts what sharing saves."""
     is_layer: ClassVar[bool] = False
     """Whether its folder holds a `Protection`, so that it can be a layer of a model state."""
     restorable: ClassVar[bool] = False
@@ -85,7 +85,7 @@ class StageKind(Method):
 
     @classmethod
     def prompts(cls, parameters: Any) -> Sequence[str]:
-        """Return what was asked for, by prompt index, for the rows of its scores; () where nothing was."""
+        """Return the prompts, by prompt index, for the rows of its scores; () without prompts."""
         return ()
 
     def do(self, parameters: Any, work: StageWork) -> None:

@@ -2,8 +2,8 @@
 
 A layer is a committed stage whose folder holds a `Protection`: changed tensors, whole components with their
 configuration (a pruned UNet), frozen names, hooks. Later layers are written over earlier ones. A stage names the state
-that it works on by its inputs, one role a layer; a second state (a teacher beside a student) has a name, which stands
-before its roles.
+that it works on by its inputs, one role a layer; a second state (a teacher beside a student) has a name, which
+prefixes its roles.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ModelState:
 
     @classmethod
     def read(cls, inputs: Mapping[str, Input], name: str = "") -> ModelState:
-        """Return the state that `inputs` names: what `inputs(name)` gave."""
+        """Return the state that `inputs` names, as `inputs(name)` returned it."""
         order = [kind for kind in kinds_in_order() if registry.get("stage", kind).is_layer]
         found = [
             (order.index(read.kind), int(role.partition("#")[2] or 1), read)

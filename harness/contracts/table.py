@@ -1,8 +1,8 @@
-"""Tables and figures as data: what is said, apart from how Markdown, LaTeX, CSV or a terminal write it.
+"""Tables and figures as data: the content, apart from how Markdown, LaTeX, CSV or a terminal write it.
 
-A `Table` holds the same content twice: lines with columns for machines (CSV), and sections of text for people. Whoever
-makes a table gives plain text; the writers in `harness/results/` escape it for their format. Whoever makes a figure
-gives a function that draws it. No torch and no pandas here.
+A `Table` holds the same content twice: lines with columns for machines (CSV), and sections of text for people. A
+table has plain text; the writers in `harness/results/` escape it for their format. A figure has a function that draws
+it. No torch and no pandas here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The contract of a task: which grid a suite walks, what is measured in it, and the tables that come of it.
+"""The contract of a task: the grid of a suite, what is measured in it, and its tables.
 
 A task is one file: a class with the form of its entry in the suite (`Spec`) above it, registered by a decorator. The
-entry under `tasks` names it by `kind` (immunization, unless it says otherwise)::
+entry under `tasks` names it by `kind` (default: immunization)::
 
     tasks:
       styles: {targets: [...], innocents: [...]}      # kind: immunization
@@ -34,7 +34,7 @@ Label = str | int | bool | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row group of the table: where its images and scores come from, and under which labels."""
+    """One row group of the table: the stages of its images and scores, and its labels."""
 
     labels: Mapping[str, Label]
     """The columns that name the group: task, defense, concept, seed, ..."""
@@ -47,11 +47,11 @@ class Measurement:
     needs: Mapping[str, str] = field(default_factory=dict)
     """Kind -> key of further stages without which there are no rows, even where all of the above are committed."""
     is_apart: bool = False
-    """Whether a script that knows of no other measurement would do everything for it by itself."""
+    """Whether a script for this measurement only would repeat all of its stages."""
 
 
 class Build(Protocol):
-    """What a task plans with: it adds stages to one plan and returns their keys. Equal stages are one."""
+    """The builder that a task plans with: it adds stages to one plan and returns their keys. Equal stages are one."""
 
     loaded: LoadedSuite
 
@@ -65,7 +65,7 @@ class Build(Protocol):
         seed: int | None = None,
         **further: Any,
     ) -> str:
-        """Add a stage; see `harness.plan.builder.Builder.stage` for what else may be said of it."""
+        """Add a stage; see `harness.plan.builder.Builder.stage` for further arguments."""
 
     def unit(self, name: str, stages: Iterable[str]) -> None:
         """Group stages that one worker does in a row; a stage belongs to the first unit that names it."""
@@ -94,7 +94,7 @@ class Task(Method):
 
     @classmethod
     def count(cls, loaded: LoadedSuite, name: str, spec: Any) -> int:
-        """Return about how many trials an entry has: a slip of the pen is refused before it is planned."""
+        """Return about how many trials an entry has: a typing error is refused before it is planned."""
         return 0
 
     def tables(self, run: MeasuredRun, rows: DataFrame) -> Iterable[Table | Figure]:
@@ -102,7 +102,7 @@ class Task(Method):
         return ()
 
     def shown(self, made: Sequence[Table | Figure]) -> Sequence[Section]:
-        """Return what a terminal shows of its tables: unless overridden, what they show to people."""
+        """Return the sections that a terminal shows; unless overridden, all sections of the tables."""
         return [section for table in made if isinstance(table, Table) for section in table.sections]
 
     def plan(self, name: str, spec: Any, build: Any) -> Iterator[Measurement]:

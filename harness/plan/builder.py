@@ -1,4 +1,4 @@
-"""Adds stages to one plan: what each depends on, so what its key is made of. What tasks plan with.
+"""Adds stages to one plan, with everything that each depends on, from which its key is made. Tasks plan with it.
 
 A method a kind of stage that several tasks share; `stage` adds any other. Every method returns the key.
 """
@@ -223,7 +223,7 @@ class Builder:
     def _known(
         self, role: str, names: Sequence[str], used: frozenset[str], prior: int
     ) -> tuple[tuple[KnownConcept, ...], dict[str, Input]]:
-        """Return what a defense knows of concepts, and the images of them that it reads."""
+        """Return the concepts as a defense may know them, and the images that it reads."""
         found, inputs = [], {}
         for index, name in enumerate(names):
             concept = self.concepts[name]
@@ -251,9 +251,9 @@ class Builder:
         restore: tuple[str, ...] = (),
         attacker: str | None = None,
     ) -> str:
-        """Add a stage that draws the evaluation images; `called`: what the model was taught to call the concept.
+        """Add a stage that draws the evaluation images; `called`: the concept's name in the attack.
 
-        `restore`, `attacker`: components that an adaptive attacker puts back, and that he is one.
+        `restore`: components that an adaptive attacker puts back; `attacker`: "adaptive", or None for an honest one.
         """
         called = concept.words.name if called is None else called
         images = len(concept.evaluations) * self.suite.sampling.images_per_prompt * len(steps)
@@ -310,7 +310,7 @@ class Builder:
         return scores
 
     def _references(self, concept: Concept, metric: Metric) -> str:
-        """Add what a metric compares images of a concept with: its images, or their features."""
+        """Add the references that a metric compares images of a concept with: images, or their features."""
         images = self.images(concept.name)
         cls = metric.cls
         if cls.encoder is None:

@@ -1,4 +1,4 @@
-"""What a plan costs before anything was measured: UNet passes, and GPU-hours where the UNet is Stable Diffusion 1.x's.
+"""The cost of a plan before anything was measured: UNet passes, and GPU-hours for the UNet of Stable Diffusion 1.x.
 
 A pass is one forward pass over one sample; a backward pass counts as two. No torch here: the operations of a pass are
 a number that a test counts (tests/ml/test_cost.py).
@@ -28,7 +28,7 @@ def shared_passes(plan: Plan) -> float:
 def unshared_passes(plan: Plan) -> float:
     """Return the UNet passes where each attack on each concept erases, immunizes, adapts and samples for itself.
 
-    What else there is (images of concepts, samples before any attack) is counted once, as in the plan.
+    Everything else (images of concepts, samples before any attack) is counted once, as in the plan.
     """
     upstream = plan.upstream()
     per_trial = {kind for kind in registry.names("stage") if registry.get("stage", kind).per_trial}

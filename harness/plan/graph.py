@@ -35,7 +35,7 @@ class Plan:
     tasks: dict[str, str] = field(default_factory=dict)  # name of a task -> its kind, in the order of the suite
 
     def read(self, key: str) -> Input:
-        """Return a stage as what another one reads."""
+        """Return a stage as the input of another."""
         return Input(self.stages[key].kind, key)
 
     def upstream(self) -> Callable[[str], frozenset[str]]:

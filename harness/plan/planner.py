@@ -12,7 +12,7 @@ from harness.suite.loaded import LoadedSuite
 
 
 def make(loaded: LoadedSuite) -> Plan:
-    """Return the plan of a checked suite: the same for the same suite, and made of it alone."""
+    """Return the plan of a checked suite; it depends on nothing but the suite."""
     build = Builder(loaded)
     for name, spec in loaded.suite.tasks.items():
         task = registry.get("task", spec.kind)(None)

@@ -71,7 +71,7 @@ def execute(
 
 
 def _forget_model(*, further_alone: bool = False) -> None:
-    """Drop the warm models: a method that raised may have left anything behind."""
+    """Drop the warm models: a method that raised may have left changes in them."""
     models = sys.modules.get("harness.model.pipeline")
     if models is not None:
         models.forget(further_alone=further_alone)
@@ -131,7 +131,7 @@ def _execute_locked(
         if _is_shared(stage, workplace):
             from harness.stages import ranks
 
-            _forget_model()  # it would be in memory beside those of the processes
+            _forget_model()  # else it would be in memory beside those of the processes
             ledger = ranks.run(stage, workplace, work_folder, folder, report)
         else:
             run.sharding = replace(workplace.sharding, workers=1, offload="none")
