@@ -75,7 +75,7 @@ class Parameters(ByProfile):
     """Lower updates for each upper one."""
     hypergradient: Literal["first_order", "exact", "finite_difference"] = "first_order"
     """How the upper gradient goes through the lower steps, and so how the levels take turns. first_order: not at all;
-    each level takes steps of its own optimizer. exact, finite_difference: the loss is evaluated after the lower steps
+    each level's optimizer takes its steps. exact, finite_difference: the loss is evaluated after the lower steps
     of a round and differentiated through them; they are plain SGD steps, without decay and clipping, and then stay."""
     lower_optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd: without momentum; the only one whose steps are differentiated."""
@@ -87,7 +87,7 @@ class Parameters(ByProfile):
     """None: the released script's: lora 1e-5 (its argument parser's default is 1e-6), dreambooth and dreambooth_lora
     2e-5, textual_inversion 1e-6."""
     upper_parameters: Literal["attention", "cross_attention", "cross_attention_kv"] = "attention"
-    """The released name filter takes both self- and cross-attention, although its comments say cross-attention."""
+    """The released name filter takes both self- and cross-attention, although its comments name cross-attention."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 4
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the adapter; None: equal to the rank."""
@@ -108,7 +108,7 @@ class Parameters(ByProfile):
     flip: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse parameters that do not fit together."""
         if self.hypergradient != "first_order" and (self.lower_optimizer != "sgd" or self.ascent_only):
             raise ValueError(
                 f"hypergradient '{self.hypergradient}' differentiates the lower steps: add lower_optimizer: sgd (and "

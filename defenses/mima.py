@@ -133,7 +133,7 @@ class Parameters(ByProfile):
     flip: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse parameters that do not fit together."""
         is_differentiated = self.chosen("hypergradient") != "first_order" or self.chosen("grad_through_merge")
         if self.chosen("lower_persist") and is_differentiated:
             raise ValueError(

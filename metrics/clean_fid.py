@@ -46,10 +46,10 @@ class Parameters:
     take it from where you trust; legacy_pytorch: safetensors. None: fetched as clean-fid does."""
     statistics: str | None = None
     """A local .npz file as clean-fid's make_custom_stats writes it (for KID the one that ends in _kid), used
-    instead of the references; of the same mode and extractor, which the file does not say. None: references."""
+    instead of the references; of the same mode and extractor, which the file does not record. None: references."""
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse parameters that do not fit together."""
         if self.weights is not None and self.extractor != INCEPTION:
             raise ValueError("weights are Inception's; another extractor is named by 'extractor' only")
         if self.mode == "legacy_pytorch":

@@ -96,7 +96,7 @@ class Parameters(ByProfile):
     """c, the weight of (mean(m) - rho)^2; not multiplied by the mask's rate. The released scripts'."""
     normalise: Literal["none", "rms", "adam"] = "none"
     """How the signal is scaled, ours, in neither profile. rms: by its root mean square over the tensors; adam: each
-    tensor's running mean by the root of its own running mean square."""
+    tensor's running mean by the root of its running mean square."""
     binarise: Literal["threshold", "topk"] = "threshold"
     """threshold: m > 1/2, the code's; topk: exactly the share `ratio`, the largest of m."""
     initial: Literal["negative", "uniform"] | None = None

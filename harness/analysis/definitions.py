@@ -18,7 +18,7 @@ class Definition:
     """What one name means."""
 
     name: str
-    """The column, as the tables spell it; of what is no column a name of ours."""
+    """The column, as in the tables; else a name chosen here."""
     title: str
     """For people, a few words."""
     formula: str

@@ -1,4 +1,4 @@
-"""Pareto front: what nothing else beats in one respect without losing in another. Pure arithmetic."""
+"""Pareto front: the points that no other point dominates. Pure arithmetic."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ the mean of `miss` over it is what was asked: prepivoting (Beran 1987), the unkn
 With three seeds or more, 95 % limits then hold between 93.5 and 96.7 % of times whatever the share
 (`tests/test_limits.py` works it out). With two seeds the share is nearly unknown and nothing is calibrated: limits stay
 those of each part's own t, which hold 95 to 99 %. Tests of a difference are not calibrated either: a claim must not be
-false more often than its level says for any share, and some shares are on the wrong side of 95 %.
+false more often than its level allows for any share, and some shares are on the wrong side of 95 %.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHARES, NODES, LEVELS = 65, 65, 65
 
 
 def nominal(share: np.ndarray, degrees: tuple[int, int], p: float) -> np.ndarray:
-    """Return the p whose limits miss the truth with probability `p`, for shares of the first in what was estimated.
+    """Return the p whose limits miss the truth with probability `p`, for shares of the first in the estimated variance.
 
     `degrees` are those of the two estimates.
     """

@@ -9,7 +9,7 @@ images, only one is used. The result is valid for two defenses that vary as the 
     difference    the difference to be found, in the metric's unit; as a share: of what the attack reaches on the
                   undefended model (SGR of the mean over targets)
     n_tests       attacks and worst case that are corrected together; the level is 5 % divided by their number: at it
-                  Holm's correction confirms the claim whatever the other tests result in
+                  Holm's correction confirms the claim whatever the other results are
     detectable    the least difference that the planned number of seeds finds in four of five runs
     seeds         how many seeds find the difference in four of five runs, by the pilot's variances as estimated
     seeds_safe    the same by upper limits of the variances, which are above the truth in four of five pilots: estimates

@@ -11,7 +11,7 @@ SUMMARY = "copy the stages of several results folders into one; a stage with two
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     parser.add_argument("sources", nargs="+", metavar="FOLDER", help="a results folder (runs), or a store")
     parser.add_argument("--into", default="runs", metavar="FOLDER", help="the results folder to fill (default: runs)")
 

@@ -12,7 +12,7 @@ SUMMARY = "show the stages of a suite, what they share, cost, and what is done a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
     parser.add_argument(
         "--tflops", type=arguments.throughput, metavar="N",

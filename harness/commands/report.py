@@ -14,7 +14,7 @@ SUMMARY = "make the page of a run: leaderboard, curves, images, provenance"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     parser.add_argument("folder", help="the folder of a run, such as runs/quickstart")
     parser.add_argument(
         "--prompts", type=arguments.count, default=3, metavar="N",

@@ -13,7 +13,7 @@ CACHE_MODES = ("always", "never", "only-missing", "only-cached")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
     parser.add_argument(
         "--executor", choices=EXECUTORS, default="ray", help="who runs the stages (default: ray)"

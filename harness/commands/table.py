@@ -13,7 +13,7 @@ SUMMARY = "write and show the tables from what is committed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
     parser.add_argument(
         "--with-paper", action="store_true",

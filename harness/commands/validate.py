@@ -12,7 +12,7 @@ SUMMARY = "check a suite and report all mistakes in it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
 
 

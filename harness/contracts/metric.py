@@ -61,7 +61,7 @@ class Metric(Method):
         descriptions: Sequence[str],
         device: torch.device,
     ) -> list[float]:
-        """Return one value a prompt (of scope "set": one); `images[i]` were drawn for what `descriptions[i]` says.
+        """Return one value a prompt (of scope "set": one); `descriptions[i]` describes `images[i]`.
 
         Descriptions are in plain words. `references` are images, or their features where `encoder` is set.
         """

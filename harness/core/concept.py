@@ -21,7 +21,7 @@ CLASS_PROMPTS = {"object": "object", "style": "artwork"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation prompt: what the attacked model is asked for, and what an evaluator should see."""
+    """One evaluation prompt: the prompt for the attacked model, and a description of the expected image."""
 
     prompt: str  # may hold the attacker's identifier
     description: str  # the same in plain words: for text alignment
@@ -34,14 +34,14 @@ class Concept:
     name: str
     kind: str  # object | style
     phrase: str  # the words that name it: what an eraser erases
-    words: Words  # what the attacker calls it, in captions and evaluation prompts
+    words: Words  # the attacker's name for it, in captions and evaluation prompts
     source: str  # catalog | folder | generated
     images: Mapping[str, tuple[str, ...]]  # split -> catalog ids or file names; () for generated
     captions: Mapping[str, tuple[str, ...]]  # defense, attack -> one caption an image
     descriptions: tuple[str, ...]  # plain words for each image of the attack split
     prompts: Mapping[str, tuple[str, ...]]  # split -> generating prompts; () unless generated
     evaluations: tuple[Evaluation, ...]
-    probes: tuple[Evaluation, ...]  # what an adaptive attacker judges its probes by; no evaluation prompt
+    probes: tuple[Evaluation, ...]  # prompts by which an adaptive attacker judges its probes; no evaluation prompts
     class_prompts: tuple[str, ...]  # what images of its class are drawn from, for prior preservation
     digest: str  # of the images' content; "" when generated
     folder: str = ""  # where the files are on this machine; not part of any identity

@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
 
 
 class UserMistake(Exception):
-    """One or several mistakes in what the user gave us, each a line that says where, what and what to do."""
+    """One or several mistakes in the user's input, each a line with the place, the mistake and what to do."""
 
     def __init__(self, messages: str | Sequence[str]):
         self.messages: list[str] = [messages] if isinstance(messages, str) else list(messages)

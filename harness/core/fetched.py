@@ -16,7 +16,7 @@ class Fetched:
     """Of each part, one of these files must be in the cache (patterns); none: the location is unknown."""
     revision: str | None = None  # a commit; None: what the library takes, the newest
     size: int | None = None  # bytes, about
-    file: Path | None = None  # where its library keeps it, when that is not the hub's cache
+    file: Path | None = None  # its place in the library's cache, when that is not the hub's
 
     def __str__(self) -> str:
         text = self.id + (f" at {self.revision}" if self.revision else "")
@@ -34,7 +34,7 @@ def is_cached(fetched: Fetched) -> bool | None:
     if not fetched.parts:
         return None
     folder = _snapshot(fetched.id, fetched.revision)
-    # exists() follows the cache's links: what was only half fetched is not there
+    # exists() follows the cache's links: a half fetched file does not exist
     return folder is not None and all(
         any(file.exists() for pattern in part for file in folder.glob(pattern)) for part in fetched.parts
     )

@@ -97,7 +97,7 @@ _WORDS: dict[str, str] = {
 def explain(detail: Mapping[str, Any], pattern_words: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return one of pydantic's errors in our words, with the value that was got.
 
-    `pattern_words` says in words what a text must look like, by regular expression.
+    `pattern_words` describes regular expressions in words.
     """
     kind, context, got = detail["type"], detail.get("ctx", {}), detail.get("input")
     if kind == "value_error":

@@ -7,13 +7,13 @@ from typing import Any
 
 
 class ByProfile:
-    """Mixin of `Parameters` of which some are None by default: "as the profile says"."""
+    """Mixin of `Parameters` of which some are None by default: "the profile's value"."""
 
     def of_profile(self) -> Mapping[str, Any]:
         """Return the value of each such parameter, by name, where None is given."""
         raise NotImplementedError
 
     def chosen(self, name: str) -> Any:
-        """Return a parameter, or what the profile says where None is given."""
+        """Return a parameter, or the profile's value where None is given."""
         given = getattr(self, name)
         return self.of_profile()[name] if given is None else given

@@ -15,7 +15,7 @@ class Sampling:
     steps: int
     guidance: float
     batch_size: int
-    images_per_prompt: int | None = optional()  # None: the stage says how many
+    images_per_prompt: int | None = optional()  # None: the stage decides
 
     @property
     def alone(self) -> Sampling:

@@ -1,4 +1,4 @@
-"""What executors share: the state of a walk over the plan, and what they report."""
+"""The common part of executors: the state of a walk over the plan, and its reports."""
 
 from __future__ import annotations
 

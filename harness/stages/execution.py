@@ -171,7 +171,7 @@ def _is_shared(stage: Stage, workplace: Workplace) -> bool:
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Send logging, stdout and stderr of the block to a file of the stage's own."""
+    """Send logging, stdout and stderr of the block to the stage's log file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", buffering=1) as file:
         handler = logging.StreamHandler(file)

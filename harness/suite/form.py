@@ -105,7 +105,7 @@ _adapter = lru_cache(maxsize=64)(TypeAdapter)
 
 
 def _valid(annotation: Any, value: Any) -> Any:
-    """Return `value` as `annotation` says, or None when it is not of that form."""
+    """Return `value` in the type of `annotation`, or None when it is not of that form."""
     try:
         return _adapter(annotation).validate_python(value)
     except ValidationError:

@@ -1,6 +1,6 @@
 """What all attacks share: the denoising loss on the attacker's images, AdamW, and the trajectory that is read.
 
-An attack says which weights train and how they are saved. The rest is here, so that attacks differ in nothing else:
+An attack defines which weights train and how they are saved. The rest is here, so that attacks differ in nothing else:
 draws depend on (seed, step) alone, latents and text embeddings are encoded once, prior preservation adds the loss on
 class images (DreamBooth), an honest attacker leaves frozen tensors alone and runs the publisher's training hooks.
 """

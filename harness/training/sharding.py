@@ -45,7 +45,7 @@ from harness.training.weights import (
 def spread(
     model: DiffusionModel, parameters: Mapping[str, nn.Parameter], levels: Mapping[str, Level], run: Run
 ) -> Weights:
-    """Return the weights that the levels train, spread as the run says; the model's UNet is used through them.
+    """Return the weights that the levels train, spread as the run asks; the model's UNet is used through them.
 
     `parameters` must be the UNet's where anything is spread. Raises ValueError otherwise.
     """
