@@ -9,10 +9,10 @@ images hold the model back. Saved as diffusers loads it:
     pipeline.load_textual_inversion(folder, weight_name="learned_embeds.safetensors")
 
 `_pipeline` is not in diffusers' documents, but without it diffusers (0.42) reads the file and changes nothing, without
-a word (its issue 9320).
+a warning (its issue 9320).
 
 Differences from the diffusers example (`train_custom_diffusion.py`): class images are drawn by the base model (its
-README retrieves real ones); images are not rescaled at random beside words that say so ("zoomed in"; the example's
+README retrieves real ones); images are not rescaled at random with matching words ("zoomed in"; the example's
 `--noaug`); keys and values of the start token, which every prompt has, get a gradient too; the modifier begins as
 `begin_as`, by its first token; rows of the vocabulary are not trained and put back; latents are encoded once.
 `scale_lr` is not an option: the default is 1e-5 times batch 2 times 2 for prior preservation. With safetensors the

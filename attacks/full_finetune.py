@@ -1,8 +1,8 @@
 """Full fine-tuning: all UNet weights on the attacker's images under their own captions (FreezeAsGuard's user).
 
 AdamW at 1e-5, batch 4, 2000 steps, VAE and text encoder frozen (Huang et al., papers' facts: freezeasguard.md). The
-strongest thing that an attacker with enough memory does, and the setting in which FreezeAsGuard masks tensors: an
-honest attacker leaves those alone.
+strongest attack with enough memory, and the setting in which FreezeAsGuard masks tensors: an honest attacker does not
+train those.
 
 Differences from the diffusers example (`train_text_to_image.py`): those of `dreambooth`; no EMA, no SNR weights.
 Differences from FreezeAsGuard's code: an optimizer step there accumulates four batches of one image; here it is one
@@ -30,7 +30,7 @@ class Parameters(dreambooth.Parameters):
 
 @register("attack")
 class FullFinetune(Dreambooth):
-    """Fine-tuning of all UNet weights, nothing held back."""
+    """Fine-tuning of all UNet weights."""
 
     name = "full_finetune"
     version = 1

@@ -45,7 +45,7 @@ class Parameters(WeightOptimization):
     """Adapt the text encoder's attention too."""
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse parameters that do not fit together."""
         if self.text_encoder and self.variant not in ("lora", "dora"):
             raise ValueError(f"text_encoder: true is for lora and dora; {self.variant} adapts the UNet alone")
 

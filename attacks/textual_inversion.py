@@ -2,8 +2,8 @@
 
 The word is used in template prompts ("a photo of a <concept>"), one drawn for each example, and in the evaluation
 prompts in the place of the concept's name. As *concept inversion* (Pham et al. 2023) the same attack brings an erased
-concept back without changing a weight. Only the new rows exist as trained parameters; the encoder's own embeddings are
-not touched at all.
+concept back without changing a weight. Only the new rows are trained parameters; the encoder's embeddings do not
+change.
 
 Saved as `pipeline.load_textual_inversion(folder, weight_name="learned_embeds.safetensors")` loads it.
 

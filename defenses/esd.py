@@ -139,7 +139,7 @@ class Esd(Defense):
         p = self.parameters
         trained = model.change(trained_names(model.parameters(), p.variant))
         phrases = [target.phrase for target in targets]
-        # made before anything is trained or loaded: both keep what the original says
+        # made before anything is trained or loaded: both keep predictions of the original
         source = (_Pool if p.sampler == "frozen" else _Fresh)(model, run, p, phrases, trained)
         weights = LocalWeights(trained, {"erased": Level(tuple(trained), p.learning_rate)}, run)
 
@@ -171,7 +171,7 @@ def negated(unconditional: Tensor, conditional: Tensor, eta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Batch:
-    """States half denoised for the concept, and what its text should predict there."""
+    """States half denoised for the concept, and the wanted prediction for its text there."""
 
     latents: Tensor  # [batch, channels, height, width]
     timesteps: Tensor  # [batch]

@@ -18,10 +18,10 @@ Profiles
               epoch*, so that an epoch of an odd number of batches takes two lower steps in a row; with the others it
               counts on. Gradients are clipped to norm 1 on both levels, but not with textual_inversion.
 
-Beyond both: `hypergradient`. Papers and code take phi* for a constant (first_order). With `exact` or
+Beyond both: `hypergradient`. Papers and code treat phi* as a constant (first_order). With `exact` or
 `finite_difference` the lower steps of a round are SGD steps, and the upper gradient is that of the loss after them as a
-function of the weights before: it sees how the weights steer the attack. `ascent_only` drops the lower level (the
-code's `--max`), the ablation that shows what the lower level is worth.
+function of the weights before: it includes how the weights influence the attack. `ascent_only` drops the lower level
+(the code's `--max`), an ablation of the lower level.
 
 Differences from earlier code of version 1: `lower_optimizer: sgd` with first_order takes SGD steps in the levels' usual
 turns, with decay and clipping; it used to look ahead. The version stays, since no bundled suite or preset asks for it.
@@ -74,9 +74,9 @@ class Parameters(ByProfile):
     lower_steps: Annotated[int, Field(ge=1, le=100)] = 1
     """Lower updates for each upper one."""
     hypergradient: Literal["first_order", "exact", "finite_difference"] = "first_order"
-    """How the upper gradient sees the lower steps, and so how the levels take turns. first_order: not at all; each
-    level takes its own optimizer's steps. exact, finite_difference: the loss is looked at after the lower steps of a
-    round and differentiated through them; they are plain SGD steps, without decay and clipping, and then stay."""
+    """How the upper gradient goes through the lower steps, and so how the levels take turns. first_order: not at all;
+    each level's optimizer takes its steps. exact, finite_difference: the loss is evaluated after the lower steps
+    of a round and differentiated through them; they are plain SGD steps, without decay and clipping, and then stay."""
     lower_optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd: without momentum; the only one whose steps are differentiated."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -87,7 +87,7 @@ class Parameters(ByProfile):
     """None: the released script's: lora 1e-5 (its argument parser's default is 1e-6), dreambooth and dreambooth_lora
     2e-5, textual_inversion 1e-6."""
     upper_parameters: Literal["attention", "cross_attention", "cross_attention_kv"] = "attention"
-    """The released name filter takes both self- and cross-attention, although its comments say cross-attention."""
+    """The released name filter takes both self- and cross-attention, although its comments name cross-attention."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 4
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the adapter; None: equal to the rank."""
@@ -108,7 +108,7 @@ class Parameters(ByProfile):
     flip: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse parameters that do not fit together."""
         if self.hypergradient != "first_order" and (self.lower_optimizer != "sgd" or self.ascent_only):
             raise ValueError(
                 f"hypergradient '{self.hypergradient}' differentiates the lower steps: add lower_optimizer: sgd (and "
@@ -133,7 +133,7 @@ class Parameters(ByProfile):
 
 
 class ImmaBase(Defense):
-    """What IMMA and the baselines made from it have in common."""
+    """Common base class of IMMA and of the baselines made from it."""
 
     threat_model = ThreatModel(changes=("unet.attention",))
     uses = frozenset({"targets", "images", "seed"})
@@ -156,7 +156,7 @@ class ImmaBase(Defense):
 
     @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
-        """Refuse what several processes cannot do."""
+        """Refuse settings that several processes cannot share."""
         found = list(global_batch(parameters, sharding))
         mode = hypergradient_mode(parameters.hypergradient, sharding)
         if mode:

@@ -80,7 +80,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Parameters(ByProfile):
-    """Defaults: the released scripts'; what the paper states of them could not be read. None: as the profile says."""
+    """Defaults: the released scripts'; the paper's values could not be read. None: the profile's value."""
 
     profile: Literal["paper", "released"] = "paper"
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 500
@@ -101,7 +101,7 @@ class Parameters(ByProfile):
     """Lower steps stay (released) instead of being looked ahead to (Algorithm 1)."""
     hypergradient: Literal["first_order", "exact", "finite_difference"] | None = None
     grad_through_merge: bool | None = None
-    """false: merged weights are taken for the weights themselves, and no more is differentiated."""
+    """false: merged weights are treated as the weights themselves; Merge is not differentiated."""
     merge_base: Literal["current", "pretrained"] = "current"
     """What Merge stays close to: the weights of the round, or those that immunization began from."""
     prior_on_lower: Weight | None = None
@@ -110,7 +110,7 @@ class Parameters(ByProfile):
     """Weight of the loss on class images at the upper level, where it is descended."""
     prior_from: Literal["class", "preserved"] = "class"
     """Whose images are weighed: of the concept's class (papers and code), or of the concepts that the task lists under
-    `preserve` (ours: where a class prompt says too little of what must stay)."""
+    `preserve` (ours: where a class prompt does not cover what must stay)."""
     prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
     """Class images for each concept, where they are weighed."""
     concept_key: Literal["instance", "class"] = "instance"
@@ -133,7 +133,7 @@ class Parameters(ByProfile):
     flip: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse parameters that do not fit together."""
         is_differentiated = self.chosen("hypergradient") != "first_order" or self.chosen("grad_through_merge")
         if self.chosen("lower_persist") and is_differentiated:
             raise ValueError(
@@ -147,7 +147,7 @@ class Parameters(ByProfile):
             )
 
     def of_profile(self) -> Mapping[str, Any]:
-        """Return what the profile says."""
+        """Return the profile's values."""
         return _PROFILES[self.profile]
 
     @property
@@ -227,7 +227,7 @@ class Mima(Defense):
 
     @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
-        """Refuse what several processes cannot do."""
+        """Refuse settings that several processes cannot share."""
         found = list(global_batch(parameters, sharding))
         mode = hypergradient_mode(parameters.chosen("hypergradient"), sharding)
         return found + ([mode] if mode else [])
@@ -382,7 +382,7 @@ class _Immunization:
         return [part for loss in self.losses for part in loss.at(step, -1 / count, prior / count)]
 
     def merging(self, step: int):
-        """Return how the concepts' weights become one at a step: the same for all, unless C_reg is drawn anew."""
+        """Return the map that merges the concepts' weights at a step: always the same, unless C_reg is drawn anew."""
         from harness.core import captions
         from harness.training.merge import LayerMerging, Merge
 

@@ -1,9 +1,9 @@
-"""What FID and KID share: features through clean-fid, with Inception or another extractor, and statistics from a file.
+"""The common part of FID and KID: features through clean-fid (Inception or another extractor), statistics from a file.
 
 clean-fid's two ways of resizing are kept: "clean" (PIL, bicubic, antialiased, not rounded to bytes) and
-"legacy_pytorch" (bilinear without antialiasing, as pytorch-fid). With Inception they also say which weights:
-clean-fid scripts NVIDIA's TorchScript file in the first, pytorch-fid's in the second. With another extractor the
-images are resized in the same way to what that takes.
+"legacy_pytorch" (bilinear without antialiasing, as pytorch-fid). With Inception they also decide the weights:
+NVIDIA's TorchScript file in the first, pytorch-fid's in the second. With another extractor the images are resized in
+the same way, to its input size.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Parameters:
     take it from where you trust; legacy_pytorch: safetensors. None: fetched as clean-fid does."""
     statistics: str | None = None
     """A local .npz file as clean-fid's make_custom_stats writes it (for KID the one that ends in _kid), used
-    instead of the references; of the same mode and extractor, which the file does not say. None: references."""
+    instead of the references; of the same mode and extractor, which the file does not record. None: references."""
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse parameters that do not fit together."""
         if self.weights is not None and self.extractor != INCEPTION:
-            raise ValueError("weights are Inception's; another extractor is named by 'extractor' alone")
+            raise ValueError("weights are Inception's; another extractor is named by 'extractor' only")
         if self.mode == "legacy_pytorch":
             torchvision_files.check_safetensors(self.weights)
 

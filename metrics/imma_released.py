@@ -1,6 +1,6 @@
 """IMMA's released scorer, defects included, so that its numbers can be compared (papers' facts: imma.md, section 7).
 
-What it does otherwise than the proper metrics:
+Differences from the proper metrics:
 
 - every image is shrunk to 64 x 64 pixels first (bilinear, whatever its aspect);
 - for CLIP and DINO values in [0, 1] are "un-normalised" once more, into [0.5, 1], then enlarged to the encoder's

@@ -5,7 +5,7 @@ Through the `lpips` library, version 0.1 of its calibrated heads, which ship wit
 of one size, so both are resized to `size` pixels a side, without a crop.
 
 `net: testbed` is LPIPS' form without calibrated heads on the testbed's own encoder: unit-normalised maps of each block,
-squared differences summed over channels and averaged over places and blocks. Its numbers say nothing about LPIPS.
+squared differences summed over channels and averaged over places and blocks. Its numbers are not comparable with LPIPS.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What metrics on open_clip's encoders have in common: where the weights come from, and what is said of them."""
+"""The common part of metrics on open_clip's encoders: the source of the weights, and their description."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Self-supervised image similarity (DINO): cosine of features that no text has shaped, over all pairs.
 
-IMMA uses DINO v1 ViT-S/16; its scorer feeds it CLIP's mean and deviation (imma.md, trap T2), which is put right here:
+IMMA uses DINO v1 ViT-S/16; its scorer uses CLIP's mean and deviation (imma.md, trap T2), which is corrected here:
 each backbone gets its own preprocessing.
 """
 

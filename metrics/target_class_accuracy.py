@@ -1,4 +1,4 @@
-"""Target-class accuracy: in how many drawn images a classifier finds the class that was asked for among its top k.
+"""Target-class accuracy: the share of drawn images whose wanted class is among a classifier's top k.
 
 As in IMMA's helper: torchvision's ResNet-50 with its own preprocessing, k = 3. The class is the ImageNet category whose
 name is in a prompt's description in plain words, as "garbage truck" in "a garbage truck on the beach"; other words
@@ -34,7 +34,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: IMMA's helper; which of torchvision's two sets of ResNet-50's weights it means is not known."""
+    """Defaults: IMMA's helper; which of torchvision's two sets of ResNet-50 weights it uses is not known."""
 
     classifier: str = "ResNet50_Weights.IMAGENET1K_V2"
     """torchvision's name of a classifier's ImageNet weights, or "testbed"."""
@@ -124,7 +124,7 @@ def asked_for(text: str, known: Mapping[str, Sequence[int]], words: Mapping[str,
     if len(named) == 1:
         return named
     what = f"names several ({', '.join(named)})" if named else "names no category of the classifier"
-    raise ValueError(f"'{one_line(text, 80)}' {what}; say which one under 'words', or leave target_class_accuracy out")
+    raise ValueError(f"'{one_line(text, 80)}' {what}; name one under 'words', or leave target_class_accuracy out")
 
 
 def _named(text: str, names: Iterable[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """TOPIQ (Chen et al. 2024) through pyiqa: image quality against a reference (fr) or without one (nr).
 
 An extra, `pip install 'immunitybench[quality]'`: pyiqa's licence (PolyForm Noncommercial) forbids commercial use.
-Its network is built by it, but its weights, which it would unpickle, are read with `weights_only`, or from a
-safetensors file.
+pyiqa builds the network. Its weights, which pyiqa would unpickle, are read with `weights_only`, or from a safetensors
+file.
 
 "fr" compares images of the same scene; generated and reference images are not that, so its values are low and small
 differences mean little. FreezeAsGuard reports it nevertheless.

@@ -1,6 +1,6 @@
 """Is a mask worth more than a random one as large? Paired tests of defenses that freeze against `random_freeze`.
 
-    family   defenses that differ in nothing but their ratio: what they share of their names
+    family   defenses that differ in nothing but their ratio; its name: the common part of their names
     paired   with the random_freeze defense of the same task whose share of frozen tensors is nearest, if it is as large
              (`masks.as_large`)
     lines    one for each ratio, and one for all ratios of the family that are measured: means over them, paired in
@@ -107,7 +107,7 @@ def families(masks: Sequence[Mask]) -> list[Family]:
 
 
 def _name(defenses: Sequence[str], taken: Collection[str]) -> str:
-    """Return what the names share at their beginning; the first where that is nothing, or another's name."""
+    """Return the common beginning of the names; the first name where that is empty, or the name of another defense."""
     shared = os.path.commonprefix(list(defenses)).rstrip("0123456789_-.+")
     return shared if len(defenses) > 1 and shared and shared not in taken else defenses[0]
 

@@ -1,4 +1,4 @@
-"""What defenses have in common that release nothing but frozen tensors: their threat model, and mask.csv."""
+"""The common base of defenses that release only frozen tensors: threat model, and mask.csv."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Freezing(Defense):
 
     @classmethod
     def mask_without_data(cls, parameters: Any, starts: Mapping[str, float]) -> frozenset[str] | None:
-        """Return what would be frozen had the mask been learned from the same start and no data; None: not learned.
+        """Return the tensors frozen by a mask that is learned from the same start without data; None: not learned.
 
         `starts` are the logits before learning by tensor, which mask.csv keeps as `logit_before`.
         """
         return None
 
     def keep(self, folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
-        """Write mask.csv, where something is frozen or known of single tensors."""
+        """Write mask.csv, where something is frozen or recorded of single tensors."""
         if protection.frozen or protection.details:
             masks.write(folder, elements, protection)

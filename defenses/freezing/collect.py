@@ -1,4 +1,4 @@
-"""The masks of a run: read from beside the protections that its defenses released."""
+"""The masks of a run, read from the folders of the protections that its defenses released."""
 
 from __future__ import annotations
 

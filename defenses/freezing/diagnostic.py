@@ -1,4 +1,4 @@
-"""What a run says of frozen tensors: masks and their overlaps, masks against random ones, and FreezeAsGuard's tables.
+"""Tables on frozen tensors of a run: masks and their overlaps, masks against random ones, and FreezeAsGuard's tables.
 
 Files: masks.csv, .md and .png; masks_against_random.csv and .png; freezing.csv and .md. Where papers' numbers are asked
 for, FreezeAsGuard's are put beside them, and beside the costs in adaptation_cost.csv.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of the frozen tensors of a run."""
+    """The results of a run on frozen tensors."""
 
     masks: Sequence[Mask]
     overlaps: Sequence[dict[str, Any]]
@@ -48,7 +48,7 @@ class FreezingDiagnostic(Diagnostic):
     definitions = DEFINITIONS
 
     def of(self, run: MeasuredRun) -> Found | None:
-        """Return what the masks of the run say; None where no defense left one."""
+        """Return the lines on the masks of the run; None where no defense has one."""
         found = collect.of_run(run)
         if not found:
             return None

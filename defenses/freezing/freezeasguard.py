@@ -124,7 +124,7 @@ class Parameters(ByProfile):
             raise ValueError(f"batch_size must be even, half of it for either domain (got {self.batch_size})")
 
     def of_profile(self) -> dict[str, Any]:
-        """Return what the profile says."""
+        """Return the profile's values."""
         return {name: values[self.profile] for name, values in _BY_PROFILE.items()}
 
 
@@ -200,7 +200,7 @@ class FreezeAsGuard(Freezing):
         ]
 
     def protect(self, model, targets, preserved, run) -> Protection:
-        """Return the frozen tensors, with what the learning said of each."""
+        """Return the frozen tensors, with details of the learning for each."""
         import torch
 
         from harness.training import sharding
@@ -253,7 +253,7 @@ class FreezeAsGuard(Freezing):
 
         train(run, StepOver(step, learned), len(plan), "FreezeAsGuard")
         frozen = binarised(masked.logits.float(), names, p.binarise, p.ratio)
-        _tell(run, learned, first, frozen, names)
+        _report(run, learned, first, frozen, names)
         return Protection(frozen=frozenset(frozen), details=learned.details(names, first))
 
 
@@ -265,7 +265,7 @@ def _precision(parameters: Parameters) -> dtype:
 
 
 def schedule(rounds: int, user_steps: int, epoch: int | None) -> Iterator[Literal["mask", "user"]]:
-    """Yield what each step is: a mask step, then the user's, so many rounds.
+    """Yield the kind of each step: a mask step, then the user's steps, for so many rounds.
 
     `epoch`: batches of an epoch, in each of which the count starts anew (released); None: it goes on.
     """
@@ -290,7 +290,7 @@ def binarised(logits: Tensor, names: list[str], how: Literal["threshold", "topk"
 
 
 class _Learned:
-    """What learning moves, as the training loop keeps it: weights under a mask, and what is noted of the signal."""
+    """The state of learning, as the training loop keeps it: weights under a mask, and statistics of the signal."""
 
     def __init__(self, masked: MaskedWeights):
         import torch
@@ -301,7 +301,7 @@ class _Learned:
         self.count = 0
 
     def note(self, step: MaskStep) -> None:
-        """Add what one mask step saw and did."""
+        """Add signal and effect of one mask step."""
         import torch
 
         seen = (step.signal, step.signal.square(), step.by_signal.abs(), step.by_sparsity.abs())
@@ -309,7 +309,7 @@ class _Learned:
         self.count += 1
 
     def state(self) -> dict[str, Tensor]:
-        """As `MaskedWeights.state`, with what was noted."""
+        """As `MaskedWeights.state`, with the statistics."""
         import torch
 
         return {**self.masked.state(), "sums": self.sums, "mask_steps": torch.tensor(self.count)}
@@ -320,7 +320,7 @@ class _Learned:
         self.masked.load_state(state)
 
     def details(self, names: list[str], first: Tensor) -> dict[str, dict[str, float]]:
-        """Return what is known of each tensor: for the record."""
+        """Return the details of each tensor, for the record."""
         mask = self.masked.mask
         signal, square, by_signal, by_sparsity = self.sums.tolist()
         return {
@@ -338,7 +338,7 @@ class _Learned:
         }
 
 
-def _tell(run: Run, learned: _Learned, first: Tensor, frozen: list[str], names: list[str]) -> None:
+def _report(run: Run, learned: _Learned, first: Tensor, frozen: list[str], names: list[str]) -> None:
     """Put into the ledger whether the mask is more than its start."""
     import torch
 
@@ -355,5 +355,5 @@ def _tell(run: Run, learned: _Learned, first: Tensor, frozen: list[str], names: 
     }
     for name, other in (("start", first.double()), ("signal", -signal)):
         correlation = torch.corrcoef(torch.stack([hard, other]))[0, 1]
-        if bool(correlation.isfinite()):  # a mask of one kind correlates with nothing
+        if bool(correlation.isfinite()):  # a mask with a single value has no correlation
             run.ledger.numbers[f"correlation_with_{name}"] = float(correlation)

@@ -1,10 +1,10 @@
-"""Masks of frozen tensors: what a defense that freezes keeps of each tensor, and how masks compare.
+"""Masks of frozen tensors: what a defense that freezes records of each tensor, and how masks compare.
 
-Beside its protection such a defense leaves `mask.csv`, a row for each tensor of the UNet: its name, elements, whether
-it is frozen, and whatever the method says of it. From those of a run the tables get `masks.csv`, a row for each mask
-(`COLUMNS`). Overlap is the Jaccard index of two masks, |A and B| / |A or B|; by chance it is the expectation of that of
-random sets as large. Whether masks of several seeds overlap more is tested against drawn ones. What a learned mask
-would be without data its method says (`Freezing.mask_without_data`), with torch.
+Such a defense writes `mask.csv` beside its protection, a row for each tensor of the UNet: its name, elements, whether
+it is frozen, and the method's details of it. The tables of a run contain `masks.csv`, a row for each mask (`COLUMNS`).
+Overlap is the Jaccard index of two masks, |A and B| / |A or B|; overlap by chance is its expectation for random sets as
+large. Whether masks of several seeds overlap more is tested against random draws. The method computes the mask that is
+learned without data (`Freezing.mask_without_data`), with torch.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 FILE = "mask.csv"
 OF_LEDGER = ("correlation_with_start", "correlation_with_signal", "moved_by_signal", "moved_by_sparsity")
-"""Numbers that a learned mask's stage left in its ledger."""
+"""Numbers that the stage of a learned mask wrote into its ledger."""
 COLUMNS = (
     "task", "defense", "method", "profile", "protected", "seed", "tensors", "frozen_tensors", "frozen_parameters",
     *OF_LEDGER, "overlap_without_data", "overlap_of_seeds", "overlap_by_chance", "overlap_p", "overlap_with_random",
     "random_overlap_of_seeds",
 )  # fmt: skip
-"""Of masks.csv; `defenses.freezing.definitions` says what each means."""
+"""Of masks.csv; defined in `defenses.freezing.definitions`."""
 KINDS = ("attention", "feed-forward", "convolution", "norm", "time embedding", "projection")
 """Of tensors, as `kind` returns them."""
 
@@ -54,7 +54,7 @@ def write(folder: Path, elements: Mapping[str, int], protection: Protection) -> 
 
 
 def read(folder: Path) -> list[dict[str, str]] | None:
-    """Return the rows of mask.csv; None where the defense froze nothing and said nothing."""
+    """Return the rows of mask.csv; None where the defense froze nothing and recorded nothing."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -130,7 +130,7 @@ class Mask:
     elements: Mapping[str, int]  # of every tensor of the UNet
     frozen: frozenset[str]
     numbers: Mapping[str, float]  # of the stage's ledger
-    without_data: frozenset[str] | None = None  # what its start gives with no data; None: not learned
+    without_data: frozenset[str] | None = None  # the frozen tensors of a mask learned without data; None: not learned
     parameters: Mapping[str, Any] = field(default_factory=dict)  # the method's
     given: str = "all"  # which concepts of the set it protects, and whether it is weak on purpose
     stage: str | None = None  # key of the defense's stage: of masks that no seed changes there is one for all seeds
@@ -152,7 +152,7 @@ class Mask:
 
     @property
     def settings(self) -> str:
-        """What masks of one family have in common: everything but the ratio."""
+        """The settings that masks of one family share: everything but the ratio."""
         own = {name: value for name, value in self.parameters.items() if name != "ratio"}
         return digest_of_json([self.method, own, self.given])
 
@@ -162,7 +162,7 @@ class Mask:
 
     @property
     def group(self) -> tuple:
-        """What masks of other seeds have in common with this one."""
+        """The labels that masks of other seeds share with this one."""
         return self.task, self.defense, self.protected
 
 
@@ -246,4 +246,4 @@ _KINDS = (
     (re.compile(r"norm"), "norm"),
     (re.compile(r"conv"), "convolution"),
 )
-"""The first that is found in the name; what is left are `proj_in` and `proj_out` of the attention blocks."""
+"""The first that is found in the name; the rest are `proj_in` and `proj_out` of the attention blocks."""

@@ -1,4 +1,4 @@
-"""What several verbs take on the command line, and how numbers are read there."""
+"""Arguments that several verbs share, and how numbers are read there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.core.errors import one_line
 
 
 def add_suite(parser: argparse.ArgumentParser) -> None:
-    """Add the suite, and what may be said of it."""
+    """Add the suite and its overrides."""
     parser.add_argument("suite", help="a suite file, or the name of a bundled one (see: list)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -73,5 +73,5 @@ def console(width_when_piped: int = 160):
 
 
 def warn(line: str) -> None:
-    """Print what went wrong beside the results, which are there."""
+    """Print a problem that left the results usable."""
     print(f"warning: {one_line(line, 1000)}", file=sys.stderr)

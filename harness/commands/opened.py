@@ -1,4 +1,4 @@
-"""A suite that was read and planned, with the folders of its run: what most verbs begin with."""
+"""A suite that was read and planned, with the folders of its run: most verbs start with it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Opened:
         return Gates(**self.loaded.suite.gates.model_dump())
 
     def make_folder(self) -> None:
-        """Make the run's folder and see that it can be written. Raises UserMistake when it cannot."""
+        """Make the run's folder and check that it can be written. Raises UserMistake when it cannot."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.store.root.mkdir(exist_ok=True)

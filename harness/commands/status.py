@@ -19,7 +19,7 @@ SUMMARY = "show how far a suite is and what failed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
 
 
@@ -32,7 +32,7 @@ def main(given: argparse.Namespace) -> ExitCode:
 
 
 def show(opened: Opened, console: Console) -> ExitCode:
-    """Print how many stages are committed and what failed; return what a run would have returned."""
+    """Print how many stages are committed and what failed; return the exit code that a run would return."""
     from harness.contracts.stage import kinds_in_order
     from harness.stages.execution import failure_path
 

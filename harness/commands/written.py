@@ -37,7 +37,7 @@ def finish(opened: Opened, console: Console) -> None:
 
 
 def show(opened: Opened, written: Written, console: Console) -> None:
-    """Show what was written on a terminal, and say where it is."""
+    """Show the written tables on a terminal, and where they are."""
     from harness.results import console as terminal
 
     terminal.show(written.shown, console, before_note="  ")

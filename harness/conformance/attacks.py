@@ -1,4 +1,4 @@
-"""What every attack must satisfy, one function a property."""
+"""Properties that every attack must have, one function each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH_SIZE = 2
 LOADED = 2e-2
 """How far predictions after `load` may be from those in training, as a share of what the attack changed in them."""
 ROUNDING = 1e-6
-"""And as a share of the predictions: fp32, where an adapter is fused."""
+"""The same as a share of the predictions: fp32, where an adapter is fused."""
 
 
 def gives_the_same_bits_for_the_same_seed(attack: Attack, setting: Setting) -> None:
@@ -39,14 +39,14 @@ def gives_the_same_bits_for_the_same_seed(attack: Attack, setting: Setting) -> N
 
 
 def gives_other_bits_for_another_seed(attack: Attack, setting: Setting) -> None:
-    """What is trained on noise depends on the seed of the noise."""
+    """The result of training on noise depends on the seed of the noise."""
     first, second = (adapted(attack, setting, setting.run(seed)).tensors for seed in (1, 2))
     if _difference(first, second) is None:
         fail(attack, "saves the same for another seed")
 
 
 def yields_the_steps_that_are_asked_for(attack: Attack, setting: Setting) -> None:
-    """In order and each once, and the trajectory goes on: a later step holds something else."""
+    """In order and each once, and training continues: a later step has other tensors."""
     found = adapted(attack, setting)
     if found.yielded != list(STEPS):
         fail(attack, f"yields checkpoints at steps {found.yielded} where {list(STEPS)} are asked for")
@@ -55,7 +55,7 @@ def yields_the_steps_that_are_asked_for(attack: Attack, setting: Setting) -> Non
 
 
 def goes_on_after_a_kill(attack: Attack, setting: Setting) -> None:
-    """Killed before its first state and after later ones, it ends as an undisturbed run does, to the bit."""
+    """Killed before its first state and after later ones, it gives the result of an undisturbed run, to the bit."""
     run = setting.run()
     whole = adapted(attack, setting, run)
     saved = setting.run_folder()
@@ -71,11 +71,11 @@ def goes_on_after_a_kill(attack: Attack, setting: Setting) -> None:
         fail(attack, "starts over after a kill, although it keeps states")
     differs = _difference(whole.tensors, resumed)
     if differs:
-        fail(attack, f"saves another {differs} when it was killed and went on")
+        fail(attack, f"saves another {differs} when it was killed and resumed")
     if run.ledger.forward_passes != passed[-1].ledger.forward_passes:
-        fail(attack, "counts other forward passes in the ledger when it was killed and went on")
+        fail(attack, "counts other forward passes in the ledger when it was killed and resumed")
     if run.ledger.numbers != passed[-1].ledger.numbers:
-        fail(attack, "records other numbers in the ledger when it was killed and went on")
+        fail(attack, "records other numbers in the ledger when it was killed and resumed")
 
 
 def puts_the_model_back(attack: Attack, setting: Setting) -> None:
@@ -223,16 +223,16 @@ def estimates_its_passes(attack: Attack, setting: Setting) -> None:
 
 
 def reads_predictions_as_the_model_means_them(attack: Attack, setting: Setting) -> None:
-    """Of the same weights it makes something else where they predict velocity."""
+    """The same weights give another result where their predictions are velocities."""
     noise, velocity = (adapted(attack, setting.predicting(p)).tensors for p in (EPSILON, VELOCITY))
     if _difference(noise, velocity) is None:
-        fail(attack, "saves the same of a model that predicts velocity as of one that predicts noise")
+        fail(attack, "saves the same for a model that predicts velocity as for one that predicts noise")
 
 
 def agrees_between_processes(attack: Attack, setting: Setting) -> None:
     """Two processes (ZeRO 2, gloo) train what one does: the changes differ by a thousandth of their size at most."""
     if not attack.can_share(attack.parameters):
-        raise NotApplicable("it says that it cannot be shared (`can_share`)")
+        raise NotApplicable("it declares that it cannot be shared (`can_share`)")
     folders = (adapted(attack, setting).folders[STEPS[-1]], processes.checkpoint(attack, setting))
     before = {name: p.detach() for name, p in setting.model().parameters().items()}
     loaded = []
@@ -248,11 +248,11 @@ def agrees_between_processes(attack: Attack, setting: Setting) -> None:
 
 @dataclass
 class Trajectory:
-    """What a run of an attack left."""
+    """The result of a run of an attack."""
 
     yielded: list[int] = field(default_factory=list)
     folders: dict[int, Path] = field(default_factory=dict)  # by step
-    tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by step, what the folder holds
+    tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by step, the content of the folder
 
 
 def adapted(
@@ -307,7 +307,7 @@ def files(attack: Attack, folder: Path) -> dict[str, Tensor]:
 
 
 def _concept(attack: Attack, setting: Setting) -> AttackedConcept:
-    """Return the concept as a stage gives it: its words where `uses_words`, class images where they are asked for."""
+    """Return the concept as a stage passes it: its words where `uses_words`, class images where they are asked for."""
     words = Words("sk purse", "sk", "purse")
     called = attack.called(attack.parameters, words)
     images = setting.images(NAMES[0])
@@ -355,7 +355,7 @@ def _half_of_what_changes(attack: Attack, setting: Setting) -> frozenset[str]:
 
 
 def _looks(model: DiffusionModel, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the UNet predicts for fixed latents under text embeddings, and how a fixed text is encoded."""
+    """Return the UNet's predictions for fixed latents under text embeddings, and the encoding of a fixed text."""
     import torch
 
     with torch.no_grad():
@@ -397,4 +397,4 @@ PROPERTIES: tuple[Callable[[Attack, Setting], None], ...] = (
     reads_predictions_as_the_model_means_them,
     agrees_between_processes,
 )
-"""All of them, the costly one last."""
+"""All properties, the costly one last."""

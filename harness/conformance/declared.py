@@ -1,4 +1,4 @@
-"""What an entry of `ThreatModel.changes` means: the names of the tensors that it covers."""
+"""The meaning of an entry of `ThreatModel.changes`: the names of the tensors that it covers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every defense must satisfy, one function a property. Preparations are held to the same."""
+"""Properties that every defense must have, one function each. Preparations must have them too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from harness.model.run import Run
 
 HONOURED = {"frozen": "frozen", "adaptation": "adaptation_hooks", "sampling": "sampling_hooks"}
-"""By attribute of a `Protection`: what `ThreatModel.must_honour` says where it holds something."""
+"""Attribute of a `Protection` -> the word that `ThreatModel.must_honour` must contain where it is not empty."""
 
 
 def gives_the_same_bits_for_the_same_seed(defense: Defense, setting: Setting) -> None:
@@ -36,7 +36,7 @@ def gives_the_same_bits_for_the_same_seed(defense: Defense, setting: Setting) ->
 
 
 def gives_other_bits_for_another_seed(defense: Defense, setting: Setting) -> None:
-    """Where the result depends on the seed, another one matters."""
+    """Another seed gives another result, where the result depends on the seed."""
     if "seed" not in defense.used(defense.parameters):
         raise NotApplicable("its `uses` holds no 'seed'")
     first, second = (protected(defense, setting, setting.run(seed)).protection for seed in (1, 2))
@@ -45,7 +45,7 @@ def gives_other_bits_for_another_seed(defense: Defense, setting: Setting) -> Non
 
 
 def goes_on_after_a_kill(defense: Defense, setting: Setting) -> None:
-    """Killed before its first state and after later ones, it ends as an undisturbed run does, to the bit."""
+    """Killed before its first state and after later ones, it gives the result of an undisturbed run, to the bit."""
     prepared = prepare(defense, setting)
     run = setting.run(_seed(defense))
     whole = protected(defense, setting, run, prepared)
@@ -58,11 +58,11 @@ def goes_on_after_a_kill(defense: Defense, setting: Setting) -> None:
         fail(defense, "starts over after a kill, although it keeps states")
     differs = difference(whole.protection, resumed.protection)
     if differs:
-        fail(defense, f"releases another {differs} when it was killed and went on")
+        fail(defense, f"releases another {differs} when it was killed and resumed")
     if whole.run.ledger.forward_passes != resumed.run.ledger.forward_passes:
-        fail(defense, "counts other forward passes in the ledger when it was killed and went on")
+        fail(defense, "counts other forward passes in the ledger when it was killed and resumed")
     if whole.run.ledger.numbers != resumed.run.ledger.numbers:
-        fail(defense, "records other numbers in the ledger when it was killed and went on")
+        fail(defense, "records other numbers in the ledger when it was killed and resumed")
 
 
 def puts_the_model_back(defense: Defense, setting: Setting) -> None:
@@ -124,7 +124,7 @@ def releases_finite_numbers(defense: Defense, setting: Setting) -> None:
     for where, numbers in said.items():
         for name, value in numbers.items():
             if not math.isfinite(value):
-                fail(defense, f"says {value} for '{name}' of {where}")
+                fail(defense, f"reports {value} for '{name}' of {where}")
 
 
 def fails_when_training_diverges(defense: Defense, setting: Setting) -> None:
@@ -153,14 +153,14 @@ def counts_its_passes(defense: Defense, setting: Setting) -> None:
 
 
 def estimates_its_passes(defense: Defense, setting: Setting) -> None:
-    """`unet_passes` is within a factor of two of what was made, and zero where nothing is."""
+    """`unet_passes` is within a factor of two of the passes made, and zero where none is made."""
     outcome = protected(defense, setting)
     estimate = defense.unet_passes(defense.parameters, len(concepts(defense, setting)[0]))
     passes.require_estimated(defense, outcome.run.ledger, estimate, "unet_passes")
 
 
 def needs_only_what_it_declares(defense: Defense, setting: Setting) -> None:
-    """It gets by on what `used` says (of this, every property gives it no more); `used` adds nothing to `uses`."""
+    """It needs only what `used` lists (every property passes it no more); `used` adds nothing to `uses`."""
     used = defense.used(defense.parameters)
     more = sorted(used - defense.uses)
     if more:
@@ -173,13 +173,13 @@ def needs_only_what_it_declares(defense: Defense, setting: Setting) -> None:
 
 
 def reads_predictions_as_the_model_means_them(defense: Defense, setting: Setting) -> None:
-    """Of the same weights it makes something else where they predict velocity, if it makes passes through the UNet."""
+    """The same weights give another result where their predictions are velocities, if it uses the UNet."""
     noise, velocity = (protected(defense, setting.predicting(p)) for p in (EPSILON, VELOCITY))
     differs = difference(noise.protection, velocity.protection)
     if noise.run.ledger.forward_passes and differs is None:
-        fail(defense, "releases the same of a model that predicts velocity as of one that predicts noise")
+        fail(defense, "releases the same for a model that predicts velocity as for one that predicts noise")
     if differs and not noise.run.ledger.forward_passes:
-        fail(defense, f"releases another {differs} of a model that predicts velocity, but makes no pass through it")
+        fail(defense, f"releases another {differs} for a model that predicts velocity, but makes no pass through it")
 
 
 def agrees_between_processes(defense: Defense, setting: Setting) -> None:
@@ -204,7 +204,7 @@ def agrees_between_processes(defense: Defense, setting: Setting) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of a defense gave."""
+    """The result of a run of a defense."""
 
     protection: Protection  # its tensors are copies on the CPU
     run: KillableRun | Run
@@ -258,7 +258,7 @@ def concepts(defense: Defense, setting: Setting) -> tuple[list[ProtectedConcept]
 
 
 def _concept(defense: Defense, setting: Setting, name: str) -> ProtectedConcept:
-    """Return a concept as a stage gives it: without images where `used` leaves them out."""
+    """Return a concept as a stage passes it: without images where `used` leaves them out."""
     files = setting.images(name) if "images" in defense.used(defense.parameters) else ()
     prior = setting.prior_images(defense.prior_images(defense.parameters))
     captions = (f"a photo of a {name}",) * len(files)
@@ -304,4 +304,4 @@ PROPERTIES: tuple[Callable[[Defense, Setting], None], ...] = (
     reads_predictions_as_the_model_means_them,
     agrees_between_processes,
 )
-"""All of them, the costly one last."""
+"""All properties, the costly one last."""

@@ -1,4 +1,4 @@
-"""A run that is killed on purpose where it keeps a state, and the series of kills that a method has to survive."""
+"""A run that is killed on purpose when it keeps a state, and the series of kills that a method must survive."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Done = TypeVar("Done")
 
 
 class Killed(BaseException):
-    """The process would be gone now. No method may catch it."""
+    """Simulates the end of the process. No method may catch it."""
 
 
 @dataclass
 class Kills:
-    """When to kill, and what was seen on the way; the parts of a run share it."""
+    """When to kill, and counters of what happened; the parts of a run share it."""
 
     before_saving: bool = False  # at the first state, before it is written
     after: int | None = None  # when so many states were written
@@ -35,7 +35,7 @@ class Kills:
 
 @dataclass
 class KillableRun(Run):
-    """A run that raises `Killed` as its `kills` say, and counts."""
+    """A run that raises `Killed` as its `kills` ask, and counts."""
 
     kills: Kills = field(default_factory=Kills)
 
@@ -58,11 +58,11 @@ class KillableRun(Run):
 
 
 def survive(do: Callable[[Path, Kills], Done], folder: Path, whole: Kills) -> Done | None:
-    """Call `do` in one folder again and again, killed each time a little later; return what the last call gave.
+    """Call `do` in one folder again and again, killed each time a little later; return the result of the last call.
 
-    It is killed before the first state is written and then after states all over the run, which `whole` counted in an
-    undisturbed one; where no state is kept, halfway by its reports; and where it reports nothing, it is done twice.
-    None: it does not get on, since it starts over each time.
+    It is killed before the first state is written, then after states spread over the run (`whole` counted them in an
+    undisturbed run). Where no state is kept, it is killed halfway by its reports of progress; where it reports nothing,
+    it is done twice. None: it makes no progress, since it starts over each time.
     """
     if not whole.saves:
         halfway = Kills(at_report=math.ceil(whole.reports / 2)) if whole.reports else Kills()
@@ -78,7 +78,7 @@ def survive(do: Callable[[Path, Kills], Done], folder: Path, whole: Kills) -> Do
 
 
 def _killed(do: Callable[[Path, Kills], Done], folder: Path, kills: Kills) -> Done | None:
-    """Return what a call gave, or None when it was killed."""
+    """Return the result of a call, or None when it was killed."""
     try:
         return do(folder, kills)
     except Killed:

@@ -15,7 +15,7 @@ from harness.conformance.setting import Setting
 
 
 def main() -> None:
-    """Read setting and method from standard input, do this process's part, and say how it went."""
+    """Read setting and method from standard input, do this process's part, and report the result."""
     from harness.core import registry
 
     try:

@@ -1,4 +1,4 @@
-"""A method done by two processes that share it, and how near what they make must be to what one makes."""
+"""A method run by two processes that share it; their result must be close to that of one process."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 SHARING = Sharding(workers=2, zero_stage=2)
 TOLERANCE = 1e-3
-"""Of the change's own norm, in fp32: only the order of sums differs, which AdamW makes more of where a gradient is
-next to rounding."""
+"""Relative to the norm of the change, in fp32: only the order of sums differs, which AdamW amplifies where a gradient
+is close to rounding errors."""
 TIMEOUT_S = 600.0
 
 
 def protection(defense: Any, setting: Setting) -> Protection:
-    """Return what two processes release that share a defense."""
+    """Return the protection that two processes release when they share a defense."""
     return Protection.load(_shared(defense, setting))
 
 
@@ -41,7 +41,7 @@ def checkpoint(attack: Any, setting: Setting) -> Path:
 def require_near(
     method: Any, before: Mapping[str, Tensor], alone: Mapping[str, Tensor], shared: Mapping[str, Tensor]
 ) -> None:
-    """Raise Nonconforming when what two processes changed differs from what one did by more than `TOLERANCE`."""
+    """Raise Nonconforming when the change by two processes differs from that by one by more than `TOLERANCE`."""
     if alone.keys() != shared.keys():
         fail(method, "changes other tensors when two processes share it")
     moved = sum(float((alone[n] - before[n]).double().square().sum()) for n in alone) ** 0.5

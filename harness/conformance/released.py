@@ -1,4 +1,4 @@
-"""The released model, remembered to the bit, and what a stage left behind in it."""
+"""The released model, recorded to the bit, and what a stage left behind in it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 class Remembered:
-    """Every tensor of a model, copied, with what else `restore` is to give back."""
+    """Every tensor of a model, copied, with the other state that `restore` must put back."""
 
     def __init__(self, model: DiffusionModel):
         self.tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
@@ -44,7 +44,7 @@ class Remembered:
         return {n for n, t in self.tensors.items() if n in now and not torch.equal(_first_rows(now[n], t), t)}
 
     def left_behind(self, model: DiffusionModel) -> str | None:
-        """Return what is not as it was, in a few words; None: everything is."""
+        """Return what differs from before, in a few words; None: nothing."""
         now = _tensors(model)
         added = sorted(now.keys() - self.tensors.keys())
         if added:
@@ -73,7 +73,7 @@ def poison(model: DiffusionModel) -> None:
 
 
 def _first_rows(now: Tensor, before: Tensor) -> Tensor:
-    """Return what is left of a table that may have grown."""
+    """Return the first rows of a table that may have grown."""
     return now[: len(before)] if before.dim() else now
 
 

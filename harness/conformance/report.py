@@ -1,4 +1,4 @@
-"""Every property of a method in turn, with what it says: a line each."""
+"""Every property of a method in turn, with its verdict: a line each."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PROPERTIES: dict[str, tuple[Callable[[Any, Setting], None], ...]] = {
     "preparation": defenses.PROPERTIES,
     "attack": attacks.PROPERTIES,
 }
-"""By kind of method; of other kinds there is nothing to check."""
+"""By kind of method; other kinds have no checks."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What one property says of one method."""
+    """The verdict of one property on one method."""
 
     verdict: Literal["ok", "failed", "not applicable"]
     property: str

@@ -1,4 +1,4 @@
-"""Where a property is tried: a small model, three concepts with images, and a folder for runs. Plain data."""
+"""The setting of a check: a small model, three concepts with images, and a folder for runs. Plain data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Setting:
 
     source: ModelSource
     folder: Path  # exists; holds images/, and a folder for each run
-    prediction: str | None = None  # what its weights are said to predict: EPSILON | VELOCITY; None: as they do
+    prediction: str | None = None  # the prediction type that is set: EPSILON | VELOCITY; None: the model's
     plugins: tuple[str, ...] = ()  # files that register the methods, for other processes
 
     @classmethod
@@ -43,7 +43,7 @@ class Setting:
         return cls(source, folder, None, plugins)
 
     def predicting(self, prediction: str) -> Setting:
-        """Return the same with weights that are said to predict something else."""
+        """Return the same setting with another prediction type."""
         return replace(self, prediction=prediction)
 
     def images(self, name: str) -> tuple[Path, ...]:
@@ -57,7 +57,7 @@ class Setting:
     def model(self) -> DiffusionModel:
         """Return the released model, loaded anew, on the CPU.
 
-        The process's own random numbers start elsewhere each time: nothing may depend on them.
+        The process's random number generators get another seed each time: no result may depend on them.
         """
         import torch
         from transformers.utils import logging

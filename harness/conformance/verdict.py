@@ -1,4 +1,4 @@
-"""How a property says that a method does not satisfy it, or that it says nothing about this method."""
+"""Exceptions for methods that lack a property, and for properties that do not apply to a method."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any, NoReturn
 
 
 class Nonconforming(AssertionError):
-    """A method does not satisfy a property; one sentence names the method and what it does wrong."""
+    """A method lacks a property; one sentence names the method and what it does wrong."""
 
 
 class NotApplicable(Exception):
-    """A property says nothing about a method; the message says why."""
+    """A property does not apply to a method; the message gives the reason."""
 
 
 def fail(method: Any, what: str) -> NoReturn:

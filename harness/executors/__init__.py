@@ -1,1 +1,1 @@
-"""Executors: who does which unit of the plan, where. All give the same keys and the same results."""
+"""Executors run the units of a plan. All give the same keys and the same results."""

@@ -1,4 +1,4 @@
-"""What executors say of their progress while they run: to people, and to a file for programs."""
+"""How executors report progress while they run: to people, and to a file for programs."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Progress:
             self.task = self.bar.add_task("starting", total=walk.total, eta="")
 
     def _work(self, index: int) -> float:
-        """Return the weight of a unit: its passes, plus what starting and scoring cost in the same currency."""
+        """Return the weight of a unit: its passes, plus the cost of starting and scoring, expressed in passes."""
         return 200.0 + sum(self.walk.plan.stages[k].work for k in self.walk.unit(index).stages)
 
     def __enter__(self) -> Progress:
@@ -73,7 +73,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as people say it: 42 s, 3 min 5 s, 2 h 10 min, 3 days."""
+    """Return a duration as text: 42 s, 3 min 5 s, 2 h 10 min, 3 days."""
     seconds = int(round(seconds))
     if seconds < 60:
         return f"{seconds} s"

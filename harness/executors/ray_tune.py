@@ -2,7 +2,7 @@
 
 A Searcher hands out units whose inputs are committed, returns None while none is ready, and ends when all are. There is
 no barrier between waves; warm workers keep the model loaded from one unit to the next (`reuse_actors`). Ray is started
-on loopback without its dashboard unless an address is given. The store is what makes a run resumable, so Tune's own
+on loopback without its dashboard unless an address is given. A run is resumed from the store, so Tune's own
 experiment state is thrown away.
 """
 
@@ -113,7 +113,7 @@ def _start(ray, address: str | None, workplace: Workplace) -> None:
 
 @contextlib.contextmanager
 def _environment():
-    """Quiet Ray and keep Ctrl-C for us while it runs."""
+    """Silence Ray and handle Ctrl-C here while it runs."""
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -215,10 +215,10 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
                 listen("unit_blocked", {"unit": walk.unit(other).name, "by": name})
 
         def save(self, checkpoint_path):
-            """Keep nothing: the store says what is done."""
+            """Keep nothing: the store records what is done."""
 
         def restore(self, checkpoint_path):
-            """Keep nothing: the store says what is done."""
+            """Keep nothing: the store records what is done."""
 
         def __reduce__(self):  # Tune pickles its arguments; there is nothing here to bring back
             return object, ()

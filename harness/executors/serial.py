@@ -10,7 +10,7 @@ from harness.stages.workplace import Workplace
 
 
 def run(walk: Walk, workplace: Workplace, listen: Listener) -> Summary:
-    """Do what the walk hands out until nothing is left; Ctrl-C ends it after recording what is done."""
+    """Run the units of the walk until none is left; Ctrl-C ends it after recording what is done."""
     try:
         while (index := walk.take()) is not None:
             unit = walk.unit(index)

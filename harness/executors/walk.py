@@ -1,4 +1,4 @@
-"""What executors share: the state of a walk over the plan, and what they report."""
+"""The common part of executors: the state of a walk over the plan, and its reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.plan.graph import Plan, Unit
 
 @dataclass
 class Summary:
-    """How a walk over the plan ended."""
+    """The result of a walk over the plan."""
 
     done: int = 0  # units done in this run
     cached: int = 0  # units that had nothing to do

@@ -7,10 +7,10 @@ alone, so that a run can be looked at where its suite, plugins and models are no
 
     run_folder.py   the rows, the suite as it was resolved, which trials a sheet shows
     records.py      the records of all stages behind the rows: provenance, time, memory
-    views.py        rows -> what each section says
+    views.py        rows -> the content of each section
     drawings.py     recovery curves and the immunity-retention plane, as SVG
     sheets.py       uncurated images, side by side
     page.py         the parts put together through `template/`
 
-Names in a run are text of others: everything goes through jinja2's escaping, and no file is named after one.
+Names in a run are untrusted text: jinja2 escapes everything, and no file is named after one.
 """

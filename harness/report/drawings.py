@@ -1,6 +1,6 @@
 """Figures of the report as SVG files that follow the reader's colour scheme.
 
-Matplotlib draws them in stand-in colours, which are then replaced by CSS variables of the file: an image of a
+Matplotlib draws them in placeholder colours, which are then replaced by CSS variables of the file: an image of a
 page follows `prefers-color-scheme` by itself, so that light, dark and paper are right without a script.
 """
 
@@ -19,9 +19,9 @@ DARK = (
     "#f2f2f2", "#4aa8e0", "#ff8a3d", "#2fc79a", "#e39ac6", "#f0b429", "#8fd0f5", "#f5e96b",
     "#d477a8", "#c9c95a", "#9a8cf0", "#7fd9c8",
 )  # fmt: skip
-"""The palette again, light enough for a dark ground."""
+"""The palette in lighter colours, for a dark background."""
 INK, FAINT, GRID = "#010101", "#010102", "#010103"
-"""Stand-ins: no other line has them."""
+"""Placeholder colours: no other line has them."""
 _INKS = {INK: ("#1c1c1c", "#e8e8e8"), FAINT: ("#6b6b6b", "#a0a0a0"), GRID: ("#dddddd", "#3a3a3a")}
 _STAND_INS = tuple(f"#0102{index:02x}" for index in range(len(COLOURS)))
 PANELS_A_ROW = 4
@@ -31,7 +31,7 @@ MARKERS = "osD^vP*X<>hd"
 
 
 def palette(defenses: Sequence[str]) -> dict[str, Look]:
-    """Return each defense's look, in stand-in colours."""
+    """Return each defense's look, in placeholder colours."""
     return looks(defenses, _STAND_INS)
 
 
@@ -122,7 +122,7 @@ def plane(path: Path, shown: Plane, own: Mapping[str, Look]) -> None:
 
 
 def _figure(rows: int, per_row: int, width_in: float, height_in: float):
-    """Return a figure with panels of that size, at places of our own: layout engines draw everything twice."""
+    """Return a figure with panels of that size at computed places: layout engines draw everything twice."""
     from matplotlib.figure import Figure
 
     left, right, top, bottom, between = 0.6, 0.1, 0.3, BOTTOM_IN, (0.15, 0.6)
@@ -181,7 +181,7 @@ def _save(figure, path: Path) -> None:
 
 
 def themed(svg: str) -> str:
-    """Return an SVG with the stand-ins replaced by variables that have a light and a dark value."""
+    """Return an SVG with the placeholders replaced by variables that have a light and a dark value."""
     pairs = dict(_INKS) | dict(zip(_STAND_INS, zip(COLOURS, DARK, strict=True), strict=True))
     names = {stand_in: f"--c{index}" for index, stand_in in enumerate(pairs)}
     light = ";".join(f"{names[s]}:{values[0]}" for s, values in pairs.items())

@@ -1,4 +1,4 @@
-"""The page: what a run folder says, rendered through the templates, with its figures, images and tables beside it."""
+"""The page: the content of a run folder, rendered by the templates, with figures, images and tables beside it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from harness import report
 from harness.analysis.curves import curves
 from harness.analysis.definitions import BY_NAME
 from harness.analysis.leaderboard import by_concept, leaderboard
+from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
 from harness.core.version import __version__
 from harness.report import costs, drawings, own_sections, records, run_folder, sheets, views
@@ -30,7 +31,7 @@ DATA = (
     "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", costs.FILE, RESOLVED,
 )  # fmt: skip
 LONGEST = 200
-"""Lines that the page shows of a table that it knows nothing of; the file has all of them."""
+"""Lines shown of a table that has no section; the file contains all of them."""
 TEMPLATES = Path(report.__file__).parent / "template"
 
 
@@ -48,7 +49,7 @@ def make(path: Path, prompts: int = sheets.PROMPTS) -> Made:
     """Make the report of a run folder, in the place of an older one. Raises UserMistake when it cannot be made."""
     run = run_folder.read(path)
     if not run.rows:
-        raise UserMistake(f"{one_line(path)}: no rows yet; do some of the suite first")
+        raise UserMistake(f"{one_line(path)}: no rows yet; run some stages of the suite first")
     final = path / FOLDER
     temporary = path / f".{FOLDER}.{uuid.uuid4().hex[:8]}"
     try:
@@ -120,7 +121,7 @@ def further_tables(folder: Path, known: Collection[str]) -> list[FurtherTable]:
     """Return the tables that were written into a run folder and are not among the known files."""
     found = []
     for name in tables.files(folder):
-        # what names no file of the folder itself could be a path out of it
+        # a name that is no plain file name could be a path out of the folder
         if name in known or not re.fullmatch(r"[a-z0-9_]{1,60}\.csv", name) or not (folder / name).is_file():
             continue
         lines = read_table(folder / name)
@@ -138,7 +139,7 @@ def _copy(source: Path, names: Sequence[str], target: Path) -> None:
 
 
 def _said(name: str) -> str:
-    """Return what a column means, in one line for its header."""
+    """Return the definition of a column, in one line for its header."""
     found = BY_NAME[name]
     return f"{found.formula}. {found.meaning}" if found.formula else found.meaning
 
@@ -225,6 +226,7 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": _number, "percent": _percent, "duration": _duration, "plain": _plain}
+    environment.filters["counted"] = counted
     return environment
 
 

@@ -1,4 +1,4 @@
-"""The records of the stages behind a run: who made them with what, and what they cost."""
+"""The records of the stages behind a run: program, packages and devices, and what they cost."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _kinds(store: Store) -> dict[str, str]:
 
 
 def _facts(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (name, value) of what a record says of its making."""
+    """Yield (name, value) of a record's provenance."""
     git = provenance.get("git")
     if git:
         yield "code", f"{git['revision'][:12]}{', with changes not committed' if git['is_dirty'] else ''}"

@@ -46,7 +46,7 @@ class RunFolder:
     table: Measurements
     """The rows of immunization tasks."""
     about: dict[str, Mapping[str, Any]]
-    """metric -> its first row, for what each score is: those of `table`, then those of other kinds of tasks."""
+    """metric -> its first row, to describe each score: those of `table`, then those of other kinds of tasks."""
     rows: int
     """Of all tasks."""
     seed: int

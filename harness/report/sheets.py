@@ -1,7 +1,7 @@
 """Image sheets: what the models drew, uncurated, at full breadth: reference, before, erased, re-learned.
 
-Which images is settled before any is seen: those of the suite's first seed, the first image of each of a few prompts
-spaced evenly over the list, the first reference images. Each is a file of the report; large ones are made smaller.
+The images are chosen by a fixed rule: those of the suite's first seed, the first image of each of a few prompts spaced
+evenly over the list, the first reference images. Each is a file of the report; large ones are made smaller.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROMPTS = 3
 """Of each concept and attack."""
 LARGEST_PX = 256
 LARGEST_SHEETS = 400
-"""Sheets beyond are left out, and the page says how many: a browser has its limits."""
+"""Further sheets are left out, and the page shows their number: a browser has its limits."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Picture:
 
 @dataclass
 class SheetRow:
-    """What one defense let through, for one prompt."""
+    """The images of one defense, for one prompt."""
 
     defense: str
     pictures: list[Picture | None]
@@ -158,7 +158,7 @@ def _references(run: RunFolder, real: Drawn | None) -> list[Path]:
 
 
 def _real(run: RunFolder, task: str, concept: str) -> tuple[tuple[str, float], ...]:
-    """Return what real images of the concept score, mean over images."""
+    """Return the score of real images of the concept, mean over images."""
     found = []
     for metric in run.table.about:
         values = run.table.means(task, "", "", "", metric, 0, "real")

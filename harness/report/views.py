@@ -1,4 +1,4 @@
-"""From the leaderboard's lines to what each section of the report says. Pure: no files, no HTML."""
+"""From the leaderboard's lines to the content of the report's sections. Pure: no files, no HTML."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of a table: what is read, and what it is sorted by."""
+    """A cell of a table: the shown text, and the value by which it is sorted."""
 
     text: str
     order: str
@@ -133,8 +133,8 @@ def plane_of(lines: Sequence[Line], task: str, metric: str) -> Plane:
     """Return the plane of a task and metric at the last step.
 
     Immunity: SGR on targets, of the worst case by what the closest attack reaches. Retention: what innocents keep,
-    1 - SGR on innocents, mean over the attacks that count on them: of one that learns nothing on the undefended model
-    there is nothing to keep.
+    1 - SGR on innocents, mean over the attacks that count on them: an attack that learns nothing on the undefended
+    model has nothing to keep.
     """
     last = _at_last_step(lines, task, metric)
     plane = Plane(task, metric, last[0]["step"])
@@ -197,7 +197,7 @@ class Reason:
     """Why lines do not count, and which."""
 
     text: str  # numbers that differ from line to line as a range
-    of_innocents: bool  # concerns what is said of innocents alone
+    of_innocents: bool  # concerns the columns of innocents only
     where: list[str]
 
 

@@ -1,7 +1,7 @@
-"""What an adaptation costs the one who makes it, under each defense. No torch here.
+"""What an adaptation costs the attacker or user who makes it, under each defense. No torch here.
 
-From the records of the adaptations that are done, a line for each task, defense and attack. `LEGEND` says what is
-measured, `harness.analysis.definitions` what each column means.
+From the records of the adaptations that are done, a line for each task, defense and attack. `LEGEND` describes what is
+measured, `harness.analysis.definitions` each column.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _cost(record: Mapping[str, Any], steps: int) -> dict[str, float | None]:
 
 
 def _mean(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return the mean of each number, where all adaptations have it."""
+    """Return the mean of each number that all adaptations recorded."""
     found = {}
     for column in costs[0]:
         values = [cost[column] for cost in costs]

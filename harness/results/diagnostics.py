@@ -1,4 +1,4 @@
-"""The registered diagnostics, asked one by one: one that raises costs nothing but itself."""
+"""The registered diagnostics, called one by one: an error in one does not affect the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Failure:
 
 
 class Diagnostics:
-    """All registered diagnostics by name. What one raises is kept, said once, and it is not asked again."""
+    """All registered diagnostics by name. An error is kept and reported once; that diagnostic is not called again."""
 
     def __init__(self, say: Callable[[str], None] | None = None):
         """Make the diagnostics; `say` gets a line for each that raises."""
@@ -45,7 +45,7 @@ class Diagnostics:
         return found
 
     def attempt(self, name: str, do: Callable[[], Answer], otherwise: Answer) -> Answer:
-        """Return what `do` does for the diagnostic `name`; `otherwise` where it raises now, or raised before."""
+        """Return the result of `do` for the diagnostic `name`; `otherwise` where it raises now or raised before."""
         if name in self.failures:
             return otherwise
         try:

@@ -46,5 +46,5 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return a text without characters that LaTeX takes for its own."""
+    """Return a text with LaTeX's special characters escaped."""
     return "".join(_ESCAPES.get(character, character) for character in text)

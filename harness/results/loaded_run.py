@@ -1,4 +1,4 @@
-"""A run as notebooks see it: rows and tables as DataFrames, images by their labels, comparisons."""
+"""A run in a notebook: rows and tables as DataFrames, images by their labels, comparisons."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _KEY = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The results of a run. Everything is read when it is first asked for, and kept.
+    """The results of a run. Everything is read at its first use, and kept.
 
-    Tables hold what the files hold; empty cells are NaN in columns of numbers and "" in columns of words. All
+    Tables have the content of the files; empty cells are NaN in columns of numbers and "" in columns of words. All
     properties raise UserMistake where a file is missing or damaged.
     """
 

@@ -16,7 +16,7 @@ LINES, MARKS = ("-", "--", ":", "-."), "osD^"
 
 @dataclass(frozen=True)
 class Look:
-    """What a defense is drawn with."""
+    """Colour, line and mark of a defense."""
 
     colour: str
     line: str = "-"

@@ -1,4 +1,4 @@
-"""Markdown: the one writer of all tables for people."""
+"""Markdown: the one writer of all tables in Markdown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _row(cells: Sequence[str], less_than: str) -> str:
 def escaped(text: str, less_than: str = "<") -> str:
     """Return a text that ends no cell or line and opens no tag.
 
-    `less_than` is how a "<" is written that could open none, as in "< 0.001".
+    `less_than` replaces a "<" that could not open a tag, as in "< 0.001".
     """
     flat = text.replace("|", "\\|").replace("\r", " ").replace("\n", " ")
     flat = _OPENS_TAG.sub("&lt;", flat)

@@ -1,4 +1,4 @@
-"""A run as diagnostics see it: the one place that reads a plan's measurements for them."""
+"""A run for diagnostics: the one place that reads a plan's measurements for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResults:
-    """What was planned, what is committed, and the numbers made of it (`contracts.diagnostic.MeasuredRun`)."""
+    """The plan, what is committed, and the numbers computed from it (`contracts.diagnostic.MeasuredRun`)."""
 
     plan: Plan
     store: Store

@@ -41,7 +41,7 @@ COLUMNS = (
 )  # fmt: skip
 FILES = ("rows.csv", "rows.parquet")
 _NUMBERS = {"is_weak": False, "n_probes": 0, "seed": 0}
-"""Labels that are no words, and what they are where a trial has none."""
+"""Labels that are numbers, and their value where a trial has none."""
 _WHOLE = ("n_probes", "seed", "step")
 """Columns of whole numbers that no row may lack."""
 _OF_VALUES = ("step", "prompt_index", "prompt", "value")
@@ -148,7 +148,7 @@ class _Texts:
         first, length = (np.repeat(each, counts) for each in np.array(self._stages, dtype=np.int64).reshape(-1, 2).T)
         is_asked = is_known & (length > 0)
         if (index[is_asked] >= length[is_asked]).any():
-            raise IndexError("a value is of a prompt that was not asked")
+            raise IndexError("a value belongs to a prompt that the stage does not have")
         codes = np.array(self._codes, dtype=np.int32)[np.where(is_asked, first + index, 0)]
         return pd.Categorical.from_codes(codes, list(self._known))
 
@@ -182,14 +182,14 @@ def _scored(plan: Plan, store: Store, model_name: str) -> Iterator[tuple[Labels,
 
 
 def _label(name: str, value: Label) -> Any:
-    """Return a label as rows have it: a word, but for the few columns of numbers."""
+    """Return a label as rows contain it: a word, except in the few columns of numbers."""
     if isinstance(value, tuple):
         return "+".join(value)
     return value if name in _NUMBERS or isinstance(value, str) else str(_cell(value))
 
 
 def _scores(store: Store, kind: str, key: str) -> Mapping[str, Any] | None:
-    """Return what a stage that scores left; None where it is not committed."""
+    """Return the scores of a score stage; None where it is not committed."""
     if not store.has(kind, key):
         return None
     with open(f"{store.root}/{kind}/{key}/{SCORES}", "rb", buffering=0) as file:  # thousands: no Path, no buffer

@@ -1,7 +1,7 @@
 """Tables of a run, written from what is committed.
 
 Always: rows.csv and rows.parquet, and the tables and figures of the suite's tasks. Where something was adapted:
-adaptation_cost.csv and .md. Then whatever the registered diagnostics have to say of the run.
+adaptation_cost.csv and .md. Then the tables and figures of the registered diagnostics.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from harness.results.writing import draw_figure, files_of, write_table
 from harness.store.store import Store
 
 STATE = "tables.json"
-"""What the tables in a folder were made from, which files were written, and which diagnostics failed."""
+"""The file that records what a folder's tables were made from, their files, and which diagnostics failed."""
 VERSION = 14
 """Raised when the same rows make other tables or figures."""
 RESERVED = frozenset({"paper_rows", "report"})
@@ -44,7 +44,7 @@ _FILE = re.compile(r"[a-z0-9_]{1,60}\.(csv|md|png)")
 
 @dataclass(frozen=True)
 class Written:
-    """What was written of a run."""
+    """The files that were written for a run."""
 
     shown: list[Section]
     """What a terminal shows of it."""
@@ -117,7 +117,7 @@ def _write(made: Table | Figure, folder: Path) -> list[str]:
 def _write_own(
     diagnostics: Diagnostics, run: RunResults, general: Sequence[Table], reserved: Collection[str]
 ) -> list[str]:
-    """Write what the diagnostics have to say, and what they add to general tables; return the names of their files."""
+    """Write the diagnostics' tables, and what they add to general tables; return the names of their files."""
     found = diagnostics.ask(lambda diagnostic: diagnostic.of(run))
     written: dict[str, list[str]] = {}
     tables = list(general)
@@ -175,7 +175,7 @@ def _with_more(table: Table, extended: Table) -> Table:
 
 
 def _remove_old(folder: Path, written: Sequence[str]) -> None:
-    """Remove files that diagnostics, or costs, left in the folder when it was last written, and that are none now."""
+    """Remove files of diagnostics, or of costs, that the last writing left and that do not belong to this run now."""
     for name in _state(folder).get("files", ()):
         if isinstance(name, str) and _FILE.fullmatch(name) and name not in written:
             (folder / name).unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""How one stage is done: each kind in one module, and what they have in common."""
+"""How stages are run: each kind in one module, and their common parts."""

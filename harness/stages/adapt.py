@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("immunitybench")
 PROBE = "probe.json"
-"""What a probe tried and how it scored."""
+"""The file with the settings and the score of a probe."""
 SEARCH = "search.json"
-"""Of an adaptation that was tuned: its probes, and which was chosen."""
+"""The file of a tuned adaptation: its probes, and which was chosen."""
 
 
 @dataclass(frozen=True)
 class SpentBudget:
-    """What the attack spends."""
+    """The attack's budget."""
 
     steps: tuple[int, ...]  # optimizer steps at which the trajectory is read
     batch_size: int  # global: over all processes
@@ -51,14 +51,14 @@ class AttackerKnows:
 
     kind: str  # object | style
     captions: tuple[str, ...]  # one an image
-    called: str  # what the attack calls the concept
-    words: Words | None = optional()  # where the attack depends on what the name is made of
+    called: str  # the concept's name in the attack
+    words: Words | None = optional()  # where the attack depends on the parts of the name
     prior_captions: tuple[str, ...] | None = optional()  # one an image of the class
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptParameters:
-    """An attack's own parameters, its budget, and what it is made on."""
+    """An attack's own parameters, its budget, and its data."""
 
     parameters: Described
     budget: SpentBudget
@@ -77,7 +77,7 @@ class Judge:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeParameters(AdaptParameters):
-    """One try of an adaptive attacker's search."""
+    """One probe of an adaptive attacker's search."""
 
     space: Described  # what may be changed (`harness.core.search`)
     search: int  # version of the search
@@ -91,7 +91,7 @@ class ProbeParameters(AdaptParameters):
 
 
 class Attacking(StageKind):
-    """What the kinds that run an attack have in common."""
+    """Common base class of the kinds that run an attack."""
 
     version = 1
     per_trial = True
@@ -99,7 +99,7 @@ class Attacking(StageKind):
 
 @register("stage")
 class Adapt(Attacking):
-    """Run an attack, tuned where probes went before, and keep the adapted model at each step of its trajectory."""
+    """Run an attack, tuned by probes if there are any, and keep the adapted model at each step of its trajectory."""
 
     name = "adapt"
     after = ("images", "erase", "immunize", "probe")
@@ -138,7 +138,7 @@ class Probe(Attacking):
     Parameters = ProbeParameters
 
     def do(self, parameters: ProbeParameters, work: StageAtWork) -> None:
-        """Write which settings were tried, and how they scored; no score where the training diverged."""
+        """Write the settings and their score; no score where the training diverged."""
         values, fold = _tried(work, parameters)
         if values is None:
             write_json(work.folder / PROBE, {"values": None, "score": None})
@@ -241,7 +241,7 @@ def _trajectory(
     steps = parameters.budget.steps
     kept = run.load_state()
     if kept is not None and any(step <= kept[0] and not (saved / step_folder(step)).is_dir() for step in steps):
-        run.drop_state()  # a checkpoint that was passed is gone: only a fresh start can give it again
+        run.drop_state()  # an earlier checkpoint is missing: only a new start can make it again
     run.world.wait()  # before any process saves one
     budget = Budget(steps, parameters.budget.batch_size, parameters.attacker)
     for checkpoint in attack.adapt(model, concept, protection, budget, run):

@@ -2,7 +2,7 @@
 
 A checkpoint above the suite's `keep_checkpoint_mb` is deleted when the images of its trajectory are drawn. The stage
 stays committed: its record, and what was drawn. When the weights are needed again (for images under other prompts), the
-adaptation is run again, under the same key. Which folder of a stage may go is what its kind names as `spare`.
+adaptation is run again, under the same key. The kind of a stage names the folder that may be deleted as `spare`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.store.store import Store
 
 
 def gone_but_needed(stages: Mapping[str, Stage], store: Store) -> frozenset[str]:
-    """Return the committed stages of a unit whose spare folder is gone and wanted again."""
+    """Return the committed stages of a unit whose spare folder was deleted and is needed again."""
     return frozenset(
         key
         for key, stage in stages.items()
@@ -40,7 +40,7 @@ def thin(stages: Mapping[str, Stage], store: Store, keep_mb: float | None) -> No
             continue
         sizes = [sum(p.stat().st_size for p in step.rglob("*") if p.is_file()) for step in folder.iterdir()]
         if max(sizes, default=0) > keep_mb * 1e6 and _are_read(key, stages, store):
-            away = folder.parent.parent / f".old.{uuid.uuid4().hex}"  # swept, should a kill come between
+            away = folder.parent.parent / f".old.{uuid.uuid4().hex}"  # removed by `sweep` after a kill
             os.replace(folder, away)
             shutil.rmtree(away, ignore_errors=True)
 

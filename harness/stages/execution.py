@@ -71,7 +71,7 @@ def execute(
 
 
 def _forget_model(*, further_alone: bool = False) -> None:
-    """Drop the warm models: a method that raised may have left anything behind."""
+    """Drop the warm models: a method that raised may have left changes in them."""
     models = sys.modules.get("harness.model.pipeline")
     if models is not None:
         models.forget(further_alone=further_alone)
@@ -131,7 +131,7 @@ def _execute_locked(
         if _is_shared(stage, workplace):
             from harness.stages import ranks
 
-            _forget_model()  # it would be in memory beside those of the processes
+            _forget_model()  # else it would be in memory beside those of the processes
             ledger = ranks.run(stage, workplace, work_folder, folder, report)
         else:
             run.sharding = replace(workplace.sharding, workers=1, offload="none")
@@ -172,7 +172,7 @@ def _is_shared(stage: Stage, workplace: Workplace) -> bool:
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Send logging, stdout and stderr of the block to a file of the stage's own."""
+    """Send logging, stdout and stderr of the block to the stage's log file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", buffering=1) as file:
         handler = logging.StreamHandler(file)

@@ -22,7 +22,7 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class FeaturesParameters:
-    """What an encoder depends on, and whose images it encodes."""
+    """The encoder's parameters, and the images that it encodes."""
 
     parameters: Described  # those of the metric that its `encode` depends on
     split: str
@@ -49,7 +49,7 @@ class Features(StageKind):
 
 
 def read(folder: Path, device) -> Tensor:
-    """Return what a stage left in its folder: [images, width]."""
+    """Return the features in the folder of a stage: [images, width]."""
     from safetensors.torch import load_file
 
     return load_file(folder / FILE)[FEATURES].to(device)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagesParameters:
-    """Either what is drawn, or how many images are copied: where they are is the stage's `local`."""
+    """Either the prompts to draw, or how many images are copied: their paths are the stage's `local`."""
 
     prompts: Mapping[str, tuple[str, ...]] | None = optional()  # split -> one prompt an image
     sampling: Sampling | None = optional()
@@ -67,7 +67,7 @@ def _draw(parameters: ImagesParameters, work: StageAtWork) -> None:
 
 
 def _known(work: StageAtWork, split: str) -> Iterator[Image]:
-    """Yield the images of a split from where they are on this machine."""
+    """Yield the images of a split from their files on this machine."""
     local = work.stage.local
     if local["source"] == "catalog":
         from harness.testbed import images

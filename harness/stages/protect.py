@@ -1,4 +1,4 @@
-"""Erasing and immunizing, and what they need done before: a defense's protection is kept."""
+"""Erasing, immunizing, and their preparation: a defense's protection is kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from harness.contracts.protection import Protection
 
 PREPARED = "prepared"
-"""The role of what a defense asked to have done before."""
+"""The role of a defense's preparation."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ProtectParameters:
 
 
 class Protect(StageKind):
-    """What the kinds that run a defense have in common."""
+    """Common base class of the kinds that run a defense."""
 
     version = 1
     per_trial = True
@@ -82,7 +82,7 @@ class Protect(StageKind):
 
 @register("stage")
 class Erase(Protect):
-    """Remove a concept from what the model draws, before the defense."""
+    """Erase a concept from the model, before the defense."""
 
     name = "erase"
     after = ("images",)
@@ -91,7 +91,7 @@ class Erase(Protect):
 
 @register("stage")
 class Prepare(Protect):
-    """Do what a defense asked to have done before, once for all who ask for the same."""
+    """Run a defense's preparation, once for all defenses that ask for the same."""
 
     name = "prepare"
     after = ("images", "erase")

@@ -11,7 +11,7 @@ import traceback
 
 
 def main() -> None:
-    """Read the stage from standard input, do this process's part, and say how it went."""
+    """Read the stage from standard input, do this process's part, and report the result."""
     described, workplace, work_folder = pickle.load(sys.stdin.buffer)
     rank = int(os.environ["RANK"])
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -70,7 +70,7 @@ def run(
                 )
             pickle.dump((to_json(stage), workplace, work_folder), processes[-1].stdin)
             processes[-1].stdin.flush()
-        threading.Thread(target=_tell, args=(processes[0].stdout, report), daemon=True).start()
+        threading.Thread(target=_forward, args=(processes[0].stdout, report), daemon=True).start()
         _wait(processes, work_folder, logs)
     finally:
         for process in processes:
@@ -92,8 +92,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _tell(pipe, report: Callable[[int, int], None]) -> None:
-    """Hand on the progress that the first process prints."""
+def _forward(pipe, report: Callable[[int, int], None]) -> None:
+    """Forward the progress that the first process prints."""
     for line in pipe:
         try:
             done, total = map(int, line.split())
@@ -117,7 +117,7 @@ def _wait(processes: list[subprocess.Popen], work_folder: Path, logs: list[Path]
 
 
 def _error(rank: int, code: int, work_folder: Path, log: Path) -> str:
-    """Return what a failed process left: its own error, or the end of what it printed."""
+    """Return the error of a failed process, or the end of its output."""
     recorded = work_folder / f"rank{rank}.json"
     if recorded.exists():
         return f"process {rank}: {json.loads(recorded.read_text(encoding='utf-8'))['error']}"

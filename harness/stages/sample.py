@@ -44,7 +44,7 @@ class Sample(StageKind):
 
     @classmethod
     def prompts(cls, parameters: SampleParameters) -> Sequence[str]:
-        """As they were asked: attacks have words for the concept that are theirs alone."""
+        """The prompts with the attack's name for the concept."""
         return parameters.prompts
 
     def do(self, parameters: SampleParameters, work: StageAtWork) -> None:
@@ -89,5 +89,5 @@ class Sample(StageKind):
 
 
 def sampling_hooks(protection: Protection, attacker: str) -> list[Any]:
-    """Return what the publisher runs while images are drawn; an adaptive attacker, who has the weights, does not."""
+    """Return the publisher's hooks for drawing images; none for an adaptive attacker, who has the weights."""
     return make_hooks("sampling_hook", protection.sampling) if attacker == "honest" else []

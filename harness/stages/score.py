@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreParameters:
-    """A metric's own parameters, and what the images were to show."""
+    """A metric's own parameters, and what the images should show."""
 
     parameters: Described
     descriptions: tuple[str, ...]  # one a prompt, in plain words
@@ -39,7 +39,7 @@ class Score(StageKind):
     Parameters = ScoreParameters
 
     def do(self, parameters: ScoreParameters, work: StageAtWork) -> None:
-        """Write one value a step and prompt, and what the metric says of itself."""
+        """Write one value a step and prompt, and the metric's description."""
         metric = work.method("metric")
         references = _references(work, metric)[: parameters.images]
         values = []
@@ -74,16 +74,16 @@ def _checked(
 
 
 def _references(work: StageAtWork, metric: Metric) -> Any:
-    """Return what is compared with, as the metric takes it."""
+    """Return the references, as the metric takes them."""
     if metric.encoder is not None:
         return features.read(work.input("references"), work.run.device)
     return pictures.read(work.files("references", metric.compares_with))
 
 
 def _groups(work: StageAtWork, prompts: int, compared_with: str) -> list[tuple[int, list[list[Path]]]]:
-    """Return (step, files by prompt) of what is to be scored: a sample, or real images.
+    """Return (step, files by prompt) of the images to score: a sample, or real images.
 
-    Those are of the attack split, or of the reference split where the attack's images are what is compared with.
+    Real images are those of the attack split, or of the reference split where the references are the attack's images.
     """
     if "images" in work.stage.inputs:
         split = "attack" if compared_with == "reference" else "reference"

@@ -19,7 +19,7 @@ from harness.store.store import Store
 
 @dataclass
 class StageAtWork:
-    """What a stage is done with: the `StageWork` of `harness.contracts.stage`."""
+    """The arguments of a running stage: the `StageWork` of `harness.contracts.stage`."""
 
     stage: Stage
     workplace: Workplace
@@ -49,8 +49,8 @@ class StageAtWork:
     def state(self, name: str = ""):
         """Return (model, protection): the state that the stage's inputs name, all layers over the base model.
 
-        An attacker who restores components has the tensors from before the defense there in the place of the defense's:
-        the base model's, or those of the layers below it. States of different names are different models in memory.
+        For an attacker who restores components, their tensors are those from before the defense: the base model's, or
+        those of the layers below it. States of different names are different models in memory.
         """
         restored = frozenset(getattr(self.stage.parameters, "restore", None) or ())
         model = self._model(name)
@@ -70,7 +70,7 @@ class StageAtWork:
 def made(
     kind: str, component: str, described: Mapping[str, Any], local: Mapping[str, Any] = MappingProxyType({})
 ) -> Any:
-    """Return the method of a component with these parameters; `local`: what they are on this machine, such as paths."""
+    """Return the method of a component with these parameters; `local`: their values on this machine, such as paths."""
     cls = registry.get(kind, component.partition("@")[0])
     values, mistakes = parameters.resolve(cls, {**described, **local})
     if mistakes:

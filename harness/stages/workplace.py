@@ -28,7 +28,7 @@ class Workplace:
     is_tracked: bool = False  # write training curves for TensorBoard
     sharding: Sharding = field(default_factory=Sharding)  # of the stages that can be shared by processes
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
-    keep_checkpoint_mb: float | None = None  # adapted models that are larger go when their images are drawn
+    keep_checkpoint_mb: float | None = None  # larger adapted models are deleted when their images are drawn
 
 
 def prepare_device(workplace: Workplace, local_rank: int = 0):

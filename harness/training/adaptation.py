@@ -1,6 +1,6 @@
 """What all attacks share: the denoising loss on the attacker's images, AdamW, and the trajectory that is read.
 
-An attack says which weights train and how they are saved. The rest is here, so that attacks differ in nothing else:
+An attack defines which weights train and how they are saved. The rest is here, so that attacks differ in nothing else:
 draws depend on (seed, step) alone, latents and text embeddings are encoded once, prior preservation adds the loss on
 class images (DreamBooth), an honest attacker leaves frozen tensors alone and runs the publisher's training hooks.
 """
@@ -56,8 +56,8 @@ def adapt(
 ) -> Iterator[tuple[int, Weights]]:
     """Train `trained` on the concept; yield (step, weights) at each step of the budget.
 
-    `text` makes the embeddings of captions (or templates) at each step, `prior_text` those of the class captions, where
-    what they depend on is trained. Raises ValueError when class images are weighed that there are not.
+    Where the text encoder or a word is trained, `text` makes the embeddings of captions (or templates) at each step,
+    `prior_text` those of the class captions. Raises ValueError when class images are weighed but missing.
     """
     from harness.contracts.hooks import make_hooks
 
@@ -89,7 +89,7 @@ def adapt(
     for done in trajectory(run, learner, budget.steps, "the attack"):
         _note_bytes(run, weights)
         yield done, weights
-    _note_bytes(run, weights)  # a run that goes on from its end yields nothing
+    _note_bytes(run, weights)  # a run that is resumed at its end yields nothing
 
 
 def _note_bytes(run: Run, weights: Weights) -> None:
@@ -98,7 +98,7 @@ def _note_bytes(run: Run, weights: Weights) -> None:
 
 
 class _Adaptation:
-    """Descent of a concept's loss. A step of which the publisher's hooks reject every example is not taken."""
+    """Descent of a concept's loss. A step is skipped when the publisher's hooks reject all of its examples."""
 
     def __init__(self, run: Run, weights: Weights, loss: ConceptLoss, prior_weight: float, *, is_hooked: bool):
         self._run, self._weights, self._loss = run, weights, loss

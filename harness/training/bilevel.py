@@ -1,4 +1,4 @@
-"""Hypergradients: the gradient of an upper loss that is evaluated after lower steps, with respect to where they began.
+"""Hypergradients: the gradient of an upper loss after lower steps, with respect to the weights before them.
 
     theta_0 = theta,   theta_{k+1} = theta_k - alpha * grad L_k(theta_k)  on S_l,   k = 0 .. K-1
     wanted: d/dtheta U(theta_K)
@@ -13,8 +13,8 @@ and v_0 is the hypergradient. `mode` selects how H v is computed:
     finite_difference  (grad L(theta + e v) - grad L(theta - e v)) / 2e: two more gradients, no graph of a gradient.
     first_order        H v = 0, as released code does (MAML's first-order form).
 
-Everything is asked of `Weights`, so that the same lines run in one process and under ZeRO, where H v is a central
-difference: it needs first-order gradients alone. Weights are written in place and put back bit for bit.
+All access goes through `Weights`, so that the same code runs in one process and under ZeRO, where H v is a central
+difference: it needs only first-order gradients. Weights are written in place and put back bit for bit.
 
 Sources: Finn et al. 2017 (MAML) for the look-ahead; Pearlmutter 1994 for H v; IMMA and MIMA for what it serves here.
 """
@@ -68,7 +68,7 @@ Starts = tuple[Vector, ...]
 
 @dataclass(frozen=True)
 class Adapted:
-    """Where a look-ahead came to, and what the way back needs."""
+    """The end of a look-ahead, and what the backward pass needs."""
 
     end: Vector  # theta_K on S_l; it may be used up
     starts: Starts
@@ -79,7 +79,7 @@ class LookAhead:
     """K virtual SGD steps of a lower level, from the installed weights, and the way back through them."""
 
     weights: Weights
-    names: Sequence[str]  # S_l and S_u together: what gradients are wanted for
+    names: Sequence[str]  # S_l and S_u together: the weights for which gradients are computed
     lower: Sequence[str]  # S_l
     losses: Sequence[Loss]  # L_0 .. L_{K-1}, one a step
     learning_rate: float  # alpha
@@ -125,7 +125,7 @@ class LookAhead:
 def hypergradient(look_ahead: LookAhead, adapted: Adapted, upper: Loss, mode: Mode) -> Vector:
     """Return d/dtheta U(theta_K(theta)) over the names of `look_ahead`; the model is left as it was.
 
-    `adapted` is what `look_ahead` came to from the installed weights.
+    `adapted` is the result of `look_ahead` from the installed weights.
     """
     weights = look_ahead.weights
     with installed(weights, adapted.end):
@@ -151,7 +151,7 @@ class Merging(Protocol):
 
 @dataclass(frozen=True)
 class Merged:
-    """What the look-aheads of several branches came to together, and what the way back through each needs."""
+    """The merged end of the look-aheads of several branches, and what the backward pass through each needs."""
 
     weights: Vector  # Merge({theta'_n}) on S_l
     starts: tuple[Starts, ...]  # one a branch

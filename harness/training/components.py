@@ -11,7 +11,7 @@ from torch import Tensor
 from harness.model.pipeline import DiffusionModel
 
 FILES = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
-"""What holds the weights of a component in its folder."""
+"""The file with the weights of a component in its folder."""
 
 
 _ADAPTERS = (".lora_", ".hada_", ".lokr_", ".oft_")

@@ -64,7 +64,7 @@ class ConceptLoss:
     def at(self, step: int, weight: float = 1.0, prior_weight: float = 0.0) -> list[LossPart]:
         """Return weight * L(instance) + prior_weight * L(class) at a step.
 
-        Raises ValueError when class images are weighed that there are not.
+        Raises ValueError when class images are weighed but missing.
         """
         batch = self._draw(self._images, step, self._seed)
         if self._templates is not None:
@@ -89,9 +89,9 @@ class ConceptLoss:
         )
 
     def _weigh(self, step: int) -> Weigh | None:
-        """Return the product of what the publisher's hooks say of each example of a step.
+        """Return a function: the product of the weights that the publisher's hooks give each example of a step.
 
-        What is returned raises ValueError when a hook's weights are not one finite number an example.
+        It raises ValueError when a hook does not give one finite number for each example.
         """
         if not self._hooks:
             return None

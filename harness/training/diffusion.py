@@ -14,7 +14,7 @@ from harness.model.run import Run
 
 
 class TextSource(Protocol):
-    """Text embeddings that are made anew at each step, since what they depend on is being trained."""
+    """Text embeddings that are made anew at each step, since the weights behind them are trained."""
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Return token ids [texts, tokens]."""
@@ -61,7 +61,7 @@ def encode_images(
     flip: bool,
     text: TextSource | None = None,
 ) -> EncodedImages:
-    """Encode PIL images, and their captions unless `text` is to do that at each step.
+    """Encode PIL images, and their captions unless `text` does that at each step.
 
     Raises ValueError when there are none or their numbers differ.
     """
@@ -80,7 +80,7 @@ def encode_images(
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch: what the UNet sees and what it should say."""
+    """One batch: the UNet's inputs and its target."""
 
     latents: Tensor  # [batch, channels, height, width]
     noise: Tensor  # same shape

@@ -1,4 +1,4 @@
-"""Two domains trained on together: what shall be hard to learn (illegal) and what must stay learnable (innocent).
+"""Two domains trained on together: the illegal one shall be hard to learn, the innocent one must stay learnable.
 
 Batches are *stratified*, half of each domain, or *mixed*: drawn from all images as they are, so that a domain of few
 images may be missing from a batch. Images and captions are encoded once; draws depend on (seed, step) alone.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from harness.contracts.defense import ProtectedConcept
 
 _NO_DIVISION_BY_ZERO = 1e-5
-"""Added to how many of a batch are of a domain, as FreezeAsGuard's code does."""
+"""Added to the number of a domain's examples in a batch, as FreezeAsGuard's code does."""
 
 
 class Domains:
@@ -81,7 +81,7 @@ class Domains:
         return denoising_loss(self._model, self._run, self._scheduler, batch, weigh=weigh)
 
     def mean(self, step: int) -> list[LossPart]:
-        """Return the mean over the examples of a batch, whatever domain they are of."""
+        """Return the mean over the examples of a batch of both domains."""
         if not self._is_mixed:
             return self.losses(step, 0.5, 0.5)
         batch = self._drawn(self._all, self._stream, step, self._batch_size)

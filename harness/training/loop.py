@@ -24,7 +24,7 @@ class Stateful(Protocol):
 
 
 class Learner(Stateful, Protocol):
-    """What a training loop needs of whatever learns."""
+    """The interface that a training loop needs."""
 
     def step(self, index: int) -> Mapping[str, float]:
         """Take one step; return numbers to follow, by name. Draws must be functions of the index."""
@@ -32,13 +32,13 @@ class Learner(Stateful, Protocol):
 
 @dataclass(frozen=True)
 class StepOver:
-    """A `Learner` made of a function and what keeps the state of all that it moves."""
+    """A `Learner` made of a step function and an object that keeps the state."""
 
     step: Callable[[int], Mapping[str, float]]
     moved: Stateful
 
     def state(self) -> dict[str, Tensor]:
-        """Return the state of what is moved."""
+        """Return the state."""
         return self.moved.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -57,10 +57,10 @@ def train(run: Run, learner: Learner, steps: int, what: str) -> None:
 
 
 def trajectory(run: Run, learner: Learner, stops: Sequence[int], what: str) -> Iterator[int]:
-    """Do as `train` does up to the last of `stops`; yield each of them when so many steps are done.
+    """Train as `train` does up to the last of `stops`; yield each stop when so many steps are done.
 
-    State is kept after a stop was dealt with, so that what the caller made of it is there when a kill is survived;
-    stops before the state that is gone on from are not yielded again.
+    State is kept after the caller handled a stop, so that its result exists when the stage is resumed after a kill.
+    Stops before the resumed state are not yielded again.
     """
     last: dict[str, float] = {}
     start, steps = 0, stops[-1]

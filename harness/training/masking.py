@@ -54,7 +54,7 @@ class MaskRule:
 
 
 class Signal:
-    """What takes the place of a in equation 8.
+    """The normalised signal that replaces a in equation 8.
 
     none: a itself. rms: a over its root mean square over the tensors; of tensors whose a differ by orders of magnitude
     only the largest count. adam: each tensor's running mean over the root of its running mean square (Kingma and
@@ -85,10 +85,10 @@ class Signal:
 
 @dataclass(frozen=True)
 class MaskStep:
-    """What one mask step saw and did, each [tensors]."""
+    """Signal and effect of one mask step, each [tensors]."""
 
     signal: Tensor  # a
-    by_signal: Tensor  # what the signal subtracted from the logits
+    by_signal: Tensor  # subtracted from the logits by the signal
     by_sparsity: Tensor
 
 
@@ -172,7 +172,7 @@ class MaskedWeights:
         """Return all that is needed to go on, of this process."""
         flat = {f"theta/{name}": value for name, value in self.weights.read(self.names).items()}
         flat |= {f"delta/{name}": value for name, value in self.delta.items()}
-        flat |= {"logits": self.logits, "heard": self.signal.running, "heard_count": torch.tensor(self.signal.count)}
+        flat |= {"logits": self.logits, "signal": self.signal.running, "signal_count": torch.tensor(self.signal.count)}
         for name, value in self.delta.items() if self._optimizer else ():
             for slot, kept in self._optimizer.state[value].items():
                 flat[f"user/{slot}/{name}"] = torch.as_tensor(kept)
@@ -185,7 +185,7 @@ class MaskedWeights:
         for name, value in self.delta.items():
             value.copy_(state[f"delta/{name}"])
         self.logits = state["logits"]
-        self.signal.running, self.signal.count = state["heard"], int(state["heard_count"])
+        self.signal.running, self.signal.count = state["signal"], int(state["signal_count"])
         for path, kept in state.items():
             if path.startswith("user/"):
                 _, slot, name = path.split("/", 2)

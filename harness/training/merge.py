@@ -1,4 +1,4 @@
-"""Merge: one weight that does to each concept's words what that concept's own weight does, and little else.
+"""Merge: one weight that maps each concept's words as that concept's own weight does, and changes little else.
 
 For one key or value projection W [out, in], concepts n with their own W_n, target words C_n [s_n, in] and
 regularization words C_reg [R, in] (MIMA, Merge; Custom Diffusion's constrained merge):
@@ -14,10 +14,9 @@ P_n depends on the words alone, so it is solved for once, in fp64, and shared by
 is two matrix products, with no solver in the graph.
 
 Rules where the papers have none. A row that depends on rows before it (to `TOLERANCE` of its length, in the metric of
-A^-1) is left out, so the earlier concept decides what shared words do; the released code does so for rows equal to the
-bit. A gets a ridge of `RIDGE` times its mean eigenvalue, as C_reg may have fewer rows than columns; the constraints
-hold exactly all the same. The released code has neither rule for rows that are nearly dependent and inverts what it is
-given.
+A^-1) is left out, so that shared words are mapped as the earlier concept asks; the released code does so for rows equal
+to the bit. A gets a ridge of `RIDGE` times its mean eigenvalue, as C_reg may have fewer rows than columns; the
+constraints still hold exactly. The released code has no rule for nearly dependent rows: it inverts the matrix as given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How attacks optimize, beside their budget: the parameters that they share, and what training makes of them.
+"""How attacks optimize, apart from their budget: shared parameters, and the recipe that training reads from them.
 
 Without torch: modules of attacks are imported to check suites.
 """
@@ -17,7 +17,7 @@ PriorImages = Annotated[int, Field(ge=1, le=10_000)]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are trained, beside the budget."""
+    """How weights are trained, apart from the budget."""
 
     learning_rate: float
     weight_decay: float
@@ -29,7 +29,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """Parameters of every attack; each attack gives those without a default its own."""
+    """Parameters of every attack; each attack sets defaults for those without one."""
 
     learning_rate: LearningRate
     flip: bool

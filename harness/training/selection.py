@@ -28,7 +28,7 @@ def select(names: Iterable[str], parameter_set: ParameterSet) -> list[str]:
     alone (80); `cross_attention_kv`: its key and value projections (32); `convolutions`: all but `proj_in` and
     `proj_out` of attention blocks (132); `time_embeddings`: with their projections in residual blocks (48); `unet`:
     everything (686).
-    Raises ValueError when nothing matches: the model is not what the method is for.
+    Raises ValueError when nothing matches: the method does not fit this model.
     """
     pattern = _PATTERNS[parameter_set]
     chosen = [n for n in names if n.startswith("unet.") and ".lora_" not in n and pattern.search(n)]

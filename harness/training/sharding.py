@@ -2,12 +2,12 @@
 
 Stage 0 holds everything everywhere and averages gradients; 1 partitions optimizer states; 2 gradients too; 3 weights
 too. With offload, optimizer states (and under ZeRO 3 the weights at rest) are in main memory. The engine gathers
-weights, reduces gradients and steps the optimizer; what is ours is to evaluate it away from the weights that it owns
-(a look-ahead, a perturbation) and to hand it a gradient that no single backward pass has: the hypergradient.
+weights, reduces gradients and steps the optimizer. This module evaluates it at other weights than those that it owns
+(a look-ahead, a perturbation) and gives it a gradient that no single backward pass computes: the hypergradient.
 
 Vectors are whole tensors under stages 0 to 2, and flat pieces of this rank under stage 3, padded with zeros.
 
-What DeepSpeed 0.19 does by default and must not do here: clip gradients to norm 1 (`gradient_clipping`), and keep
+Defaults of DeepSpeed 0.19 that are switched off here: clip gradients to norm 1 (`gradient_clipping`), and keep
 weights below 100,000 elements gathered (`stage3_param_persistence_threshold`), so that writing their pieces has no
 effect.
 """
@@ -45,7 +45,7 @@ from harness.training.weights import (
 def spread(
     model: DiffusionModel, parameters: Mapping[str, nn.Parameter], levels: Mapping[str, Level], run: Run
 ) -> Weights:
-    """Return the weights that the levels train, spread as the run says; the model's UNet is used through them.
+    """Return the weights that the levels train, spread as the run asks; the model's UNet is used through them.
 
     `parameters` must be the UNet's where anything is spread. Raises ValueError otherwise.
     """
@@ -86,7 +86,7 @@ def configuration(sharding: Sharding) -> dict[str, Any]:
 
 
 class _Autocast(nn.Module):
-    """The UNet under the run's autocast: the engine turns off what it finds on around it, without an error."""
+    """The UNet under the run's autocast: the engine silently turns off an autocast around it."""
 
     def __init__(self, unet: nn.Module, run: Run):
         super().__init__()
@@ -143,7 +143,7 @@ class ZeroWeights:
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Put values in place, until the optimizer's next step puts its own."""
+        """Put values in place, until the optimizer's next step overwrites them."""
         for name, value in values.items():
             self._held(name).copy_(value)
 
@@ -264,7 +264,7 @@ class ZeroWeights:
         if self.stage == 3:
             raise NotImplementedError("weights are partitioned (ZeRO 3); use finite_difference")
         before = self._run.ledger.forward_passes
-        self._model.engine = None  # it would take our inner derivatives for its own; the weights are whole
+        self._model.engine = None  # the engine would take the inner derivatives for its own; the weights are whole
         try:
             found = differentiate_twice(loss, self.parameters, names, vector)
         finally:
@@ -377,11 +377,11 @@ class ProcessGroup(World):
         return float(tensor)
 
     def decide(self, flag: bool) -> bool:
-        """Return what the first process says."""
+        """Return the first process's value."""
         return self._reduce(float(flag and self.rank == 0), dist.ReduceOp.MAX) > 0
 
     def all(self, flag: bool) -> bool:
-        """Return whether every process says yes."""
+        """Return whether the value is true in every process."""
         return self._reduce(float(flag), dist.ReduceOp.MIN) > 0
 
     def mean(self, value: float) -> float:
@@ -389,7 +389,7 @@ class ProcessGroup(World):
         return self._reduce(value, dist.ReduceOp.SUM) / self.size
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Wait until every process has called this."""
         dist.barrier()
 
 

@@ -1,8 +1,8 @@
 """A new word with its embeddings in the text encoder's prompts, as Textual Inversion learns it (Gal et al. 2022).
 
 Neither vocabulary nor weights grow: in the token ids a slot represents each vector, and while a prompt is encoded the
-slots' embeddings are replaced by the vectors. That is what a new token with these rows would do, since nothing else in
-the encoder looks at ids.
+slots' embeddings are replaced by the vectors. The result is that of a new token with these rows, since nothing else in
+the encoder reads the ids.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LearnedWord:
     """A word of `vectors` embeddings that begin as an existing word's tokens, in turn; a `TextSource`."""
 
     def __init__(self, model: DiffusionModel, begin_as: str, vectors: int = 1, called: str = "{}"):
-        """`called` is how texts name the word. Raises ValueError when `begin_as` is nothing to the tokenizer."""
+        """`called` is the word in texts. Raises ValueError when `begin_as` has no tokens."""
         self.model = model
         self._called = called
         tokens = model.tokenizer(begin_as, add_special_tokens=False).input_ids

@@ -1,12 +1,12 @@
 """The trained weights of a stage, wherever they are, and the optimizer that moves them.
 
-Immunization takes gradients at many points: at the released weights, after a lower step, a little to either side. It is
-written against this interface alone, so that the same lines run in one process (`LocalWeights`) and on weights that
-DeepSpeed partitions over several (`harness.training.sharding`).
+Immunization takes gradients at many points: at the released weights, after a lower step, a little to either side. It
+uses only this interface, so that the same code runs in one process (`LocalWeights`) and on weights that DeepSpeed
+partitions over several (`harness.training.sharding`).
 
 A *vector* is a value for some of the weights by name. Its tensors have the form in which this process holds a weight:
 the whole tensor, or under ZeRO 3 the flat piece of this rank. Sums and multiples of vectors are elementwise, so they
-need to know nothing about that; norms and matrix products do, and are asked for here.
+work on either form; norms and matrix products do not, and are functions of this interface.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def relative_step(parameters: Mapping[str, nn.Parameter], run: Run | None) -> fl
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the program: what it trains, and how."""
+    """One level of the bilevel problem: what it trains, and how."""
 
     names: tuple[str, ...]
     learning_rate: float
@@ -92,13 +92,13 @@ class Weights(Protocol):
         """Return the inner product of each weight's values, [weights] in the order of `first`, fp32 on the CPU."""
 
     def pieces(self, whole: Mapping[str, Tensor]) -> Vector:
-        """Return whole tensors in the form in which this process holds weights: what `whole` undoes."""
+        """Return whole tensors in the form in which this process holds weights; `whole` is the inverse."""
 
     def multiply(self, values: Mapping[str, Tensor], matrix: Tensor) -> Vector:
         """Return the product of each weight-shaped value [out, in] and a matrix [in, in]; values may be none."""
 
     def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
-        """Clip the gradient as the level says and take one step of its optimizer. Other levels' weights stay."""
+        """Clip the gradient as the level asks and take one step of its optimizer. Other levels' weights stay."""
 
     def state(self) -> dict[str, Tensor]:
         """Return all that is needed to go on: weights and optimizer slots, of this process."""
@@ -240,7 +240,7 @@ def differentiate_twice(
 
 @contextlib.contextmanager
 def _requiring_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let these parameters take part, whatever was set on them before."""
+    """Set `requires_grad` on these parameters inside the block."""
     before = {name: p.requires_grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Words as cross-attention sees them: hidden states of the text encoder, as the rows that Merge constrains."""
+"""Words as inputs of cross-attention: hidden states of the text encoder, the rows that Merge constrains."""
 
 from __future__ import annotations
 
