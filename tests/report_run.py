@@ -24,7 +24,7 @@ COLOURS = {"none": "black", "mine": "blue", "theirs": "red"}
 
 
 def key(*parts: Any) -> str:
-    """Return a key as stages have it."""
+    """Return a key of the form of stages' keys."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -52,15 +52,15 @@ def test_task_without_attacks_is_a_mistake(project):
     """Every attack is limited to the other."""
     project.write(only(SECOND))
 
-    told = project.validate()
+    outcome = project.validate()
 
-    assert_says(told, project, ":10: ", "tasks.relearning: no attack is left for this task; name 'relearning' under")
-    assert len(told.errors) == 1
+    assert_says(outcome, project, ":10: ", "tasks.relearning: no attack is left for this task; name 'relearning' under")
+    assert len(outcome.errors) == 1
 
 
 @pytest.mark.parametrize("tasks", ["[]", "personalization", "[1]", "{a: b}"])
 def test_tasks_of_an_attack_are_a_list_of_names(project, tasks):
-    """Anything else is told at its place."""
+    """Anything else is reported at its place."""
     project.write(with_attacks(SECOND.replace("[personalization]", tasks)))
 
     assert_says(project.validate(), project, ":17: ", "attacks[1].tasks")
@@ -220,14 +220,14 @@ def test_images_of_a_task_that_was_taken_away_need_not_be_there(project):
     assert project.validate("--set", "tasks.personalization=null").code == 0
 
 
-def test_concept_that_nobody_used_is_still_told(project):
+def test_concept_that_nobody_used_is_still_reported(project):
     """Taking a task away excuses what it named, no more."""
     project.write(project.edited(("  dog:", "  bag: {kind: object, label: bag, generate: {}}\n  dog:")))
 
-    told = project.validate("--set", "tasks.personalization=null")
+    outcome = project.validate("--set", "tasks.personalization=null")
 
-    assert_says(told, project, ":8: ", "concept 'bag' is described but not used")
-    assert len(told.errors) == 1
+    assert_says(outcome, project, ":8: ", "concept 'bag' is described but not used")
+    assert len(outcome.errors) == 1
 
 
 def test_concept_that_an_override_no_longer_names_may_stay_described(project):

@@ -52,7 +52,7 @@ class Zero(Metric):
 
 
 def check(capsys, *arguments: str) -> tuple[int, list[str], list[str]]:
-    """Call the verb; return its exit code, and the lines that it printed and told as mistakes."""
+    """Call the verb; return its exit code, and the lines that it printed, and reported as mistakes."""
     code = cli.main(["check", *arguments])
     said = capsys.readouterr()
     return code, said.out.splitlines(), said.err.splitlines()

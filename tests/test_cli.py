@@ -67,7 +67,7 @@ def test_help_imports_nothing_heavy(argument):
 
 
 def test_nothing_to_do_imports_no_torch(project):
-    """A finished suite is told as such without loading what computes."""
+    """A finished suite is reported as such without loading what computes."""
     count = commit_all(project)
     write_tables(project)
     code = (
@@ -126,7 +126,7 @@ def test_status_tells_whether_a_suite_is_finished(project, but, words):
     assert outcome.out.splitlines()[-1] == words
 
 
-def test_status_of_a_failed_stage_is_told_with_its_exit_code(project):
+def test_status_of_a_failed_stage_is_reported_with_its_exit_code(project):
     """A failure that was not made good."""
     plan = project.plan()
     commit_all(project, but=1)
@@ -202,7 +202,7 @@ TABLES = ("rows.csv", "leaderboard.csv", "leaderboard.md", "tables.json")
 
 @pytest.fixture
 def finished(project):
-    """A finished suite with its tables; the function tells which of them were written by a `run` with arguments."""
+    """A finished suite with its tables; the function returns which of them were written by a `run` with arguments."""
     commit_all(project)
     write_tables(project)
     folder = project.runs / "small"
@@ -219,7 +219,7 @@ def finished(project):
 
 
 def test_nothing_to_do_keeps_tables_of_this_grid(finished):
-    """What stands there is what would be written."""
+    """The file has the content that would be written."""
     assert finished() == set()
     assert finished("--set", "description=other words") == set()
 
@@ -275,7 +275,7 @@ def test_missing_tables_are_written_again(project, finished, name):
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"null"])
 def test_damaged_state_of_the_tables_is_written_again(project, finished, content):
-    """Whatever stands there."""
+    """Whatever the file contains."""
     (project.runs / "small" / "tables.json").write_bytes(content)
 
     assert finished() == set(TABLES)
@@ -348,7 +348,7 @@ def test_mistake_in_the_arguments_is_one_line(capsys, given, words):
 @pytest.mark.parametrize("verb", ["run", "plan", "table"])
 @pytest.mark.parametrize("below", ["", "/below", "/below/deep"])
 def test_runs_that_is_a_file_is_reported(project, verb, below):
-    """A file, or a folder that would lie in one."""
+    """A file, or a folder inside one."""
     file = project.folder / "file"
     file.write_text("x")
 
@@ -396,7 +396,7 @@ def test_interrupt_has_its_exit_code(project, monkeypatch):
 
 
 def test_suite_beats_a_folder_of_the_same_name(project, monkeypatch, tmp_path):
-    """The name of a bundled suite means the suite, whatever lies in the working folder."""
+    """The name of a bundled suite means the suite, whatever the working folder contains."""
     from harness import suite
 
     bundled = tmp_path / "bundled" / "quick.yaml"

@@ -37,7 +37,7 @@ def only(lines: list[dict], attack: str = "lora") -> dict:
 
 
 def test_a_difference_is_that_of_means():
-    """Over prompts and seeds; the undefended model stands beside."""
+    """Over prompts and seeds; the undefended model is beside them."""
     values = {"none": noise(0) + 3, "mine": noise(1), "theirs": noise(2) + 2}
     line = only(compare(frame_of(rows(values)), "mine", ["theirs"]))
 
@@ -77,7 +77,7 @@ def test_of_a_distance_the_greater_one_is_stronger():
     assert (line["verdict"], line["stronger_by"] > 0) == ("stronger", True)
 
 
-def test_innocents_are_told_the_other_way_round():
+def test_innocents_are_reported_the_other_way_round():
     """Greater is better there."""
     values = {"mine": 0.01 * noise(1), "theirs": 0.01 * noise(2) + 1}
     innocent = rows({"mine": noise(3), "theirs": noise(4)}, role="innocent", concept="cup")
@@ -147,7 +147,7 @@ def test_one_seed_of_each_that_others_lack():
 
 
 def test_each_concept_lacks_another_seed():
-    """Of five concepts and six seeds: three of each, which no two concepts alone tell."""
+    """Of five concepts and six seeds: three of each, which no two concepts alone show."""
     made = {f"{n}": rows({"mine": noise(1, 4, 6), "theirs": noise(2, 4, 6)}, concept=f"{n}") for n in range(1, 6)}
     found = [r for name, own in made.items() for r in own if r["seed"] != int(name)]
     line = only(compare(frame_of(found), "mine", ["theirs"]))
@@ -207,7 +207,7 @@ def test_several_baselines_have_lines_of_their_own():
     assert [line["baseline"] for line in lines] == ["theirs", "none"]
 
 
-def test_an_unknown_defense_is_told_with_those_that_there_are():
+def test_an_unknown_defense_is_reported_with_those_that_there_are():
     """A slip of the pen."""
     with pytest.raises(ValueError, match="no defense 'mima' among these rows; there are mine, theirs"):
         compare(frame_of(rows({"mine": noise(1), "theirs": noise(2)})), "mine", ["mima"])

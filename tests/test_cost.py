@@ -1,4 +1,4 @@
-"""What `plan` tells of the cost before anything was measured."""
+"""What `plan` reports of the cost before anything was measured."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tests.test_fetching import SD1
 
 
 @pytest.fixture
-def told(project):
+def reported(project):
     """A function from arguments of `plan` to its lines, joined where the terminal broke them."""
 
-    def told(*more: str) -> str:
+    def reported(*more: str) -> str:
         outcome = project.cli("plan", *arguments(project), *more)
         assert (outcome.code, outcome.err) == (0, "")
         return " ".join(outcome.out.split())
 
-    return told
+    return reported
 
 
 def make_sd1(project) -> None:
@@ -28,7 +28,7 @@ def make_sd1(project) -> None:
     (project.folder / "model" / "unet" / "config.json").write_text(json.dumps(SD1))
 
 
-def test_passes_without_sharing_are_each_attacks_own(project, told):
+def test_passes_without_sharing_are_each_attacks_own(project, reported):
     """By hand: every attacked trial immunizes, adapts and samples; UCE erases and takes no passes.
 
     imma: 3 rounds; LoRA: 4 steps of 2 images, forward and backward; a sample: two prompts (of a purse; of others one),
@@ -45,7 +45,7 @@ def test_passes_without_sharing_are_each_attacks_own(project, told):
     total = attacked + images + before
     share = cost.shared_passes(plan)
     words = f"{share:,.0f} with sharing; {total:,.0f} ({total / share:.1f} times as many) if each attack"
-    assert words in told()
+    assert words in reported()
 
 
 def test_sharing_never_costs_more(project):
@@ -55,43 +55,43 @@ def test_sharing_never_costs_more(project):
     assert cost.unshared_passes(plan) > cost.shared_passes(plan) > 0
 
 
-def test_gpu_hours_are_told_with_their_basis_where_there_are_no_records(project, told):
+def test_gpu_hours_are_reported_with_their_basis_where_there_are_no_records(project, reported):
     """Passes, operations of a pass, and the throughput that is assumed for the precision."""
     make_sd1(project)
     passes = cost.shared_passes(project.plan())
 
-    text = told()
+    text = reported()
 
     assert f"GPU-hours to do: about {cost.gpu_hours(passes, 7.8):,.1f} = {passes:,.0f} passes x 0.803 TFLOP" in text
     assert "7.8 TFLOP/s, an assumption: 40 % of an A100's 19.5 TFLOP/s in fp32 (TF32 is off" in text
-    bf16 = told("--set", "model={id: model, precision: bf16}")
+    bf16 = reported("--set", "model={id: model, precision: bf16}")
     assert "124.8 TFLOP/s, an assumption: 40 % of an A100's 312 TFLOP/s in bf16" in bf16
 
 
-def test_gpu_hours_at_a_throughput_that_is_given(project, told):
+def test_gpu_hours_at_a_throughput_that_is_given(project, reported):
     """A pass of 0.803 TFLOP at 0.803 TFLOP/s takes a second."""
     make_sd1(project)
     seconds = cost.shared_passes(project.plan())
 
-    text = told("--tflops", str(cost.SD1_UNET_FLOPS / 1e12))
+    text = reported("--tflops", str(cost.SD1_UNET_FLOPS / 1e12))
 
     assert f"GPU-hours to do: about {seconds / 3600:,.1f} = " in text
     assert "as given" in text and "assumption" not in text
 
 
-def test_gpu_hours_are_of_what_is_left_to_do(project, told):
+def test_gpu_hours_are_of_what_is_left_to_do(project, reported):
     """Nothing is left: nothing to pay. Without --tflops the records say what is known."""
     make_sd1(project)
     commit_all(project)
 
-    assert "GPU-hours" not in told()
-    assert "GPU-hours to do: about 0.0 = 0 passes" in told("--tflops", "100")
+    assert "GPU-hours" not in reported()
+    assert "GPU-hours to do: about 0.0 = 0 passes" in reported("--tflops", "100")
 
 
-def test_other_models_are_unknown(told):
+def test_other_models_are_unknown(reported):
     """Nothing is made up for a UNet of another shape."""
-    assert "GPU-hours" not in told()
-    assert "GPU-hours: unknown for this model; counted for the shape of SD 1.x alone" in told("--tflops", "100")
+    assert "GPU-hours" not in reported()
+    assert "GPU-hours: unknown for this model; counted for the shape of SD 1.x alone" in reported("--tflops", "100")
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "many", ""])

@@ -18,7 +18,7 @@ ROWS = [
 
 
 def test_a_line_by_hand():
-    """Undefended: 0, 0.25, 0.75 of the way; defended: -0.125, 0, 0.5; steps 0, 3, 15 lie at 0, 2, 4 (powers of two)."""
+    """Undefended: 0, 0.25, 0.75 of the way; defended: -0.125, 0, 0.5; steps 0, 3, 15 are at 0, 2, 4 (powers of two)."""
     lines = {line["defense"]: line for line in curves(frame_of(ROWS))}
     none, defended = lines["none"], lines["mine"]
 

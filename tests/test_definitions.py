@@ -58,7 +58,7 @@ def test_nothing_is_left_unsaid():
     assert [name for name in sorted(shown - words) if not general.BY_NAME[name].formula] == []
 
 
-def test_our_reading_is_told_as_ours():
+def test_our_reading_is_reported_as_ours():
     """The papers' own formula was not found."""
     found = general.BY_NAME["relative_gap"]
 

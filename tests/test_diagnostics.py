@@ -103,11 +103,11 @@ def write_ledgers(project) -> None:
     ledger = {"numbers": numbers, "seconds": {"train": 8.0}, "peak_memory_bytes": 1e9, "forward_passes": 1.0,
               "backward_passes": 1.0}  # fmt: skip
     provenance = {"device": "a GPU", "executor": "ray", "immunitybench": "1", "packages": {"torch": "2"}}
-    told = {"ledger": ledger, "provenance": provenance, "finished": 0.0}
+    reported = {"ledger": ledger, "provenance": provenance, "finished": 0.0}
     for kind in {stage.kind for stage in project.plan().stages.values()}:
         for key in store.committed(kind):
             path = store.path(kind, key) / "record.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), **told}))
+            path.write_text(json.dumps({**json.loads(path.read_text()), **reported}))
 
 
 def test_a_plugin_brings_its_table_and_figure(done, write_plugin):

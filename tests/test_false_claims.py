@@ -15,7 +15,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_defense_under_two_names_is_not_told_apart(kind):
+def test_one_defense_under_two_names_is_not_reported_apart(kind):
     """At the 5 % level in no more than 5 % of 200 leaderboards: any verdict of three attacks and their worst case.
 
     The draws are fixed. Of 2,000 leaderboards it is less too: tests/benchmarks/false_claims.py.

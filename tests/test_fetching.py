@@ -46,7 +46,7 @@ def cache(tmp_path, monkeypatch):
     return put
 
 
-def told(outcome) -> list[str]:
+def reported(outcome) -> list[str]:
     """Return the lines about fetching."""
     return [line for line in outcome.out.splitlines() if "fetched: " in line]
 
@@ -61,7 +61,7 @@ def test_validate_names_what_must_be_fetched(project, cache):
     outcome = project.validate()
 
     assert (outcome.code, outcome.err) == (0, "")
-    assert told(outcome) == [MODEL, CLIP]
+    assert reported(outcome) == [MODEL, CLIP]
 
 
 def test_plan_names_it_too(project, cache):
@@ -70,7 +70,7 @@ def test_plan_names_it_too(project, cache):
 
     outcome = project.cli("plan", str(project.suite), "--runs", str(project.runs))
 
-    assert [line.strip() for line in told(outcome)] == [MODEL, CLIP]
+    assert [line.strip() for line in reported(outcome)] == [MODEL, CLIP]
 
 
 def test_what_is_in_the_cache_is_not_named(project, cache):
@@ -79,7 +79,7 @@ def test_what_is_in_the_cache_is_not_named(project, cache):
     cache("CompVis/stable-diffusion-v1-4", *MODEL_FILES)
     cache("timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors", revision="a" * 40, is_main=True)
 
-    assert told(project.validate()) == []
+    assert reported(project.validate()) == []
 
 
 @pytest.mark.parametrize("missing", MODEL_FILES)
@@ -88,7 +88,7 @@ def test_part_of_a_model_is_not_the_model(project, cache, missing):
     project.write(project.edited(HUB))
     cache("CompVis/stable-diffusion-v1-4", *(f for f in MODEL_FILES if f != missing))
 
-    assert MODEL in told(project.validate())
+    assert MODEL in reported(project.validate())
 
 
 def test_other_revision_is_not_the_model(project, cache):
@@ -96,7 +96,7 @@ def test_other_revision_is_not_the_model(project, cache):
     project.write(project.edited(HUB))
     cache("CompVis/stable-diffusion-v1-4", *MODEL_FILES, revision="b" * 40, is_main=True)
 
-    assert MODEL in told(project.validate())
+    assert MODEL in reported(project.validate())
 
 
 def test_link_to_nothing_is_not_there(project, cache):
@@ -106,11 +106,11 @@ def test_link_to_nothing_is_not_there(project, cache):
     (folder / "unet" / "model.safetensors").unlink()
     (folder / "unet" / "model.safetensors").symlink_to(folder / "gone")
 
-    assert MODEL in told(project.validate())
+    assert MODEL in reported(project.validate())
 
 
 def test_variant_is_named_by_its_own_files(cache):
-    """Half the bytes for fp16; files of no variant do not stand in for it."""
+    """Half the bytes for fp16; files of no variant do not replace it."""
     spec = ModelSpec(id="CompVis/stable-diffusion-v1-4", revision=COMMIT, variant="fp16")
     (wanted,) = fetches(resolve_model(spec, "x", Path()))
     cache("CompVis/stable-diffusion-v1-4", *MODEL_FILES)
@@ -126,7 +126,7 @@ def test_files_of_a_variant_do_not_stand_in_for_the_model(project, cache):
     project.write(project.edited(HUB))
     cache("CompVis/stable-diffusion-v1-4", *(f.replace("model.s", "model.fp16.s") for f in MODEL_FILES))
 
-    assert MODEL in told(project.validate())
+    assert MODEL in reported(project.validate())
 
 
 def test_suite_of_local_files_fetches_nothing(project, cache):
@@ -135,7 +135,7 @@ def test_suite_of_local_files_fetches_nothing(project, cache):
     local = f"metrics: [{{method: clip_image, backbone: 'local-dir:{project.folder}/clip'}}]"
     project.write(project.edited(("metrics: [clip_image, clip_text]", local)))
 
-    assert told(project.validate()) == []
+    assert reported(project.validate()) == []
 
 
 ENCODERS = {
@@ -164,18 +164,18 @@ def test_encoders_of_every_kind_are_named(project, cache, entry):
     """By the hub's id where the library takes them from there, else by the library's own name."""
     project.write(project.edited(("metrics: [clip_image, clip_text]", f"metrics: [{entry}]")))
 
-    assert told(project.validate()) == [ENCODERS[entry]]
+    assert reported(project.validate()) == [ENCODERS[entry]]
 
 
 def test_what_torchvision_keeps_is_not_named(project, cache):
     """In its own cache, not the hub's; once for all who ask for it."""
     kept = project.folder.parent / "cache" / "torch" / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
     project.write(project.edited(("metrics: [clip_image, clip_text]", "metrics: [lpips, lpips_imma_released]")))
-    assert len(told(project.validate())) == 1
+    assert len(reported(project.validate())) == 1
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"x")
 
-    assert told(project.validate()) == []
+    assert reported(project.validate()) == []
 
 
 def test_metrics_on_the_testbed_fetch_nothing(project, cache):
@@ -185,7 +185,7 @@ def test_metrics_on_the_testbed_fetch_nothing(project, cache):
     project.write(project.edited(("metrics: [clip_image, clip_text]", f"metrics: [{entries}]")))
 
     assert len(having) >= 11
-    assert told(project.validate()) == []
+    assert reported(project.validate()) == []
 
 
 def test_run_offline_without_the_files_is_a_mistake_before_any_compute(project, cache, monkeypatch):
@@ -241,13 +241,13 @@ def test_plugin_that_names_nonsense_is_reported(project, write_plugin, unregiste
 
 
 def test_defense_of_a_plugin_may_fetch(project, write_plugin, unregister, cache):
-    """It stands in the list like the bundled."""
+    """It is listed like the bundled."""
     one = "Fetched('some/teacher', (('model.safetensors',),), size=3 * 10**9)"
     body = DEFENSE.replace("    def protect", f"    fetches = classmethod(lambda cls, p: [{one}])\n\n    def protect")
     registry.load_plugins([write_plugin(f"from harness.core.fetched import Fetched\n{body}")])
     project.write(project.edited(("[none, uce, {", "[none, uce, mine, {")))
 
-    assert f"{MUST}some/teacher (about 3.0 GB)" in told(project.validate())
+    assert f"{MUST}some/teacher (about 3.0 GB)" in reported(project.validate())
 
 
 def test_two_who_fetch_the_same_are_one(project, cache):

@@ -1,4 +1,4 @@
-"""Recovery curves: what the lines, dots and levels of a panel stand for."""
+"""Recovery curves: what the lines, dots and levels of a panel mean."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_metrics_without_a_direction_are_not_drawn(tmp_path):
 
 
 def test_defenses_look_different_where_there_are_more_than_colours():
-    """Up to four times as many; the first dozen are told apart by colour alone."""
+    """Up to four times as many; the first dozen differ by colour alone."""
     many = looks([f"defense {i}" for i in range(4 * len(COLOURS))])
 
     assert len(set(many.values())) == len(many)

@@ -1,4 +1,4 @@
-"""Images of a folder: splits of given sizes, and captions that lie beside them."""
+"""Images of a folder: splits of given sizes, and captions beside them."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_splits_of_their_own_sizes(purse):
 def test_splits_need_enough_images(project):
     """The message says how many."""
     project.write(project.edited((SIZES[0], SIZES[1].replace("attack: 3", "attack: 4"))))
-    told = project.validate()
+    reported = project.validate()
 
-    assert told.code == 2
-    assert "holds 6 images, but its splits need 7; add images or lower per_split" in told.err
+    assert reported.code == 2
+    assert "holds 6 images, but its splits need 7; add images or lower per_split" in reported.err
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
@@ -87,11 +87,11 @@ def test_bad_captions_are_reported(project, text, message):
     path = project.folder / "purse" / "metadata.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     project.write(project.edited())
-    told = project.validate()
+    reported = project.validate()
 
-    assert told.code == 2
-    assert message in told.err
-    assert len(told.errors) == 1
+    assert reported.code == 2
+    assert message in reported.err
+    assert len(reported.errors) == 1
 
 
 def test_two_files_of_captions_are_one_too_many(project):

@@ -91,10 +91,10 @@ def test_without_an_innocent_domain_it_is_refused(project):
     """What it should keep learnable must be named."""
     project.write(SUITE.replace("{method: imma, rounds: 3}", "freezeasguard"))
 
-    told = project.validate()
+    reported = project.validate()
 
-    assert told.code == 2
-    assert "defenses[2].method: freezeasguard keeps an innocent domain learnable; name concepts of it" in told.err
+    assert reported.code == 2
+    assert "defenses[2].method: freezeasguard keeps an innocent domain learnable; name concepts of it" in reported.err
 
 
 def test_a_defense_is_made_in_the_tasks_it_names(project):
@@ -117,7 +117,7 @@ def test_what_limits_a_defense_is_checked(project, change, message):
     """A task that is not there; and the undefended model is everywhere."""
     project.write(SUITE.replace(*change))
 
-    told = project.validate()
+    reported = project.validate()
 
-    assert told.code == 2
-    assert message in told.err
+    assert reported.code == 2
+    assert message in reported.err

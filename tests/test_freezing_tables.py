@@ -1,4 +1,4 @@
-"""FreezeAsGuard's tables 2, 3 and 4 from a run: who stands where, with what beside it."""
+"""FreezeAsGuard's tables 2, 3 and 4 from a run: which line is where, with what beside it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def leader(defense: str, task: str, attack: str, step: int, reached: float, **ch
     """Return a line of a leaderboard."""
     targets = {"two": 2, "five": 5}[task]
     attacker = "adaptive" if attack == "bold" else "honest"
-    told = {
+    reported = {
         "task": task, "defense": defense, "method": METHODS[defense], "profile": "", "attack": attack,
         "attacker": attacker, "metric": "clip", "unit": "cosine", "step": step, "n_targets": targets,
         "target_defended": reached, "sgr": 0.25, "sgr_low": 0.1, "sgr_high": 0.4, "innocent_defended": None,
         "valid": True, **changes,
     }  # fmt: skip
-    return dict.fromkeys(OF_LEADERBOARD) | told
+    return dict.fromkeys(OF_LEADERBOARD) | reported
 
 
 def leaders() -> list[dict]:
@@ -59,7 +59,7 @@ def masks() -> list[Mask]:
 
 
 def attacked() -> Measurements:
-    """Of the same leaders: `bold` feels nothing, so that its images are the undefended model's."""
+    """Of the same leaders: no mask affects `bold`, so that its images are the undefended model's."""
     found = []
     for line in leaders():
         of = line["defense"] if line["attack"] == "honest" else "none"
@@ -123,7 +123,7 @@ def test_no_gain_is_not_taken_for_an_attack_that_feels_nothing():
 
 
 def test_ratios_show_the_last_step_honest_before_adaptive():
-    """In the suite's order; attackers who feel nothing are said to; innocents where the attack was made on them."""
+    """In the suite's order; attackers that are not affected are marked; innocents where the attack was made on them."""
     text = page_of(made(), costs(), ORDER)
     table = rows(text, "By ratio: two, 2 concepts, clip (cosine)")
 
@@ -214,17 +214,17 @@ def test_nothing_frozen_saves_nothing():
 
 
 def test_the_papers_numbers_stand_beside_as_csv():
-    """As printed, of the line's defense; its cost beside attacks that feel masks."""
+    """As printed, of the line's defense; its cost beside attacks that masks affect."""
     lines, papers = made(), load("freezeasguard")
     names = freezing_tables.paper_names(lines, masks(), ())
-    told = {line["defense"]: line for line in freezing_tables.beside_paper(lines, papers, names)}
+    reported = {line["defense"]: line for line in freezing_tables.beside_paper(lines, papers, names)}
 
-    assert set(told["learned"]) == {*freezing_tables.COLUMNS, *freezing_tables.PAPER_COLUMNS}
-    assert [told["learned"][f"paper_table_{c}"] for c in ("2_fid", "2_logo_clip", "4_5_subjects_fid")] == [
+    assert set(reported["learned"]) == {*freezing_tables.COLUMNS, *freezing_tables.PAPER_COLUMNS}
+    assert [reported["learned"][f"paper_table_{c}"] for c in ("2_fid", "2_logo_clip", "4_5_subjects_fid")] == [
         "156.09", "30.26", "135.85",
     ]  # fmt: skip
-    assert told["random"]["paper_table_4_2_subjects_seed_2_logo_clip"] == "29.80"
-    assert all(told["none"][column] is not None for column in freezing_tables.PAPER_COLUMNS)
+    assert reported["random"]["paper_table_4_2_subjects_seed_2_logo_clip"] == "29.80"
+    assert all(reported["none"][column] is not None for column in freezing_tables.PAPER_COLUMNS)
     beside = freezing_tables.costs_beside_paper(costs(), lines, papers, names)
     paper = {(line["defense"], line["attack"]): line["paper_gpu_memory_gb"] for line in beside}
     assert paper["none", "honest"] == "18.28" and paper["learned", "honest"] == "15.43"

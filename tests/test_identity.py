@@ -114,7 +114,7 @@ def test_tuples_and_lists_are_the_same():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_have_no_key(value):
-    """NaN differs from itself; a key of it would be a lie."""
+    """NaN differs from itself; a key of it would be wrong."""
     with pytest.raises(ValueError):
         identity.canonical_json({"a": value})
 
@@ -300,7 +300,7 @@ def test_version_of_a_method_changes_its_stages(project, monkeypatch):
 
 
 def test_edit_of_a_plugin_changes_its_stages(project, write_plugin, unregister):
-    """The digest of its file stands for its code."""
+    """The digest of its file represents its code."""
     text = project.edited(("[none, uce, {", "[none, uce, mine, {"))
     plans = []
     for edit in ("", "\n# edited\n"):

@@ -254,7 +254,7 @@ def test_attack_that_fails_on_one_target_makes_the_cell_invalid():
     )
 
 
-def test_a_share_just_below_the_gate_is_not_told_as_the_gate():
+def test_a_share_just_below_the_gate_is_not_reported_as_the_gate():
     """cat regains (0.299 - 0.20) / (0.60 - 0.20) = 24.75 % of the way, which would round to 25."""
     assert only(changed(cat=0.299))["reason"] == (
         "target cat: the undefended attack regains 24 % of the way to real images, less than 25 %"
@@ -266,7 +266,7 @@ def test_gate_is_met_at_its_bound():
     assert only(changed(cat=0.30000001))["valid"] is True
 
 
-def test_attack_that_fails_on_an_innocent_is_told_apart():
+def test_attack_that_fails_on_an_innocent_is_reported_apart():
     """The targets' cell stays valid; what it says of innocents does not."""
     found = only(changed(cup=0.308))
 
@@ -388,7 +388,7 @@ def test_utility_without_a_floor_was_not_measured():
 
 
 def test_utility_of_a_model_that_draws_nothing_is_undefined():
-    """The undefended model's pictures score as those of another concept: no share can be told."""
+    """The undefended model's pictures score as those of another concept: no share is defined."""
     rows = [{**r, "value": 0.1} if r["role"] == "utility" else r for r in small()]
 
     found = only(rows)
@@ -405,7 +405,7 @@ def test_part_of_the_utility_is_reported():
     assert (found["valid"], found["reason"]) == (False, "incomplete: 2 of 4 measurements of utility by clip")
 
 
-def test_incomplete_innocents_are_told_but_the_target_counts():
+def test_incomplete_innocents_are_reported_but_the_target_counts():
     """One innocent trial of mine is not done: what is said of the target does not depend on it."""
     gone = {"defense": "mine", "role": "innocent", "seed": 1, "protected": "dog"}
     found = only([r for r in small() if any(r[k] != v for k, v in gone.items())])
@@ -445,7 +445,7 @@ def test_real_images_must_score_clearly_more_than_the_start(ceiling, is_valid):
     assert only(rows, gates=Gates(min_headroom=0.05))["valid"] is True
 
 
-def test_headroom_of_an_innocent_is_told_apart():
+def test_headroom_of_an_innocent_is_reported_apart():
     """cup starts at 0.30, real ones score 0.31: nothing can be said of innocents; the targets' cell stays valid."""
     rows = [{**r, "value": 0.31} if r["role"] == "real" and r["concept"] == "cup" else r for r in small()]
 
@@ -498,7 +498,7 @@ def test_target_original_is_the_mean_over_targets_and_seeds():
 
 
 def test_target_original_is_empty_without_erasure(line):
-    """Nothing was erased, so nothing is told of it."""
+    """Nothing was erased, so nothing is reported on it."""
     assert line["target_original"] is None
 
 
@@ -636,7 +636,7 @@ def test_the_worst_case_of_a_distance_is_the_least():
 
 
 def test_metrics_without_a_direction_have_no_lines():
-    """They stand beside the scores, and are no gate of the other metrics either."""
+    """They are shown beside the scores, and are no gate of the other metrics either."""
     guard = [{**r, "metric": "nearest", "direction": "none"} for r in small() if r["role"] != "utility"]
 
     assert leaderboard(frame_of(guard), GATES) == []
@@ -748,9 +748,9 @@ def test_an_attack_that_fails_on_a_weak_defense_counts_nowhere():
     """Dog: from 0.40 to 0.50 of 0.90 is a fifth of the way, less than the quarter that is asked."""
     lines = leaderboard(frame_of(small() + weak(0.5)), GATES)
 
-    told = "target dog: the attack on gentle, a weak defense, regains 20 % of the way to real images, less than 25 %"
+    reported = "the attack on gentle, a weak defense, regains 20 % of the way to real images, less than 25 %"
     assert {line["defense"]: line["valid"] for line in lines} == dict.fromkeys(("none", "mine", "gentle"), False)
-    assert all(told in line["reason"] for line in lines)
+    assert all(f"target dog: {reported}" in line["reason"] for line in lines)
 
 
 def test_an_attack_that_breaks_a_weak_defense_counts():

@@ -57,5 +57,5 @@ def test_sources_may_change_places():
 
 
 def test_two_seeds_are_not_calibrated():
-    """One degree of freedom tells nearly nothing of the share."""
+    """One degree of freedom gives nearly no information on the share."""
     assert limits.nominal(0.4, (1, 9), 0.05) == 0.05

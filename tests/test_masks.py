@@ -131,12 +131,12 @@ class Records:
 
 
 def test_masks_that_no_seed_changes_are_one():
-    """They agree by construction: nothing is told of it, and nothing is tested."""
+    """They agree by construction: nothing is reported, and nothing is tested."""
     fixed = [dataclasses.replace(mask("mine", seed, [0, 1]), stage="the same") for seed in range(3)]
-    told = masks.table(fixed)
+    reported = masks.table(fixed)
 
-    assert len(told) == 3
-    assert {(line["overlap_of_seeds"], line["overlap_by_chance"], line["overlap_p"]) for line in told} == {
+    assert len(reported) == 3
+    assert {(line["overlap_of_seeds"], line["overlap_by_chance"], line["overlap_p"]) for line in reported} == {
         (None, None, None)
     }
 
@@ -169,8 +169,8 @@ def test_costs_are_set_beside_the_undefended_models(tmp_path):
             "bold-dog": (100, 1000, 3.0), "bold-cat": (100, 1000, 3.0),
         }
     )  # fmt: skip
-    told = adaptation_cost.lines(plan, adaptation_cost.records(plan, store))
-    lines = {(line["defense"], line["attacker"]): line for line in told}
+    reported = adaptation_cost.lines(plan, adaptation_cost.records(plan, store))
+    lines = {(line["defense"], line["attacker"]): line for line in reported}
     frozen = lines["frozen", "honest"]
 
     assert frozen["n_adaptations"] == 2
@@ -233,7 +233,7 @@ def test_as_large(first, second, expected):
 
 
 def test_the_table_tells_what_no_data_gives():
-    """Beside masks that were learned; of random ones there is nothing to tell."""
+    """Beside masks that were learned; of random ones there is nothing to report."""
     learned = dataclasses.replace(mask("mine", 0, [0, 1]), without_data=frozenset(NAMES[1:3]))
     first, second = masks.table([learned, mask("random", 0, [0, 1], "random_freeze")])
 

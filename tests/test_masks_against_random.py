@@ -1,4 +1,4 @@
-"""Learned masks beside random ones as large: who is paired with whom, what is tested, and what is told."""
+"""Learned masks beside random ones as large: who is paired with whom, what is tested, and what is reported."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_tests_are_corrected_over_ratios_and_over_families():
 
 
 def test_all_ratios_are_those_that_are_measured():
-    """A run that is not whole; a family of one ratio is told of too, and one whose seeds differ is not."""
+    """A run that is not whole; a family of one ratio is reported too, and one whose seeds differ is not."""
     part = [line for line in rows(REACHED) if line["defense"] != "learned_40"]
     lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of(part)))
     assert [(line["is_together"], line["defense"]) for line in lines] == [(False, "learned_20"), (True, "learned_20")]
@@ -178,21 +178,21 @@ def test_scores_that_agree_are_a_result():
     assert together["stronger_by"] == pytest.approx(singles["learned_40"]["stronger_by"] / 2)
 
 
-def page_of(told: list[dict], lines: list[dict]) -> str:
+def page_of(reported: list[dict], lines: list[dict]) -> str:
     """Return masks.md."""
-    return markdown.page(masks_against_random.sections(told, lines))
+    return markdown.page(masks_against_random.sections(reported, lines))
 
 
 def points(axis) -> list[tuple[float, float, bool]]:
     """Return (x, y, filled) of the marks of a panel."""
     marks = [line for line in axis.lines if line.get_marker() not in ("None", None, "")]
-    told = [(*mark.get_xdata(), *mark.get_ydata(), mark.get_markerfacecolor()) for mark in marks]
-    return sorted((float(x), float(y), face != "white") for x, y, face in told)
+    reported = [(*mark.get_xdata(), *mark.get_ydata(), mark.get_markerfacecolor()) for mark in marks]
+    return sorted((float(x), float(y), face != "white") for x, y, face in reported)
 
 
 def overlaps() -> list[dict]:
     """Return lines of masks.csv: seeds of one defense agree."""
-    told = (
+    reported = (
         ("learned_20", "freezeasguard", 0.001), ("learned_40", "freezeasguard", 0.04),
         ("random_20", "random_freeze", None),
     )  # fmt: skip
@@ -202,7 +202,7 @@ def overlaps() -> list[dict]:
             "frozen_parameters": 0.1, "overlap_p": p, "overlap_without_data": 0.987, "correlation_with_signal": None,
             "overlap_of_seeds": 0.2, "overlap_by_chance": 0.111, "overlap_with_random": 0.12,
         }
-        for name, method, p in told
+        for name, method, p in reported
     ]  # fmt: skip
 
 
@@ -222,15 +222,15 @@ def test_the_page_tells_both(tmp_path):
 
 def test_protected_sets_have_tests_of_their_own():
     """A mean of p-values is none."""
-    told = [*overlaps()[:1], {**overlaps()[0], "protected": "cat", "overlap_p": 0.9}]
-    text = page_of(told, [])
+    reported = [*overlaps()[:1], {**overlaps()[0], "protected": "cat", "overlap_p": 0.9}]
+    text = page_of(reported, [])
 
     assert "| learned_20 | dog | 1 |" in text and "| 0.0010 |" in text
     assert "| learned_20 | cat | 1 |" in text and "| 0.9000 |" in text
 
 
 def test_the_figure_shows_overlaps_and_gaps(tmp_path):
-    """A point a defense in each panel, over its share; whiskers; hollow where a corrected test tells nothing apart."""
+    """A point a defense in each panel, over its share; whiskers; hollow where a corrected test finds no difference."""
     reached = {**REACHED, "learned_20": 0.5}
     lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of(rows(reached))))
     figure = against_random_figure.plot([*overlaps(), *overlaps()], lines)
@@ -255,8 +255,8 @@ def test_the_figure_shows_overlaps_and_gaps(tmp_path):
 def test_seeds_that_do_not_agree_are_hollow():
     """By Holm over the learned masks, in every protected set."""
     lines = masks_against_random.lines([*MASKS, *LEARNED], Measurements(frame_of(rows(REACHED))))
-    told = [*overlaps(), *({**line, "protected": "cat"} for line in overlaps())]  # 0.001 and 0.04, twice each
-    agree = against_random_figure.plot(told, lines).axes[1]
+    reported = [*overlaps(), *({**line, "protected": "cat"} for line in overlaps())]  # 0.001 and 0.04, twice each
+    agree = against_random_figure.plot(reported, lines).axes[1]
 
     assert [is_filled for _, _, is_filled in points(agree)] == [True, False]
 

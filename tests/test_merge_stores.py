@@ -65,9 +65,9 @@ def test_a_stage_with_two_results_is_refused_by_name_and_nothing_is_copied(a, b,
     put(a, 2)
     put(b, 1, "other")
 
-    with pytest.raises(UserMistake) as told:
+    with pytest.raises(UserMistake) as reported:
         merge([str(a), str(b)], str(tmp_path / "into"))
-    assert told.value.messages == [
+    assert reported.value.messages == [
         f"{b}: score/{key} (stage 1): the same stage has another result in {a}/store; remove one of the two"
     ]
     assert not (tmp_path / "into").exists()
@@ -117,7 +117,7 @@ def test_what_is_no_store_is_reported(a, tmp_path, name):
 
 
 def test_a_store_may_be_named_itself(a, tmp_path):
-    """As well as the folder that it lies in."""
+    """As well as the folder that contains it."""
     put(a, 1)
 
     assert merge([str(a / "store")], str(tmp_path / "into")).copied == 1

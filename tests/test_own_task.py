@@ -151,12 +151,12 @@ def test_a_finished_suite_of_it_is_answered_at_once(own):
 
     finished = run_python("-c", code)
 
-    told = f"nothing to do: all 14 stages of 'small' are committed; the tables are in {project.runs}/small"
-    assert (finished.stdout.splitlines(), finished.stderr) == ([told, "0 []"], "")
+    reported = f"nothing to do: all 14 stages of 'small' are committed; the tables are in {project.runs}/small"
+    assert (finished.stdout.splitlines(), finished.stderr) == ([reported, "0 []"], "")
 
 
 def test_failures_of_an_older_plugin_are_forgotten(own):
-    """Its stages have other keys now; what failed of this plan stays told until it is made good."""
+    """Its stages have other keys now; what failed of this plan stays reported until it is done."""
     project, given = own
     plan = project.plan(yaml.safe_dump(ALONE))
     commit_norms(project, plan)
@@ -173,7 +173,7 @@ def test_failures_of_an_older_plugin_are_forgotten(own):
 
 
 def test_beside_the_bundled_task_both_have_their_tables(own):
-    """The leaderboard is that of a suite without it; papers stand beside the bundled task alone."""
+    """The leaderboard is that of a suite without it; papers' rows belong to the bundled task alone."""
     project, given = own
     project.write(SUITE)
     commit_all(project)

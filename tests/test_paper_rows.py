@@ -171,7 +171,7 @@ def test_numbers_that_a_paper_contradicts_say_so():
 
 
 def test_the_same_number_in_two_tables_of_freezeasguard_is_the_same():
-    """IMMA on ten subjects stands in tables 2, 4 and 6."""
+    """IMMA on ten subjects is in tables 2, 4 and 6."""
     rows = [row for row in load("freezeasguard") if row.model == "SD v1.5" and row.defense == "imma"]
     ten = [row for row in rows if row.metric == "FID" and ("10 subjects" in row.setting or row.table == "6")]
     assert [(row.table, row.printed) for row in ten] == [("2", "148.05"), ("4", "148.05"), ("6", "148.05")]
@@ -222,7 +222,7 @@ def test_a_broken_row_is_refused_with_file_and_line(change: dict[str, str], mess
         parse(text({}, {"setting": "Monet", **change}), "mine.csv")
 
 
-def test_all_mistakes_of_a_file_are_told_at_once():
+def test_all_mistakes_of_a_file_are_reported_at_once():
     with pytest.raises(ValueError) as caught:
         parse(text({"value": "nan", "source": ""}, {}, {"setting": "Monet", "task": "x"}), "mine.csv")
 

@@ -52,7 +52,7 @@ def test_other_kinds_of_tasks_have_no_papers_beside_them():
 
 
 def test_tables_on_freezing_speak_of_adaptation(project):
-    """They stand beside a suite that freezes, though its task begins with an erasure; with IMMA's beside `joint`."""
+    """They belong beside a suite that freezes, though its task begins with an erasure; with IMMA's beside `joint`."""
     commit_all(project)
     changed = ("--set", "tasks.personalization=null", "--set", "defenses=[none, random_freeze, joint]")
     assert project.cli("table", *arguments(project), *changed, "--with-paper").code == 0

@@ -85,14 +85,14 @@ def test_whole_number_is_a_number():
         ({"rounds_": 1}, "'rounds_' is not a parameter of method; did you mean 'rounds'?"),
     ],
 )
-def test_wrong_value_is_told_in_plain_words(given, message):
+def test_wrong_value_is_reported_in_plain_words(given, message):
     """What is wrong and what was got, without the vocabulary of Python."""
     (field,) = given
 
     assert mistakes(**given) == {field: message}
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     """Unknown names, values that are not finite, and wrong types together."""
     assert set(mistakes(rats=1, rate=float("inf"), rounds="x")) == {"rats", "rate", "rounds"}
 
@@ -105,7 +105,7 @@ def test_unknown_preset_names_the_known():
 
 
 def test_parameters_that_cannot_be_checked_are_the_methods_mistake():
-    """A type that pydantic does not know is told, not raised."""
+    """A type that pydantic does not know is reported, not raised."""
 
     @dataclass(frozen=True)
     class Odd:

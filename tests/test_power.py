@@ -63,7 +63,7 @@ def test_variances_are_means_over_the_pairs():
 
 
 def test_defenses_that_share_their_images_count_once():
-    """An attacker who feels nothing of a defense: a pair of its double with the undefended model varies by nothing."""
+    """An attacker that a defense does not affect: a pair of its double with the undefended model has no variance."""
     alone = rows(one_value_a_seed(0.1))
     for r in alone:
         r["sample_key"] = f"{r['defense']} {r['seed']}"
@@ -227,7 +227,7 @@ def test_the_suites_own_rows_are_the_pilot_by_default(project):
         (["--power=1", "--pilot="], "there is no rows.csv; name the folder of a run"),
     ],
 )
-def test_mistakes_are_told_in_one_line(pilot, given, words):
+def test_mistakes_are_reported_in_one_line(pilot, given, words):
     """With exit code 2."""
     project, folder = pilot
     named = [argument.replace("PILOT", str(folder)) for argument in given]
@@ -261,6 +261,6 @@ def test_help_says_what_the_difference_is_in(capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "--help"])
 
-    told = " ".join(capsys.readouterr().out.split())
-    assert "10% is a tenth of what the attack reaches on the undefended model (ten points of SGR)" in told
-    assert "a bare number such as 0.05 is in each metric's own unit" in told
+    reported = " ".join(capsys.readouterr().out.split())
+    assert "10% is a tenth of what the attack reaches on the undefended model (ten points of SGR)" in reported
+    assert "a bare number such as 0.05 is in each metric's own unit" in reported

@@ -175,6 +175,6 @@ def test_plugin_that_asks_for_nonsense_is_reported(project, function, more, word
     (project.folder / "broken.py").write_text(body, encoding="utf-8")
     project.write(SUITE.replace(DEFENSES, "defenses: [none, prior2]"))
 
-    told = project.validate("--plugin", str(project.folder / "broken.py"))
+    reported = project.validate("--plugin", str(project.folder / "broken.py"))
 
-    assert_says(told, project, ":12: ", words.replace("of prior ", "of prior2 "))
+    assert_says(reported, project, ":12: ", words.replace("of prior ", "of prior2 "))

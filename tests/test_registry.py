@@ -1,4 +1,4 @@
-"""Methods are found through one door, and what is wrong with them is told before they are used."""
+"""Methods are found in one way, and their mistakes are reported before they are used."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_component_of_a_bundled_method_is_name_and_version():
 
 
 def test_plugin_registers_its_methods(write_plugin):
-    """A plug-in's class stands beside the bundled ones."""
+    """A plug-in's class is listed with the bundled ones."""
     registry.load_plugins([write_plugin(DEFENSE)])
 
     assert "mine" in registry.names("defense")
@@ -196,8 +196,8 @@ def test_metric_of_which_less_is_more_is_registered(write_plugin):
 
 
 @pytest.mark.parametrize("name", BAD_PLUGINS)
-def test_bad_plugin_is_told_with_its_line(project, write_plugin, name):
-    """What is wrong with a plug-in is told in one line of the program, with file and line."""
+def test_bad_plugin_is_reported_with_its_line(project, write_plugin, name):
+    """A mistake in a plug-in is reported in one line of the program, with file and line."""
     body, words = BAD_PLUGINS[name]
     path = write_plugin(body)
 
@@ -251,7 +251,7 @@ def test_file_that_is_no_plugin_is_reported(tmp_path, name, content, words):
     assert words in message or (words == "SyntaxError" and "null bytes" in message)
 
 
-def test_all_bad_plugins_are_told_at_once(tmp_path):
+def test_all_bad_plugins_are_reported_at_once(tmp_path):
     """Two missing files are two messages."""
     with pytest.raises(UserMistake) as caught:
         registry.load_plugins([tmp_path / "a.py", tmp_path / "b.py"])

@@ -107,10 +107,10 @@ def test_retention_is_of_attacks_that_count_on_innocents(folder):
 def test_reasons_that_differ_in_numbers_are_one(folder):
     """With the range, and each line's own number beside it; those of innocents come last and say so."""
     _, lines = run_of(folder)
-    told = {"lora": "target dog: regains 3 % of the way, less than 25 %; innocent cup: no rows",
+    reported = {"lora": "target dog: regains 3 % of the way, less than 25 %; innocent cup: no rows",
             "dreambooth": "target dog: regains -7 % of the way, less than 25 %"}  # fmt: skip
     changed = [
-        line | {"reason": told[line["attack"]]} for line in lines if (line["metric"], line["step"]) == ("clip", 10)
+        line | {"reason": reported[line["attack"]]} for line in lines if (line["metric"], line["step"]) == ("clip", 10)
     ]
 
     first, last = views.reasons(changed, "relearning")
@@ -135,7 +135,7 @@ def test_curves_hold_means_and_intervals_of_seeds(folder):
 
 
 def test_sheets_show_what_the_rule_says(folder, tmp_path):
-    """The first seed, prompts that stand evenly over the list, every defense and step, the images of their own key."""
+    """The first seed, prompts spaced evenly over the list, every defense and step, the images of their own key."""
     run, _ = run_of(folder)
     gallery = sheets.Gallery(tmp_path)
 
@@ -187,7 +187,7 @@ def test_ledger_counts_each_stage_once(tmp_path):
 
 
 def test_figures_follow_the_colour_scheme_and_repeat(folder, tmp_path):
-    """Every stand-in is a variable with a light and a dark value; the same curves give the same bytes."""
+    """Every placeholder is a variable with a light and a dark value; the same curves give the same bytes."""
     run, lines = run_of(folder)
     colours = drawings.palette(["none", "mine", "theirs"])
     curve = views.concept_curves(run.table)[0]
@@ -204,7 +204,7 @@ def test_figures_follow_the_colour_scheme_and_repeat(folder, tmp_path):
 
 
 def test_page_stands_alone(folder):
-    """All that it names lies beside it; nothing comes from elsewhere."""
+    """All that it names is beside it; nothing comes from elsewhere."""
     found = read(folder)
 
     named = [*found.values("img", "src"), *found.values("a", "href"), *found.values("link", "href")]
@@ -223,7 +223,7 @@ def test_every_image_has_words_in_its_place(folder):
 
 
 def test_what_failed_is_reported(folder):
-    """Failures stand beside the tables that lack them."""
+    """Failures are beside the tables that lack them."""
     assert "1 stage failed" in read(folder).text and "adapt lora" in read(folder).text
 
 
@@ -326,7 +326,7 @@ def test_older_report_is_replaced_and_a_failure_keeps_it(tmp_path, monkeypatch):
         ("rows.csv", "a,b\n", "rows.csv:1: the column 'suite' is missing"),
     ],
 )
-def test_bad_folders_are_told_in_a_line(tmp_path, capsys, name, text, words):
+def test_bad_folders_are_reported_in_a_line(tmp_path, capsys, name, text, words):
     """With exit code 2, and nothing written."""
     folder = tmp_path
     if name:

@@ -118,7 +118,7 @@ def test_filters_show_what_is_chosen(shown):
 
 
 def test_headers_sort_both_ways(shown):
-    """Numbers as numbers, what is undefined last either way; the header tells the direction."""
+    """Numbers as numbers, what is undefined last either way; the header shows the direction."""
     choose(shown, "attack", "lora")
     press(shown, "SGR %")
     values = [float(text) for text in column(shown, "SGR %")]

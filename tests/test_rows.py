@@ -166,7 +166,7 @@ def test_numbers_that_another_program_wrote_are_read(tmp_path, name, cell, read)
 
 
 @pytest.mark.parametrize("cell", ["", "x", "nan", "inf", "-inf"])
-def test_a_value_that_is_no_number_is_told_with_its_line(tmp_path, cell):
+def test_a_value_that_is_no_number_is_reported_with_its_line(tmp_path, cell):
     """Though all others are."""
     write_rows(tmp_path, frame([part(prompt=["two\nlines"]), part("mine")]))
     text = (tmp_path / "rows.csv").read_bytes()

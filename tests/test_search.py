@@ -21,15 +21,15 @@ def _score(values) -> float:
 def _search(seed: int, probes: int, at_once: int = 1) -> list[Probe]:
     found: list[Probe] = []
     for first in range(0, probes, at_once):
-        told = list(found)
+        reported = list(found)
         for index in range(first, min(first + at_once, probes)):
-            values = search.propose(SPACE, seed, told, index - first)
+            values = search.propose(SPACE, seed, reported, index - first)
             found.append(Probe(values, _score(values) if values else -9.0))
     return found
 
 
 def test_the_first_probe_changes_nothing():
-    """So that a search never finds less than the attack as it stands, by its own measure."""
+    """So that a search never finds less than the stated attack, by its own measure."""
     assert search.propose(SPACE, 0, [], 0) == {}
 
 
@@ -42,7 +42,7 @@ def test_probes_stay_in_the_space():
 
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_the_same_seed_and_findings_give_the_same_probes(at_once):
-    """Whoever asks: a probe is a function of its place, the seed and what was told."""
+    """Whoever asks: a probe is a function of its place, the seed and the earlier results."""
     assert _search(3, 12, at_once) == _search(3, 12, at_once)
     assert _search(3, 12, at_once) != _search(4, 12, at_once)
 
@@ -56,7 +56,7 @@ def test_probes_of_a_batch_differ():
 
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_no_probe_repeats_another(at_once):
-    """Whether or not they were told of it: the first ones are drawn at random, each anew."""
+    """Whether or not they know of it: the first ones are drawn at random, each anew."""
     rates = [probe.values["learning_rate"] for probe in _search(0, 13, at_once) if probe.values]
 
     assert len(set(rates)) == len(rates) == 12
@@ -88,11 +88,11 @@ def test_of_every_six_probes_two_repeat():
 
 def test_repeats_are_of_the_attack_as_stated_and_of_the_best():
     """In pairs; none is needed where nothing scored higher, or everything diverged."""
-    told = [Probe({}, 0.2), Probe({"rank": 4}, 0.5), Probe({"rank": 16}, 0.3), Probe({"rank": 1}, None)]
+    reported = [Probe({}, 0.2), Probe({"rank": 4}, 0.5), Probe({"rank": 16}, 0.3), Probe({"rank": 1}, None)]
 
-    assert [search.repeated(told, place) for place in range(4)] == [{}, {"rank": 4}] * 2
-    assert search.repeated([Probe({}, 0.6), *told[1:]], 1) is None
-    assert search.repeated([Probe({}, None), told[3]], 0) is None
+    assert [search.repeated(reported, place) for place in range(4)] == [{}, {"rank": 4}] * 2
+    assert search.repeated([Probe({}, 0.6), *reported[1:]], 1) is None
+    assert search.repeated([Probe({}, None), reported[3]], 0) is None
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,11 @@ def test_repeats_keep_chance_from_passing_for_skill():
     assert share_taken(-3.0) < 0.01
 
 
-def test_a_probe_that_diverged_is_told_as_the_worst():
+def test_a_probe_that_diverged_is_reported_as_the_worst():
     """The search goes on, and away from it."""
-    told = [Probe({}, 0.1), Probe({"learning_rate": 0.09, "rank": 1}, None)]
+    reported = [Probe({}, 0.1), Probe({"learning_rate": 0.09, "rank": 1}, None)]
 
-    assert search.propose(SPACE, 0, told, 0).keys() == SPACE.keys()
+    assert search.propose(SPACE, 0, reported, 0).keys() == SPACE.keys()
 
 
 def test_a_space_as_a_suite_writes_it():

@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_numbers():
 
 
 def test_without_prompts_to_vary_it_is_scipys_paired_t_test():
-    """One prompt (a distance between sets of images): chance in seeds is all that can be told."""
+    """One prompt (a distance between sets of images): chance in seeds is all that can be estimated."""
     x = drawn(6, 2, 1, 5)
     found = estimate([x], difference, draws=200_000)
     exact = Estimate(found.value, (x[0, 0] - x[1, 0]).var(ddof=1) / 5, None, 5, 0)
@@ -287,7 +287,7 @@ def test_holm_of_a_table_that_others_publish():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_holm_rejects_what_the_step_down_procedure_rejects(seed):
-    """Holm 1979 as it stands: the k-th least of m against level / (m - k + 1), until the first that is not below."""
+    """Holm 1979 as published: the k-th least of m against level / (m - k + 1), until the first that is not below."""
     p_values = list(np.random.default_rng(seed).uniform(size=8) ** 4)
     corrected = holm(p_values)
 

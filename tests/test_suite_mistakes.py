@@ -276,7 +276,7 @@ WHOLE_FILES: dict[str, tuple[bytes, str, str]] = {
 
 
 def assert_says(outcome, project, place: str, words: str) -> None:
-    """Assert that a mistake was told as all are: exit code, stream, form, place and words."""
+    """Assert that a mistake was reported as all are: exit code, stream, form, place and words."""
     assert outcome.code == 2
     assert outcome.out == ""
     assert outcome.errors and all(line.startswith(f"error: {project.suite}") for line in outcome.errors), outcome.err
@@ -286,7 +286,7 @@ def assert_says(outcome, project, place: str, words: str) -> None:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_mistake_is_told_in_one_line_with_its_place(project, name):
+def test_mistake_is_reported_in_one_line_with_its_place(project, name):
     """One mistake in an otherwise right suite: one line, at the right place, in words."""
     change, line, words = EDITS[name]
     project.write(project.edited(change))
@@ -298,7 +298,7 @@ def test_mistake_is_told_in_one_line_with_its_place(project, name):
 
 
 @pytest.mark.parametrize("name", WHOLE_FILES)
-def test_file_that_is_no_suite_is_told_in_one_line(project, name):
+def test_file_that_is_no_suite_is_reported_in_one_line(project, name):
     """A file that is wrong as a whole: one line with as much of the place as there is."""
     content, place, words = WHOLE_FILES[name]
     project.write(content)
@@ -318,7 +318,7 @@ def test_right_suite_is_valid(project):
 
 @pytest.mark.parametrize("verb", ["run", "plan", "validate", "status", "table"])
 def test_every_verb_checks_the_suite_first(project, verb):
-    """A mistake is told the same way by every verb that reads a suite, before anything is written."""
+    """A mistake is reported the same way by every verb that reads a suite, before anything is written."""
     project.write(project.edited(("seeds: 2", "sedes: 2")))
 
     outcome = project.cli(verb, str(project.suite), "--runs", str(project.runs))
@@ -326,8 +326,8 @@ def test_every_verb_checks_the_suite_first(project, verb):
     assert_says(outcome, project, ":3: ", "did you mean 'seeds'?")
 
 
-def test_independent_mistakes_are_told_at_once(project):
-    """Mistakes of form, of parameters, of concepts and of the model stand in one answer, in the order of the file."""
+def test_independent_mistakes_are_reported_at_once(project):
+    """Mistakes of form, of parameters, of concepts and of the model are in one answer, in the order of the file."""
     project.write(
         project.edited(
             ("model: model", "model: ./nowhere"),
@@ -363,7 +363,7 @@ def test_same_image_twice_is_refused(project):
         (("innocents: [lamp]}\ndef", "innocents: [], preserve: [lamp, bulb]}\ndef"), False),
     ],
 )
-def test_the_publisher_does_not_see_what_is_measured(project, edit, is_told):
+def test_the_publisher_does_not_see_what_is_measured(project, edit, is_reported):
     """An image in the folders of two concepts, one preserved, one innocent; two that are preserved may share one."""
     write_images(project.folder / "bulb")
     (project.folder / "bulb" / "0.png").write_bytes((project.folder / "lamp" / "1.png").read_bytes())
@@ -371,7 +371,7 @@ def test_the_publisher_does_not_see_what_is_measured(project, edit, is_told):
     project.write(project.edited(added, edit))
     outcome = project.validate()
 
-    if is_told:
+    if is_reported:
         assert_says(outcome, project, ":12: ", "'1.png' of concept 'lamp' is the image that the defense sees")
     else:
         assert outcome.code == 0, outcome.err
@@ -379,7 +379,7 @@ def test_the_publisher_does_not_see_what_is_measured(project, edit, is_told):
 
 @pytest.mark.parametrize("keep", [0, 20])
 def test_image_that_is_none_is_refused(project, keep):
-    """A file that is empty or was cut short is told before any compute."""
+    """A file that is empty or was cut short is reported before any compute."""
     path = project.folder / "lamp" / "2.png"
     path.write_bytes(path.read_bytes()[:keep])
 
@@ -387,12 +387,12 @@ def test_image_that_is_none_is_refused(project, keep):
 
 
 def test_attack_that_asks_for_more_images_than_there_are(project):
-    """The budget of images is what is used: a split that is too small is told, not used in silence."""
+    """The budget of images is what is used: a split that is too small is reported, not used in silence."""
     project.write(project.edited(("    batch_size: 2", "    batch_size: 2\n    images: 3")))
 
-    told = project.validate()
-    assert_says(told, project, ":17: ", "attacks[0].images: 3 asked for, but the attack split of lamp holds 2")
-    assert "vangogh" not in told.err
+    reported = project.validate()
+    assert_says(reported, project, ":17: ", "attacks[0].images: 3 asked for, but the attack split of lamp holds 2")
+    assert "vangogh" not in reported.err
 
 
 PLUGIN = """
@@ -422,7 +422,7 @@ class Broken(Defense):
     ],
 )
 def test_plugin_that_fails_in_planning_is_reported(project, unregister, function, words):
-    """What a plug-in does wrong before compute is told as a mistake, with the line that names it."""
+    """What a plug-in does wrong before compute is reported as a mistake, with the line that names it."""
     (project.folder / "broken.py").write_text(PLUGIN.format(function=function), encoding="utf-8")
     project.write(project.edited((DEFENSES, "defenses: [none, broken]")))
 
@@ -446,7 +446,7 @@ def test_other_pipelines_are_refused(project):
 
 @pytest.mark.parametrize("content", [b"not json", b"[]", b"\xff\xfe"])
 def test_damaged_model_index_is_reported(project, content):
-    """A model_index.json that is no JSON object is told, not raised."""
+    """A model_index.json that is no JSON object is reported, not raised."""
     (project.folder / "model" / "model_index.json").write_bytes(content)
 
     assert_says(project.validate(), project, ":2: ", "model_index.json' is not valid JSON")
@@ -473,7 +473,7 @@ def test_thousand_mistakes_are_cut_short(project):
 
 @pytest.mark.parametrize("key", ["name", "model", "tasks", "defenses", "attacks", "metrics", "utility"])
 def test_every_required_key_is_missed(project, key):
-    """Each by its name, alone: what would follow from it is not told."""
+    """Each by its name, alone: what would follow from it is not reported."""
     data = yaml.safe_load(SUITE)
     del data[key]
     project.write(yaml.safe_dump(data, sort_keys=False))
@@ -515,7 +515,7 @@ def test_mistakes_are_found_without_torch(project):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_random_damage_gives_no_traceback(project, seed):
-    """Fifty suites with characters added, replaced and cut out: valid, or told as mistakes of the file."""
+    """Fifty suites with characters added, replaced and cut out: valid, or reported as mistakes of the file."""
     random_ = random.Random(seed)
     alphabet = ":[]{},-#&*!|>'\"%@`\t\n \0\xff0a?<~"
     for _ in range(25):
@@ -577,7 +577,7 @@ OVERRIDES = {
 
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_mistake_in_an_override_names_the_override(project, name):
-    """A mistake that came with --set is told as that, not as a line of the file."""
+    """A mistake that came with --set is reported as that, not as a line of the file."""
     assignment, words = OVERRIDES[name]
 
     outcome = project.validate("--set", assignment)

@@ -108,7 +108,7 @@ def test_blocked_unit_does_not_become_ready():
 
 
 def test_unit_is_blocked_once():
-    """By the first failure; it is not told twice."""
+    """By the first failure; it is not reported twice."""
     walk = walk_over()
     drain(walk)
     walk.finish(index_of(walk, "top"))

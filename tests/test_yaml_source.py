@@ -58,7 +58,7 @@ def test_merge_keys_work(read):
     assert read("a: &a {x: 1}\nb: {<<: *a, y: 2}").data["b"] == {"x": 1, "y": 2}
 
 
-def test_all_duplicate_keys_are_told_at_once(read):
+def test_all_duplicate_keys_are_reported_at_once(read):
     """Each with both lines."""
     with pytest.raises(UserMistake) as caught:
         read("a: 1\nb: 2\na: 3\nb: 4\n")
@@ -88,7 +88,7 @@ def test_override_adds_what_is_missing(read):
 
 
 def test_override_takes_the_place_of_the_lines_that_it_replaced(read):
-    """A mistake in an overridden value is told as the override's, at any depth."""
+    """A mistake in an overridden value is reported as the override's, at any depth."""
     source = read("steps: [1, 2]\n")
 
     source.override("steps=[a, b]")

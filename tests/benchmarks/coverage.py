@@ -3,7 +3,7 @@
     python -m tests.benchmarks.coverage                # 2,000 runs of each kind, a few minutes on one core
 
 A run measures two defenses on some concepts, prompts and seeds. Seeds, prompts and cells bring normal chance of the
-deviations that stand in the table, beside chance that both defenses share and that pairing takes away.
+deviations that are in the table, beside chance that both defenses share and that pairing takes away.
 """
 
 from __future__ import annotations
