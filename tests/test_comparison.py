@@ -39,10 +39,10 @@ def test_it_says_who_is_stronger_and_leaves_three_files(run, capsys):
     """A sentence at the end; the same as CSV, Markdown and LaTeX."""
     assert main(["compare", str(run), "--defense=mine", "--baseline=theirs", "--baseline=none"]) == ExitCode.DONE
 
-    printed = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
     mine, theirs = 0.01 * noise(1).mean(), 0.01 * noise(2).mean() + 1
-    assert f"after 10 steps lora reaches {mine:.3f} on mine and {theirs:.3f} on theirs: mine protects more, by " in printed
-    assert f"by {theirs - mine:.3f} (95 % " in printed
+    assert f"after 10 steps lora reaches {mine:.3f} on mine and {theirs:.3f} on theirs: mine protects more, by " in text
+    assert f"by {theirs - mine:.3f} (95 % " in text
     with open(run / "compare_mine.csv", encoding="utf-8") as file:
         assert [line["baseline"] for line in csv.DictReader(file)] == ["theirs", "none"]
     assert "### mine against theirs: t, clip (cosine), 1 target, " in (run / "compare_mine.md").read_text()
