@@ -357,7 +357,7 @@ def test_same_image_twice_is_refused(project):
 
 
 @pytest.mark.parametrize(
-    ("edit", "is_told"),
+    ("edit", "is_reported"),
     [
         (("innocents: [lamp]}\ndef", "innocents: [lamp], preserve: [bulb]}\ndef"), True),
         (("innocents: [lamp]}\ndef", "innocents: [], preserve: [lamp, bulb]}\ndef"), False),
