@@ -1,1 +1,1 @@
-"""Defenses that freeze tensors of the UNet, and what a run says of their masks."""
+"""Defenses that freeze tensors of the UNet, and the analysis of their masks in a run."""
