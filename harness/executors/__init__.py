@@ -1,1 +1,1 @@
-"""Executors: who does which unit of the plan, where. All give the same keys and the same results."""
+"""Executors run the units of a plan, in one process or several. All give the same keys and the same results."""

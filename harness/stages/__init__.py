@@ -1,1 +1,1 @@
-"""How one stage is done: each kind in one module, and what they have in common."""
+"""How one stage is done: one module per kind, and shared code."""
