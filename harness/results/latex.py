@@ -1,4 +1,4 @@
-"""LaTeX: the one writer of tables for papers (package booktabs)."""
+"""The only writer of LaTeX tables for papers (package booktabs)."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return a text without characters that LaTeX takes for its own."""
+    """Return a text with LaTeX's special characters escaped."""
     return "".join(_ESCAPES.get(character, character) for character in text)
