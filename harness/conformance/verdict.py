@@ -1,4 +1,4 @@
-"""How a property says that a method does not satisfy it, or that it says nothing about this method."""
+"""Exceptions by which a property reports that a method does not satisfy it, or that it does not apply."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any, NoReturn
 
 
 class Nonconforming(AssertionError):
-    """A method does not satisfy a property; one sentence names the method and what it does wrong."""
+    """A method does not satisfy a property; one sentence names the method and its fault."""
 
 
 class NotApplicable(Exception):
-    """A property says nothing about a method; the message says why."""
+    """A property does not apply to a method; the message gives the reason."""
 
 
 def fail(method: Any, what: str) -> NoReturn:
-    """Raise Nonconforming: the method's name and `what` make the sentence."""
+    """Raise Nonconforming; the sentence consists of the method's name and `what`."""
     raise Nonconforming(f"{method.name} {what}")
