@@ -68,7 +68,7 @@ def run(
 
     `suite` is a file, or the name of a bundled suite. `overrides` replace values of the suite: run(..., seeds=3); a
     nested one is named by its path: run(..., **{"attacks.0.steps": [10, 20]}). `console` shows the progress; None:
-    standard output. Trials that failed do not raise: they are the `failures` of the results, and the console says so.
+    standard output. Trials that failed do not raise: they are the `failures` of the results, and printed.
 
     Raises UserMistake for everything that is wrong in the suite, before any compute; KeyboardInterrupt when it was
     interrupted: what is finished is kept, and the same call continues.

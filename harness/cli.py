@@ -16,7 +16,7 @@ examples:
   python -m harness run quickstart
   python -m harness plan quickstart
   python -m harness run my_suite.yaml --plugin my_defense.py --set seeds=3
-exit codes: 0 all done, 1 some trials failed, 2 mistake in what was given, 130 interrupted
+exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 130 interrupted
 """
 VERBS = ("run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "list", "doctor")
 """Modules of `harness.commands`, in the order of the help."""
@@ -61,5 +61,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone; Python would complain at exit
+        sys.stderr.close()  # the reader of our output has ended; Python would report an error at exit
         return int(ExitCode.DONE)

@@ -51,7 +51,7 @@ class Parameters:
     def __post_init__(self) -> None:
         """Reject invalid combinations."""
         if self.weights is not None and self.extractor != INCEPTION:
-            raise ValueError("weights are Inception's; another extractor is named by 'extractor' alone")
+            raise ValueError("weights are Inception's; another extractor is named by 'extractor' only")
         if self.mode == "legacy_pytorch":
             torchvision_files.check_safetensors(self.weights)
 

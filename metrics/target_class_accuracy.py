@@ -124,7 +124,7 @@ def asked_for(text: str, known: Mapping[str, Sequence[int]], words: Mapping[str,
     if len(named) == 1:
         return named
     what = f"names several ({', '.join(named)})" if named else "names no category of the classifier"
-    raise ValueError(f"'{one_line(text, 80)}' {what}; say which one under 'words', or leave target_class_accuracy out")
+    raise ValueError(f"'{one_line(text, 80)}' {what}; name one under 'words', or leave target_class_accuracy out")
 
 
 def _named(text: str, names: Iterable[str]) -> list[str]:

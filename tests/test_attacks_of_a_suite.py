@@ -114,7 +114,7 @@ def test_probe_prompts_are_none_of_the_evaluations(project):
     """A search that sees the evaluation finds what was not to be found."""
     project.write(named(", probe_prompts: [a sks purse]"))
 
-    assert_says(project.validate(), project, ":5: ", "'a sks purse' is asked by the evaluation too")
+    assert_says(project.validate(), project, ":5: ", "'a sks purse' is an evaluation prompt too")
 
 
 def test_probes_are_judged_by_plain_words(project):

@@ -45,7 +45,7 @@ def test_it_says_who_is_stronger_and_leaves_three_files(run, capsys):
     assert f"by {theirs - mine:.3f} (95 % " in told
     with open(run / "compare_mine.csv", encoding="utf-8") as file:
         assert [line["baseline"] for line in csv.DictReader(file)] == ["theirs", "none"]
-    assert "### mine against theirs: t, clip (cosine), 1 target(s)" in (run / "compare_mine.md").read_text()
+    assert "### mine against theirs: t, clip (cosine), 1 target, " in (run / "compare_mine.md").read_text()
     assert r"\begin{tabular}" in (run / "compare_mine.tex").read_text()
 
 

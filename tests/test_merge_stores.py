@@ -129,6 +129,6 @@ def test_the_command_says_what_was_done(project, a, capsys, tmp_path):
     put(a, 1)
 
     done = project.cli("merge", str(a), "--into", str(tmp_path / "into"))
-    assert (done.code, done.out.split(" into ")[0]) == (0, "1 stages copied")
+    assert (done.code, done.out.split(" into ")[0]) == (0, "1 stage copied")
     wrong = project.cli("merge", str(tmp_path / "none"))
     assert wrong.code == 2 and wrong.err.startswith("error: ") and len(wrong.err.splitlines()) == 1

@@ -189,10 +189,10 @@ def test_plan_says_how_many_seeds_a_claim_needs(pilot):
     outcome = project.cli("plan", str(project.suite), "--runs", str(project.runs), "--power=20%", f"--pilot={folder}")
 
     assert (outcome.code, outcome.err) == (0, "")
-    assert "relearning / clip_image (cosine): 1 target(s), 4 prompt(s); pilot of 3 seed(s), 3 pair(s)" in outcome.out
+    assert "relearning / clip_image (cosine): 1 target, 4 prompts; pilot of 3 seeds, 3 pairs of" in outcome.out
     (line,) = [line for line in outcome.out.splitlines() if "lora " in line]
     assert line.rstrip(" │").endswith("seeds and prompts") and "(20 %)" in line
-    assert "2 seed(s), as planned, find" in outcome.out
+    assert "2 seeds, as planned, find" in outcome.out
     assert "not in the pilot: relearning / clip_text / lora, personalization / clip_image / lora" in outcome.out
     assert not project.runs.exists()
 
@@ -207,7 +207,7 @@ def test_the_suites_own_rows_are_the_pilot_by_default(project):
     assert (first.code, second.code) == (ExitCode.USER_MISTAKE, ExitCode.DONE)
     (line,) = first.errors
     assert "has no rows.csv yet; run this suite with two seeds or more, or name the folder of another run" in line
-    assert "1 pair(s) of defenses" in second.out
+    assert "1 pair of defenses" in second.out
 
 
 @pytest.mark.parametrize(

@@ -399,7 +399,7 @@ def test_a_run_of_another_kind_alone_says_what_is_left_out(tmp_path):
     ids = {attributes.get("id") for _, attributes in found.tags}
     links = set(found.values("a", "href"))
 
-    assert "there is no leaderboard, and what is made of it is left out" in found.text
+    assert "there is no leaderboard; its sections are left out" in found.text
     assert not ids & set(SECTIONS) and not links & {f"#{name}" for name in SECTIONS}
     assert all(link[1:] in ids for link in links if link.startswith("#"))
     assert lines[page.LONGEST - 1] in found.text and lines[page.LONGEST] not in found.text

@@ -99,8 +99,8 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "absolute path as the name": (("name: small", "name: /tmp/x"), 1, "name: must be letters, digits"),
     "path traversal in a label": (("{method: imma,", "{method: imma, name: ../x,"), 12, "defenses[2].name: must be"),
     "path traversal in a concept": (("  dog:", "  ../dog:"), 8, "concepts.../dog: must be the name of a concept"),
-    "name of our own folder": (("name: small", "name: store"), 1, "'store' is the name of our own folder"),
-    "name of our own row": (("{method: imma,", "{method: imma, name: original,"), 12, "what tables call the model"),
+    "name of our own folder": (("name: small", "name: store"), 1, "'store' is the name of the program's own folder"),
+    "name of our own row": (("{method: imma,", "{method: imma, name: original,"), 12, "is the label of the model"),
     "control characters in the name": (("name: small", r'name: "a\e[31m"'), 1, r"(got 'a\x1b[31m')"),
     "newline in the name": (("name: small", r'name: "a\nb"'), 1, "name: must be letters, digits"),
     "zero byte in a folder": (("folder: lamp", r'folder: "a\0b"'), 6, "must be one line of printable text"),
@@ -134,7 +134,7 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "two concepts for a defense of one": (
         ("{targets: [purse], innocents: [lamp]}", "{targets: [[purse, lamp]]}"),
         12,
-        "imma protects at most 1 concept(s) at a time, but task 'personalization' protects purse+lamp; list them one "
+        "imma protects at most 1 concept at a time, but task 'personalization' protects purse+lamp; list them one "
         "by one, or give it the first of each set with 'protects: first'",
     ),
     "unknown part of a set": (("rounds: 3", "protects: last"), 12, "protects: must be 'all' or 'first' (got 'last')"),

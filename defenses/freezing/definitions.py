@@ -21,13 +21,13 @@ DEFINITIONS = (
     ),
     Definition(
         "correlation_with_start", "correlation with start", "corr(frozen, logit before learning), over tensors",
-        "Near what a mask of that size can at most have (about 0.7 at 20 %): the mask is its random start. Empty where "
-        "none or all are frozen, and for masks that were not learned.",
+        "Near the maximum for a mask of that size (about 0.7 at 20 %): the mask is its random start. Empty where none "
+        "or all are frozen, and for masks that were not learned.",
         OURS,
     ),
     Definition(
         "correlation_with_signal", "correlation with signal", "corr(frozen, - mean over mask steps of <Delta, g>)",
-        "Above 0: what is frozen is what the upper loss wanted frozen. Empty as above.",
+        "Above 0: the frozen tensors are those that the upper loss asked to freeze. Empty as above.",
         OURS,
     ),
     Definition(
@@ -37,13 +37,13 @@ DEFINITIONS = (
     ),
     Definition(
         "moved_by_sparsity", "moved by sparsity", "the same by the sparsity term",
-        "How far the wanted ratio moved them, whatever the data.",
+        "How far the wanted ratio moved them, independent of the data.",
         OURS,
     ),
     Definition(
         "overlap_without_data", "overlap with the mask that no data gives", "|A and S| / |A or S|",
-        "With what the same start gives when no image says anything and the wanted ratio alone moves the mask. 1: "
-        "nothing was learned. Empty where neither freezes anything, and for masks that were not learned.",
+        "With the mask that is learned from the same start without images, by the wanted ratio only. 1: nothing was "
+        "learned. Empty where neither freezes anything, and for masks that were not learned.",
         OURS,
     ),
     Definition(
@@ -54,7 +54,7 @@ DEFINITIONS = (
     ),
     Definition(
         "overlap_by_chance", "overlap by chance", "E |A and B| / |A or B|",
-        "What random sets of a and b of N tensors have on average: the intersection is hypergeometric.",
+        "The mean for random sets of a and b of N tensors: the intersection is hypergeometric.",
         OURS,
     ),
     Definition(
@@ -77,7 +77,7 @@ DEFINITIONS = (
     ),
     Definition(
         "family", "family", "",
-        "Defenses that freeze and differ in nothing but their ratio, by what they share of their names. In "
+        "Defenses that freeze and differ in nothing but their ratio, named by the common part of their names. In "
         "masks_against_random.csv, where `baseline` is the random_freeze defense that is nearest in size: a quarter "
         "more or less, at most 5 % of the tensors.",
         OURS,
@@ -105,9 +105,9 @@ DEFINITIONS = (
     ),
     Definition("parameters_random", "frozen parameters, random", "the same", "Of the random ones beside them.", OURS),
     Definition(
-        "is_felt", "felt", "",
-        "Whether the defense affects this attacker. false: its images are those of the undefended model, the "
-        "very same stages. In freezing.csv.",
+        "is_felt", "affected", "",
+        "Whether the defense affects this attacker. false: its images are those of the undefended model, from "
+        "the same stages. In freezing.csv.",
         OURS,
     ),
     Definition(

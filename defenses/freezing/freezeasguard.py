@@ -252,7 +252,7 @@ class FreezeAsGuard(Freezing):
 
         train(run, StepOver(step, learned), len(plan), "FreezeAsGuard")
         frozen = binarised(masked.logits.float(), names, p.binarise, p.ratio)
-        _tell(run, learned, first, frozen, names)
+        _report(run, learned, first, frozen, names)
         return Protection(frozen=frozenset(frozen), details=learned.details(names, first))
 
 
@@ -337,7 +337,7 @@ class _Learned:
         }
 
 
-def _tell(run: Run, learned: _Learned, first: Tensor, frozen: list[str], names: list[str]) -> None:
+def _report(run: Run, learned: _Learned, first: Tensor, frozen: list[str], names: list[str]) -> None:
     """Write numbers to the ledger that show whether the mask depends on more than its start."""
     import torch
 

@@ -61,7 +61,7 @@ _NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?", re.ASCII)  # as tables print: n
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One printed number; the module's docstring says what each column means."""
+    """One printed number; the module's docstring defines each column."""
 
     paper: str
     table: str

@@ -9,11 +9,11 @@ from typing import Any
 
 from harness.core.errors import ExitCode, UserMistake, did_you_mean, one_line
 
-SUMMARY = "check that the methods of a plug-in satisfy what every defense and attack must"
+SUMMARY = "check that the methods of a plug-in have the properties that every defense and attack must have"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     parser.add_argument("file", nargs="?", help="a Python file that registers methods, as for --plugin of `run`")
     parser.add_argument("--method", metavar="NAME", help="check this method alone; without a file, a bundled one")
     parser.add_argument(

@@ -13,7 +13,7 @@ SUMMARY = "set a defense of a run beside others: differences, intervals, correct
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     parser.add_argument("folder", help="the folder of a run, such as runs/quickstart")
     parser.add_argument("--defense", required=True, metavar="LABEL", help="the defense, as the suite labels it")
     parser.add_argument(

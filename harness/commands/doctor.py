@@ -20,7 +20,7 @@ Check = Iterator[tuple[str, str]]  # (ok | warning | error, message)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_runs(parser)
 
 

@@ -14,7 +14,7 @@ SUMMARY = "show what is registered, and the bundled suites"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_plugins(parser)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake, one_line
 
 SUMMARY = "copy the stages of several results folders into one; a stage with two results is refused"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     parser.add_argument("sources", nargs="+", metavar="FOLDER", help="a results folder (runs), or a store")
     parser.add_argument("--into", default="runs", metavar="FOLDER", help="the results folder to fill (default: runs)")
 
@@ -23,5 +24,5 @@ def main(given: argparse.Namespace) -> ExitCode:
         merged = merging.merge(given.sources, given.into)
     except OSError as error:
         raise UserMistake(f"--into {one_line(given.into)}: {one_line(error.strerror or error)}") from None
-    print(f"{merged.copied} stages copied into {one_line(given.into)}, {merged.known} were there already")
+    print(f"{counted(merged.copied, 'stage')} copied into {one_line(given.into)}, {merged.known} were there already")
     return ExitCode.DONE

@@ -12,7 +12,7 @@ SUMMARY = "show the stages of a suite, what they share, cost, and what is done a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
     parser.add_argument(
         "--tflops", type=arguments.throughput, metavar="N",
@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--power", type=arguments.difference, metavar="DIFFERENCE",
-        help="show instead how many seeds it takes to find that two defenses differ by so much, judged by how much a "
-        "pilot run varied: 10%% is a tenth of what the attack reaches on the undefended model (ten points of SGR), a "
+        help="show instead how many seeds are needed to find that two defenses differ by so much, from the variances "
+        "of a pilot run: 10%% is a tenth of what the attack reaches on the undefended model (ten points of SGR), a "
         "bare number such as 0.05 is in each metric's own unit",
     )  # fmt: skip
     parser.add_argument(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from harness.commands.opened import Opened
 from harness.contracts.stage import kinds_in_order
 from harness.core import fetched
+from harness.core.counted import counted
 from harness.executors.progress import format_seconds
 from harness.model.source import has_sd1_shape
 from harness.plan import cost
@@ -27,7 +28,8 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
 
     plan, committed = opened.plan, opened.committed()
     rates = _rates(opened)
-    table = Table(title=f"{plan.suite} on {opened.source.name}: {len(plan.measurements)} trials", title_justify="left")
+    trials = counted(len(plan.measurements), "trial")
+    table = Table(title=f"{plan.suite} on {opened.source.name}: {trials}", title_justify="left")
     for header in ("stage", "in the grid", "after sharing", "done", "to do", "UNet passes to do", "estimate"):
         table.add_column(header, justify="left" if header == "stage" else "right")
     total_seconds, is_known = 0.0, True
@@ -47,7 +49,8 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(
-        f"sharing saves {sum(asked.values()) - len(plan.stages)} of {sum(asked.values())} stages", highlight=False
+        f"sharing saves {sum(asked.values()) - len(plan.stages)} of {counted(sum(asked.values()), 'stage')}",
+        highlight=False,
     )
     shared, unshared = cost.shared_passes(plan), cost.unshared_passes(plan)
     ratio = f" ({unshared / shared:.1f} times as many)" if shared else ""
@@ -78,7 +81,7 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
 
 
 def _show_gpu_hours(opened: Opened, passes: float, tflops: float | None, console) -> None:
-    """Print GPU-hours from the operations of a pass and a throughput, and where both come from."""
+    """Print GPU-hours from the operations of a pass and a throughput, with the source of both."""
     if not has_sd1_shape(opened.source):
         if tflops is not None:
             console.print("GPU-hours: unknown for this model; counted for the shape of SD 1.x alone", highlight=False)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from harness.commands import arguments
 from harness.core import registry
+from harness.core.counted import counted
 from harness.core.errors import ExitCode, one_line
 
 SUMMARY = "make the page of a run: leaderboard, curves, images, provenance"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     parser.add_argument("folder", help="the folder of a run, such as runs/quickstart")
     parser.add_argument(
         "--prompts", type=arguments.count, default=3, metavar="N",
@@ -28,5 +29,7 @@ def main(given: argparse.Namespace) -> ExitCode:
 
     registry.load_plugins(given.plugins)
     made = page.make(Path(given.folder), given.prompts)
-    print(f"written: {one_line(made.page, 1000)} ({made.sheets} image sheets, {made.images} images)")
+    print(
+        f"written: {one_line(made.page, 1000)} ({counted(made.sheets, 'image sheet')}, {counted(made.images, 'image')})"
+    )
     return ExitCode.DONE

@@ -13,15 +13,15 @@ CACHE_MODES = ("always", "never", "only-missing", "only-cached")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
     parser.add_argument(
         "--executor", choices=EXECUTORS, default="ray", help="who runs the stages (default: ray)"
     )
     parser.add_argument(
         "--cache", choices=CACHE_MODES, default="only-missing",
-        help="only-missing: run what is not committed, and what failed before (default); always: take whatever is "
-        "recorded, failures too; never: run everything anew; only-cached: run nothing, show what is committed",
+        help="only-missing: run what is not committed, and what failed before (default); always: use everything that "
+        "is recorded, also failures; never: run everything anew; only-cached: run nothing, show what is committed",
     )  # fmt: skip
     parser.add_argument("--track", action="store_true", help="write training curves for TensorBoard (extra: tracking)")
     parser.add_argument("--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one")

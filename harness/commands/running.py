@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.opened import Opened
 from harness.commands.written import are_written, finish, write_resolved, write_tables
+from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake
 from harness.executors.events import EventLog
 from harness.executors.walk import Summary, Walk
@@ -87,7 +88,8 @@ def _walked(
     workplace = _workplace(opened, options, redo)
     events = EventLog(opened.folder / "events.jsonl")
     console.print(
-        f"{opened.plan.suite}: {walk.total} units to do, {len(walk.cached)} done before; results in {opened.folder}",
+        f"{opened.plan.suite}: {counted(walk.total, 'unit')} to do, {len(walk.cached)} done before; "
+        f"results in {opened.folder}",
         highlight=False,
     )
     started = time.monotonic()
@@ -109,13 +111,13 @@ def _walked(
     if summary.is_interrupted:
         write_tables(opened)
         console.print(
-            f"interrupted after {summary.done} of {walk.total} units; everything finished is kept. "
-            "Go on with the same command.",
+            f"interrupted after {summary.done} of {counted(walk.total, 'unit')}; everything finished is kept. "
+            "Continue with the same command.",
             highlight=False,
         )
         return ExitCode.INTERRUPTED
     finish(opened, console)
-    console.print(f"{summary.done} units in {format_seconds(time.monotonic() - started)}", highlight=False)
+    console.print(f"{counted(summary.done, 'unit')} in {format_seconds(time.monotonic() - started)}", highlight=False)
     if summary.failed:
         return _show_failures(opened, summary, console)
     return ExitCode.DONE
@@ -173,7 +175,7 @@ def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:
 
 def _show_failures(opened: Opened, summary: Summary, console: Console) -> ExitCode:
     console.print(
-        f"{len(summary.failed)} unit(s) failed and {len(summary.blocked)} could not be done because of them; "
+        f"{counted(len(summary.failed), 'unit')} failed and {len(summary.blocked)} could not be done because of them; "
         f"see {opened.folder}/failures and logs. The same command tries them again.",
         style="red",
         highlight=False,

@@ -19,7 +19,7 @@ SUMMARY = "show how far a suite is and what failed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from harness.commands import arguments
+from harness.core.counted import counted
 from harness.core.errors import ExitCode
 from harness.core.garbage import collection_paused
 
@@ -12,11 +13,11 @@ SUMMARY = "write and show the tables from what is committed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
     parser.add_argument(
         "--with-paper", action="store_true",
-        help="also write what papers print of the same tasks and defenses, apart from what was measured",
+        help="also write papers' printed numbers of the same tasks and defenses, in a separate table",
     )  # fmt: skip
 
 
@@ -35,5 +36,5 @@ def main(given: argparse.Namespace) -> ExitCode:
     show(opened, written, arguments.console())
     if given.with_paper:
         papers.write(beside, opened.folder)
-        print(f"papers' numbers: {len(beside)} rows in {opened.folder}/{papers.FILE}.md and .csv")
+        print(f"papers' numbers: {counted(len(beside), 'row')} in {opened.folder}/{papers.FILE}.md and .csv")
     return ExitCode.DONE

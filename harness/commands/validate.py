@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 
 from harness.commands import arguments
+from harness.core.counted import counted
 from harness.core.errors import ExitCode, one_line
 
-SUMMARY = "check a suite and say all that is wrong with it"
+SUMMARY = "check a suite and report all mistakes in it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's arguments."""
     arguments.add_suite(parser)
 
 
@@ -24,8 +25,8 @@ def main(given: argparse.Namespace) -> ExitCode:
     opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
     plan = opened.plan
     print(
-        f"{one_line(given.suite)}: valid; {len(plan.measurements)} trials, {len(plan.stages)} stages in "
-        f"{len(plan.units)} units"
+        f"{one_line(given.suite)}: valid; {counted(len(plan.measurements), 'trial')}, "
+        f"{counted(len(plan.stages), 'stage')} in {counted(len(plan.units), 'unit')}"
     )
     missing = fetching.not_installed(opened.loaded)
     for line in (*fetched.lines(fetching.of_suite(opened.loaded)), *missing):

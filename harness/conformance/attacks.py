@@ -71,11 +71,11 @@ def goes_on_after_a_kill(attack: Attack, setting: Setting) -> None:
         fail(attack, "starts over after a kill, although it keeps states")
     differs = _difference(whole.tensors, resumed)
     if differs:
-        fail(attack, f"saves another {differs} when it was killed and went on")
+        fail(attack, f"saves another {differs} when it was killed and resumed")
     if run.ledger.forward_passes != passed[-1].ledger.forward_passes:
-        fail(attack, "counts other forward passes in the ledger when it was killed and went on")
+        fail(attack, "counts other forward passes in the ledger when it was killed and resumed")
     if run.ledger.numbers != passed[-1].ledger.numbers:
-        fail(attack, "records other numbers in the ledger when it was killed and went on")
+        fail(attack, "records other numbers in the ledger when it was killed and resumed")
 
 
 def puts_the_model_back(attack: Attack, setting: Setting) -> None:
@@ -226,13 +226,13 @@ def reads_predictions_as_the_model_means_them(attack: Attack, setting: Setting) 
     """With the same weights declared to predict velocity, it gives another result."""
     noise, velocity = (adapted(attack, setting.predicting(p)).tensors for p in (EPSILON, VELOCITY))
     if _difference(noise, velocity) is None:
-        fail(attack, "saves the same of a model that predicts velocity as of one that predicts noise")
+        fail(attack, "saves the same for a model that predicts velocity as for one that predicts noise")
 
 
 def agrees_between_processes(attack: Attack, setting: Setting) -> None:
     """Two processes (ZeRO 2, gloo) give the same changes as one process, up to a thousandth of their size."""
     if not attack.can_share(attack.parameters):
-        raise NotApplicable("it says that it cannot be shared (`can_share`)")
+        raise NotApplicable("it declares that it cannot be shared (`can_share`)")
     folders = (adapted(attack, setting).folders[STEPS[-1]], processes.checkpoint(attack, setting))
     before = {name: p.detach() for name, p in setting.model().parameters().items()}
     loaded = []

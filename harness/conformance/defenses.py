@@ -58,11 +58,11 @@ def goes_on_after_a_kill(defense: Defense, setting: Setting) -> None:
         fail(defense, "starts over after a kill, although it keeps states")
     differs = difference(whole.protection, resumed.protection)
     if differs:
-        fail(defense, f"releases another {differs} when it was killed and went on")
+        fail(defense, f"releases another {differs} when it was killed and resumed")
     if whole.run.ledger.forward_passes != resumed.run.ledger.forward_passes:
-        fail(defense, "counts other forward passes in the ledger when it was killed and went on")
+        fail(defense, "counts other forward passes in the ledger when it was killed and resumed")
     if whole.run.ledger.numbers != resumed.run.ledger.numbers:
-        fail(defense, "records other numbers in the ledger when it was killed and went on")
+        fail(defense, "records other numbers in the ledger when it was killed and resumed")
 
 
 def puts_the_model_back(defense: Defense, setting: Setting) -> None:
@@ -124,7 +124,7 @@ def releases_finite_numbers(defense: Defense, setting: Setting) -> None:
     for where, numbers in said.items():
         for name, value in numbers.items():
             if not math.isfinite(value):
-                fail(defense, f"says {value} for '{name}' of {where}")
+                fail(defense, f"reports {value} for '{name}' of {where}")
 
 
 def fails_when_training_diverges(defense: Defense, setting: Setting) -> None:
@@ -177,9 +177,9 @@ def reads_predictions_as_the_model_means_them(defense: Defense, setting: Setting
     noise, velocity = (protected(defense, setting.predicting(p)) for p in (EPSILON, VELOCITY))
     differs = difference(noise.protection, velocity.protection)
     if noise.run.ledger.forward_passes and differs is None:
-        fail(defense, "releases the same of a model that predicts velocity as of one that predicts noise")
+        fail(defense, "releases the same for a model that predicts velocity as for one that predicts noise")
     if differs and not noise.run.ledger.forward_passes:
-        fail(defense, f"releases another {differs} of a model that predicts velocity, but makes no pass through it")
+        fail(defense, f"releases another {differs} for a model that predicts velocity, but makes no pass through it")
 
 
 def agrees_between_processes(defense: Defense, setting: Setting) -> None:

@@ -1,7 +1,7 @@
 """The contract of a task: the grid of a suite, what is measured in it, and the tables made from it.
 
 A task is one file: a class with the form of its entry in the suite (`Spec`) above it, registered by a decorator. The
-entry under `tasks` names it by `kind` (immunization, unless it says otherwise)::
+entry under `tasks` names it by `kind` (default: immunization)::
 
     tasks:
       styles: {targets: [...], innocents: [...]}      # kind: immunization
@@ -43,7 +43,7 @@ Label = str | int | bool | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row group of the table: where its images and scores come from, and under which labels."""
+    """One row group of the table: the stages of its images and scores, and its labels."""
 
     labels: Mapping[str, Label]
     """The columns that name the group: task, defense, concept, seed, ..."""

@@ -16,7 +16,7 @@ class Fetched:
     """For each part, file patterns: one of them must be in the cache. (): the location is unknown."""
     revision: str | None = None  # a commit; None: the library's choice, the newest
     size: int | None = None  # bytes, about
-    file: Path | None = None  # where its library keeps it, when that is not the hub's cache
+    file: Path | None = None  # its place in the library's cache, when that is not the hub's
 
     def __str__(self) -> str:
         text = self.id + (f" at {self.revision}" if self.revision else "")

@@ -66,7 +66,7 @@ _is_loaded = False
 
 
 class BadMethod(ValueError):
-    """A class that cannot be registered; the message says why in terms of the class."""
+    """A class that cannot be registered; the message gives the reason in terms of the class."""
 
 
 MethodClass = TypeVar("MethodClass", bound=type)

@@ -17,6 +17,7 @@ from harness import report
 from harness.analysis.curves import curves
 from harness.analysis.definitions import BY_NAME
 from harness.analysis.leaderboard import by_concept, leaderboard
+from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
 from harness.core.version import __version__
 from harness.report import costs, drawings, own_sections, records, run_folder, sheets, views
@@ -48,7 +49,7 @@ def make(path: Path, prompts: int = sheets.PROMPTS) -> Made:
     """Make the report of a run folder, replacing an older one. Raises UserMistake if it cannot be made."""
     run = run_folder.read(path)
     if not run.rows:
-        raise UserMistake(f"{one_line(path)}: no rows yet; do some of the suite first")
+        raise UserMistake(f"{one_line(path)}: no rows yet; run some stages of the suite first")
     final = path / FOLDER
     temporary = path / f".{FOLDER}.{uuid.uuid4().hex[:8]}"
     try:
@@ -225,6 +226,7 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": _number, "percent": _percent, "duration": _duration, "plain": _plain}
+    environment.filters["counted"] = counted
     return environment
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.analysis.compare import COLUMNS, WORST, compare
 from harness.contracts.table import Section
+from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
 from harness.core.files import write_text
 from harness.results import console as terminal
@@ -30,10 +31,9 @@ SHOWN = (
 )
 LEGEND = (
     "stronger by: how much less the attack reaches on the defense than on the baseline, mean over targets; above 0 "
-    "the defense protects more. 95 %: covers chance in seeds and prompts (where it says seeds: in these alone) for "
-    "these concepts; paired by concept, prompt and seed. p corrected: Holm over the attacks and the worst case of a "
-    "task, metric and step. unclear: no significant difference; in brackets the least difference that is "
-    "detectable at 80 % power."
+    "the defense protects more. 95 %: covers chance in seeds and prompts (seeds: in seeds only) for these concepts; "
+    "paired by concept, prompt and seed. p corrected: Holm over the attacks and the worst case of a task, metric and "
+    "step. unclear: no significant difference; in brackets the least difference that is detectable at 80 % power."
 )
 
 
@@ -76,10 +76,10 @@ def sentences(lines: Sequence[dict[str, Any]]) -> list[str]:
         last = max(line["step"] for line in group)
         at_last = [line for line in group if line["step"] == last]
         line = next((line for line in at_last if line["attack"] == WORST), at_last[0])
-        attacks = f"the closest of {len(at_last) - 1} attacks" if line["attack"] == WORST else line["attack"]
+        attacks = f"the closest of {counted(len(at_last) - 1, 'attack')}" if line["attack"] == WORST else line["attack"]
         reached = (
-            f"{task}, {metric}: after {last} steps {attacks} reaches {_number(line['reached_defense'])} on {defense} "
-            f"and {_number(line['reached_baseline'])} on {baseline}"
+            f"{task}, {metric}: after {counted(last, 'step')} {attacks} reaches {_number(line['reached_defense'])} "
+            f"on {defense} and {_number(line['reached_baseline'])} on {baseline}"
         )
         found.append(f"{reached}{_judgement(line, defense, baseline)}")
     return found
@@ -134,8 +134,8 @@ def cells(line: dict[str, Any]) -> list[str]:
 def _title(task: str, metric: str, defense: str, baseline: str, group: Sequence[dict[str, Any]]) -> str:
     first = group[0]
     return (
-        f"{defense} against {baseline}: {task}, {metric} ({first['unit']}), {first['n_targets']} target(s), "
-        f"{first['n_innocents']} innocent(s), {first['n_seeds']} seed(s)"
+        f"{defense} against {baseline}: {task}, {metric} ({first['unit']}), {counted(first['n_targets'], 'target')}, "
+        f"{counted(first['n_innocents'], 'innocent')}, {counted(first['n_seeds'], 'seed')}"
     )
 
 

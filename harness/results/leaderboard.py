@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.analysis.leaderboard import worst_case
 from harness.contracts.table import Section
+from harness.core.counted import counted
 from harness.results import console as terminal
 
 SHOWN = (
@@ -102,10 +103,9 @@ def _by_metric(lines: Sequence[dict[str, Any]], with_notes: bool = True) -> list
 
 def _title(task: str, metric: str, unit: str, lines: Sequence[dict[str, Any]]) -> str:
     first = lines[0]
-    seeds = "1 seed" if first["n_seeds"] == 1 else f"{first['n_seeds']} seeds"
     return (
-        f"{task} / {metric} ({unit}; {first['backbone']}): {first['n_targets']} target(s), "
-        f"{first['n_innocents']} innocent(s), {seeds}"
+        f"{task} / {metric} ({unit}; {first['backbone']}): {counted(first['n_targets'], 'target')}, "
+        f"{counted(first['n_innocents'], 'innocent')}, {counted(first['n_seeds'], 'seed')}"
     )
 
 

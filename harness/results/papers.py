@@ -15,8 +15,8 @@ from harness.suite.spec import DEFAULT_TASK, Suite
 FILE = "paper_rows"
 SHOWN = ("model", "task", "defense", "attack", "setting", "metric", "unit", "printed", "note")
 LEGEND = (
-    "As printed: models, data, budgets, encoders and prompts are the papers' own, so a number here and one of the "
-    "leaderboard are two measurements of two things. second-hand: another document quotes the paper; third-party: "
+    "As printed: models, data, budgets, encoders and prompts are the papers' own, so a number here is not comparable "
+    "with one of the leaderboard. second-hand: another document quotes the paper; third-party: "
     "others measured it; figure: read off a plot."
 )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.analysis.measurements import Measurements
 from harness.analysis.power import MOST, POWER, seeds_needed
 from harness.contracts.table import Section
+from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
 from harness.plan.graph import Plan
 from harness.results import console as terminal
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LEGEND = (
-    f"Seeds with which `compare` finds a difference in {100 * POWER:.0f} of 100 runs, if one protects more by "
-    "the difference, at the level of 5 % over the attacks and the worst case that are corrected together. As the pilot "
-    "varied: by its variances as they came out, means over the pairs of its defenses. To be safe: by variances so much "
-    "greater that four pilots of five with so few seeds have the truth below them. For these concepts and as many "
-    "prompts as the pilot had; the last column says of what chance it speaks."
+    f"The number of seeds with which `compare` finds a true difference of this size in {100 * POWER:.0f} of 100 runs, "
+    "at the level of 5 % over the attacks and the worst case, which are corrected together. As the pilot varied: by "
+    "its estimated variances, means over the pairs of its defenses. To be safe: by upper limits of these variances, "
+    "which are above the truth in four of five pilots with so few seeds. For the pilot's concepts and its number of "
+    "prompts; the last column lists which chance is covered."
 )
 
 
@@ -94,15 +95,16 @@ def _sections(lines: Sequence[dict[str, Any]], is_share: bool, seeds: int) -> li
     for line in lines:
         tables.setdefault((line["task"], line["metric"]), []).append(line)
     headers = (
-        "attack", "step", "difference", f"{seeds} seed(s), as planned, find", "seeds needed, as the pilot varied",
-        "to be safe", "covers chance in",
+        "attack", "step", "difference", f"{counted(seeds, 'seed')}, as planned, {'finds' if seeds == 1 else 'find'}",
+        "seeds needed, as the pilot varied", "to be safe", "covers chance in",
     )  # fmt: skip
     found = []
     for (task, metric), group in tables.items():
         first = group[0]
         title = (
-            f"{task} / {metric} ({first['unit']}): {first['n_targets']} target(s), {first['n_prompts']} prompt(s); "
-            f"pilot of {first['pilot_seeds']} seed(s), {first['n_pairs']} pair(s) of defenses"
+            f"{task} / {metric} ({first['unit']}): {counted(first['n_targets'], 'target')}, "
+            f"{counted(first['n_prompts'], 'prompt')}; pilot of {counted(first['pilot_seeds'], 'seed')}, "
+            f"{counted(first['n_pairs'], 'pair')} of defenses"
         )
         rows = [cells(line, is_share) for line in group]
         found.append(Section(title, headers=headers, rows=rows, alignments="lrrrrrl"))

@@ -148,7 +148,7 @@ class _Texts:
         first, length = (np.repeat(each, counts) for each in np.array(self._stages, dtype=np.int64).reshape(-1, 2).T)
         is_asked = is_known & (length > 0)
         if (index[is_asked] >= length[is_asked]).any():
-            raise IndexError("a value is of a prompt that was not asked")
+            raise IndexError("a value belongs to a prompt that the stage does not have")
         codes = np.array(self._codes, dtype=np.int32)[np.where(is_asked, first + index, 0)]
         return pd.Categorical.from_codes(codes, list(self._known))
 

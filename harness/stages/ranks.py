@@ -70,7 +70,7 @@ def run(
                 )
             pickle.dump((to_json(stage), workplace, work_folder), processes[-1].stdin)
             processes[-1].stdin.flush()
-        threading.Thread(target=_tell, args=(processes[0].stdout, report), daemon=True).start()
+        threading.Thread(target=_forward, args=(processes[0].stdout, report), daemon=True).start()
         _wait(processes, work_folder, logs)
     finally:
         for process in processes:
@@ -92,7 +92,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _tell(pipe, report: Callable[[int, int], None]) -> None:
+def _forward(pipe, report: Callable[[int, int], None]) -> None:
     """Report the progress that the first process prints."""
     for line in pipe:
         try:

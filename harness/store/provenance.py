@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from harness.core.counted import counted
+
 PACKAGES = (
     "torch", "diffusers", "transformers", "peft", "deepspeed", "ray", "open_clip_torch", "timm", "numpy", "safetensors",
 )  # fmt: skip
@@ -56,7 +58,7 @@ def sentence(suite: str, model: str, records: Sequence[Mapping[str, Any]]) -> st
         return ""
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     made = "; ".join(" / ".join(names) for names in (revisions, packages, devices))
-    return f"Suite `{suite}` on {model}, {len(records)} adaptations: immunitybench {made}; {when}."
+    return f"Suite `{suite}` on {model}, {counted(len(records), 'adaptation')}: immunitybench {made}; {when}."
 
 
 def checkout(folder: Path) -> dict[str, Any] | None:

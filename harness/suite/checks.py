@@ -1,4 +1,4 @@
-"""Checks of what a suite means: methods and their parameters, names, sizes. Each returns (path, message) pairs.
+"""Checks of a suite's content: methods and their parameters, names, sizes. Each returns (path, message) pairs.
 
 A suite with mistakes of form is checked as far as possible: its wrong parts are None here. Each kind of task adds its
 own checks (`harness.contracts.task`).
@@ -157,10 +157,10 @@ def _reserved_names(loaded: LoadedSuite) -> list[Mistake]:
     """Find names that are reserved for our own use."""
     mistakes: list[Mistake] = []
     if loaded.suite.name in RESERVED_SUITE_NAMES:
-        mistakes.append((("name",), f"'{loaded.suite.name}' is the name of our own folder; choose another"))
+        mistakes.append((("name",), f"'{loaded.suite.name}' is the name of the program's own folder; choose another"))
     for index, spec in enumerate(loaded.suite.defenses):
         if spec is not None and spec.name in RESERVED_DEFENSE_NAMES:
-            mistakes.append((("defenses", index), f"'{spec.name}' is what tables call the model before erasure"))
+            mistakes.append((("defenses", index), f"'{spec.name}' is the label of the model before erasure"))
     return mistakes
 
 

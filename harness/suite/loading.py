@@ -1,4 +1,4 @@
-"""A suite: the YAML file that says what is measured. Read, checked in full, and resolved to plain data.
+"""A suite: the YAML file that defines what is measured. Read, checked in full, and resolved to plain data.
 
 All mistakes are collected and reported at once, each with file, line, key, value and what to do::
 

@@ -6,7 +6,7 @@ The shape of a suite::
     model: testbed                       # or {id: CompVis/stable-diffusion-v1-4, revision: <40 hex>}, or a folder
     seeds: 2                             # or a list of integers
     tasks:
-      relearning:                        # the name of the task; kind: immunization unless it says otherwise
+      relearning:                        # the name of the task; kind: immunization unless given
         erase: uce                       # done before the defense; leave out for personalization
         targets: [object:light-bulb]     # each entry is protected by itself; a nested list is protected together
         innocents: [object:umbrella]     # attacked too: what must stay learnable
@@ -257,7 +257,7 @@ class ConceptSpec(Strict):
     @model_validator(mode="after")
     def _prompts_fit(self) -> ConceptSpec:
         if self.attack_captions and not self.evaluation_prompts:
-            raise ValueError("give 'evaluation_prompts' too: they must say what the attack's captions call the concept")
+            raise ValueError("give 'evaluation_prompts' too: they must use the concept's name in the attack's captions")
         if self.descriptions is not None and len(self.descriptions) != len(self.evaluation_prompts or ()):
             raise ValueError("give one entry of 'descriptions' for each of 'evaluation_prompts'")
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from harness.core import registry
+from harness.core.counted import counted
 from harness.core.errors import one_line
 from harness.suite.checks import asked, twice
 from harness.suite.loaded import LoadedSuite, Mistake
@@ -57,7 +58,7 @@ def _crossed_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             for both in sorted(targets & set(others)):
                 mistakes.append((("tasks", name, key), f"'{both}' is a target of this task too"))
         for both in sorted(set(task.innocents) & set(task.preserve)):
-            why = "is measured as an innocent; what the defense sees must be another concept"
+            why = "is measured as an innocent; the defense must not see it"
             mistakes.append((("tasks", name, "preserve"), f"'{both}' {why}"))
         for both in sorted(targets & set(loaded.suite.utility)):
             mistakes.append((("utility",), f"'{both}' is a target of task '{name}'; utility is measured on others"))
@@ -92,7 +93,7 @@ def _protected_together(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             large = next((together for together in task.targets if most is not None and len(together) > most), None)
             if large:
                 together = one_line("+".join(large), 100)
-                what = f"{spec.method} protects at most {most} concept(s) at a time"
+                what = f"{spec.method} protects at most {counted(most, 'concept')} at a time"
                 hint = "list them one by one" + (
                     ", or give it the first of each set with 'protects: first'" if path[0] == "defenses" else ""
                 )
@@ -174,7 +175,7 @@ def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             nameless = next((text for text in texts if concept.words.name not in text), None)
             if nameless is not None:
                 what = f"{attack.method} puts a new word for '{one_line(concept.words.name, 60)}', which is not"
-                how = "; set 'attack_name' of the concept to what its captions call it"
+                how = "; set 'attack_name' of the concept to its name in the captions"
                 mistakes.append(
                     (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}'{how}")
                 )
@@ -192,7 +193,7 @@ def _probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
         evaluated = {e.prompt for e in concept.evaluations}
         shared = next((e.prompt for e in concept.probes if e.prompt in evaluated), None)
         if shared is not None:
-            what = f"'{one_line(shared, 80)}' is asked by the evaluation too, which no search may see"
+            what = f"'{one_line(shared, 80)}' is an evaluation prompt too, which no search may see"
             mistakes.append((("concepts", name), f"{what}; give it other 'probe_prompts'"))
     return mistakes
 

@@ -172,7 +172,7 @@ class MaskedWeights:
         """Return everything that this process needs to resume."""
         flat = {f"theta/{name}": value for name, value in self.weights.read(self.names).items()}
         flat |= {f"delta/{name}": value for name, value in self.delta.items()}
-        flat |= {"logits": self.logits, "heard": self.signal.running, "heard_count": torch.tensor(self.signal.count)}
+        flat |= {"logits": self.logits, "signal": self.signal.running, "signal_count": torch.tensor(self.signal.count)}
         for name, value in self.delta.items() if self._optimizer else ():
             for slot, kept in self._optimizer.state[value].items():
                 flat[f"user/{slot}/{name}"] = torch.as_tensor(kept)
@@ -185,7 +185,7 @@ class MaskedWeights:
         for name, value in self.delta.items():
             value.copy_(state[f"delta/{name}"])
         self.logits = state["logits"]
-        self.signal.running, self.signal.count = state["heard"], int(state["heard_count"])
+        self.signal.running, self.signal.count = state["signal"], int(state["signal_count"])
         for path, kept in state.items():
             if path.startswith("user/"):
                 _, slot, name = path.split("/", 2)
