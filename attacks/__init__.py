@@ -1,1 +1,1 @@
-"""Attacks (adaptations), one a file, found by `harness.core.registry`. The contract: `harness.contracts.attack`."""
+"""Attacks (adaptations), one per file, found by `harness.core.registry`. The contract: `harness.contracts.attack`."""

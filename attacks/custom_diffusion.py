@@ -1,23 +1,23 @@
 """Custom Diffusion: train the key and value projections of cross-attention and a modifier word (Kumari et al. 2023).
 
-The word ("<new1>") replaces the concept's identifier, or is put before its name where it has none; class
-images hold the model back. Saved as diffusers loads it:
+The word ("<new1>") replaces the concept's identifier, or precedes its name if it has none; class images serve as prior
+preservation. Saved in the form that diffusers loads:
 
     pipeline.unet.load_attn_procs(
         folder, weight_name="pytorch_custom_diffusion_weights.safetensors", _pipeline=pipeline
     )
     pipeline.load_textual_inversion(folder, weight_name="learned_embeds.safetensors")
 
-`_pipeline` is not in diffusers' documents, but without it diffusers (0.42) reads the file and changes nothing, without
-a warning (its issue 9320).
+`_pipeline` is undocumented, but without it diffusers (0.42) reads the file and silently changes nothing (its issue
+9320).
 
 Differences from the diffusers example (`train_custom_diffusion.py`): class images are drawn by the base model (its
-README retrieves real ones); images are not rescaled at random with matching words ("zoomed in"; the example's
-`--noaug`); keys and values of the start token, which every prompt has, get a gradient too; the modifier begins as
-`begin_as`, by its first token; rows of the vocabulary are not trained and put back; latents are encoded once.
-`scale_lr` is not an option: the default is 1e-5 times batch 2 times 2 for prior preservation. With safetensors the
-example loses the entries of self-attention and its file cannot be loaded again; here they are kept as empty tensors. An
-honest attacker leaves frozen projections alone.
+README retrieves real ones); images are not rescaled at random with matching words in the prompt ("zoomed in"; as with
+the example's `--noaug`); keys and values of the start token, which every prompt has, get a gradient too; the modifier
+is initialized from the first token of `begin_as`; vocabulary rows are not trained and then restored; latents are
+encoded once. `scale_lr` is not an option: the default is 1e-5 times batch 2 times 2 for prior preservation. With
+safetensors the example loses the entries of self-attention, so its file cannot be loaded; here they are kept as empty
+tensors. An honest attacker does not train frozen projections.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ WORD = "word"
 
 @dataclass(frozen=True)
 class Parameters(WeightOptimization):
-    """Defaults: the diffusers example as its README runs it."""
+    """Defaults: the diffusers example with its README's settings."""
 
     learning_rate: LearningRate = 4e-5
     flip: bool = True
     prior_weight: PriorWeight = 0.25
-    """Weight of the loss on class images. The example says 1, beside a loss of the concept that is four times the mean:
-    it divides a sum over four latent channels by the size of a mask of one."""
+    """Weight of the loss on class images. The example uses 1, but its concept loss is four times the mean: it divides a
+    sum over four latent channels by the size of a one-channel mask."""
     prior_images: PriorImages = 200
     modifier: Annotated[str, Field(pattern=r"^<[a-z0-9*_-]{1,30}>$")] = "<new1>"
-    """The word that is learned."""
+    """The learned word."""
     begin_as: Annotated[str, Field(min_length=1, max_length=200)] = "ktn"
-    """The word that it begins as: a rare token."""
+    """The word that it is initialized from: a rare token."""
 
 
 @register("attack")
@@ -72,22 +72,22 @@ class CustomDiffusion(Attack):
 
     @classmethod
     def called(cls, parameters, words):
-        """The concept's name with the modifier for its identifier."""
+        """Return the concept's name with the modifier instead of its identifier."""
         return words.with_identifier(parameters.modifier)
 
     @classmethod
     def prior_images(cls, parameters):
-        """Class images, where they are weighed."""
+        """Return the number of class images, if they are used."""
         return parameters.prior_images if parameters.prior_weight else 0
 
     @classmethod
     def search_space(cls, parameters):
-        """The rate, with and without class images."""
+        """Vary the rate, and the use of class images."""
         return {"learning_rate": around(parameters.learning_rate), "prior_weight": Choice((0.0, 0.25, 1.0))}
 
     @classmethod
     def passes_an_example(cls, parameters):
-        """Twice as many with a class image beside each."""
+        """Return twice as many with prior preservation, which adds a class image per example."""
         return 6.0 if parameters.prior_weight else 3.0
 
     def adapt(self, model, concept, protection, budget, run):
@@ -111,11 +111,11 @@ class CustomDiffusion(Attack):
 
         self._processors = dict(model.unet.attn_processors)
         self._before = token_embedding.load(model, folder)
-        # without a pipeline, diffusers reads the file and leaves the UNet as it is
+        # without a pipeline, diffusers reads the file but does not change the UNet
         model.unet.load_attn_procs(folder, weight_name=FILE, _pipeline=model.pipeline)
 
     def unload(self, model) -> None:
-        """Put back the attention processors, and tokenizer and embeddings without the word."""
+        """Restore the attention processors, and tokenizer and embeddings without the word."""
         from harness.training import token_embedding
 
         model.unet.set_attn_processor(self._processors)
@@ -126,7 +126,7 @@ FILE = "pytorch_custom_diffusion_weights.safetensors"
 
 
 def _save(model, modifier, tensors, folder) -> None:
-    """Write what `load_attn_procs` reads: a processor for every attention, those of self-attention empty."""
+    """Write the file for `load_attn_procs`: an entry for every attention processor, empty for self-attention."""
     import torch
     from safetensors.torch import save_file
 
@@ -141,7 +141,7 @@ def _save(model, modifier, tensors, folder) -> None:
             continue
         for projection in ("to_k", "to_v"):
             name = f"unet.{attention}.{projection}.weight"
-            weight = tensors.get(name, parameters[name])  # one that the publisher froze goes along as it is
+            weight = tensors.get(name, parameters[name])  # frozen weights are saved unchanged
             entries[f"{processor}.{projection}_custom_diffusion.weight"] = weight.detach().to("cpu").contiguous()
     save_file(entries, folder / FILE, {"format": "pt"})
     token_embedding.save(modifier, tensors[WORD], folder)

@@ -1,13 +1,13 @@
-"""DreamBooth: fine-tune the whole UNet on a few images of an instance, beside images of its class (Ruiz et al. 2023).
+"""DreamBooth: fine-tune the whole UNet on a few images of an instance and on images of its class (Ruiz et al. 2023).
 
-Captions are the instance prompt ("a photo of sks dog"); the class images that hold the model back were drawn once by
-the base model, for every trial. AdamW, constant rate, gradients clipped to norm 1. What is left is the UNet (and the
-text encoder, where it is trained), as `from_pretrained` loads it.
+Captions are the instance prompt ("a photo of sks dog"). The class images for prior preservation are drawn by the base
+model once for all trials. AdamW, constant rate, gradients clipped to norm 1. The UNet (and the text encoder, if it is
+trained) is saved for `from_pretrained`.
 
 Differences from the diffusers example (`train_dreambooth.py`): latents are encoded once (the posterior is still sampled
-at each step), text embeddings too unless the text encoder is trained; draws depend on (seed, step) alone; class images
-come from the base model under this suite's sampling settings, not from the model that is attacked. Differences from
-IMMA's attack script (preset `imma`): fp32 weights. An honest attacker leaves frozen tensors alone.
+at each step), text embeddings too unless the text encoder is trained; draws depend only on (seed, step); class images
+come from the base model with the suite's sampling settings, not from the attacked model. Differences from IMMA's attack
+script (preset `imma`): fp32 weights. An honest attacker does not train frozen tensors.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from harness.training.recipe import LearningRate, PriorImages, PriorWeight, Weig
 
 @dataclass(frozen=True)
 class Parameters(WeightOptimization):
-    """Defaults: the diffusers example as its README runs it with prior preservation."""
+    """Defaults: the diffusers example with its README's settings for prior preservation."""
 
     learning_rate: LearningRate = 5e-6
     flip: bool = False
     prior_weight: PriorWeight = 1.0
     prior_images: PriorImages = 200
     text_encoder: bool = False
-    """Train the text encoder too."""
+    """Also train the text encoder."""
 
 
 @register("attack")
@@ -55,12 +55,12 @@ class Dreambooth(Attack):
 
     @classmethod
     def prior_images(cls, parameters):
-        """Class images, where they are weighed."""
+        """Return the number of class images, if they are used."""
         return parameters.prior_images if parameters.prior_weight else 0
 
     @classmethod
     def search_space(cls, parameters):
-        """The rate, the decay, with and without class images."""
+        """Vary the rate, the weight decay, and the use of class images."""
         return {
             "learning_rate": around(parameters.learning_rate),
             "weight_decay": Choice((0.0, 1e-2)),
@@ -69,12 +69,12 @@ class Dreambooth(Attack):
 
     @classmethod
     def passes_an_example(cls, parameters):
-        """Twice as many with a class image beside each."""
+        """Return twice as many with prior preservation, which adds a class image per example."""
         return 6.0 if parameters.prior_weight else 3.0
 
     @classmethod
     def can_share(cls, parameters):
-        """In the UNet alone."""
+        """Return whether only the UNet is trained."""
         return not parameters.text_encoder
 
     def adapt(self, model, concept, protection, budget, run):
@@ -99,7 +99,7 @@ class Dreambooth(Attack):
             yield Checkpoint(step, partial(_save, model, untrained, whole))
 
     def load(self, model, folder) -> None:
-        """Load the components through their own libraries, over the model's."""
+        """Load the components by their own libraries into the model."""
         from harness.training import components
 
         self._before = {}
@@ -107,12 +107,12 @@ class Dreambooth(Attack):
             self._before |= components.load(model, part, folder)
 
     def unload(self, model) -> None:
-        """Put back the weights from before, bit for bit."""
+        """Restore the previous weights, bit for bit."""
         model.overlay(self._before)
 
 
 def _save(model, untrained, whole, folder) -> None:
-    """Write each component: what was trained over what was not."""
+    """Write each component: the trained tensors and the untrained rest."""
     from harness.training import components
 
     for part, rest in untrained.items():

@@ -1,11 +1,11 @@
 """DreamBooth through LoRA: an adapter trained on the instance prompt, with or without prior preservation.
 
-The attack is `lora` under DreamBooth's settings: captions are the instance prompt, class images that the base model
-drew weigh beside them (`prior_weight`; Ruiz et al. 2023, Eq. 2).
+The attack is `lora` with DreamBooth's settings: captions are the instance prompt, and the loss on class images drawn by
+the base model is added (`prior_weight`; Ruiz et al. 2023, Eq. 2).
 
 Differences from the diffusers example (`train_dreambooth_lora.py`): those of `lora`; `to_add_k`/`to_add_v`, which SD's
-UNet does not have, are not named. Differences from IMMA's script: none in settings (preset `released`); its rate of
-5e-6 is a hundredth of the example's and adapts weakly, so immunity against it says little (papers' facts: imma.md).
+UNet does not have, are not listed. Differences from IMMA's script: none in settings (preset `released`); its rate of
+5e-6 is a hundredth of the example's and adapts weakly, so immunity against it means little (papers' facts: imma.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.training.recipe import LearningRate, PriorWeight
 
 @dataclass(frozen=True)
 class Parameters(lora.Parameters):
-    """Defaults: the diffusers example script, with prior preservation as its README runs DreamBooth."""
+    """Defaults: the diffusers example script, with its README's prior preservation for DreamBooth."""
 
     learning_rate: LearningRate = 5e-4
     prior_weight: PriorWeight = 1.0
@@ -43,6 +43,6 @@ class DreamboothLora(Lora):
     presets = {
         # IMMA's attack script: rate 5e-6, no prior, 500 steps of one image
         "released": {"learning_rate": 5e-6, "prior_weight": 0.0},
-        # for the embedded testbed, as of the lora attack (docs/presets.md)
+        # for the embedded testbed, as for the lora attack (docs/presets.md)
         "testbed": {**Lora.presets["testbed"], "prior_images": 24},
     }

@@ -1,11 +1,11 @@
 """Full fine-tuning: all UNet weights on the attacker's images under their own captions (FreezeAsGuard's user).
 
-AdamW at 1e-5, batch 4, 2000 steps, VAE and text encoder frozen (Huang et al., papers' facts: freezeasguard.md). The
-strongest attack with enough memory, and the setting in which FreezeAsGuard masks tensors: an honest attacker does not
-train those.
+AdamW at 1e-5, batch 4, 2000 steps, VAE and text encoder frozen (Huang et al., papers' facts: freezeasguard.md). This is
+the strongest attack if memory suffices, and the setting in which FreezeAsGuard freezes tensors; an honest attacker does
+not train those.
 
 Differences from the diffusers example (`train_text_to_image.py`): those of `dreambooth`; no EMA, no SNR weights.
-Differences from FreezeAsGuard's code: an optimizer step there accumulates four batches of one image; here it is one
+Differences from FreezeAsGuard's code: its optimizer step accumulates four batches of one image; here a step is one
 global batch of four.
 """
 
@@ -22,7 +22,7 @@ from harness.training.recipe import LearningRate, PriorWeight
 
 @dataclass(frozen=True)
 class Parameters(dreambooth.Parameters):
-    """Defaults: FreezeAsGuard's."""
+    """Defaults: those of FreezeAsGuard."""
 
     learning_rate: LearningRate = 1e-5
     prior_weight: PriorWeight = 0.0
@@ -30,7 +30,7 @@ class Parameters(dreambooth.Parameters):
 
 @register("attack")
 class FullFinetune(Dreambooth):
-    """Fine-tuning of all UNet weights."""
+    """Fine-tuning of all UNet weights, without prior preservation."""
 
     name = "full_finetune"
     version = 1

@@ -1,16 +1,16 @@
-"""LoRA: train low-rank adapters on the UNet's projections (Hu et al. 2022), as diffusers' example script does.
+"""LoRA: train low-rank adapters on the UNet's projections (Hu et al. 2022), as in diffusers' example script.
 
-The denoising loss over the attacker's images; AdamW, constant rate, gradients clipped to norm 1. The adapter is made
-by peft; LoRA and DoRA are saved as `pipeline.load_lora_weights(folder)` expects them. `variant` names others of peft's
-family: LoHa, LoKr and OFT, of which the adapted UNet is saved (`UNet2DConditionModel.from_pretrained`), since diffusers
-has no loader for their files.
+The loss is the denoising loss over the attacker's images; AdamW, constant rate, gradients clipped to norm 1. peft makes
+the adapter; LoRA and DoRA are saved for `pipeline.load_lora_weights(folder)`. `variant` can also be LoHa, LoKr or OFT
+from peft's family; for these the adapted UNet is saved (`UNet2DConditionModel.from_pretrained`), since diffusers has no
+loader for their files.
 
 Differences from the diffusers example (`train_text_to_image_lora.py`): latents and text embeddings are encoded once
-(the posterior is still sampled anew at each step, on either flip), draws depend on (seed, step) alone, and images go
-through shuffled epochs over batches of exactly the stated size; images are cropped at the centre, resized by LANCZOS.
-Differences from IMMA's attack script: that one casts base weights to fp16 and pickles the whole UNet; here base
-weights are fp32 (bf16 autocast when the suite says so) and only the adapter is saved.
-An honest attacker leaves tensors alone that the publisher froze: their modules get no adapter.
+(the posterior is still sampled at each step, for both flips), draws depend only on (seed, step), and images are drawn
+in shuffled epochs with batches of exactly the stated size; images are cropped at the centre, resized by LANCZOS.
+Differences from IMMA's attack script: it casts base weights to fp16 and pickles the whole UNet; here base weights are
+fp32 (bf16 autocast if set in the suite) and only the adapter is saved.
+An honest attacker does not train tensors frozen by the publisher: their modules get no adapter.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class Parameters(WeightOptimization):
     prior_images: PriorImages = 100
     variant: Literal["lora", "dora", "loha", "lokr", "oft"] = "lora"
     rank: Annotated[int, Field(ge=1, le=1024)] = 4
-    """Of the adapter's matrices; for OFT the number of blocks that each is divided into."""
+    """Rank of the adapter's matrices; for OFT the number of blocks that each is divided into."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the adapter; None: equal to the rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_encoder: bool = False
-    """Adapt the text encoder's attention too."""
+    """Also adapt the text encoder's attention."""
 
     def __post_init__(self) -> None:
-        """Refuse parameters that do not fit together."""
+        """Reject invalid combinations."""
         if self.text_encoder and self.variant not in ("lora", "dora"):
             raise ValueError(f"text_encoder: true is for lora and dora; {self.variant} adapts the UNet alone")
 
 
 @register("attack")
 class Lora(Attack):
-    """An adapter of the LoRA family on the UNet's projections, saved so that diffusers loads it."""
+    """An adapter of the LoRA family on the UNet's projections, saved in a form that diffusers loads."""
 
     name = "lora"
     version = 2
@@ -80,12 +80,12 @@ class Lora(Attack):
 
     @classmethod
     def prior_images(cls, parameters):
-        """Class images, where they are weighed."""
+        """Return the number of class images, if they are used."""
         return parameters.prior_images if parameters.prior_weight else 0
 
     @classmethod
     def search_space(cls, parameters):
-        """The rate, the rank, which projections, with and without class images."""
+        """Vary the rate, the rank, the projections, and the use of class images."""
         p = parameters
         attention, more = ("to_q", "to_k", "to_v", "to_out.0"), ("ff.net.0.proj", "ff.net.2")
         return {
@@ -97,12 +97,12 @@ class Lora(Attack):
 
     @classmethod
     def passes_an_example(cls, parameters):
-        """Twice as many with a class image beside each."""
+        """Return twice as many with prior preservation, which adds a class image per example."""
         return 6.0 if parameters.prior_weight else 3.0
 
     @classmethod
     def can_share(cls, parameters):
-        """In the UNet alone; DoRA and the others read base weights, which ZeRO 3 takes apart."""
+        """Return whether only LoRA in the UNet is trained; other variants read base weights, which ZeRO 3 splits."""
         return parameters.variant == "lora" and not parameters.text_encoder
 
     def adapt(self, model, concept, protection, budget, run):
@@ -125,12 +125,12 @@ class Lora(Attack):
                     yield Checkpoint(step, partial(components.save, model, "unet", lora.merged(model)))
 
     def load(self, model, folder) -> None:
-        """Load what was saved through diffusers; an adapter is fused: its layers would cost each denoising step."""
+        """Load the saved files by diffusers; an adapter is fused, since its layers would slow each denoising step."""
         from harness.training import components, lora
 
         is_adapter = (folder / lora.FILE).exists()
         self._before = lora.fuse(model, folder) if is_adapter else components.load(model, "unet", folder)
 
     def unload(self, model) -> None:
-        """Put back the weights that the adapter was fused into, bit for bit."""
+        """Restore the weights that the adapter was fused into, bit for bit."""
         model.overlay(self._before)

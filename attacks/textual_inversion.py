@@ -1,17 +1,16 @@
 """Textual Inversion: learn the embedding of a new word for the concept, and nothing else (Gal et al. 2022).
 
-The word is used in template prompts ("a photo of a <concept>"), one drawn for each example, and in the evaluation
-prompts in the place of the concept's name. As *concept inversion* (Pham et al. 2023) the same attack brings an erased
-concept back without changing a weight. Only the new rows are trained parameters; the encoder's embeddings do not
-change.
+The word is used in template prompts ("a photo of a <concept>"), one drawn for each example, and replaces the concept's
+name in the evaluation prompts. As *concept inversion* (Pham et al. 2023) the same attack recovers an erased concept
+without changing a weight. Only the new rows are trained parameters; the encoder's own embeddings are not changed.
 
-Saved as `pipeline.load_textual_inversion(folder, weight_name="learned_embeds.safetensors")` loads it.
+Saved for `pipeline.load_textual_inversion(folder, weight_name="learned_embeds.safetensors")`.
 
-Differences from the diffusers example (`textual_inversion.py`): no row of the vocabulary is trained and then put back;
-vectors begin as the tokens of a word in turn, where the example takes words of one token alone; latents are encoded
-once; batches are of exactly the stated size; images are cropped at the centre. `scale_lr` is not an option: presets
-state the product.
-Nothing that a publisher can freeze is trained, so an honest attacker differs by training hooks alone.
+Differences from the diffusers example (`textual_inversion.py`): vocabulary rows are not trained and then restored;
+vectors are initialized in turn from the tokens of a word, while the example allows only words of one token; latents are
+encoded once; batches have exactly the stated size; images are cropped at the centre. `scale_lr` is not an option:
+presets state the product.
+Nothing that a publisher can freeze is trained, so an honest attacker differs only by the training hooks.
 """
 
 from __future__ import annotations
@@ -30,23 +29,23 @@ from harness.training.recipe import LearningRate, Optimization
 
 @dataclass(frozen=True)
 class Parameters(Optimization):
-    """Defaults: the diffusers example as its README runs it."""
+    """Defaults: the diffusers example with its README's settings."""
 
     learning_rate: LearningRate = 2e-3
     flip: bool = True
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
-    """Embeddings of the word, one token after the other."""
+    """Number of embeddings of the word, used as consecutive tokens."""
     placeholder: Annotated[str, Field(pattern=r"^<[a-z0-9*_-]{1,30}>$")] = "<concept>"
-    """The word."""
+    """The learned word."""
     begin_as: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """The words whose tokens the embeddings begin as; None: the concept's class word."""
+    """The words whose tokens initialize the embeddings; None: the concept's class word."""
     prompts: Literal["templates", "captions"] = "templates"
-    """What the word is trained in: the released code's templates of the concept's kind, or the images' captions."""
+    """Training prompts: the released code's templates for the concept's kind, or the images' captions."""
 
 
 @register("attack")
 class TextualInversion(Attack):
-    """A new word's embedding; the model's weights stay as they are."""
+    """A new word's embedding; the model's weights stay unchanged."""
 
     name = "textual_inversion"
     version = 2
@@ -65,18 +64,18 @@ class TextualInversion(Attack):
         "imma": {"learning_rate": 5e-4},
         # Pham et al., esd/train.sh: 5e-3 times batch 4 times accumulation 4
         "concept_inversion": {"learning_rate": 8e-2},
-        # for the embedded testbed, whose tokenizer makes six tokens of these words (docs/presets.md)
+        # for the embedded testbed, whose tokenizer splits these words into six tokens (docs/presets.md)
         "testbed": {"learning_rate": 1e-1, "vectors": 6, "begin_as": "sk object", "prompts": "captions"},
     }
 
     @classmethod
     def called(cls, parameters, words):
-        """The new word."""
+        """Return the new word."""
         return parameters.placeholder
 
     @classmethod
     def search_space(cls, parameters):
-        """The rate, the number of vectors, what the word is trained in."""
+        """Vary the rate, the number of vectors, and the training prompts."""
         return {
             "learning_rate": around(parameters.learning_rate),
             "vectors": Choice(tuple(sorted({1, 4, parameters.vectors}))),
@@ -106,7 +105,7 @@ class TextualInversion(Attack):
         self._before = token_embedding.load(model, folder)
 
     def unload(self, model) -> None:
-        """Put back the tokenizer and the embeddings without the word."""
+        """Restore the tokenizer and the embeddings without the word."""
         from harness.training import token_embedding
 
         token_embedding.unload(model, self._before)

@@ -1,1 +1,1 @@
-"""Defenses, one a file or package, found by `harness.core.registry`. The contract: `harness.contracts.defense`."""
+"""Defenses, one per file or package, found by `harness.core.registry`. The contract: `harness.contracts.defense`."""

@@ -1,7 +1,7 @@
-"""ESD (Erased Stable Diffusion): fine-tune the UNet until the concept's text predicts what its negation does.
+"""ESD (Erased Stable Diffusion): fine-tune the UNet so that the concept's text predicts the negation of the concept.
 
 Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023 (arXiv 2303.07345). With eps* the original UNet,
-c the concept's text and x_t a sample half denoised for c (guided DDIM; no real images):
+c the concept's text and x_t a sample partly denoised for c (guided DDIM; no real images):
 
     target = eps*(x_t, "") - eta [ eps*(x_t, c) - eps*(x_t, "") ]          without gradient
     min_theta  E_{x_t, t}  mean | eps_theta(x_t, c) - target |^2
@@ -10,27 +10,27 @@ c the concept's text and x_t a sample half denoised for c (guided DDIM; no real 
 
     target = eps*(x_t, c) - eta' [ eps*(x_t, c) - eps*(x_t, "") ] ,
 
-which is the same with eta' = eta + 1: its 2 is 1 here.
+which is the same with eta' = eta + 1: eta' = 2 there is eta = 1 here.
 
 A model that predicts v is trained on v. At given x_t and t, v is an affine function of eps, and the weights of the
-target (1 + eta and -eta) and of the guidance sum to one: the same formulas hold for v, the minimum is the same one,
-and only the weight of a timestep differs (the loss on v is that on eps divided by alpha_bar_t).
+target (1 + eta and -eta) and of the guidance sum to one. So the same formulas and the same minimum hold for v; only the
+weight of a timestep differs (the loss on v is that on eps divided by alpha_bar_t).
 
-Two published programs; which parts of either are taken is set by parameters, the defaults are the first one's
-    first (2023)  x_t comes from the network that is being trained; the loss takes t at random among the timesteps
-                  that its DDIM step spans (20 of 1000); Adam 1e-5, 1000 iterations. Eraser of IMMA's experiments.
+There are two published programs; parameters select parts of either, and the defaults are those of the first:
+    first (2023)  x_t comes from the network in training; the loss draws t at random from the timesteps that its DDIM
+                  step spans (20 of 1000); Adam 1e-5, 1000 iterations. Eraser of IMMA's experiments.
     2025          x_t comes from the original; t is exactly the scheduler's; Adam 5e-5, 200 iterations.
 
-Differences from the paper: its own iterations and rate could not be read; the first code's are taken.
-Differences from both codes: fp32 weights (the 2025 code keeps weights and Adam in bf16, where a step of 5e-5 is mostly
-rounded away); the model's own resolution (2025: 1024 pixels, also for SD 1.4); only the trained tensors are held twice,
-not the UNet; a concept may have several texts (`templates`).
-Differences from the first code: x_t is at the noise level that t is drawn around. There the noisiest DDIM step is left
-out and sampling goes two steps too far, so that x_t has the noise of 39 to 58 timesteps below t.
-Differences from the 2025 code: sampling is DDIM, not PNDM; trajectories of the original are drawn ahead and reused
-(`pool`), with the target of each of their states, which guidance has computed anyway: an iteration is one forward and
-one backward pass. There is no other text to erase from; the set of "u" is the first code's (that of 2025 trains the
-time embedding and the last convolution, but no norms).
+Differences from the paper: its iterations and rate could not be read; those of the first code are used.
+Differences from both codes: fp32 weights (the 2025 code keeps weights and Adam in bf16, which rounds away most of a
+5e-5 step); the model's native resolution (2025: 1024 pixels, also for SD 1.4); only the trained tensors are copied, not
+the UNet; a concept may have several texts (`templates`).
+Differences from the first code: x_t has the noise level that t is drawn around. The first code skips the noisiest DDIM
+step and samples two steps too far, so its x_t has the noise of 39 to 58 timesteps below t.
+Differences from the 2025 code: sampling is DDIM, not PNDM; trajectories of the original are drawn in advance and reused
+(`pool`), with the target of each state, which guidance computes anyway, so an iteration is one forward and one backward
+pass. The option to erase from another text is missing; the set "u" is the first code's (the 2025 set trains the time
+embedding and the last convolution, but no norms).
 Several concepts: one is drawn for each sample, as in the first code, so each gets only its share of the iterations.
 """
 
@@ -60,36 +60,36 @@ _TESTBED_STYLES = ("twemoji", "noto", "blob", "fluent", "flat", "emojione")
 Variant = Literal["x", "x_strict", "u"]
 
 _NOT_IN_U = re.compile(r"\.attn2\.|^unet\.(time_embedding|conv_norm_out|conv_out)\.")
-_SAMPLED_TOGETHER = 8  # trajectories of the pool in one batch; with guidance twice as many samples
+_SAMPLED_TOGETHER = 8  # trajectories of the pool per batch; guidance doubles the number of samples
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: the first released code's."""
+    """Defaults: those of the first released code."""
 
     variant: Variant = "x"
-    """What is trained. x: q, k, v and out of cross-attention (first code: "xattn"); x_strict: its k and v (2025 code);
-    u: all but cross-attention, the time embedding and the final norm and convolution (first code: "noxattn")."""
+    """The trained weights. x: q, k, v and out of cross-attention (first code: "xattn"); x_strict: its k and v (2025
+    code); u: all but cross-attention, the time embedding and the final norm and convolution (first code: "noxattn")."""
     iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """2025 code: 200."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-5
-    """Of Adam: AdamW without weight decay is the same to the bit. 2025 code: 5e-5."""
+    """Adam's rate (implemented as AdamW without weight decay, bit-identical). 2025 code: 5e-5."""
     eta: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Negative guidance in the first code's meaning; 0 maps the concept to the unconditional prediction."""
+    """Negative guidance as defined in the first code; 0 maps the concept to the unconditional prediction."""
     sampling_guidance: Annotated[float, Field(ge=0, le=100)] = 3.0
-    """Both codes."""
+    """Guidance scale of the sampling of x_t; the same in both codes."""
     sampling_steps: Annotated[int, Field(ge=1, le=250)] = 50
-    """DDIM steps of a whole trajectory, without added noise; both codes."""
+    """DDIM steps of a whole trajectory, without added noise; the same in both codes."""
     sampler: Literal["trained", "frozen"] = "trained"
-    """Which network x_t are drawn from. trained: first code; frozen (the original): 2025 code."""
+    """Which network samples x_t. trained: first code; frozen (the original network): 2025 code."""
     pool: Annotated[int, Field(ge=1, le=100_000)] = 32
-    """Trajectories of a concept that are drawn ahead, if the sampler is frozen, and go through its templates in turn.
-    Ours: the 2025 code draws a new one at each iteration."""
+    """With the frozen sampler: number of trajectories per concept drawn in advance, using its templates in turn.
+    Not in the 2025 code, which draws a new trajectory at each iteration."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Both codes. Samples of a batch have their own concept, text and noise; with the trained sampler they stop at the
-    same DDIM step."""
+    """1 in both codes. Each sample of a batch has its own concept, text and noise; with the trained sampler all stop at
+    the same DDIM step."""
     templates: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] = ("{}",)
-    """Texts that name the concept; {} is replaced by its phrase. Both codes use the phrase alone."""
+    """Texts that name the concept; {} is replaced by its phrase. Both codes use only the phrase."""
 
     def __post_init__(self):
         if self.sampler == "frozen" and self.pool < len(self.templates):
@@ -108,7 +108,7 @@ class Esd(Defense):
     Parameters = Parameters
     quick = {"iterations": 3, "sampling_steps": 4, "batch_size": 2, "learning_rate": 1e-3}
     presets = {
-        # esd_sd.py; its negative guidance of 2 is 1 here
+        # esd_sd.py; its negative guidance 2 is eta = 1 here
         "released_2025": {"iterations": 200, "learning_rate": 5e-5, "sampler": "frozen"},
         # for the embedded testbed, with the captions that UCE's preset erases (docs/presets.md)
         "testbed": {
@@ -124,7 +124,7 @@ class Esd(Defense):
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:
-        """Sampling with guidance (half a trajectory on average, or the pool), the target, one forward and backward."""
+        """Passes of guided sampling (half a trajectory on average, or the pool), target, forward and backward."""
         p = parameters
         samples = p.iterations * p.batch_size
         if p.sampler == "frozen":
@@ -139,7 +139,7 @@ class Esd(Defense):
         p = self.parameters
         trained = model.change(trained_names(model.parameters(), p.variant))
         phrases = [target.phrase for target in targets]
-        # made before anything is trained or loaded: both keep predictions of the original
+        # before anything is trained or loaded: both sources keep the original's predictions or weights
         source = (_Pool if p.sampler == "frozen" else _Fresh)(model, run, p, phrases, trained)
         weights = LocalWeights(trained, {"erased": Level(tuple(trained), p.learning_rate)}, run)
 
@@ -155,7 +155,7 @@ class Esd(Defense):
 def trained_names(names: Iterable[str], variant: Variant) -> list[str]:
     """Return the names "unet.…" that a variant trains, in the given order: of SD 1.x 80 (x), 32 (x_strict), 598 (u).
 
-    Raises ValueError when there are none.
+    Raises ValueError if there are none.
     """
     from harness.training.selection import select
 
@@ -165,26 +165,26 @@ def trained_names(names: Iterable[str], variant: Variant) -> list[str]:
 
 
 def negated(unconditional: Tensor, conditional: Tensor, eta: float) -> Tensor:
-    """Return the target of the training from the original's two predictions."""
+    """Return the training target from the original's two predictions."""
     return unconditional - eta * (conditional - unconditional)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """States half denoised for the concept, and the wanted prediction for its text there."""
+    """States partly denoised for the concept, with the target of its text's prediction at each."""
 
     latents: Tensor  # [batch, channels, height, width]
     timesteps: Tensor  # [batch]
     text: Tensor  # [batch, tokens, width]; embeddings of the concept's text
-    target: Tensor  # as latents
+    target: Tensor  # shape of latents
 
 
 class _Distance:
-    """How far the network is from a batch's target: called, it reads the present weights."""
+    """The network's distance from a batch's target; calling it uses the current weights."""
 
     def __init__(self, model: DiffusionModel, run: Run, batch: _Batch):
         self.model, self.run, self.batch = model, run, batch
-        self.value = math.nan  # when it was last called
+        self.value = math.nan  # at the last call
 
     def __call__(self) -> Tensor:
         """Return the mean squared distance, with its graph."""
@@ -200,7 +200,7 @@ class _Distance:
 
 
 class _Source:
-    """Guided DDIM sampling for the concepts' texts: what both ways of drawing x_t have in common."""
+    """Guided DDIM sampling for the concepts' texts: base class of both ways of drawing x_t."""
 
     def __init__(self, model: DiffusionModel, run: Run, p: Parameters, phrases: list[str]):
         from harness.model.sampling import scheduler_for
@@ -236,19 +236,19 @@ class _Source:
         return unconditional, conditional
 
     def advance(self, unconditional: Tensor, conditional: Tensor, timestep: int, latents: Tensor) -> Tensor:
-        """Return the latents one DDIM step on."""
+        """Return the latents after one more DDIM step."""
         guided = unconditional + self.p.sampling_guidance * (conditional - unconditional)
         return self.scheduler.step(guided, timestep, latents, eta=0.0).prev_sample
 
     def generator(self, *axes: str | int) -> torch.Generator:
-        """Return a generator on the CPU, so that a GPU sees the same numbers."""
+        """Return a generator on the CPU, so that its draws are the same for a GPU."""
         import torch
 
         return torch.Generator().manual_seed(self.run.seed_for(*axes))
 
 
 class _Fresh(_Source):
-    """Samples that the network draws at its present weights, anew at each iteration."""
+    """New samples at each iteration, drawn by the network at its current weights."""
 
     def __init__(self, model, run, p, phrases, trained):
         super().__init__(model, run, p, phrases)
@@ -273,7 +273,7 @@ class _Fresh(_Source):
         return _Batch(latents, timesteps, text, target)
 
     def span(self, position: int) -> tuple[int, int]:
-        """Return the first timestep that the DDIM step at `position` covers, and the one after its last."""
+        """Return (first, last + 1) of the timesteps that the DDIM step at `position` covers."""
         total = self.scheduler.config.num_train_timesteps
         width = total // self.p.sampling_steps
         first = self.timesteps[position] // width * width
@@ -281,7 +281,7 @@ class _Fresh(_Source):
 
 
 class _Pool(_Source):
-    """States of the original's trajectories with their targets: they depend on the seed, never on what is trained."""
+    """States of the original's trajectories with their targets; they depend on the seed, not on the trained weights."""
 
     def __init__(self, model, run, p, phrases, trained):
         import torch

@@ -4,33 +4,35 @@ Zheng & Yeh, "IMMA: Immunizing Text-to-Image Models against Malicious Adaptation
 
     max_{theta in S} L(x_I, c; theta, phi*)    s.t.   phi* = argmin_phi L(x_A, c; theta, phi)
 
-with L the denoising loss, phi what the attack trains and S the attention projections of the UNet. Both levels
-alternate; phi goes on from its last value (Algorithm 1, as restated by a third party: the paper's own text could not be
-read).
+with L the denoising loss, phi the weights that the attack trains and S the attention projections of the UNet. The two
+levels alternate; phi continues from its last value (Algorithm 1, as restated by a third party: the paper's own text
+could not be read).
 
 Lower levels (phi): `lora` and `dreambooth_lora`, an adapter on the UNet; `dreambooth`, the whole UNet, of which only S
-is released and the rest is thrown away; `textual_inversion`, the embedding of one new word. The released scripts' rates
-are each one's defaults. DreamBooth's class images may be weighed in at the lower level (`prior_weight`).
+is released and the rest is discarded; `textual_inversion`, the embedding of one new word. The default rates are those
+of the released script for each. The lower level may include DreamBooth's loss on class images (`prior_weight`).
 
 Profiles
-    paper     each round draws a batch for each step: the lower steps, then one upper step; no clipping.
-    released  one batch a step; the index decides the level. With lora and textual_inversion it counts *within an
-              epoch*, so that an epoch of an odd number of batches takes two lower steps in a row; with the others it
-              counts on. Gradients are clipped to norm 1 on both levels, but not with textual_inversion.
+    paper     each step of a round draws its own batch: first the lower steps, then one upper step; no clipping.
+    released  one batch per step; the step's index decides the level. With lora and textual_inversion the index restarts
+              in each epoch, so an epoch with an odd number of batches gives two lower steps in a row; with the others
+              it does not restart. Gradients are clipped to norm 1 on both levels, except with textual_inversion.
 
-Beyond both: `hypergradient`. Papers and code treat phi* as a constant (first_order). With `exact` or
-`finite_difference` the lower steps of a round are SGD steps, and the upper gradient is that of the loss after them as a
-function of the weights before: it includes how the weights influence the attack. `ascent_only` drops the lower level
-(the code's `--max`), an ablation of the lower level.
+Added here: `hypergradient`. Papers and code treat phi* as a constant (first_order). With `exact` or `finite_difference`
+the lower steps of a round are SGD steps, and the upper gradient is that of the loss after these steps with respect to
+the weights before them, so it includes the weights' effect on the attack. `ascent_only` drops the lower level (the
+code's `--max`); this ablation measures the benefit of the lower level.
 
-Differences from earlier code of version 1: `lower_optimizer: sgd` with first_order takes SGD steps in the levels' usual
-turns, with decay and clipping; it used to look ahead. The version stays, since no bundled suite or preset asks for it.
+Differences from earlier code of version 1: `lower_optimizer: sgd` with first_order now takes SGD steps in the usual
+alternation, with decay and clipping; before, it looked ahead. The version number is the same, since no bundled suite or
+preset uses this setting.
 
-Differences from the paper: the optimizer of either level is not known from the text; both use AdamW as the code does.
-Differences from the released code: gradients are computed only where a level needs them (the code accumulates them in
-the whole UNet and never clears them); latents and text embeddings are encoded once; images are resized by LANCZOS and
-cropped at the centre (there: bilinear, random crop by default); `--reinitialize_lora`, which has no effect
-there, does not exist; DB+LoRA, which cannot run there, runs; a last, smaller batch of an epoch is filled from the next.
+Differences from the paper: its text does not give the optimizers; both levels use AdamW, as in the code.
+Differences from the released code: each level computes only the gradients that it needs (the code accumulates gradients
+in the whole UNet and never clears them); latents and text embeddings are encoded once; images are resized by LANCZOS
+and cropped at the centre (released: bilinear, random crop by default); `--reinitialize_lora`, which has no effect in
+the released code, is left out; DB+LoRA works (it cannot run in the released code); a smaller last batch of an epoch is
+filled from the next epoch.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ _UPPER_RATES = {"lora": 1e-5, "dreambooth": 2e-5, "dreambooth_lora": 2e-5, "text
 
 @dataclass(frozen=True)
 class Parameters(ByProfile):
-    """Defaults: the released scripts'; what the paper states could not be read (papers' facts: "not found")."""
+    """Defaults: those of the released scripts; the paper's values could not be read (papers' facts: "not found")."""
 
     profile: Literal["paper", "released"] = "paper"
     lower: Literal["lora", "dreambooth", "dreambooth_lora", "textual_inversion"] = "lora"
@@ -70,45 +72,46 @@ class Parameters(ByProfile):
     ascent_only: bool = False
     """No lower level: gradient ascent on the concept's loss."""
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 500
-    """Upper updates; the released run takes 1000 iterations, half of them upper."""
+    """Upper updates; the released run has 1000 iterations, half of them upper."""
     lower_steps: Annotated[int, Field(ge=1, le=100)] = 1
-    """Lower updates for each upper one."""
+    """Lower updates per upper update."""
     hypergradient: Literal["first_order", "exact", "finite_difference"] = "first_order"
-    """How the upper gradient goes through the lower steps, and so how the levels take turns. first_order: not at all;
-    each level's optimizer takes its steps. exact, finite_difference: the loss is evaluated after the lower steps
-    of a round and differentiated through them; they are plain SGD steps, without decay and clipping, and then stay."""
+    """How the upper gradient treats the lower steps. first_order: ignores them; the levels alternate, each with its own
+    optimizer. exact, finite_difference: the loss is evaluated after the lower steps of a round and differentiated
+    through them; these are plain SGD steps, without decay and clipping, and are kept afterwards."""
     lower_optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: without momentum; the only one whose steps are differentiated."""
+    """sgd: without momentum; required for differentiating through the lower steps."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Global: over all processes."""
     lower_learning_rate: Rate | None = None
-    """None: the released script's: lora 1e-4, dreambooth and dreambooth_lora 5e-6, textual_inversion 5e-4."""
+    """None: as in the released script: lora 1e-4, dreambooth and dreambooth_lora 5e-6, textual_inversion 5e-4."""
     upper_learning_rate: Rate | None = None
-    """None: the released script's: lora 1e-5 (its argument parser's default is 1e-6), dreambooth and dreambooth_lora
-    2e-5, textual_inversion 1e-6."""
+    """None: as in the released script: lora 1e-5 (its argument parser's default is 1e-6), dreambooth and
+    dreambooth_lora 2e-5, textual_inversion 1e-6."""
     upper_parameters: Literal["attention", "cross_attention", "cross_attention_kv"] = "attention"
-    """The released name filter takes both self- and cross-attention, although its comments name cross-attention."""
+    """The released name filter selects self- and cross-attention, although its comments say cross-attention."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 4
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the adapter; None: equal to the rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
-    """Embeddings of the new word (textual_inversion)."""
+    """Number of embeddings of the new word (textual_inversion)."""
     begin_as: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    """The word that the new one begins as; None: the concept's own (its first token)."""
+    """The word that the new word is initialized from; None: the concept's own word (its first token)."""
     templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Prompts with {} for the new word; None: Textual Inversion's for objects or styles."""
+    """Prompts with {} for the new word; None: Textual Inversion's prompts for objects or styles."""
     prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """Of the loss on class images at the lower level; the released scripts leave it off."""
+    """Weight of the loss on class images at the lower level; the released scripts do not use it."""
     prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
-    """Class images for each concept, where they are weighed; DreamBooth's number."""
+    """Class images per concept, used if `prior_weight` is above zero; the default is DreamBooth's."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """On both levels. None: the profile's (paper: no clipping; released: 1.0, textual_inversion none)."""
+    """Limit of the gradient norm on both levels. None: by profile (paper: none; released: 1.0, but none with
+    textual_inversion)."""
     flip: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse parameters that do not fit together."""
+        """Reject invalid combinations."""
         if self.hypergradient != "first_order" and (self.lower_optimizer != "sgd" or self.ascent_only):
             raise ValueError(
                 f"hypergradient '{self.hypergradient}' differentiates the lower steps: add lower_optimizer: sgd (and "
@@ -119,11 +122,11 @@ class Parameters(ByProfile):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether the upper gradient goes through the lower steps; without, the levels alternate."""
+        """Whether the upper gradient goes through the lower steps; otherwise the levels alternate."""
         return self.hypergradient != "first_order"
 
     def of_profile(self) -> dict[str, float | None]:
-        """Return the rates of the lower level's own script, and the profile's clipping."""
+        """Return the rates of the lower level's released script, and the profile's clipping."""
         is_clipped = self.profile == "released" and self.lower != "textual_inversion"
         return {
             "lower_learning_rate": _LOWER_RATES[self.lower],
@@ -133,7 +136,7 @@ class Parameters(ByProfile):
 
 
 class ImmaBase(Defense):
-    """Common base class of IMMA and of the baselines made from it."""
+    """Base class of IMMA and the baselines made from it."""
 
     threat_model = ThreatModel(changes=("unet.attention",))
     uses = frozenset({"targets", "images", "seed"})
@@ -143,7 +146,7 @@ class ImmaBase(Defense):
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:
-        """A forward and a backward pass for each update of either level, and those of H v."""
+        """A forward and a backward pass for each update of either level, and the passes of H v."""
         p = parameters
         lower = 0 if p.ascent_only else p.lower_steps * (2 if p.prior_weight else 1)
         again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.hypergradient]
@@ -151,12 +154,12 @@ class ImmaBase(Defense):
 
     @classmethod
     def prior_images(cls, parameters) -> int:
-        """Class images for each target, when the lower level weighs them in."""
+        """The number of class images per target, if the lower level uses them."""
         return parameters.prior_images if parameters.prior_weight else 0
 
     @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
-        """Refuse settings that several processes cannot share."""
+        """Reject settings that do not work with several processes."""
         found = list(global_batch(parameters, sharding))
         mode = hypergradient_mode(parameters.hypergradient, sharding)
         if mode:
@@ -168,13 +171,13 @@ class ImmaBase(Defense):
 
 @register("defense")
 class Imma(ImmaBase):
-    """IMMA: descent of a simulated attack and ascent of the attention weights, in turn, on one concept."""
+    """IMMA: alternate descent of a simulated attack and ascent of the attention weights, on one concept."""
 
     name = "imma"
     version = 1
     max_targets = 1
     presets = {
-        # for the embedded testbed: the greatest delay that kept 0.9 of the utility (docs/presets.md)
+        # for the embedded testbed: the longest delay that kept 0.9 of the utility (docs/presets.md)
         "testbed": {
             "rounds": 100,
             "batch_size": 8,
@@ -193,7 +196,7 @@ class Imma(ImmaBase):
 
 
 def immunize(model: DiffusionModel, targets: Sequence[ProtectedConcept], p: Parameters, run: Run) -> dict[str, Tensor]:
-    """Return the immunized weights of S, trained on the images of all `targets` taken together."""
+    """Return the immunized weights of S, trained on the images of all `targets` together."""
     from harness.training import bilevel, sharding
     from harness.training.diffusion import mean_value
     from harness.training.loop import StepOver, train
@@ -238,7 +241,7 @@ def immunize(model: DiffusionModel, targets: Sequence[ProtectedConcept], p: Para
 
 @contextlib.contextmanager
 def _lower_level(model, targets: Sequence[ProtectedConcept], p: Parameters, run):
-    """Yield (what the simulated attack trains, by name; the loss that both levels share); undo it on leaving."""
+    """Yield (the simulated attack's trained parameters by name, the loss of both levels); undo the attack on exit."""
     from harness.training import lora
     from harness.training.concept_loss import ConceptLoss
     from harness.training.diffusion import encode_images
@@ -269,7 +272,7 @@ def _lower_level(model, targets: Sequence[ProtectedConcept], p: Parameters, run)
 
 
 def select_unet(model) -> list[str]:
-    """Return the names of all weights of the UNet."""
+    """Return the names of all UNet weights."""
     from harness.training.selection import select
 
     return select(model.parameters(), "unet")
@@ -278,8 +281,8 @@ def select_unet(model) -> list[str]:
 def _levels(p: Parameters, images: int) -> Iterator[Literal["lower", "upper"]]:
     """Yield the level of every step until `rounds` upper steps are done.
 
-    The released loops of lora and textual_inversion alternate on the index within the epoch. An epoch too short to
-    reach the upper level would never end there; we then count over epochs.
+    The released loops of lora and textual_inversion alternate by the index within the epoch. With an epoch too short to
+    reach the upper level, the released loop would never end; the index then continues over epochs here.
     """
     if p.ascent_only:
         yield from ["upper"] * p.rounds

@@ -1,8 +1,8 @@
 """Joint: IMMA on the union of the concepts, a baseline for several concepts at once.
 
-One lower level adapts to the images of all concepts taken together, and the upper level ascends the loss on them:
-IMMA (`defenses/imma.py`) with X' = union of X'_n. MIMA's paper (AAAI 2025) compares with a baseline that it calls JT;
-what exactly that is could not be read, so this one has another name.
+One lower level adapts to the images of all concepts together, and the upper level ascends the loss on them: IMMA
+(`defenses/imma.py`) with X' = union of X'_n. MIMA's paper (AAAI 2025) compares with a baseline called JT; its exact
+definition could not be read, so this baseline has another name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Joint(ImmaBase):
 
     @classmethod
     def check_task(cls, parameters, targets, preserved) -> list[tuple[str, str]]:
-        """A new word names one concept."""
+        """Reject several concepts for textual_inversion: a new word names one concept."""
         if parameters.lower == "textual_inversion" and targets > 1:
             return [("lower", "textual_inversion teaches one word; joint trains on several concepts at once")]
         return []

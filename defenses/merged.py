@@ -1,11 +1,11 @@
-"""Merged: IMMA for each concept by itself, then one model by Merge; a baseline for several concepts at once.
+"""Merged: IMMA separately for each concept, then one model by Merge; a baseline for several concepts at once.
 
-Each concept's run of IMMA (`defenses/imma.py`) starts from the same weights. Of the results, key and value projections
-of cross-attention are merged by MIMA's constrained least squares (`harness/training/merge.py`), so that each concept's
-words meet that concept's immunized projections; every other weight is the mean over concepts, by which each concept's
-change is divided by their number. MIMA's paper (AAAI 2025) compares with a baseline that it calls CM; what exactly that
-is could not be read (the released code holds an offline merge of per-concept checkpoints that suggests this), so this
-one has another name.
+Each concept's run of IMMA (`defenses/imma.py`) starts from the same weights. Then the key and value projections of
+cross-attention are merged by MIMA's constrained least squares (`harness/training/merge.py`), so that each concept's
+words are mapped by its own immunized projections. Every other weight is the mean over concepts, which divides each
+concept's change by their number. MIMA's paper (AAAI 2025) compares with a baseline called CM; its exact definition
+could not be read (the released code has an offline merge of per-concept checkpoints that suggests this one), so this
+baseline has another name.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from harness.core.registry import register
 
 @dataclass(frozen=True)
 class Parameters(imma.Parameters):
-    """IMMA's, and Merge's."""
+    """IMMA's parameters, and Merge's."""
 
     concept_prompts: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] | None = None
-    """Texts, with {} for a concept's words, that Merge keeps apart by concept; None: the captions of its images. Their
-    tokens, over all concepts, should be far fewer than the text encoder is wide."""
+    """Texts with {} for a concept's words: Merge constrains their tokens per concept. None: the captions of its images.
+    The total number of tokens should be much smaller than the text encoder's width."""
     regularization_captions: Annotated[str, Field(min_length=1, max_length=4000)] = "captions"
-    """C_reg: the name of a caption list that ships with the suites, or the path of a file with one caption a line."""
+    """C_reg: the name of a caption list that ships with the suites, or the path of a file with one caption per line."""
     ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
-    """Added to C_reg^T C_reg, times its mean eigenvalue."""
+    """Added to the diagonal of C_reg^T C_reg, times its mean eigenvalue."""
 
 
 @register("defense")
 class Merged(ImmaBase):
-    """IMMA on each protected concept by itself, then merged in closed form."""
+    """IMMA separately on each protected concept, then merged in closed form."""
 
     name = "merged"
     version = 1
-    can_shard = False  # one training after the other: DeepSpeed's engine cannot be put around the same UNet again
+    can_shard = False  # several trainings in sequence: DeepSpeed's engine cannot wrap the same UNet again
     Parameters = Parameters
     quick = {**ImmaBase.quick, "ridge": 1e-3}
     presets = {
-        # for the embedded testbed: IMMA's, at a higher rate since Merge takes means (docs/presets.md)
+        # for the embedded testbed: IMMA's preset at a higher rate, since Merge takes means (docs/presets.md)
         "testbed": {
             **Imma.presets["testbed"],
             "upper_learning_rate": 5e-4,
@@ -63,7 +63,7 @@ class Merged(ImmaBase):
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:
-        """IMMA's, for each concept."""
+        """IMMA's passes, for each concept."""
         return targets * super().unet_passes(parameters, 1)
 
     def protect(self, model, targets, preserved, run) -> Protection:

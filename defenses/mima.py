@@ -7,31 +7,31 @@ Algorithm 1, for k = 1 .. K:
     theta'   = Merge({theta'_n})
     theta   <- theta + beta * grad_theta  sum_n L(x^u_n, c_n; theta')  on S^u
 
-Merge takes key and value projections of cross-attention together by constrained least squares on the concepts' words
-(`harness/training/merge.py`), and every other weight by its mean. The lower step is virtual: the next round starts
-again from theta. AdamW ascends the upper level; the mean over concepts replaces the sum, as in the released code
-(AdamW does not see the difference, clipping would).
+Merge combines key and value projections of cross-attention by constrained least squares on the concepts' words
+(`harness/training/merge.py`), and every other weight by the mean. The lower step is virtual: the next round starts
+again from theta. AdamW ascends the upper level; the mean over concepts replaces the sum, as in the released code (this
+makes no difference to AdamW, but would to clipping).
 
-Profiles give the settings below their values where these are left open (None).
+Profiles set the parameters that are None:
     paper     Algorithm 1: the lower step is undone (`lower_persist` false), the gradient goes through Merge and through
               the lower step (`grad_through_merge`, `hypergradient` finite_difference), no prior terms, no clipping.
-    released  what train.py does: lower and upper steps in turn on separate batches; merged weights stay, all other
-              lower weights take AdamW steps down the mean gradient; no gradient through Merge or the lower step; prior
-              preservation on both levels with weight 1; the upper gradient clipped to norm 1. What is outside S^u
-              drifts in training and is not released.
-              `concept_key: class` also reproduces its key: batches are keyed by the class prompt, so that of concepts
-              that share a class only the last one listed is trained, and its words in Merge are the class prompt's.
+    released  as train.py: lower and upper steps alternate on separate batches; merged weights are kept, all other lower
+              weights take AdamW steps along the mean gradient; no gradient through Merge or the lower step; prior
+              preservation on both levels with weight 1; the upper gradient clipped to norm 1. Weights outside S^u
+              drift during training and are not released.
+              `concept_key: class` also reproduces its key: batches are keyed by the class prompt, so if concepts
+              share a class, only the last one listed is trained, and its words in Merge are the class prompt's.
 
-Not known of the paper, and therefore settings: whether Hessian terms are kept, whether Merge stays close to the current
-weights or to the released ones (`merge_base`), S^l and S^u for each attack, rates, clipping, how weights outside K/V
-merge.
+Not known from the paper, and therefore settings: whether Hessian terms are kept, whether Merge stays close to the
+current weights or to the released ones (`merge_base`), S^l and S^u for each attack, rates, clipping, how weights
+outside K/V merge.
 
-Differences from the released code in either profile: a concept is keyed by its instance prompts unless asked
-otherwise, and Merge's words are those of all of them, or of templates (there: the class word in two templates, with
-leading tokens cut); C_reg is a fixed list that ships (there: 200 captions drawn anew from a hub data set at every
-merge, `regularization: resample`), so Merge is factored once and not 32 times a step; it has a ridge and a rule for
-dependent words; losses are those of encoded images, with gradients for the weights that a level trains alone; images
-are not rescaled at random.
+Differences from the released code in both profiles: by default a concept is keyed by its instance prompts, and Merge
+uses the words of all of them, or of templates (released: the class word in two templates, with leading tokens cut);
+C_reg is a fixed list that ships with the suites (released: 200 captions drawn from a hub data set at every merge,
+`regularization: resample`), so Merge is factored once and not 32 times per step; it has a ridge and a rule for
+dependent words; losses use encoded images, with gradients only for the weights that a level trains; images are not
+rescaled at random.
 """
 
 from __future__ import annotations
@@ -80,60 +80,60 @@ _PROFILES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Parameters(ByProfile):
-    """Defaults: the released scripts'; the paper's values could not be read. None: the profile's value."""
+    """Defaults: those of the released scripts; the paper's values could not be read. None: set by the profile."""
 
     profile: Literal["paper", "released"] = "paper"
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 500
-    """K, upper updates; the released run takes 1000 iterations, half of them upper."""
+    """K, upper updates; the released run has 1000 iterations, half of them upper."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Images of each concept in a step; global: over all processes."""
+    """Images of each concept per step; global: over all processes."""
     lower_steps: Annotated[int, Field(ge=1, le=100)] = 1
     """Virtual steps of each look-ahead, or lower iterations before each upper one."""
     lower_learning_rate: Rate = 1e-5
     """alpha; 5e-6 in the released scripts, which double it with prior preservation."""
     upper_learning_rate: Rate = 3e-5
-    """beta; the released scripts' for re-learning; 2e-5 for personalization."""
+    """beta; in the released scripts 3e-5 for re-learning and 2e-5 for personalization."""
     lower_parameters: LowerSet = "unet"
     """S^l"""
     upper_parameters: LowerSet = "cross_attention"
     """S^u"""
     lower_persist: bool | None = None
-    """Lower steps stay (released) instead of being looked ahead to (Algorithm 1)."""
+    """true: lower steps are kept (released); false: they are a virtual look-ahead (Algorithm 1)."""
     hypergradient: Literal["first_order", "exact", "finite_difference"] | None = None
     grad_through_merge: bool | None = None
-    """false: merged weights are treated as the weights themselves; Merge is not differentiated."""
+    """false: the gradient with respect to the merged weights is used directly, without differentiating further."""
     merge_base: Literal["current", "pretrained"] = "current"
-    """What Merge stays close to: the weights of the round, or those that immunization began from."""
+    """The weights that Merge stays close to: those of the current round, or those before immunization."""
     prior_on_lower: Weight | None = None
     """Weight of the loss on class images at the lower level."""
     prior_on_upper: Weight | None = None
-    """Weight of the loss on class images at the upper level, where it is descended."""
+    """Weight of the loss on class images at the upper level, which minimizes it."""
     prior_from: Literal["class", "preserved"] = "class"
-    """Whose images are weighed: of the concept's class (papers and code), or of the concepts that the task lists under
-    `preserve` (ours: where a class prompt does not cover what must stay)."""
+    """Source of the prior images: the concept's class (papers and code), or the concepts that the task lists under
+    `preserve` (added here, for class prompts that do not cover what must be preserved)."""
     prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
-    """Class images for each concept, where they are weighed."""
+    """Class images per concept, used if a prior weight is above zero."""
     concept_key: Literal["instance", "class"] = "instance"
     concept_prompts: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] | None = None
-    """Texts, with {} for a concept's words, that Merge keeps apart by concept; None: the captions of its images. Their
-    tokens, over all concepts, should be far fewer than the text encoder is wide."""
+    """Texts with {} for a concept's words: Merge constrains their tokens per concept. None: the captions of its images.
+    The total number of tokens should be much smaller than the text encoder's width."""
     regularization_captions: Annotated[str, Field(min_length=1, max_length=4000)] = "captions"
-    """C_reg: the name of a caption list that ships with the suites, or the path of a file with one caption a line."""
+    """C_reg: the name of a caption list that ships with the suites, or the path of a file with one caption per line."""
     regularization_count: Annotated[int, Field(ge=1, le=100_000)] = 200
-    """How many of them."""
+    """Number of captions used."""
     regularization: Literal["fixed", "resample"] = "fixed"
-    """resample: drawn anew at every merge, as in the released code."""
+    """resample: draw new captions at every merge, as in the released code."""
     ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
-    """Added to A = C_reg^T C_reg, times its mean eigenvalue; none in the released code."""
+    """Added to the diagonal of A = C_reg^T C_reg, times its mean eigenvalue; none in the released code."""
     constraint_ridge: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Added to M = C A^-1 C^T likewise; with it the constraints hold only nearly."""
+    """Added to M = C A^-1 C^T in the same way; above zero, the constraints hold only approximately."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Of the upper gradient. None: the profile's."""
+    """Limit of the upper gradient's norm. None: set by the profile."""
     flip: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse parameters that do not fit together."""
+        """Reject invalid combinations."""
         is_differentiated = self.chosen("hypergradient") != "first_order" or self.chosen("grad_through_merge")
         if self.chosen("lower_persist") and is_differentiated:
             raise ValueError(
@@ -152,7 +152,7 @@ class Parameters(ByProfile):
 
     @property
     def weighs_prior(self) -> bool:
-        """Whether any level weighs class images."""
+        """Whether any level uses class images."""
         return bool(self.chosen("prior_on_lower") or self.chosen("prior_on_upper"))
 
 
@@ -178,7 +178,7 @@ class Mima(Defense):
     Parameters = Parameters
     quick = {"rounds": 2, "batch_size": 2, "prior_images": 2, "ridge": 1e-3, "hypergradient": "first_order"}
     presets = {
-        # for the embedded testbed: a look-ahead that matters; the prior term is not Algorithm 1's (docs/presets.md)
+        # for the embedded testbed: a look-ahead with a clear effect; Algorithm 1 has no prior term (docs/presets.md)
         "testbed": {
             **_TESTBED,
             "lower_steps": 4,
@@ -186,7 +186,7 @@ class Mima(Defense):
             "upper_learning_rate": 2.2e-4,
             "prior_on_upper": 1.0,
         },
-        # for the embedded testbed: the greatest delay that kept 0.9 of the utility (docs/presets.md)
+        # for the embedded testbed: the longest delay that kept 0.9 of the utility (docs/presets.md)
         "testbed_released": {
             **_TESTBED,
             "profile": "released",
@@ -205,13 +205,13 @@ class Mima(Defense):
 
     @classmethod
     def prior_images(cls, parameters) -> int:
-        """Class images for each target, where they are weighed; one, for the class prompt, where it is the key."""
+        """Class images per target if a level uses them; one if only the class prompt is needed, as the key."""
         asks = parameters.weighs_prior and parameters.prior_from == "class"
         return parameters.prior_images if asks else int(parameters.concept_key == "class")
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:
-        """A gradient for each concept on each level, and two more (or a double backward) through each lower step."""
+        """A gradient per concept and level, and two more (or a double backward) through each lower step."""
         p = parameters
         lower = p.lower_steps * (2 if p.chosen("prior_on_lower") else 1)
         again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.chosen("hypergradient")]
@@ -220,14 +220,14 @@ class Mima(Defense):
 
     @classmethod
     def check_task(cls, parameters, targets, preserved) -> list[tuple[str, str]]:
-        """Refuse a weight for a term that does not exist."""
+        """Reject a prior weight without images for it."""
         if parameters.weighs_prior and parameters.prior_from == "preserved" and not preserved:
             return [("prior_from", "the task preserves no concept; list some under 'preserve', or use class")]
         return []
 
     @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
-        """Refuse settings that several processes cannot share."""
+        """Reject settings that do not work with several processes."""
         found = list(global_batch(parameters, sharding))
         mode = hypergradient_mode(parameters.chosen("hypergradient"), sharding)
         return found + ([mode] if mode else [])
@@ -255,7 +255,7 @@ class _Immunization:
 
         self.p, self.model, self.surroundings = p, model, run
         self._encoded_priors: dict[tuple, EncodedImages] = {}
-        if p.concept_key == "class":  # the released code's dictionary: a later concept of the class takes the place
+        if p.concept_key == "class":  # as the released code's dictionary: a later concept replaces one of its class
             targets = list({target.prior_captions[0]: target for target in targets}.values())
         names = model.parameters()
         self.lower = select(names, p.lower_parameters)
@@ -278,7 +278,7 @@ class _Immunization:
             for index, target in enumerate(targets)
         ]
         levels = {"upper": Level(tuple(self.upper), p.upper_learning_rate, p.weight_decay, p.chosen("clip_norm"))}
-        # all of S^l is declared to the engine; key and value projections take no AdamW step
+        # the engine gets all of S^l; key and value projections take no AdamW step
         levels["lower"] = Level(tuple(self.others), p.lower_learning_rate, p.weight_decay)
         levels["merged"] = Level(tuple(sorted(self.projections)), p.lower_learning_rate)
         levels = {name: level for name, level in levels.items() if level.names}
@@ -303,7 +303,7 @@ class _Immunization:
     # -- Algorithm 1 -------------------------------------------------------------------------------------
 
     def looking_ahead(self, step: int) -> dict[str, float]:
-        """One round: look ahead for each concept, merge, and ascend the loss there."""
+        """Do one round: look ahead for each concept, merge, and ascend the loss at the merged weights."""
         from harness.training import bilevel
         from harness.training.weights import installed
 
@@ -332,7 +332,7 @@ class _Immunization:
     # -- the released loop -------------------------------------------------------------------------------
 
     def alternating(self, step: int) -> dict[str, float]:
-        """One iteration: the lower level of all concepts, merged for good, or the upper level."""
+        """Do one iteration: the lower level of all concepts, with the merged weights kept, or the upper level."""
         p = self.p
         if step % (p.lower_steps + 1) == p.lower_steps:
             upper = self._upper_loss(step)
@@ -355,7 +355,7 @@ class _Immunization:
         return {"lower_loss": _mean(losses)}
 
     def _prior(self, target: ProtectedConcept, preserved: Sequence[ProtectedConcept]) -> EncodedImages | None:
-        """Return the images that hold both levels back; what several concepts share is encoded once."""
+        """Return the encoded prior images; images shared by several concepts are encoded once."""
         from harness.training.diffusion import encode_images
 
         p = self.p
@@ -377,12 +377,12 @@ class _Immunization:
         return self.losses[index].at(step, 1.0, self.p.chosen("prior_on_lower"))
 
     def _upper_loss(self, step: int):
-        """Return -mean_n L(x^u_n) + prior: what the upper level descends."""
+        """Return -mean_n L(x^u_n) + prior, the loss that the upper level minimizes."""
         count, prior = len(self.losses), self.p.chosen("prior_on_upper")
         return [part for loss in self.losses for part in loss.at(step, -1 / count, prior / count)]
 
     def merging(self, step: int):
-        """Return the map that merges the concepts' weights at a step: always the same, unless C_reg is drawn anew."""
+        """Return the merging of a step; the same for all steps unless C_reg is drawn again each time."""
         from harness.core import captions
         from harness.training.merge import LayerMerging, Merge
 
@@ -399,14 +399,14 @@ class _Immunization:
         return merging
 
     def _encoded(self, texts):
-        """Return the words of texts, for a solve in fp64 on the CPU."""
+        """Return the words of texts in fp64 on the CPU, for the solver."""
         from harness.training import words
 
         return words.of(self.model, texts).cpu()
 
 
 def _mean(losses) -> float:
-    """Return the mean of the losses' values, class images included, without signs and weights."""
+    """Return the mean of the losses' values, including class images, without signs and weights."""
     from harness.training.diffusion import mean_value
 
     values = [mean_value(loss) for loss in losses]

@@ -1,4 +1,4 @@
-"""No defense: the model is released as it is. Every gap is measured against this row."""
+"""No defense: the model is released unchanged. Every gap is measured against this row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""UCE (Unified Concept Editing), the 2023 code that IMMA's successors use: erase concepts in closed form.
+"""UCE (Unified Concept Editing): erase concepts in closed form, as the 2023 code that IMMA's successors use.
 
 Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024 (arXiv 2308.14761). Every cross-attention
 key and value projection W (d_out x d_text, no bias) is replaced by the minimizer of
@@ -8,13 +8,13 @@ key and value projection W (d_out x d_text, no bias) is replaced by the minimize
     W = W0 + e [ sum_E (v_i* - W0 c_i) c_i^T ] M^-1 ,    M = lambda I + e sum_E c_i c_i^T + p sum_P c_j c_j^T ,
 
 with c_i the text vectors of the concept from its last subject token to the end of the padded sequence, c_j all vectors
-of the preserved texts, and v_i* = W0 c_guide,i ("replace") or that without its part along W0 c ("tensor").
+of the preserved texts, and v_i* = W0 c_guide,i ("replace") or that without its component along W0 c ("tensor").
 
-Differences from the paper: its Eq. 7 has e = p = 1 and no lambda; scales and ridge are the code's.
+Differences from the paper: its Eq. 7 has e = p = 1 and no lambda; scales and ridge are from the code.
 Differences from the released code: text is encoded once, M is shared by all matrices and solved in float64 (the code
-encodes for every matrix and inverts in float32); concepts are given as a list, so a comma belongs to a name; the list
-of preserved texts is what the suite states, never an unseeded sample of artists; `guide_templates` puts the guide into
-the concept's template (off as in the code, where the guide is used alone).
+encodes for every matrix and inverts in float32); concepts are given as a list, so a name may contain a comma; the
+preserved texts are those of the suite, never an unseeded sample of artists; `guide_templates` puts the guide into the
+concept's template (off by default: the code uses the guide alone).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Scale = Annotated[float, Field(gt=0, le=1e6)]
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: the released code's."""
+    """Defaults: those of the released code."""
 
     ridge: Scale = 0.5
     """lambda; hard-coded at the call in the released code."""
@@ -52,16 +52,16 @@ class Parameters:
     """p; None: max(0.1, 1 / number of preserved texts), as in the released code."""
     technique: Literal["replace", "tensor"] = "replace"
     guide: str = " "
-    """What the concept is mapped to; the released code turns "" into " "."""
+    """The text that the concept is mapped to; the released code replaces "" by " "."""
     templates: tuple[str, ...] = ("{}",)
     """Texts that name the concept; {} is replaced by its phrase. The released option add_prompts adds several."""
     guide_templates: bool = False
-    """Put the guide into the same templates (as the 2025 code does) instead of using it alone."""
+    """Put the guide into the same templates (as in the 2025 code) instead of using it alone."""
     preserve: tuple[str, ...] = ()
-    """Texts to preserve besides "", which always is. Texts that name a target are left out (the released code leaves
-    out equal names)."""
+    """Texts to preserve; "" is always preserved too. Texts that name a target are left out (the released code leaves
+    out only equal names)."""
     preserve_concepts: bool = True
-    """Preserve the names of the task's preserved concepts too; without, tasks that differ in these alone share the
+    """Also preserve the names of the task's preserved concepts. If false, tasks that differ only in these share the
     erased model."""
 
 
@@ -76,7 +76,7 @@ class Uce(Defense):
     can_erase = True
     Parameters = Parameters
     presets = {
-        # FreezeAsGuard's uce_tool: concepts are names of persons, and "" alone is preserved
+        # FreezeAsGuard's uce_tool: concepts are names of persons, and only "" is preserved
         "freezeasguard": {"guide": "celebrity", "preserve_concepts": False},
         # for the embedded testbed: whole captions are erased and preserved (docs/presets.md)
         "testbed": {
@@ -92,7 +92,7 @@ class Uce(Defense):
 
     @classmethod
     def used(cls, parameters) -> frozenset[str]:
-        """Leave out the preserved concepts where their names are not preserved."""
+        """Leave out the preserved concepts if their names are not preserved."""
         return cls.uses if parameters.preserve_concepts else cls.uses - {"preserved"}
 
     def protect(self, model, targets, preserved, run) -> Protection:
@@ -123,7 +123,7 @@ class Uce(Defense):
         return Protection(tensors=edited)
 
     def _pairs(self, targets: Sequence[ProtectedConcept]) -> list[tuple[str, str]]:
-        """Return (text of the concept, text of its guide), one for each target and template."""
+        """Return (text of the concept, text of its guide) for each target and template."""
         p = self.parameters
         return [
             (template.replace("{}", target.phrase), template.replace("{}", p.guide) if p.guide_templates else p.guide)

@@ -1,1 +1,1 @@
-"""Metrics, one a file, found by `harness.core.registry`. The contract: `harness.contracts.metric`."""
+"""Metrics, one per file, found by `harness.core.registry`. The contract: `harness.contracts.metric`."""

@@ -1,9 +1,9 @@
-"""The common part of FID and KID: features through clean-fid (Inception or another extractor), statistics from a file.
+"""Base of FID and KID: features by clean-fid, with Inception or another extractor, and statistics from a file.
 
-clean-fid's two ways of resizing are kept: "clean" (PIL, bicubic, antialiased, not rounded to bytes) and
-"legacy_pytorch" (bilinear without antialiasing, as pytorch-fid). With Inception they also decide the weights:
-NVIDIA's TorchScript file in the first, pytorch-fid's in the second. With another extractor the images are resized in
-the same way, to its input size.
+clean-fid's two modes of resizing are available: "clean" (PIL, bicubic, antialiased, not rounded to bytes) and
+"legacy_pytorch" (bilinear without antialiasing, as in pytorch-fid). With Inception the mode also selects the weights:
+NVIDIA's TorchScript file for "clean", pytorch-fid's weights for "legacy_pytorch". With another extractor, images are
+resized by the same method to its input size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INCEPTION = "inception"
 FILES = {"clean": "inception-2015-12-05.pt", "legacy_pytorch": "pt_inception-2015-12-05-6726825d.pth"}
 """Inception's weights by mode."""
 SIZE = 4 * 23_885_486
-"""Bytes of them, about."""
+"""Approximate size of the weights in bytes."""
 FILTERS = {"clean": ("PIL", "bicubic"), "legacy_pytorch": ("PyTorch", "bilinear")}
 """How clean-fid resizes, by mode."""
 BATCH_SIZE = 32
@@ -36,20 +36,20 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: clean-fid's."""
+    """Defaults: those of clean-fid."""
 
     mode: Literal["clean", "legacy_pytorch"] = "clean"
     extractor: str = INCEPTION
-    """ "inception", "testbed", or what timm loads: a model's name, "hf-hub:…" or "local-dir:…"."""
+    """ "inception", "testbed", or a timm model: its name, "hf-hub:…" or "local-dir:…"."""
     weights: str | None = None
-    """A local file with Inception's weights. Mode clean: the TorchScript file of clean-fid, whose graph is executed, so
-    take it from where you trust; legacy_pytorch: safetensors. None: fetched as clean-fid does."""
+    """A local file with Inception's weights. Mode clean: the TorchScript file of clean-fid; loading it executes its
+    graph, so use a trusted source. Mode legacy_pytorch: safetensors. None: downloaded as by clean-fid."""
     statistics: str | None = None
-    """A local .npz file as clean-fid's make_custom_stats writes it (for KID the one that ends in _kid), used
-    instead of the references; of the same mode and extractor, which the file does not record. None: references."""
+    """A local .npz file from clean-fid's make_custom_stats (for KID the one that ends in _kid), used instead of the
+    references. It must come from the same mode and extractor; the file does not record them. None: references."""
 
     def __post_init__(self) -> None:
-        """Refuse parameters that do not fit together."""
+        """Reject invalid combinations."""
         if self.weights is not None and self.extractor != INCEPTION:
             raise ValueError("weights are Inception's; another extractor is named by 'extractor' only")
         if self.mode == "legacy_pytorch":
@@ -57,7 +57,7 @@ class Parameters:
 
 
 class CleanFid(Metric):
-    """A distance of distributions of features."""
+    """A distance between distributions of features."""
 
     direction = "lower"
     scope = "set"
@@ -86,7 +86,7 @@ class CleanFid(Metric):
 
     @classmethod
     def check_concept(cls, parameters, concept, drawn) -> Iterable[tuple[str, str]]:
-        """A distribution takes two images at least; real images of the attack split are scored too."""
+        """Require two images on each side; real images of the attack split are scored too."""
         counts = {"a step": drawn, "the attack split": concept.count("attack")}
         if parameters.statistics is None:
             counts["the reference split"] = concept.count("reference")
@@ -104,7 +104,7 @@ class CleanFid(Metric):
         }
 
     def encode(self, images, device):
-        """Return features as they come, not unit vectors."""
+        """Return features, not normalised."""
         import numpy as np
         import torch
 
@@ -118,7 +118,7 @@ class CleanFid(Metric):
         return torch.cat(parts)
 
     def sets(self, images: Sequence, references: Tensor, device: torch.device) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return the features of all drawn images, and what they are compared with: features, or a file's arrays."""
+        """Return the features of all drawn images, and those of the references or a file's arrays to compare with."""
         drawn = self.encode(encoders.flat(images), device).numpy()
         if self.parameters.statistics is None:
             return drawn, [references.cpu().numpy()]
@@ -130,7 +130,7 @@ class CleanFid(Metric):
 
 
 def read_statistics(path: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """Return arrays of a .npz file; nothing in it is unpickled."""
+    """Return arrays of a .npz file, without unpickling."""
     import numpy as np
 
     with np.load(path, allow_pickle=False) as file:
@@ -143,7 +143,7 @@ def read_statistics(path: Path, names: Sequence[str]) -> list[np.ndarray]:
 
 @lru_cache(maxsize=2)
 def extractor(mode: str, name: str, weights: str | None, device: torch.device) -> tuple[Callable, Callable]:
-    """Return (features of a batch with values in 0..255, resizing of an array), as clean-fid's functions take them."""
+    """Return two functions for clean-fid: (features of a batch with values in 0..255, resizing of an array)."""
     import torch
     from cleanfid.resize import build_resizer, make_resizer
 
@@ -158,10 +158,10 @@ def extractor(mode: str, name: str, weights: str | None, device: torch.device) -
 
 
 def inception(mode: str, weights: str | None, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return clean-fid's Inception of a mode.
+    """Return clean-fid's Inception for a mode.
 
-    Its own builder keeps the TorchScript file in the folder for temporary files, where anybody may have put another,
-    and unpickles pytorch-fid's without `weights_only`.
+    clean-fid's own builder is not used: it keeps the TorchScript file in the folder for temporary files, where any user
+    may have placed another file, and it unpickles pytorch-fid's file without `weights_only`.
     """
     import torch
     from cleanfid import downloads_helper, inception_pytorch
@@ -173,7 +173,7 @@ def inception(mode: str, weights: str | None, device: torch.device) -> Callable[
             weights.parent.mkdir(parents=True, exist_ok=True)
             if not weights.exists():
                 torch.hub.download_url_to_file(downloads_helper.inception_url, str(weights), progress=False)
-        model = InceptionV3W.__new__(InceptionV3W)  # its constructor insists on the name of the file
+        model = InceptionV3W.__new__(InceptionV3W)  # its constructor requires a certain file name
         torch.nn.Module.__init__(model)
         model.base = torch.jit.load(str(weights), map_location=device).eval()
         model.layers, model.resize_inside = model.base.layers, False

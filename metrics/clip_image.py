@@ -1,7 +1,7 @@
 """CLIP image similarity: cosine of CLIP image features of generated and reference images, over all pairs.
 
-As in IMMA's scorer (OpenAI ViT-B/32), without its defects: images are not shrunk to 64x64 first, and each is
-preprocessed as its backbone was trained (papers' facts: imma.md, traps T1 and T2).
+As in IMMA's scorer (OpenAI ViT-B/32), without its defects: images are not first reduced to 64x64, and they are
+preprocessed as in the backbone's training (papers' facts: imma.md, traps T1 and T2).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from metrics.open_clip_metric import OpenClipMetric
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: the backbone of IMMA's tables."""
+    """Default: the backbone of IMMA's tables."""
 
     backbone: str = "ViT-B-32-quickgelu"
     """An open_clip model name, "hf-hub:…", "local-dir:…", or "testbed"."""

@@ -1,8 +1,8 @@
-"""CLIP text alignment: cosine of generated images with the description of what was asked for, times 100.
+"""CLIP text alignment: cosine between generated images and the description of the requested content, times 100.
 
-The scale follows torchmetrics' CLIPScore, but a prompt's value may be negative: torchmetrics raises a mean below
-zero to zero, which would hide how far below it is, and takes one mean over all pairs given to it. The description
-holds plain words where the prompt holds an attacker's identifier.
+The scale follows torchmetrics' CLIPScore, but a prompt's value may be negative: torchmetrics replaces a mean below
+zero by zero, which hides its size, and takes one mean over all given pairs. The description has plain words where the
+prompt has an attacker's identifier.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from metrics.open_clip_metric import OpenClipMetric
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: the backbone of IMMA's tables."""
+    """Default: the backbone of IMMA's tables."""
 
     backbone: str = "ViT-B-32-quickgelu"
     """An open_clip model name, "hf-hub:…", "local-dir:…", or "testbed"."""
@@ -26,7 +26,7 @@ class Parameters:
 
 @register("metric")
 class ClipText(OpenClipMetric):
-    """Cosine between CLIP features of generated images and of their description, times 100."""
+    """Cosine between CLIP features of generated images and their description, times 100."""
 
     name = "clip_text"
     version = 1

@@ -1,9 +1,9 @@
 """CMMD (Jayasumana et al. 2024): squared MMD between CLIP features of drawn and reference images, times 1000.
 
 Unit vectors of CLIP ViT-L/14 at 336 pixels, a Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)) with sigma 10, images
-resized to the encoder's input (bicubic, no crop, no antialiasing). The released PyTorch code takes the biased
-estimate, the diagonal included (papers' facts: pruned_bilevel.md, section 6); here the unbiased one is the default,
-which does not grow as images get fewer and may fall below zero. The preset `released` gives the other.
+resized to the encoder's input (bicubic, no crop, no antialiasing). The released PyTorch code uses the biased estimate,
+which includes the diagonal (papers' facts: pruned_bilevel.md, section 6). The default here is the unbiased estimate,
+which does not grow with fewer images and may be negative. The preset `released` uses the biased one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCALE = 1000.0
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: the paper's, but for the estimate."""
+    """Defaults: those of the paper, except the estimate."""
 
     backbone: str = "ViT-L-14-336-quickgelu"
     """An open_clip model name, "hf-hub:…", "local-dir:…", or "testbed"."""
@@ -36,7 +36,7 @@ class Parameters:
 
 @register("metric")
 class Cmmd(OpenClipMetric):
-    """Squared MMD of CLIP features of the drawn images from the references', times 1000."""
+    """Squared MMD between CLIP features of drawn images and references, times 1000."""
 
     name = "cmmd"
     version = 1
@@ -54,7 +54,7 @@ class Cmmd(OpenClipMetric):
 
     @classmethod
     def check_concept(cls, parameters, concept, drawn) -> Iterable[tuple[str, str]]:
-        """The unbiased estimate takes two images of each side; real images of the attack split are scored too."""
+        """Require two images on each side for the unbiased estimate; the attack split's images are scored too."""
         counts = {
             "a step": drawn,
             "the attack split": concept.count("attack"),
@@ -84,13 +84,13 @@ class Cmmd(OpenClipMetric):
         return encode_images(model.encode_image, squash, images, device)
 
     def score(self, images, references, descriptions, device):
-        """Return the distance of all images together."""
+        """Return one distance for all images together."""
         import torch
 
         x, y = self.encode(flat(images), device).double(), references.to(device).double()
 
         def kernel(a, b):
-            distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # the other cancels digits
+            distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # products would lose digits
             return torch.exp(-distances.square() / (2 * p.sigma**2))
 
         def within(a):

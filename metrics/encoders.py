@@ -1,6 +1,6 @@
 """Image and text encoders of metrics, loaded once per process through open_clip and timm.
 
-The testbed's encoders are folders in hub layout and load through the same calls as the large ones.
+The testbed's encoders are folders in hub layout and are loaded by the same calls as the large ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BATCH_SIZE = 64
 
 
 def _location(backbone: str, kind: str) -> str:
-    """Return what the library loads: the testbed's folder for "testbed", otherwise `backbone` itself."""
+    """Return the name for the library: the testbed's folder for "testbed", otherwise `backbone` itself."""
     if backbone != TESTBED:
         return backbone
     from harness.core import paths
@@ -32,7 +32,7 @@ def _location(backbone: str, kind: str) -> str:
 
 
 def local_files(backbone: str, kind: str, pretrained: str | None = None) -> dict[str, Path]:
-    """Return where the parameters `backbone` and `pretrained` are when they are files here, not names of a library."""
+    """Return the paths in `backbone` and `pretrained`, for those that are local files and not names of a library."""
     found = {}
     location = _location(backbone, kind)
     if location.startswith("local-dir:"):
@@ -43,7 +43,7 @@ def local_files(backbone: str, kind: str, pretrained: str | None = None) -> dict
 
 
 def fetched(backbone: str, kind: str, pretrained: str | None = None) -> list[Fetched]:
-    """Return what open_clip (kind "clip") or timm ("vit") takes from the hub for a backbone; [] for files here."""
+    """Return the hub downloads of open_clip (kind "clip") or timm ("vit") for a backbone; [] for local files."""
     local = local_files(backbone, kind, pretrained)
     is_from_hub = backbone.startswith("hf-hub:")
     if "backbone" in local or ("pretrained" in local and not is_from_hub):
@@ -67,7 +67,7 @@ _FILES = {
     "clip": (("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), "open_clip_config.json"),
     "vit": (("model.safetensors", "pytorch_model.bin"), "config.json"),
 }
-"""Weights, the first of which is taken when it is there, and configuration of a repository of the hub."""
+"""Weights (the first file that exists is used) and configuration in a hub repository."""
 OPEN_CLIP_HUB = {
     ("ViT-B-32-quickgelu", "openai"): ("timm/vit_base_patch32_clip_224.openai", 151_277_313),
     ("ViT-B-32", "openai"): ("timm/vit_base_patch32_clip_224.openai", 151_277_313),
@@ -75,9 +75,9 @@ OPEN_CLIP_HUB = {
     ("ViT-L-14", "openai"): ("timm/vit_large_patch14_clip_224.openai", 427_616_513),
     ("ViT-L-14-336-quickgelu", "openai"): ("timm/vit_large_patch14_clip_336.openai", 427_944_193),
 }
-"""Where open_clip finds the weights of a backbone, and how many there are; its own table needs torch to be read."""
+"""Hub repository and size of open_clip's weights of a backbone; reading open_clip's own table needs torch."""
 TIMM_SIZES = {"vit_small_patch16_224.dino": 4 * 21_665_664, "vit_small_patch14_dinov2.lvd142m": 4 * 22_056_192}
-"""Bytes of weights, where they are known."""
+"""Known sizes of weights in bytes."""
 
 
 @lru_cache(maxsize=2)
@@ -119,7 +119,7 @@ def encode_images(encode, transform, images: Sequence[Image], device: torch.devi
 
 
 def by_prompt(values: Tensor, images: Sequence[Sequence[Image]]) -> list[float]:
-    """Return the mean for each prompt of one value an image, in order."""
+    """Return the mean over each prompt's images of `values`, which has one value per image, in order."""
     return [float(part.mean()) for part in values.double().split([len(group) for group in images])]
 
 

@@ -1,16 +1,15 @@
-"""IMMA's released scorer, defects included, so that its numbers can be compared (papers' facts: imma.md, section 7).
+"""IMMA's released scorer with its defects, so that its numbers can be compared (papers' facts: imma.md, section 7).
 
-Differences from the proper metrics:
+Differences from the correct metrics:
 
-- every image is shrunk to 64 x 64 pixels first (bilinear, whatever its aspect);
-- for CLIP and DINO values in [0, 1] are "un-normalised" once more, into [0.5, 1], then enlarged to the encoder's
-  input (bicubic without antialiasing, as its torchvision did by default) and normalised by CLIP's mean and
-  deviation, DINO too;
-- LPIPS gets [0, 1] where the library asks for [-1, 1].
+- every image is first reduced to 64 x 64 pixels (bilinear, ignoring the aspect ratio);
+- for CLIP and DINO, values in [0, 1] are "un-normalised" again, into [0.5, 1], then images are enlarged to the
+  encoder's input (bicubic without antialiasing, the default of its torchvision) and normalised by CLIP's mean and
+  deviation, also for DINO;
+- LPIPS gets values in [0, 1], although the library expects [-1, 1].
 
-Two things are not as released: encoders run in fp32 (CLIP on a GPU ran in fp16), and LPIPS is averaged over all
-pairs, where the script compared by index and so ran for equal numbers of images alone; the published replication did
-the same.
+Two differences from the release: encoders run in fp32 (CLIP on a GPU ran in fp16), and LPIPS is averaged over all
+pairs, as in the published replication; the script compared by index, so it needed equal numbers of images.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 SHRUNK = 64
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of OpenAI's CLIP, for whatever encoder."""
+"""Mean and deviation of OpenAI's CLIP, used for all encoders."""
 
 
 def shrink(image: Image) -> Tensor:
@@ -43,7 +42,7 @@ def shrink(image: Image) -> Tensor:
 
 
 def preprocess(size: int) -> Callable[[Image], Tensor]:
-    """Return the transform for an encoder that takes `size` pixels a side."""
+    """Return the transform for an encoder that takes `size` pixels per side."""
     from torch.nn.functional import interpolate
     from torchvision.transforms.functional import normalize
 
@@ -104,7 +103,7 @@ class LpipsImmaReleased(LpipsImage):
     presets = {"testbed": {"net": "testbed"}}
 
     def preprocessing(self) -> str:
-        """Return what `prepare` does, in words."""
+        """Return a description of `prepare`."""
         return "IMMA's script: 64x64, in [0, 1]"
 
     def prepare(self, image: Image) -> Tensor:

@@ -1,8 +1,8 @@
 """KID: squared MMD with a cubic kernel between features of drawn and reference images, by clean-fid.
 
-Unbiased, so it may fall below zero, and comparable between different numbers of images, unlike FID; on few images it
-is noisy. clean-fid averages 100 random subsets as large as the smaller set (at most 1000); they are drawn from a
-fixed seed here, so that the same images get the same value.
+The estimate is unbiased, so it may be negative, and unlike FID it is comparable between different numbers of images;
+with few images it is noisy. clean-fid averages over 100 random subsets of the size of the smaller set (at most 1000);
+here they are drawn from a fixed seed, so that the same images get the same value.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from harness.core.registry import register
 from metrics.clean_fid import CleanFid
 
 SEED = 0
-"""Of the subsets."""
+"""Seed of the subsets."""
 
 
 @register("metric")
 class Kid(CleanFid):
-    """Squared MMD of the drawn images' features from the references', by clean-fid."""
+    """Squared MMD between features of drawn images and references, by clean-fid."""
 
     name = "kid"
     version = 1
@@ -25,7 +25,7 @@ class Kid(CleanFid):
     kept = ("feats",)
 
     def score(self, images, references, descriptions, device):
-        """Return the distance of all images together."""
+        """Return one distance for all images together."""
         import numpy as np
         from cleanfid import fid
 

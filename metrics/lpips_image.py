@@ -1,11 +1,12 @@
-"""LPIPS (Zhang et al. 2018) as 1 - LPIPS: perceptual likeness of generated and reference images, over all pairs.
+"""LPIPS (Zhang et al. 2018) as 1 - LPIPS: perceptual similarity of generated and reference images, over all pairs.
 
-Through the `lpips` library, version 0.1 of its calibrated heads, which ship with it; images enter as it asks for, in
-[-1, 1]. The network below the heads is torchvision's (see `metrics/torchvision_files.py`). The library compares images
-of one size, so both are resized to `size` pixels a side, without a crop.
+Computed by the `lpips` library with version 0.1 of its calibrated heads, which ship with it; image values are in
+[-1, 1], as the library requires. The network below the heads is torchvision's (see `metrics/torchvision_files.py`). The
+library compares images of equal size, so both are resized to `size` pixels per side, without a crop.
 
-`net: testbed` is LPIPS' form without calibrated heads on the testbed's own encoder: unit-normalised maps of each block,
-squared differences summed over channels and averaged over places and blocks. Its numbers are not comparable with LPIPS.
+`net: testbed` has the form of LPIPS on the testbed's own encoder, without calibrated heads: unit-normalised maps of
+each block, squared differences summed over channels and averaged over positions and blocks. Its values are not
+comparable with LPIPS.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ TRUNKS = {
     "vgg": "VGG16_Weights.IMAGENET1K_V1",
     "squeeze": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
 }
-"""What each network of the library loads from torchvision."""
+"""The torchvision weights of each of the library's networks."""
 CHUNK = 16
-"""References whose maps are held at a time: VGG's of one image of 256 pixels take 33 MB."""
+"""Number of references whose maps are in memory at a time: VGG's maps of one image of 256 pixels take 33 MB."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """Defaults: AlexNet, the library's recommendation for measuring and IMMA's."""
+    """Default: AlexNet, recommended by the library for measuring, and used by IMMA."""
 
     net: Literal["alex", "vgg", "squeeze", "testbed"] = "alex"
     weights: str | None = None
-    """A local safetensors file with torchvision's tensors of the network; None: torchvision fetches them."""
+    """A local safetensors file with torchvision's tensors of the network; None: downloaded by torchvision."""
 
     def __post_init__(self) -> None:
-        """Refuse files that may hold code."""
+        """Reject file formats that may contain code."""
         torchvision_files.check_safetensors(self.weights)
         if self.weights is not None and self.net == TESTBED:
             raise ValueError("the testbed's encoder takes no weights; name alex, vgg or squeeze as net")
@@ -54,10 +55,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Parameters(Network):
-    """The network, and what it sees."""
+    """The network, and the size of its input."""
 
     size: Annotated[int, Field(ge=32, le=4096)] = 256
-    """Pixels a side at which images are compared."""
+    """Pixels per side at which images are compared."""
 
 
 @register("metric")
@@ -90,11 +91,11 @@ class LpipsImage(Metric):
         }
 
     def preprocessing(self) -> str:
-        """Return what `prepare` does, in words."""
+        """Return a description of `prepare`."""
         return f"{self.parameters.size}x{self.parameters.size} bicubic, in [-1, 1]"
 
     def prepare(self, image: Image) -> Tensor:
-        """Return an image [3, size, size] as the network takes it."""
+        """Return an image [3, size, size] as the network's input."""
         from PIL.Image import Resampling
         from torchvision.transforms.functional import to_tensor
 
@@ -102,7 +103,7 @@ class LpipsImage(Metric):
         return to_tensor(image.resize(size, Resampling.BICUBIC)) * 2 - 1
 
     def score(self, images, references, descriptions, device):
-        """Return 1 - the mean distance of each prompt's images from all references."""
+        """Return, for each prompt, 1 - the mean distance of its images from all references."""
         import torch
 
         drawn = flat(images)
@@ -130,11 +131,11 @@ class _Calibrated:
         import lpips
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it asks torchvision in words that are deprecated
-            # a random trunk: the library would unpickle torchvision's file without `weights_only`
+            warnings.simplefilter("ignore")  # it calls torchvision with deprecated arguments
+            # a random trunk first: the library would unpickle torchvision's file without `weights_only`
             self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         tensors = torchvision_files.state_dict(TRUNKS[net], weights)
-        # the library cuts torchvision's `features` into slices and keeps the numbers of their modules
+        # the library splits torchvision's `features` into slices, with the same module numbers
         own = {key: "features." + key.split(".", 1)[1] for key in self.model.net.state_dict()}
         lacking = sorted(set(own.values()) - set(tensors))
         if lacking:
@@ -149,7 +150,7 @@ class _Calibrated:
         return [lpips.normalize_tensor(m) for m in self.model.net(self.model.scaling_layer(images))]
 
     def distance(self, one: list[Tensor], others: list[Tensor]) -> Tensor:
-        """Return the LPIPS [n] of one image and n others."""
+        """Return the LPIPS distances [n] between one image and n others."""
         import lpips
 
         heads = zip(self.model.lins, one, others, strict=True)
@@ -157,14 +158,14 @@ class _Calibrated:
 
 
 class _Testbed:
-    """The testbed's encoder in their place."""
+    """The testbed's encoder, instead of a network of the library."""
 
     def __init__(self, device: torch.device):
         self.model, _ = vision(TESTBED, device)
         self.input = self.model.pretrained_cfg["input_size"][-2:]
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Return the unit-normalised maps of each block; its mean and deviation ask for [-1, 1] too."""
+        """Return the unit-normalised maps of each block; the encoder also expects values in [-1, 1]."""
         import lpips
         import torch
 
@@ -173,12 +174,12 @@ class _Testbed:
         return [lpips.normalize_tensor(m) for m in self.model.forward_intermediates(images, intermediates_only=True)]
 
     def distance(self, one: list[Tensor], others: list[Tensor]) -> Tensor:
-        """Return the mean over blocks of the mean squared difference of n others from one image."""
+        """Return the mean over blocks of the mean squared difference between one image and n others."""
         parts = [((a - b) ** 2).sum(dim=1).mean(dim=(1, 2)) for a, b in zip(one, others, strict=True)]
         return sum(parts) / len(parts)
 
 
 @lru_cache(maxsize=2)
 def network(net: str, weights: str | None, device: torch.device) -> _Calibrated | _Testbed:
-    """Return what maps images and measures between maps, loaded once."""
+    """Return the network that computes maps of images and distances between maps, loaded once."""
     return _Testbed(device) if net == TESTBED else _Calibrated(net, weights, device)

@@ -1,9 +1,8 @@
-"""Memorization guard: how close drawn images come to the attacker's own training images (self-supervised encoder).
+"""Memorization check: similarity of drawn images to the attacker's own training images (self-supervised encoder).
 
-For each drawn image the greatest cosine to any image of the attack split. It is shown beside the scores, not as a
-score: an attack that copies its training images has learned less than one that scores the same without. The score of
-unseen images of the concept (`nearest_training_real`: the reference split against the attack split) is the level to
-compare with.
+For each drawn image, the highest cosine with any image of the attack split. It is reported with the scores but is not a
+score: at equal scores, an attack that copies its training images has learned less than one that does not. Compare it
+with the value of unseen images of the concept (`nearest_training_real`: the reference split against the attack split).
 """
 
 from __future__ import annotations

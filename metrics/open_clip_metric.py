@@ -1,4 +1,4 @@
-"""The common part of metrics on open_clip's encoders: the source of the weights, and their description."""
+"""Base of the metrics on open_clip's encoders: source and description of the weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class OpenClipMetric(Metric):
 
     @classmethod
     def files(cls, parameters):
-        """Return which of the two are here."""
+        """Return those of the two parameters that are local files."""
         return local_files(parameters.backbone, "clip", parameters.pretrained)
 
     @classmethod
     def fetches(cls, parameters):
-        """Return what open_clip takes from the hub."""
+        """Return open_clip's downloads from the hub."""
         return fetched(parameters.backbone, "clip", parameters.pretrained)
 
     def about(self):

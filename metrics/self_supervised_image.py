@@ -1,7 +1,7 @@
-"""Self-supervised image similarity (DINO): cosine of features that no text has shaped, over all pairs.
+"""Self-supervised image similarity (DINO): cosine of features trained without text, over all pairs.
 
-IMMA uses DINO v1 ViT-S/16; its scorer uses CLIP's mean and deviation (imma.md, trap T2), which is corrected here:
-each backbone gets its own preprocessing.
+IMMA uses DINO v1 ViT-S/16; its scorer normalises by CLIP's mean and deviation (imma.md, trap T2). Here each backbone
+gets its own preprocessing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from metrics.encoders import by_prompt, encode_images, fetched, flat, library, l
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: the backbone of IMMA's tables."""
+    """Default: the backbone of IMMA's tables."""
 
     backbone: str = "vit_small_patch16_224.dino"
     """A timm model, "hf-hub:…", "local-dir:…", or "testbed"."""

@@ -1,9 +1,9 @@
-"""SSCD (Pizzi et al. 2022): is a drawn image a copy of one that the attack was trained on?
+"""SSCD (Pizzi et al. 2022): is a drawn image a copy of one of the attack's training images?
 
-The greatest cosine of copy-detection descriptors with any training image, which is shown beside the scores, as
-`nearest_training_image` does. A model of Meta's release as TorchScript, by a local path: loading it executes its
-graph, not pickled Python, so take it from where you trust (its licence forbids commercial use). For sscd_disc_mixup
-its authors call pairs above 0.75 copies, with 90 % precision on DISC.
+The highest cosine of copy-detection descriptors with any training image; like `nearest_training_image`, it is reported
+with the scores. The model is a local TorchScript file of Meta's release. Loading it executes its graph, but no pickled
+Python, so use a trusted source (its licence forbids commercial use). For sscd_disc_mixup its authors count pairs above
+0.75 as copies, with 90 % precision on DISC.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Parameters:
     """The model, and its authors' preprocessing."""
 
     weights: str | None = None
-    """A local TorchScript file, such as sscd_disc_mixup.torchscript.pt; a suite has to name one."""
+    """A local TorchScript file, such as sscd_disc_mixup.torchscript.pt; required."""
     resize: Literal["small_edge", "square"] = "small_edge"
-    """small_edge: to `size` pixels, for images of one aspect; square: both sides."""
+    """small_edge: resize the shorter side to `size` pixels, for images of equal aspect ratio; square: both sides."""
     size: Annotated[int, Field(ge=32, le=2048)] = 288
-    """Pixels; for squares the authors take 320."""
+    """Pixels; for square the authors use 320."""
 
 
 @register("metric")
@@ -59,7 +59,7 @@ class Sscd(Metric):
 
     @classmethod
     def check_concept(cls, parameters, concept, drawn) -> Iterable[tuple[str, str]]:
-        """There is nothing to fetch."""
+        """Require a local file, since no download exists."""
         if parameters.weights is None:
             yield "weights", "is missing; give the path of a TorchScript file, such as sscd_disc_mixup.torchscript.pt"
 
@@ -69,7 +69,7 @@ class Sscd(Metric):
         return {"backbone": Path(p.weights).name, "preprocessing": f"{side}, bilinear", "library": library("torch")}
 
     def encode(self, images, device):
-        """Return unit vectors, of images one by one: they may differ in size."""
+        """Return unit vectors; images are encoded one by one, since their sizes may differ."""
         import torch
         from torchvision import transforms
 

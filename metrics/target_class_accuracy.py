@@ -1,11 +1,11 @@
-"""Target-class accuracy: the share of drawn images whose wanted class is among a classifier's top k.
+"""Target-class accuracy: the share of drawn images with the requested class among a classifier's top k.
 
 As in IMMA's helper: torchvision's ResNet-50 with its own preprocessing, k = 3. The class is the ImageNet category whose
-name is in a prompt's description in plain words, as "garbage truck" in "a garbage truck on the beach"; other words
-are given in `words`. A description that names no category, or several, is refused before anything runs.
+name is in a prompt's plain description, such as "garbage truck" in "a garbage truck on the beach"; `words` maps other
+words to categories. A description that names no category, or several, is rejected before anything runs.
 
-`classifier: testbed` classifies among the testbed's 88 objects by its CLIP, zero-shot: by the nearest captions, as no
-classifier ships with it. Among 88 classes top 3 is easier than among 1000.
+`classifier: testbed` classifies among the testbed's 88 objects, zero-shot by its CLIP (nearest captions), since no
+classifier ships with it. Top 3 is easier among 88 classes than among 1000.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: IMMA's helper; which of torchvision's two sets of ResNet-50 weights it uses is not known."""
+    """Defaults: those of IMMA's helper; which of torchvision's two ResNet-50 weight sets it uses is not known."""
 
     classifier: str = "ResNet50_Weights.IMAGENET1K_V2"
     """torchvision's name of a classifier's ImageNet weights, or "testbed"."""
     weights: str | None = None
-    """A local safetensors file with tensors for that classifier; None: torchvision fetches them."""
+    """A local safetensors file with tensors for that classifier; None: downloaded by torchvision."""
     top_k: Annotated[int, Field(ge=1, le=100)] = 3
     words: Mapping[str, Annotated[tuple[str, ...], Field(min_length=1)]] = field(default_factory=dict)
-    """Words of descriptions that mean categories of other names, any of which counts: {dog: [beagle, pug]}. A
-    description that holds one of them is not searched for others."""
+    """Words in descriptions that stand for categories with other names, any of which counts: {dog: [beagle, pug]}. If a
+    description contains such a word, it is not searched for category names."""
 
     def __post_init__(self) -> None:
-        """Refuse files that may hold code."""
+        """Reject file formats that may contain code."""
         torchvision_files.check_safetensors(self.weights)
         if self.weights is not None and self.classifier == TESTBED:
             raise ValueError("the testbed's classifier takes no weights; name one of torchvision's as classifier")
@@ -54,7 +54,7 @@ class Parameters:
 
 @register("metric")
 class TargetClassAccuracy(Metric):
-    """Share of drawn images in which a classifier finds the class asked for among its top k."""
+    """Share of drawn images with the requested class among a classifier's top k."""
 
     name = "target_class_accuracy"
     version = 1
@@ -76,7 +76,7 @@ class TargetClassAccuracy(Metric):
 
     @classmethod
     def check_concept(cls, parameters, concept, drawn) -> Iterable[tuple[str, str]]:
-        """Every description must name one class."""
+        """Require that every description names one class."""
         try:
             known = categories(parameters.classifier)
         except ValueError as error:
@@ -103,7 +103,7 @@ class TargetClassAccuracy(Metric):
         }
 
     def score(self, images, references, descriptions, device):
-        """Return, for each prompt, the share of its images with the class it asks for among the top k."""
+        """Return, for each prompt, the share of its images with the requested class among the top k."""
         p = self.parameters
         known = categories(p.classifier)
         classify = classifier(p.classifier, p.weights, device)
@@ -116,7 +116,7 @@ class TargetClassAccuracy(Metric):
 
 
 def asked_for(text: str, known: Mapping[str, Sequence[int]], words: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the names of the categories that a description asks for. Raises ValueError for none or several."""
+    """Return the names of the categories that a description names. Raises ValueError for none or several."""
     named = _named(text, words)
     if named:
         return [name.lower() for word in words if word.lower() in named for name in words[word]]
@@ -128,7 +128,7 @@ def asked_for(text: str, known: Mapping[str, Sequence[int]], words: Mapping[str,
 
 
 def _named(text: str, names: Iterable[str]) -> list[str]:
-    """Return the names, in lower case, that a text contains as whole words, but for those within longer ones."""
+    """Return the names, in lower case, that a text contains as whole words, except those inside longer names."""
     text, found = " ".join(text.lower().split()), []
     for name in sorted({name.lower() for name in names}, key=lambda name: (-len(name), name)):
         pattern = rf"(?<![\w-]){re.escape(name)}(?![\w-])"
@@ -140,12 +140,12 @@ def _named(text: str, names: Iterable[str]) -> list[str]:
 
 def _near(name: str, known: Iterable[str]) -> str:
     hint = did_you_mean(name.lower(), known)
-    return hint if hint.startswith("; did") else ""  # a thousand names are no help
+    return hint if hint.startswith("; did") else ""  # a list of a thousand names would not help
 
 
 @lru_cache(maxsize=4)
 def categories(name: str) -> dict[str, tuple[int, ...]]:
-    """Return the numbers of each category of a classifier, by its name in lower case. Raises ValueError if unknown."""
+    """Return name in lower case -> class indices, for a classifier's categories. Raises ValueError if it is unknown."""
     if name == TESTBED:
         labels = _testbed_labels()
     else:
@@ -197,7 +197,7 @@ def classifier(name: str, weights: str | None, device: torch.device) -> Callable
 
 
 def _zero_shot(device: torch.device) -> Callable[[Sequence[Image]], Tensor]:
-    """Return the cosine of images with the mean caption of each object of the testbed, over its styles."""
+    """Return a function: cosine of images with each testbed object's mean caption over styles."""
     import torch
     from torch.nn.functional import normalize
 

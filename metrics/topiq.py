@@ -1,11 +1,11 @@
 """TOPIQ (Chen et al. 2024) through pyiqa: image quality against a reference (fr) or without one (nr).
 
 An extra, `pip install 'immunitybench[quality]'`: pyiqa's licence (PolyForm Noncommercial) forbids commercial use.
-pyiqa builds the network. Its weights, which pyiqa would unpickle, are read with `weights_only`, or from a safetensors
+pyiqa builds the network, but would unpickle the weights; they are read here with `weights_only`, or from a safetensors
 file.
 
-"fr" compares images of the same scene; generated and reference images are not that, so its values are low and small
-differences mean little. FreezeAsGuard reports it nevertheless.
+"fr" is made for images of the same scene; generated and reference images do not show the same scene, so its values are
+low and small differences mean little. FreezeAsGuard reports it nevertheless.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
 
 REPOSITORY = "chaofengc/IQA-PyTorch-Weights"
 FILES = {"fr": "cfanet_fr_kadid_res50-2c4cc61d.pth", "nr": "cfanet_nr_koniq_res50-9a73138b.pth"}
-"""What pyiqa takes for topiq_fr and topiq_nr, from that repository of the hub."""
+"""pyiqa's files for topiq_fr and topiq_nr in that hub repository."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: pyiqa's models."""
+    """Defaults: those of pyiqa."""
 
     variant: Literal["fr", "nr"] = "fr"
     weights: str | None = None
-    """A local safetensors file with the network's tensors; None: from the hub."""
+    """A local safetensors file with the network's tensors; None: downloaded from the hub."""
     size: Annotated[int, Field(ge=64, le=4096)] | None = None
-    """Pixels a side that both images are resized to. None: as they are drawn, references resized to that."""
+    """Pixels per side that both images are resized to. None: drawn images keep their size, references get that size."""
 
     def __post_init__(self) -> None:
-        """Refuse files that may hold code."""
+        """Reject file formats that may contain code."""
         torchvision_files.check_safetensors(self.weights)
 
 
 @register("metric")
 class Topiq(Metric):
-    """Image quality by TOPIQ: against the references, over all pairs (fr), or of the drawn images alone (nr)."""
+    """Image quality by TOPIQ: against the references, over all pairs (fr), or of the drawn images only (nr)."""
 
     name = "topiq"
     version = 1
@@ -121,6 +121,6 @@ def network(variant: str, weights: str | None, device: torch.device):
 
         file = hf_hub_download(REPOSITORY, FILES[variant])
         tensors = torch.load(file, map_location="cpu", weights_only=True)["params"]
-    # saved from several GPUs
+    # the "module." prefix comes from saving on several GPUs
     model.net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in tensors.items()})
     return model.eval()

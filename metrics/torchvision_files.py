@@ -1,7 +1,7 @@
-"""Weights of torchvision's networks: a safetensors file here, or those that torchvision fetches.
+"""Weights of torchvision's networks: a local safetensors file, or torchvision's download.
 
-Those are pickled: they are read with `weights_only`, which executes nothing, and checked against the hash in their
-names.
+Downloads are pickled files: they are read with `weights_only`, which executes no code, and checked against the hash in
+their names.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ KNOWN = {
     "ResNet50_Weights.IMAGENET1K_V1": ("resnet50-0676ba61.pth", 102_530_333),
     "ResNet50_Weights.IMAGENET1K_V2": ("resnet50-11ad3fa6.pth", 102_540_417),
 }
-"""File and bytes (about) by torchvision's name; its own table needs torch to be read."""
+"""File and approximate bytes by torchvision's name; reading torchvision's own table needs torch."""
 
 
 def hub_file(name: str) -> Path:
-    """Return where torch.hub keeps a file, by its documented layout."""
+    """Return the path of a file in torch.hub's cache, by its documented layout."""
     cache = os.getenv("XDG_CACHE_HOME", "~/.cache")
     home = os.getenv("TORCH_HOME", os.path.join(cache, "torch"))
     return Path(os.path.expanduser(home)) / "hub" / "checkpoints" / name
 
 
 def fetched(name: str, weights: str | None) -> list[Fetched]:
-    """Return what torchvision fetches for the weights of a name; [] for a file here."""
+    """Return torchvision's downloads for the weights of a name; [] for a local file."""
     if weights is not None:
         return []
     file, size = KNOWN.get(name, (None, None))
@@ -41,18 +41,18 @@ def fetched(name: str, weights: str | None) -> list[Fetched]:
 
 
 def local_files(weights: str | None) -> dict[str, Path]:
-    """Return the parameter `weights` when it names a file."""
+    """Return the parameter `weights` if it names a file."""
     return {} if weights is None else {"weights": Path(weights)}
 
 
 def check_safetensors(weights: str | None) -> None:
-    """Raise ValueError for a file of another format: the others may execute what is in them."""
+    """Raise ValueError for a file of another format, since loading it may execute code."""
     if weights is not None and not weights.endswith(".safetensors"):
         raise ValueError(f"weights must be a .safetensors file (got '{weights}')")
 
 
 def state_dict(name: str, weights: str | None) -> dict[str, Tensor]:
-    """Return the tensors of a file here, or of the weights that torchvision knows by `name`."""
+    """Return the tensors of a local file, or of torchvision's weights `name`."""
     if weights is not None:
         from safetensors.torch import load_file
 

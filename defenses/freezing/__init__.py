@@ -1,1 +1,1 @@
-"""Defenses that freeze tensors of the UNet, and the tables of a run on their masks."""
+"""Defenses that freeze tensors of the UNet, and the analysis of their masks in a run."""

@@ -1,14 +1,14 @@
-"""Is a mask worth more than a random one as large? Paired tests of defenses that freeze against `random_freeze`.
+"""Is a mask better than a random mask of the same size? Paired tests of freezing defenses against `random_freeze`.
 
-    family   defenses that differ in nothing but their ratio; its name: the common part of their names
-    paired   with the random_freeze defense of the same task whose share of frozen tensors is nearest, if it is as large
-             (`masks.as_large`)
-    lines    one for each ratio, and one for all ratios of the family that are measured: means over them, paired in
-             concept, prompt and seed. Within a task, metric, attack and step p is corrected by Holm: over the ratios of
-             all families; over families for those taken together
+    family   defenses that differ only in their ratio, named by the common beginning of their names
+    paired   with the random_freeze defense of the same task whose share of frozen tensors is nearest, if the sizes are
+             similar (`masks.as_large`)
+    lines    one per ratio, and one for the mean over all measured ratios of the family, paired by concept, prompt and
+             seed. Within a task, metric, attack and step, p is corrected by Holm: for single ratios over the ratios of
+             all families, for means over families
 
-A defense that froze nothing has no line, nor has an attack that a mask does not affect: one that ignores it, or that
-trains additional weights, so that its images are the same stages' on both. No torch here.
+There are no lines for a defense that froze nothing, or for an attack that a mask does not affect (it ignores the mask,
+or trains additional weights, so its images come from the same stages for both defenses). No torch here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from harness.analysis.measurements import Measurements
 
 OWN_COLUMNS = ("family", "is_together", "frozen", "frozen_random", "parameters", "parameters_random")
-"""Of masks_against_random.csv, before those of a comparison."""
+"""Columns of masks_against_random.csv before those of a comparison."""
 LEGEND = (
     "stronger by: how much less the attack reaches than on random masks as large, mean over targets; above 0 the mask "
     "protects more. As large is meant of tensors; parameters % says how far the two differ in elements. 95 %: covers "
@@ -60,17 +60,17 @@ def columns() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A defense, and the random one as large: names, and means over seeds and protected sets."""
+    """A defense and its random counterpart: names, and means over seeds and protected sets."""
 
     defense: str
     random: str
-    shares: tuple[float, float]  # of tensors, of either
-    parameters: tuple[float, float]  # of elements
+    shares: tuple[float, float]  # frozen share of tensors, for each of the two
+    parameters: tuple[float, float]  # frozen share of elements
 
 
 @dataclass(frozen=True)
 class Family:
-    """Defenses that differ in nothing but their ratio, by share."""
+    """Defenses that differ only in their ratio, sorted by share."""
 
     task: str
     name: str
@@ -78,7 +78,7 @@ class Family:
 
 
 def families(masks: Sequence[Mask]) -> list[Family]:
-    """Return the families that have random masks as large, in the order of the masks."""
+    """Return the families that have random masks of similar size, in the order of the masks."""
     by_defense: dict[tuple[str, str], list[Mask]] = {}
     for mask in masks:
         by_defense.setdefault((mask.task, mask.defense), []).append(mask)
@@ -107,13 +107,13 @@ def families(masks: Sequence[Mask]) -> list[Family]:
 
 
 def _name(defenses: Sequence[str], taken: Collection[str]) -> str:
-    """Return the common beginning of the names; the first name where that is empty, or the name of another defense."""
+    """Return the common beginning of the names; the first name if that is empty or already taken."""
     shared = os.path.commonprefix(list(defenses)).rstrip("0123456789_-.+")
     return shared if len(defenses) > 1 and shared and shared not in taken else defenses[0]
 
 
 def lines(masks: Sequence[Mask], table: Measurements, draws: int = 1000) -> list[dict[str, Any]]:
-    """Return the lines of masks_against_random.csv: of each family its ratios, then all together."""
+    """Return the lines of masks_against_random.csv: for each family its ratios, then all ratios together."""
     from harness.analysis.compare import judge
 
     known = families(masks)
@@ -140,7 +140,7 @@ def lines(masks: Sequence[Mask], table: Measurements, draws: int = 1000) -> list
 def _compared(
     table: Measurements, key: Key, family: Family, pairs: Sequence[Pair], draws: int
 ) -> Compared | None:
-    """Return the mean over some pairs, compared; None if it is not measured, or the mask does not affect the attack."""
+    """Return the comparison of means over pairs; None if not measured, or if the mask does not affect the attack."""
     from harness.analysis.compare import compare_sides
 
     sides = [pair.defense for pair in pairs], [pair.random for pair in pairs]
@@ -167,7 +167,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def sections(overlaps: Sequence[dict[str, Any]], against: Sequence[dict[str, Any]]) -> list[Section]:
-    """Return masks.md: of each defense how its masks agree, then the lines, those of all ratios first."""
+    """Return masks.md: how the masks of each defense agree, then the lines, those of all ratios together first."""
     found = [Section("Masks of frozen tensors", level=1), _agreement(overlaps)]
     for is_together, title in ((True, "All ratios together"), (False, "Each ratio")):
         own = [line for line in against if line["is_together"] == is_together]
@@ -185,7 +185,7 @@ def sections(overlaps: Sequence[dict[str, Any]], against: Sequence[dict[str, Any
 
 
 def _agreement(overlaps: Sequence[dict[str, Any]]) -> Section:
-    """Return the table of how masks of one defense agree: a row for each protected set."""
+    """Return the table of the agreement between masks of one defense: a row for each protected set."""
     grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in overlaps:
         grouped.setdefault((line["task"], line["defense"], line["protected"]), []).append(line)

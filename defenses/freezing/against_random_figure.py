@@ -1,4 +1,4 @@
-"""Are learned masks more than random ones? By frozen share: do seeds agree, and what is protected beyond random."""
+"""Figure of learned against random masks by frozen share: agreement of seeds, and protection beyond random."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GREY = "#777777"
 
 
 def draw(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draw `path` (PNG) from the lines of masks.csv and masks_against_random.csv; return False without any of these."""
+    """Draw `path` (PNG) from the lines of masks.csv and masks_against_random.csv; return False without lines."""
     figure = plot(overlaps, against)
     if figure is None:
         return False
@@ -24,10 +24,10 @@ def draw(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, A
 def plot(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]]) -> Any:
     """Return the figure; None without lines.
 
-    A row for each task and attack, at its last step: how much of the masks is what their start gives with no data (1:
-    all), the overlap of two seeds' masks less that of random sets, and for each metric how much less the attack reaches
-    than on random masks as large (whiskers: 95 % intervals); zero is no more than random. Over the share of tensors
-    that is frozen; hollow where a corrected test finds no difference from random.
+    One row per task and attack, at its last step; the horizontal axis is the share of frozen tensors. Panels: how much
+    of a mask follows from its start without data (1: all); the overlap of two seeds' masks minus that of random sets;
+    and for each metric how much less the attack reaches than on random masks of similar size (whiskers: 95 %
+    intervals). Zero: no better than random. Hollow: a corrected test finds no difference from random.
     """
     singles = [line for line in against if not line["is_together"]]
     if not singles:
@@ -78,7 +78,7 @@ def plot(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, A
 
 
 def _agreeing(overlaps: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
-    """Return (task, defense) of the masks whose seeds agree in every protected set: p by Holm over all but random."""
+    """Return (task, defense) of masks whose seeds agree in every protected set; Holm-corrected over all but random."""
     from harness.analysis.compare import LEVEL
     from harness.analysis.statistics import holm
 
@@ -106,7 +106,7 @@ def _overlap(
     number_of: Callable[[Mapping[str, Any]], float | None],
     filled: Collection[tuple[str, str]] | None,
 ) -> None:
-    """Draw a point for each defense: the mean of `number_of` over its masks. `filled` None: all are."""
+    """Draw a point for each defense: the mean of `number_of` over its masks. `filled` None: all points are filled."""
     for defense, line in by_defense.items():
         own = [m for m in overlaps if (m["task"], m["defense"]) == (line["task"], defense)]
         values = [value for value in map(number_of, own) if value is not None]

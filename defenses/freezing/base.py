@@ -1,4 +1,4 @@
-"""The common base of defenses that release only frozen tensors: threat model, and mask.csv."""
+"""Base of the defenses that only freeze tensors: their threat model, and mask.csv."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from harness.contracts.protection import Protection, ThreatModel
 
 
 class Freezing(Defense):
-    """Base class of defenses that freeze tensors. Their masks are in the tables of `FreezingDiagnostic`."""
+    """Base class of defenses that freeze tensors. `FreezingDiagnostic` reports their masks."""
 
     threat_model = ThreatModel(must_honour=("frozen",))
 
     @classmethod
     def mask_without_data(cls, parameters: Any, starts: Mapping[str, float]) -> frozenset[str] | None:
-        """Return the tensors frozen by a mask that is learned from the same start without data; None: not learned.
+        """Return the tensors frozen if the mask were learned from the same start without data; None: not learned.
 
-        `starts` are the logits before learning by tensor, which mask.csv keeps as `logit_before`.
+        `starts` are the logits before learning, by tensor; mask.csv keeps them as `logit_before`.
         """
         return None
 
     def keep(self, folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
-        """Write mask.csv, where something is frozen or recorded of single tensors."""
+        """Write mask.csv if something is frozen, or the method reports details of single tensors."""
         if protection.frozen or protection.details:
             masks.write(folder, elements, protection)

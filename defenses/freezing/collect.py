@@ -1,4 +1,4 @@
-"""The masks of a run, read from the folders of the protections that its defenses released."""
+"""The masks of a run, read from the folders of its defenses' protections."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def of_run(run: MeasuredRun) -> list[Mask]:
 
 
 def _given(model: ReleasedModel) -> str:
-    """Return which concepts of the protected set the defense got, and whether it is weak on purpose."""
+    """Return which concepts of the protected set were given to the defense, and whether it is weak on purpose."""
     targets = model.stage.parameters.targets
     protects = "first" if targets is not None and len(targets) < len(model.protected) else "all"
     return f"{protects}, weak" if model.is_weak else protects
@@ -52,7 +52,7 @@ def _given(model: ReleasedModel) -> str:
 def _without_data(
     method: str, parameters: Mapping[str, Any], rows: Sequence[Mapping[str, str]]
 ) -> frozenset[str] | None:
-    """Return what the method would freeze without data; None where its mask was not learned."""
+    """Return the tensors that the method would freeze without data; None if its mask was not learned."""
     starts = {row["tensor"]: float(row["logit_before"]) for row in rows if row.get("logit_before")}
     cls = registry.get("defense", method)
     if not starts or not issubclass(cls, Freezing):

@@ -1,4 +1,4 @@
-"""What the columns of the tables on frozen tensors mean: masks.csv, masks_against_random.csv, freezing.csv."""
+"""Definitions of the columns of the tables on frozen tensors: masks.csv, masks_against_random.csv, freezing.csv."""
 
 from __future__ import annotations
 

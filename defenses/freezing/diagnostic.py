@@ -1,7 +1,7 @@
-"""Tables on frozen tensors of a run: masks and their overlaps, masks against random ones, and FreezeAsGuard's tables.
+"""Diagnostic of frozen tensors: masks and their overlaps, masks against random ones, and FreezeAsGuard's tables.
 
-Files: masks.csv, .md and .png; masks_against_random.csv and .png; freezing.csv and .md. Where papers' numbers are asked
-for, FreezeAsGuard's are put beside them, and beside the costs in adaptation_cost.csv.
+Files: masks.csv, .md and .png; masks_against_random.csv and .png; freezing.csv and .md. If papers' numbers are
+requested, FreezeAsGuard's are added to freezing.csv and .md and to the costs in adaptation_cost.csv.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """The results of a run on frozen tensors."""
+    """The results on frozen tensors of a run."""
 
     masks: Sequence[Mask]
     overlaps: Sequence[dict[str, Any]]
@@ -40,7 +40,7 @@ class Found:
 
 @register("diagnostic")
 class FreezingDiagnostic(Diagnostic):
-    """Masks of defenses that freeze tensors: whether they agree, beat random ones, and what they save."""
+    """Masks of freezing defenses: whether they agree, whether they beat random masks, and the cost they save."""
 
     name = "freezing"
     version = 1
@@ -48,7 +48,7 @@ class FreezingDiagnostic(Diagnostic):
     definitions = DEFINITIONS
 
     def of(self, run: MeasuredRun) -> Found | None:
-        """Return the lines on the masks of the run; None where no defense has one."""
+        """Return the results on the masks of the run; None if no defense has a mask."""
         found = collect.of_run(run)
         if not found:
             return None
@@ -81,17 +81,17 @@ class FreezingDiagnostic(Diagnostic):
         yield Table("freezing", columns, reached, pages)
 
     def extend(self, table: Table, found: Found, run: MeasuredRun) -> Table:
-        """Put the paper's costs beside the measured ones, where papers' numbers are asked for."""
+        """Add the paper's costs to the measured ones, if papers' numbers are requested."""
         if table.name != "adaptation_cost" or not run.papers:
             return table
         lines = tables.costs_beside_paper(table.lines, found.reached, run.papers, found.names)
         return replace(table, columns=table.columns + tuple(tables.PAPER_COST_COLUMNS), lines=lines)
 
     def stands_beside(self, row: PaperRow, suite: Suite) -> bool | None:
-        """Return whether a row of FreezeAsGuard's paper belongs beside a suite that freezes; None elsewhere.
+        """Return whether a row of FreezeAsGuard's paper belongs beside a suite that freezes; None for other rows.
 
-        Its tables are of adaptation, whether concepts were erased before or not. Its IMMA belongs beside `joint`, which
-        is IMMA on several concepts, and its UCE beside `none` where a task erases.
+        Its tables are on adaptation, with or without earlier erasure. Its IMMA corresponds to `joint`, which is IMMA on
+        several concepts, and its UCE to `none` in a task that erases.
         """
         defenses = {spec.method for spec in suite.defenses} | {""}
         if row.paper != tables.PAPER or not defenses & set(tables.METHODS):
@@ -104,5 +104,5 @@ class FreezingDiagnostic(Diagnostic):
         return row.task in kinds and row.defense in defenses
 
     def section(self, folder: Path) -> PageSection | None:
-        """Return the section on frozen tensors; None where nothing was frozen."""
+        """Return the section on frozen tensors; None if nothing was frozen."""
         return section.of_run(folder)

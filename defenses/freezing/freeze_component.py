@@ -1,9 +1,9 @@
-"""Freezing one component of the UNet: what FreezeAsGuard's authors tried first (arXiv 2405.17472 v1, table 1).
+"""Freeze one component of the UNet: the first experiment of FreezeAsGuard's authors (arXiv 2405.17472 v1, table 1).
 
-Which tensors count to a component is not stated there. Here: attention, the query, key, value and output projections
-of self- and cross-attention; convolutions, every convolution but those that lead into and out of attention blocks
-(`proj_in`, `proj_out`, convolutions in SD 1.x and linear in SD 2.1); time_embeddings, the time embedding and its
-projections in the residual blocks. Weights and biases alike.
+The paper does not state which tensors belong to a component. Here: attention, the query, key, value and output
+projections of self- and cross-attention; convolutions, all convolutions except the first and last layer of attention
+blocks (`proj_in`, `proj_out`, convolutions in SD 1.x and linear in SD 2.1); time_embeddings, the time embedding and its
+projections in the residual blocks. Weights and biases are both included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.core.registry import register
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is frozen."""
+    """The frozen component."""
 
     component: Literal["attention", "convolutions", "time_embeddings"] = "attention"
 

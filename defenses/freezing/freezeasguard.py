@@ -7,32 +7,31 @@ Huang and Gao, "FreezeAsGuard: Mitigating Illegal Adaptation of Diffusion Models
     s.t.  theta*(m) = argmin  L(theta(m); illegal) + L(theta(m); innocent) (equations 3 and 7; only theta_ft moves)
     and (mean(m) - rho)^2 small                                           (equation 6)
 
-Illegal are the targets, innocent the task's `preserve` concepts, both by their defense images. Mask and simulated user
-take turns, a mask step first, and the user goes on from where it was: `harness/training/masking.py` has the steps, and
-`harness/training/domains.py` the losses. theta_ft starts as the model fine-tuned on both domains, a separate stage
-(`defenses/freezing/mixed_finetune.py`). What is released is the set of frozen tensors; an honest attacker leaves them
-alone, an adaptive one does not, and LoRA beside them never touches them.
+The targets are the illegal domain and the task's `preserve` concepts the innocent one, both with their defense images.
+Mask steps and steps of the simulated user alternate, a mask step first; the user continues from its last weights. The
+steps are in `harness/training/masking.py`, the losses in `harness/training/domains.py`. theta_ft starts as the model
+fine-tuned on both domains, a separate stage (`defenses/freezing/mixed_finetune.py`). Only the set of frozen tensors is
+released; an honest attacker does not train them, an adaptive attacker may, and LoRA's added weights are not affected.
 
 Profiles (papers' facts: freezeasguard.md, sections 4 and 5)
-    paper     logits start negative (nothing frozen; the range is not stated: ours is [-1, 0)), the user is Adam and
-              takes 10 steps a mask step, its loss is the sum of the domains' means, batches hold half of either domain.
-    released  logits start in [0, 1) (everything frozen), the user is plain SGD at 1e-5, which hardly moves weights in
-              fp32, and takes 4 steps, its loss is the batch's mean, batches are drawn from all images as they are,
-              Delta and the logits are kept in bf16, and the count of steps starts anew in each epoch.
-Every single choice may be taken for itself.
+    paper     logits start negative (nothing frozen; the range is not stated, here [-1, 0)); the user is Adam with 10
+              steps per mask step; its loss is the sum of the domains' means; half of each batch is from each domain.
+    released  logits start in [0, 1) (everything frozen); the user is plain SGD at 1e-5, which hardly changes weights in
+              fp32, with 4 steps; its loss is the batch's mean; batches are drawn from all images together; Delta and
+              the logits are kept in bf16; the count of steps restarts in each epoch.
+Each choice can also be set separately.
 
-Beyond both: `normalise` scales the signal <Delta_i, g_i>, by its root mean square over the tensors (rms) or each
-tensor's by its own (adam). In the published update the sparsity term is orders of magnitude larger, so that the mask
-may learn nothing but its random start; whether it does is in the record (`mask.csv`, and the ledger's correlations).
-`binarise: topk` freezes exactly rho N tensors, the largest of the mask; `threshold`, as the code does, those with
-m > 1/2, however many these are.
+Added here: `normalise` divides the signals <Delta_i, g_i> by their root mean square over the tensors (rms), or each
+tensor's signal by its own (adam). In the published update the sparsity term is orders of magnitude larger, so the mask
+may depend only on its random start; the record shows whether it does (`mask.csv`, and the ledger's correlations).
+`binarise: topk` freezes exactly the rho N tensors with the largest m; `threshold`, as in the code, all with m > 1/2.
 
-Differences from the paper: its equations were restored from prose and code; the simulated user's optimizer is not
-stated there. Differences from the released code: m and the sparsity term are computed in fp32 (there in bf16; Delta and
-the logits are kept in bf16 as there), at the start of the logits as they are kept (there of fp32 ones); logits move in
-one operation and come off the device once a step, weights in one operation a tensor (there a loop over scalars);
-latents and text embeddings are encoded once; a last, smaller batch of an epoch is filled from the next; several
-processes share one mask (there each has its own). The simulated Adam decays no weights.
+Differences from the paper: its equations were reconstructed from prose and code; it does not state the simulated user's
+optimizer. Differences from the released code: m and the sparsity term are computed in fp32 (released: bf16; Delta and
+the logits are kept in bf16 in both), from the logits' start as stored (released: from the fp32 start); logits are
+updated in one operation and read from the device once per step, weights in one operation per tensor (released: a loop
+over scalars); latents and text embeddings are encoded once; a smaller last batch of an epoch is filled from the next
+epoch; several processes share one mask (released: one each). The simulated Adam has no weight decay.
 """
 
 from __future__ import annotations
@@ -81,11 +80,11 @@ _TESTBED = {
 
 @dataclass(frozen=True)
 class Parameters(ByProfile):
-    """Defaults: the paper's where it states them, else the released scripts'. None: the profile's."""
+    """Defaults: from the paper if stated there, otherwise from the released scripts. None: set by the profile."""
 
     profile: Profile = "paper"
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """rho, the share of tensors to freeze. The paper's best on SD v1.5; its scripts take 0.2."""
+    """rho, the share of tensors to freeze. 0.3 is the paper's best on SD v1.5; its scripts use 0.2."""
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 400
     """Mask steps. "Sufficient steps" in the paper; 406 in the code for ten subjects."""
     user_steps: Annotated[int, Field(ge=0, le=1000)] | None = None
@@ -93,33 +92,33 @@ class Parameters(ByProfile):
     temperature: Annotated[float, Field(gt=0, le=100)] = 0.2
     mask_learning_rate: Annotated[float, Field(gt=0, le=1e9)] = 10.0
     sparsity: Annotated[float, Field(ge=0, le=1e9)] = 5e3
-    """c, the weight of (mean(m) - rho)^2; not multiplied by the mask's rate. The released scripts'."""
+    """c, the weight of (mean(m) - rho)^2; not multiplied by the mask's rate. Default: the released scripts'."""
     normalise: Literal["none", "rms", "adam"] = "none"
-    """How the signal is scaled, ours, in neither profile. rms: by its root mean square over the tensors; adam: each
-    tensor's running mean by the root of its running mean square."""
+    """How the signal is scaled; added here, in neither profile. rms: divided by its root mean square over the tensors;
+    adam: each tensor's running mean, divided by the root of its running mean square."""
     binarise: Literal["threshold", "topk"] = "threshold"
-    """threshold: m > 1/2, the code's; topk: exactly the share `ratio`, the largest of m."""
+    """threshold: m > 1/2, as in the code; topk: exactly the share `ratio`, with the largest m."""
     initial: Literal["negative", "uniform"] | None = None
-    """Where logits start. negative: [-1, 0), paper; uniform: [0, 1), released."""
+    """Range of the initial logits. negative: [-1, 0), paper; uniform: [0, 1), released."""
     user_optimizer: Literal["adamw", "sgd"] | None = None
     """paper: adamw, released: sgd."""
     user_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-5
     lower_weighting: Literal["domain_means", "batch_mean"] | None = None
     """The user's loss: the sum of both domains' means (paper), or the mean of the batch (released)."""
     batches: Literal["stratified", "mixed"] | None = None
-    """Half of either domain (paper), or drawn from all images as they are (released)."""
+    """stratified: half from each domain (paper); mixed: drawn from all images together (released)."""
     delta_precision: Literal["fp32", "bf16"] | None = None
-    """In which Delta and the logits are kept. paper: fp32, released: bf16."""
+    """Precision of Delta and the logits. paper: fp32, released: bf16."""
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 16
     """Global: over all processes, and over both domains."""
     flip: bool = True
     start_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 2000
-    """Of the fine-tuning on both domains that everything starts from."""
+    """Steps of the fine-tuning on both domains that gives the initial theta_ft."""
     start_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-5
     start_batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
 
     def __post_init__(self) -> None:
-        """Refuse a batch that has no two halves."""
+        """Reject a batch that cannot be halved."""
         if self.batch_size % 2 and self.chosen("batches") == "stratified":
             raise ValueError(f"batch_size must be even, half of it for either domain (got {self.batch_size})")
 
@@ -138,9 +137,9 @@ class FreezeAsGuard(Freezing):
     Parameters = Parameters
     quick = {"rounds": 2, "batch_size": 4, "user_steps": 1, "start_steps": 2, "start_batch_size": 2}
     presets = {
-        # for the embedded testbed: its own rates, a tenth of the mask steps, the published c / N (docs/presets.md)
+        # for the embedded testbed: own rates, a tenth of the mask steps, the published c / N (docs/presets.md)
         "testbed": _TESTBED,
-        # ours, likewise: the signal moves logits more than sparsity does
+        # added here, also for the testbed: the signal changes logits more than sparsity does
         "testbed_normalised": {
             **_TESTBED,
             "normalise": "adam",
@@ -152,7 +151,7 @@ class FreezeAsGuard(Freezing):
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:
-        """A forward and a backward pass for each step of either kind."""
+        """A forward and a backward pass per step of either kind."""
         return 3.0 * parameters.rounds * (1 + parameters.chosen("user_steps")) * parameters.batch_size
 
     @classmethod
@@ -167,7 +166,7 @@ class FreezeAsGuard(Freezing):
 
     @classmethod
     def mask_without_data(cls, parameters, starts) -> frozenset[str]:
-        """Take every mask step with a signal of zero: the ratio alone moves the logits."""
+        """Take every mask step with zero signal, so that only the sparsity term changes the logits."""
         import torch
 
         from harness.training.masking import MaskRule
@@ -181,14 +180,14 @@ class FreezeAsGuard(Freezing):
 
     @classmethod
     def check_task(cls, parameters, targets, preserved) -> list[tuple[str, str]]:
-        """Refuse a task without an innocent domain."""
+        """Reject a task without an innocent domain."""
         if not preserved:
             return [("method", "freezeasguard keeps an innocent domain learnable; name concepts of it under preserve")]
         return []
 
     @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
-        """Refuse batches that the processes do not divide."""
+        """Reject batches that the number of processes does not divide."""
         p = parameters
         shares = {"batch_size": p.batch_size, "start_batch_size": p.start_batch_size}
         if p.chosen("batches") == "stratified":
@@ -216,10 +215,10 @@ class FreezeAsGuard(Freezing):
         domains = Domains(
             model, run, targets, preserved,
             batch_size=p.batch_size, flip=p.flip, seed=run.seed_for("noise"), is_mixed=is_mixed,
-            stream="mask",  # not the draws that theta_ft was fitted to: they share the seed
+            stream="mask",  # theta_ft was fitted with the same seed; these draws must differ
         )  # fmt: skip
         theta = model.use_up(names)
-        # no level trains: masks and user steps move the weights themselves
+        # no level trains: mask and user steps update the weights directly
         weights = sharding.spread(model, theta, sharding.no_levels(names), run)
         precision = _precision(p)
         source = torch.Generator().manual_seed(run.seed_for("mask"))
@@ -233,7 +232,7 @@ class FreezeAsGuard(Freezing):
             user_optimizer=p.chosen("user_optimizer"),
             delta_dtype=precision,
         )
-        run.prepared = {}  # as large as the model, and in Delta now
+        run.prepared = {}  # free it: as large as the model, and now contained in Delta
         learned = _Learned(masked)
         epoch = math.ceil(len(domains) / p.batch_size) if is_mixed else None
         plan = list(schedule(p.rounds, p.chosen("user_steps"), epoch))
@@ -265,9 +264,9 @@ def _precision(parameters: Parameters) -> dtype:
 
 
 def schedule(rounds: int, user_steps: int, epoch: int | None) -> Iterator[Literal["mask", "user"]]:
-    """Yield the kind of each step: a mask step, then the user's steps, for so many rounds.
+    """Yield the kind of each step: in each round a mask step, then the user's steps.
 
-    `epoch`: batches of an epoch, in each of which the count starts anew (released); None: it goes on.
+    `epoch`: number of batches after which the count restarts (released); None: it does not restart.
     """
     done = index = 0
     while True:
@@ -281,7 +280,7 @@ def schedule(rounds: int, user_steps: int, epoch: int | None) -> Iterator[Litera
 
 
 def binarised(logits: Tensor, names: list[str], how: Literal["threshold", "topk"], ratio: float) -> list[str]:
-    """Return the names that are frozen, in their order."""
+    """Return the names of the frozen tensors, in the given order."""
     if how == "threshold":
         return [name for name, logit in zip(names, logits.tolist(), strict=True) if logit > 0]
     count = round(ratio * len(names))
@@ -290,18 +289,18 @@ def binarised(logits: Tensor, names: list[str], how: Literal["threshold", "topk"
 
 
 class _Learned:
-    """The state of learning, as the training loop keeps it: weights under a mask, and statistics of the signal."""
+    """The state of mask learning for the training loop: masked weights, and statistics of the signal."""
 
     def __init__(self, masked: MaskedWeights):
         import torch
 
         self.masked = masked
-        # sums over mask steps: a, its squares, and how far the signal and the sparsity moved the logits
+        # sums over mask steps: a, its squares, and the changes of the logits by signal and by sparsity
         self.sums = torch.zeros(4, len(masked.names), dtype=torch.float64)
         self.count = 0
 
     def note(self, step: MaskStep) -> None:
-        """Add signal and effect of one mask step."""
+        """Add one mask step to the statistics."""
         import torch
 
         seen = (step.signal, step.signal.square(), step.by_signal.abs(), step.by_sparsity.abs())
@@ -309,18 +308,18 @@ class _Learned:
         self.count += 1
 
     def state(self) -> dict[str, Tensor]:
-        """As `MaskedWeights.state`, with the statistics."""
+        """Return the state of `MaskedWeights`, with the statistics."""
         import torch
 
         return {**self.masked.state(), "sums": self.sums, "mask_steps": torch.tensor(self.count)}
 
     def load_state(self, state) -> None:
-        """Put back what `state` returned."""
+        """Restore what `state` returned."""
         self.sums, self.count = state["sums"], int(state["mask_steps"])
         self.masked.load_state(state)
 
     def details(self, names: list[str], first: Tensor) -> dict[str, dict[str, float]]:
-        """Return the details of each tensor, for the record."""
+        """Return the details of each tensor, for mask.csv."""
         mask = self.masked.mask
         signal, square, by_signal, by_sparsity = self.sums.tolist()
         return {
@@ -339,7 +338,7 @@ class _Learned:
 
 
 def _report(run: Run, learned: _Learned, first: Tensor, frozen: list[str], names: list[str]) -> None:
-    """Put into the ledger whether the mask is more than its start."""
+    """Write numbers to the ledger that show whether the mask depends on more than its start."""
     import torch
 
     mask = learned.masked.mask
@@ -355,5 +354,5 @@ def _report(run: Run, learned: _Learned, first: Tensor, frozen: list[str], names
     }
     for name, other in (("start", first.double()), ("signal", -signal)):
         correlation = torch.corrcoef(torch.stack([hard, other]))[0, 1]
-        if bool(correlation.isfinite()):  # a mask with a single value has no correlation
+        if bool(correlation.isfinite()):  # a constant mask has no correlation
             run.ledger.numbers[f"correlation_with_{name}"] = float(correlation)

@@ -1,4 +1,4 @@
-"""Frozen share by kind of tensor and by block of the UNet, and whether masks of different seeds agree: a figure."""
+"""Figure of the frozen share by kind of tensor and by block of the UNet, and of the agreement between seeds' masks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _OWN, _CHANCE, _START = "#0072B2", "#777777", "#D55E00"
 
 
 def draw(found: Sequence[Mask], path: Path) -> bool:
-    """Draw `path` (PNG), a row for each defense of each task; return False when nothing was frozen.
+    """Draw `path` (PNG), a row for each defense of each task; return False if nothing was frozen.
 
-    Left: the share of tensors that is frozen, mean over seeds and protected sets. Right: how much masks of two seeds
-    overlap, beside chance, and how the mask correlates with the random start of its learning.
+    Left: share of frozen tensors, mean over seeds and protected sets. Right: overlap of two seeds' masks, with the
+    overlap expected by chance, and the mask's correlation with the random start of its learning.
     """
     rows = list(dict.fromkeys((m.task, m.defense) for m in found))
     if not rows:
@@ -70,7 +70,7 @@ def _along_the_way(block: str) -> tuple[int, str]:
 
 
 def _share(found: Sequence[Mask], kind_of: Any, wanted: str) -> float:
-    """Return the mean over masks of the share of tensors of a kind or block that is frozen."""
+    """Return the frozen share of the tensors of a kind or block, mean over masks."""
     shares = []
     for mask in found:
         own = [name for name in mask.elements if kind_of(name) == wanted]

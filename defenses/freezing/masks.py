@@ -1,10 +1,10 @@
-"""Masks of frozen tensors: what a defense that freezes records of each tensor, and how masks compare.
+"""Masks of frozen tensors: the record that a freezing defense keeps of each tensor, and comparisons of masks.
 
-Such a defense writes `mask.csv` beside its protection, a row for each tensor of the UNet: its name, elements, whether
-it is frozen, and the method's details of it. The tables of a run contain `masks.csv`, a row for each mask (`COLUMNS`).
-Overlap is the Jaccard index of two masks, |A and B| / |A or B|; overlap by chance is its expectation for random sets as
-large. Whether masks of several seeds overlap more is tested against random draws. The method computes the mask that is
-learned without data (`Freezing.mask_without_data`), with torch.
+A freezing defense writes `mask.csv` next to its protection, with a row for each tensor of the UNet: name, elements,
+whether it is frozen, and details from the method. From the masks of a run, `masks.csv` is made, with a row for each
+mask (`COLUMNS`). Overlap is the Jaccard index of two masks, |A and B| / |A or B|; overlap by chance is its expectation
+for random sets of the same sizes. Whether masks of several seeds overlap more is tested against randomly drawn masks.
+`Freezing.mask_without_data` of the method (with torch) gives the mask that would be learned without data.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 FILE = "mask.csv"
 OF_LEDGER = ("correlation_with_start", "correlation_with_signal", "moved_by_signal", "moved_by_sparsity")
-"""Numbers that the stage of a learned mask wrote into its ledger."""
+"""Numbers from the ledger of a learned mask's stage."""
 COLUMNS = (
     "task", "defense", "method", "profile", "protected", "seed", "tensors", "frozen_tensors", "frozen_parameters",
     *OF_LEDGER, "overlap_without_data", "overlap_of_seeds", "overlap_by_chance", "overlap_p", "overlap_with_random",
     "random_overlap_of_seeds",
 )  # fmt: skip
-"""Of masks.csv; defined in `defenses.freezing.definitions`."""
+"""Columns of masks.csv, defined in `defenses.freezing.definitions`."""
 KINDS = ("attention", "feed-forward", "convolution", "norm", "time embedding", "projection")
-"""Of tensors, as `kind` returns them."""
+"""Kinds of tensors, as returned by `kind`."""
 
 
 def write(folder: Path, elements: Mapping[str, int], protection: Protection) -> None:
@@ -54,7 +54,7 @@ def write(folder: Path, elements: Mapping[str, int], protection: Protection) -> 
 
 
 def read(folder: Path) -> list[dict[str, str]] | None:
-    """Return the rows of mask.csv; None where the defense froze nothing and recorded nothing."""
+    """Return the rows of mask.csv; None if the defense froze nothing and reported no details."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -68,14 +68,14 @@ def frozen(rows: Sequence[Mapping[str, str]]) -> frozenset[str]:
 
 
 def overlap(first: frozenset[str], second: frozenset[str]) -> float | None:
-    """Return the Jaccard index of two sets; None where both are empty."""
+    """Return the Jaccard index of two sets; None if both are empty."""
     either = first | second
     return len(first & second) / len(either) if either else None
 
 
 @lru_cache(maxsize=1000)
 def overlap_by_chance(first: int, second: int, total: int) -> float | None:
-    """Return the expected Jaccard index of random sets of so many of `total` tensors; None where both are empty."""
+    """Return the expected Jaccard index of random sets of these sizes from `total` tensors; None if both are empty."""
     if not first and not second:
         return None
     pairs = comb(total, second)
@@ -87,10 +87,10 @@ def overlap_by_chance(first: int, second: int, total: int) -> float | None:
 
 
 def overlap_p(masks: Sequence[Mask], draws: int = 1999) -> float | None:
-    """Return the chance that random sets as large overlap as much as these masks do, mean over pairs, or more.
+    """Return the probability that random sets of the same sizes overlap at least as much as these masks (pair mean).
 
-    One-sided, against so many draws (Phipson and Smyth 2010: never 0). Pairs of empty masks do not count. None without
-    a pair in which something could overlap.
+    One-sided, estimated by `draws` random draws (Phipson and Smyth 2010: never 0). Pairs of empty masks do not count.
+    None without a pair that could overlap.
     """
     import numpy as np
 
@@ -113,7 +113,7 @@ def overlap_p(masks: Sequence[Mask], draws: int = 1999) -> float | None:
 
 
 def as_large(first: float, second: float, total: int) -> bool:
-    """Return whether shares of `total` tensors are called as large: a quarter apart or one tensor, at most 5 points."""
+    """Return whether two shares of `total` tensors count as equal: a quarter or one tensor apart, at most 5 points."""
     return second > 0 and abs(first - second) <= min(0.05, max(0.25 * first, 1 / total)) + 1e-12
 
 
@@ -130,39 +130,39 @@ class Mask:
     elements: Mapping[str, int]  # of every tensor of the UNet
     frozen: frozenset[str]
     numbers: Mapping[str, float]  # of the stage's ledger
-    without_data: frozenset[str] | None = None  # the frozen tensors of a mask learned without data; None: not learned
+    without_data: frozenset[str] | None = None  # mask learned from its start without data; None: not learned
     parameters: Mapping[str, Any] = field(default_factory=dict)  # the method's
     given: str = "all"  # which concepts of the set it protects, and whether it is weak on purpose
-    stage: str | None = None  # key of the defense's stage: of masks that no seed changes there is one for all seeds
+    stage: str | None = None  # key of the defense's stage; masks that do not depend on the seed share one
 
     @property
     def share(self) -> float:
-        """The share of tensors that is frozen."""
+        """The share of frozen tensors."""
         return len(self.frozen) / len(self.elements)
 
     @property
     def share_of_parameters(self) -> float:
-        """The share of elements that is frozen."""
+        """The share of frozen elements."""
         return sum(self.elements[name] for name in self.frozen) / sum(self.elements.values())
 
     @property
     def ratio(self) -> float | None:
-        """The ratio that was asked for; None: the method has none."""
+        """The requested ratio; None: the method has none."""
         return self.parameters.get("ratio")
 
     @property
     def settings(self) -> str:
-        """The settings that masks of one family share: everything but the ratio."""
+        """The settings shared by masks of one family: all but the ratio."""
         own = {name: value for name, value in self.parameters.items() if name != "ratio"}
         return digest_of_json([self.method, own, self.given])
 
     def is_same(self, other: Mask) -> bool:
-        """Return whether it is the other mask: of the same seed, or the same stage's, which no seed changes."""
+        """Return whether both are the same mask: of the same seed, or of the same stage, independent of the seed."""
         return self.seed == other.seed or (self.stage is not None and self.stage == other.stage)
 
     @property
     def group(self) -> tuple:
-        """The labels that masks of other seeds share with this one."""
+        """The labels shared by this mask and those of other seeds."""
         return self.task, self.defense, self.protected
 
 
@@ -180,7 +180,7 @@ def table(masks: Sequence[Mask]) -> list[dict[str, Any]]:
             for m in masks
             if m.method == "random_freeze" and m.task == mask.task and as_large(mask.share, m.share, len(mask.elements))
         ]
-        # of one seed random masks are parts of each other, and the same for every protected set
+        # random masks of one seed are nested, and the same for every protected set
         unrelated = [m for m in random if mask.method != "random_freeze" or m.seed != mask.seed]
         total, count = len(mask.elements), len(mask.frozen)
         lines.append(
@@ -222,7 +222,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def block(name: str) -> str:
-    """Return where in the UNet a tensor is: "down 0", "mid", "up 2", "in", "out" or "time"."""
+    """Return the part of the UNet that a tensor is in: "down 0", "mid", "up 2", "in", "out" or "time"."""
     parts = name.removeprefix("unet.").split(".")
     if parts[0] in ("down_blocks", "up_blocks"):
         return f"{parts[0].removesuffix('_blocks')} {parts[1]}"
@@ -232,7 +232,7 @@ def block(name: str) -> str:
 
 
 def kind(name: str) -> str:
-    """Return what a tensor of a Stable Diffusion UNet is for, one of `KINDS`."""
+    """Return the kind of a tensor of a Stable Diffusion UNet, one of `KINDS`."""
     for pattern, found in _KINDS:
         if pattern.search(name):
             return found
@@ -246,4 +246,4 @@ _KINDS = (
     (re.compile(r"norm"), "norm"),
     (re.compile(r"conv"), "convolution"),
 )
-"""The first that is found in the name; the rest are `proj_in` and `proj_out` of the attention blocks."""
+"""The first match in the name decides; the rest are `proj_in` and `proj_out` of the attention blocks."""

@@ -1,11 +1,11 @@
-"""The model that FreezeAsGuard's mask learning starts from: fully fine-tuned on both domains. No defense by itself.
+"""The start of FreezeAsGuard's mask learning: the model fully fine-tuned on both domains. Not a defense by itself.
 
-Huang and Gao, arXiv 2405.17472 v1 (`mixed_full_trainer.py` of the released code): all UNet tensors on the publisher's
-images of the illegal and the innocent domain, drawn as they are; 2000 steps, batch of four, AdamW at 1e-5, constant
-rate, gradients clipped to norm 1. It is a separate stage, which every mask of the same concepts and seed shares.
+Huang and Gao, arXiv 2405.17472 v1 (`mixed_full_trainer.py` of the released code): all UNet tensors are trained on the
+publisher's images of the illegal and the innocent domain together; 2000 steps, batch of four, AdamW at 1e-5, constant
+rate, gradients clipped to norm 1. It is a separate stage, shared by all masks of the same concepts and seed.
 
 Differences from the released code: fp32 weights; latents and text embeddings are encoded once; a step is one global
-batch of four (there: four batches of one).
+batch of four (released: four batches of one).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from harness.core.sharding import global_batch
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defaults: the released script's."""
+    """Defaults: those of the released script."""
 
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 2000
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-5
@@ -36,7 +36,7 @@ class Parameters:
 
 @register("preparation")
 class MixedFinetune(Defense):
-    """Full fine-tuning on what shall be hard to learn and what must stay learnable, together."""
+    """Full fine-tuning on the illegal and the innocent domain together."""
 
     name = "mixed_finetune"
     version = 1
@@ -47,12 +47,12 @@ class MixedFinetune(Defense):
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:
-        """A forward and a backward pass for each example."""
+        """A forward and a backward pass per example."""
         return 3.0 * parameters.steps * parameters.batch_size
 
     @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
-        """Refuse a batch that the processes do not divide."""
+        """Reject a batch that the number of processes does not divide."""
         return list(global_batch(parameters, sharding))
 
     def protect(self, model, targets, preserved, run) -> Protection:

@@ -1,10 +1,10 @@
-"""Random freezing: the publisher's API refuses a random share of the UNet's tensors. FreezeAsGuard's baseline.
+"""Random freezing: the publisher's API does not train a random share of the UNet's tensors. FreezeAsGuard's baseline.
 
-Huang and Gao, arXiv 2405.17472 v1, "Random-rho". Its generator is not in the released code; ours shuffles the tensors
-by the seed and takes the first of them, so that with one seed a smaller share is part of a larger one.
+Huang and Gao, arXiv 2405.17472 v1, "Random-rho". Its generator is not in the released code; this one shuffles the
+tensors by the seed and freezes the first ones, so that with one seed a smaller share is part of a larger one.
 
-The paper's ratio counts tensors, in which a bias weighs as much as a kernel. `of: parameters` counts elements: in the
-shuffled order, every tensor is frozen that the share still has room for.
+The paper's ratio counts tensors, so a bias counts as much as a kernel. `of: parameters` counts elements: in shuffled
+order, each tensor that still fits into the share is frozen.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from harness.core.registry import register
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is frozen."""
+    """The share to freeze, and its unit."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """The share; the paper's best for FreezeAsGuard on SD v1.5."""
+    """The share to freeze; 0.3 is the paper's best for FreezeAsGuard on SD v1.5."""
     of: Literal["tensors", "parameters"] = "tensors"
-    """What the share counts. tensors: the paper's."""
+    """The unit of the share; tensors in the paper."""
 
 
 @register("defense")

@@ -24,7 +24,7 @@ _NUMBERS = (
 
 
 def of_run(folder: Path) -> PageSection | None:
-    """Return the section; None where nothing was frozen, or its tables are missing."""
+    """Return the section; None if nothing was frozen, or the tables are missing."""
     rows = read_table(folder / MASKS)
     if not rows:
         return None
@@ -51,7 +51,7 @@ def _masks(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def _against(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Return the lines of all ratios together."""
+    """Return the lines for all ratios together."""
     words = ("task", "metric", "family", "attack", "attacker", "verdict")
     return [
         {**{name: row.get(name, "") for name in words}, **{name: mean_of([row], name) for name in _NUMBERS}}

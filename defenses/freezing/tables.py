@@ -1,12 +1,13 @@
-"""What attacks reach where tensors are frozen, in the shape of FreezeAsGuard's tables 2, 3 and 4. No torch here.
+"""Results of attacks on frozen models, in the form of FreezeAsGuard's tables 2, 3 and 4. No torch here.
 
-    by ratio      each defense of a task: what attacks reach on the targets after their last step and what an honest
-                  user learns of the innocents, honest and adaptive attackers apart (table 2)
-    cost          what freezing saves an honest user (table 3, from `harness.results.adaptation_cost`)
-    by concepts   the defenses that several tasks have, side by side, fewest concepts protected together first (table 4)
+    by ratio      per defense of a task: the attacks' scores on the targets after their last step, and an honest user's
+                  scores on the innocent concepts; honest and adaptive attackers separately (table 2)
+    cost          the cost that freezing saves an honest user (table 3, from `harness.results.adaptation_cost`)
+    by concepts   defenses used in several tasks, side by side, ordered by the number of concepts protected together
+                  (table 4)
 
-A paper's numbers, where they are asked for, are in further columns, as printed: in freezing.md, and in
-freezing.csv and adaptation_cost.csv (`beside_paper`).
+If a paper's numbers are requested, they are in additional columns, as printed: in freezing.md, and in freezing.csv and
+adaptation_cost.csv (`beside_paper`).
 """
 
 from __future__ import annotations
@@ -25,35 +26,35 @@ if TYPE_CHECKING:
     from harness.analysis.paper_rows import PaperRow
 
 Name = tuple[str, int | None]
-"""A paper's defense, and its ratio in %."""
+"""A paper's name of a defense, and its ratio in %."""
 Names = Mapping[tuple[str, str], Name]
 """(task, defense) -> its name in the paper."""
 Line = Mapping[str, Any]
 Printed = Mapping[tuple, str]
-"""What a paper prints, by table, name, setting and metric."""
+"""A paper's printed numbers, by table, name, setting and metric."""
 PaperCell = tuple[str, str, str]
 """A paper's table, setting and metric."""
 PAPER = "freezeasguard"
 """The name of the paper's rows."""
 METHODS = ("freezeasguard", "random_freeze", "freeze_component")
-"""Those that freeze and are in papers."""
+"""Freezing methods that are in papers."""
 COLUMNS = (
     "task", "n_protected", "n_targets", "metric", "unit", "step", "attack", "attacker", "defense", "method", "profile",
     "ratio", "frozen", "parameters", "target_original", "target_none", "target_defended", "sgr", "sgr_low", "sgr_high",
     "innocent_none", "innocent_defended", "innocent_sgr", "utility", "valid", "is_felt",
 )  # fmt: skip
-"""Of freezing.csv: the leaderboard's, with the ratio that was asked for and the shares that are frozen."""
+"""Columns of freezing.csv: the leaderboard's, with the requested ratio and the frozen shares."""
 _GROUPS = {
     "2 subjects, seed 1": "2 subjects of FF25, seed 1",
     "2 subjects, seed 2": "2 subjects of FF25, seed 2",
     "5 subjects": "5 subjects of FF25",
     "10 subjects": "10 subjects of FF25",
 }
-"""Of the paper's table 4: what a column is called, and how its rows name the subjects."""
+"""Of the paper's table 4: names of columns, and how its rows name the subjects."""
 
 
 def _of_group(group: str) -> tuple[PaperCell, PaperCell]:
-    """Return where table 4 has FID on the illegal domain and CLIP on the innocent one."""
+    """Return the cells of table 4 with FID on the illegal domain and CLIP on the innocent one."""
     return (
         ("4", f"illegal domain, {_GROUPS[group]}", "FID"),
         ("4", f"innocent domain, Logo; illegal: {group}", "CLIP"),
@@ -73,12 +74,12 @@ PAPER_COLUMNS: dict[str, PaperCell] = {
         for name, cell in zip(_MEASURES, _of_group(group), strict=True)
     },
 }
-"""Columns of freezing.csv beside the paper's: of the line's defense."""
+"""Columns added to freezing.csv with the paper's numbers of the line's defense."""
 PAPER_COST_COLUMNS: dict[str, PaperCell] = {
     "paper_gpu_memory_gb": ("3", "user's fine-tuning", "GPU memory"),
     "paper_seconds_per_batch": ("3", "user's fine-tuning", "time per batch"),
 }
-"""The same of adaptation_cost.csv, at FreezeAsGuard's ratio; its 0 % is the undefended model."""
+"""Columns added to adaptation_cost.csv, at FreezeAsGuard's ratio; the paper's 0 % is the undefended model."""
 LEGEND = (
     "reaches: similarity of what the attacked model draws to the targets, mean over targets and seeds. SGR: "
     "(undefended - defended) / undefended, with its 95 % interval over seeds; as none: this attacker feels nothing of "
@@ -96,7 +97,7 @@ PAPER_LEGEND = (
     "not. Masks that are in no paper have none of its numbers."
 )
 _AS_PRINTED = {"normalise": "none", "binarise": "threshold", "of": "tensors"}
-"""Parameters of masks that are in the paper, where a method has them."""
+"""Parameter values of the paper's masks, for methods that have these parameters."""
 _RHO = re.compile(r"; rho (\d+) %")
 
 
@@ -105,7 +106,7 @@ def lines(
 ) -> list[dict[str, Any]]:
     """Return the lines of freezing.csv, in the leaderboard's order.
 
-    `together`: how many concepts are protected together in each task; `table`: what the leaderboard was made from.
+    `together`: the number of concepts protected together, by task; `table`: the measurements behind the leaderboard.
     """
     by_defense: dict[tuple[str, str], list[Mask]] = {}
     for mask in masks:
@@ -134,9 +135,9 @@ def _is_undefended(leader: Line, table: Measurements) -> bool:
 def paper_names(
     found: Sequence[Line], masks: Sequence[Mask], erasing: Collection[str]
 ) -> dict[tuple[str, str], Name]:
-    """Return (task, defense) -> its name in the paper; what is in no paper is left out.
+    """Return (task, defense) -> its name in the paper; defenses that are in no paper are left out.
 
-    `erasing` are the tasks whose concepts were erased first.
+    `erasing` are the tasks that erase their concepts first.
     """
     names: dict[tuple[str, str], Name] = {}
     for line in found:
@@ -184,7 +185,7 @@ def costs_beside_paper(
 
 
 def _affected(found: Sequence[Line]) -> set[tuple[str, str]]:
-    """Return (task, attack) of those that a mask affects: honest, and training what it freezes."""
+    """Return (task, attack) of the attacks that a mask affects: honest, and training tensors that it freezes."""
     return {(line["task"], line["attack"]) for line in found if line["frozen"] and line["is_felt"]}
 
 
@@ -193,7 +194,7 @@ def _by_cell(papers: Sequence[PaperRow]) -> Printed:
 
 
 def _printed(printed: Printed, name: Name | None, cell: PaperCell) -> str | None:
-    """Return the paper's number of a defense, as printed; None where it has none."""
+    """Return the paper's number of a defense, as printed; None if there is none."""
     return None if name is None else printed.get((cell[0], *name, *cell[1:]))
 
 
@@ -210,9 +211,9 @@ def sections(
     names: Names = MappingProxyType({}),
     origin: str = "",
 ) -> list[Section]:
-    """Return freezing.md; `order` are the names of the suite's defenses, `names` the paper's of them.
+    """Return freezing.md; `order` are the names of the suite's defenses, `names` their names in the paper.
 
-    `origin`: what the tables were made from.
+    `origin`: the sentence on how the tables' data were made.
     """
     printed = _by_cell(papers)
     paragraphs = (origin, LEGEND, PAPER_LEGEND if printed else "")
@@ -222,7 +223,7 @@ def sections(
     for place, task in enumerate(dict.fromkeys(line["task"] for line in last)):
         for metric in metrics:
             own = [line for line in last if (line["task"], line["metric"]) == (task, metric)]
-            # the paper's table is of one task: beside the suite's first
+            # the paper's table has one task: shown with the suite's first task
             made += [_by_ratio(task, metric, own, order, {} if place else printed, names)] if own else []
     made += _cost(costs, found, printed, names)
     for metric in metrics:
@@ -241,7 +242,7 @@ def _at_last_step(found: Sequence[Line]) -> list[Line]:
 def _by_ratio(
     task: str, metric: str, own: Sequence[Line], order: Sequence[str], printed: Printed, names: Names
 ) -> Section:
-    """Return the table of a task and metric: a row each defense, columns by attack."""
+    """Return the table of a task and metric: a row per defense, columns by attack."""
     attacks = list(dict.fromkeys((line["attack"], line["attacker"], line["step"]) for line in own))
     attacks.sort(key=lambda attack: attack[1] != "honest")  # stable
     head, rows = ["defense", "tensors %", "parameters %"], []
@@ -272,7 +273,7 @@ def _by_ratio(
 
 
 def _cost(costs: Sequence[Line], found: Sequence[Line], printed: Printed, names: Names) -> list[Section]:
-    """Return the tables of what an honest user's adaptation costs: of attacks that the mask affects."""
+    """Return the tables of an honest user's adaptation costs, for attacks that the mask affects."""
     about, affected = {(line["task"], line["defense"]): line for line in found}, _affected(found)
     made: list[Section] = []
     groups: dict[tuple, list[Line]] = {}
@@ -304,7 +305,7 @@ def _cost(costs: Sequence[Line], found: Sequence[Line], printed: Printed, names:
 def _by_concepts(
     metric: str, own: Sequence[Line], order: Sequence[str], printed: Printed, names: Names
 ) -> list[Section]:
-    """Return the table of the defenses that several tasks have; nothing for one task."""
+    """Return the table of the defenses that are used in several tasks; [] for one task."""
     sizes = {line["task"]: line["n_protected"] for line in own}
     tasks = sorted(sizes, key=sizes.__getitem__)  # stable
     made: dict[str, dict[str, dict[str, Line]]] = {}  # defense -> task -> attack -> line

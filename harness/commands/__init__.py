@@ -1,1 +1,1 @@
-"""The verbs of the command line, one a file: what it takes (`add_arguments`) and what it does (`main`)."""
+"""The verbs of the command line, one per file: its arguments (`add_arguments`) and its action (`main`)."""

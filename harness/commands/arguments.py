@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, and how numbers are read there."""
+"""Command-line arguments of several verbs, and parsers for numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.core.errors import one_line
 
 
 def add_suite(parser: argparse.ArgumentParser) -> None:
-    """Add the suite and its overrides."""
+    """Add the suite and its options."""
     parser.add_argument("suite", help="a suite file, or the name of a bundled one (see: list)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -21,7 +21,7 @@ def add_suite(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plugins(parser: argparse.ArgumentParser, what: str = "defenses, attacks, metrics, tasks, ...") -> None:
-    """Add the plug-ins to load."""
+    """Add the option for plug-ins."""
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE", dest="plugins",
         help=f"a Python file that registers {what}",
@@ -29,19 +29,19 @@ def add_plugins(parser: argparse.ArgumentParser, what: str = "defenses, attacks,
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
-    """Add the folder of results."""
+    """Add the option for the results folder."""
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="where results go (default: runs)")
 
 
 def count(text: str) -> int:
-    """Return an integer of at least 1; raise as argparse expects otherwise."""
+    """Return an integer of at least 1; otherwise raise argparse's error."""
     if not (text.isascii() and text.isdigit() and int(text[:9]) > 0 and len(text) < 9):
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1 (got '{one_line(text, 60)}')")
     return int(text)
 
 
 def throughput(text: str) -> float:
-    """Return a number greater than 0; raise as argparse expects otherwise."""
+    """Return a number greater than 0; otherwise raise argparse's error."""
     try:
         value = float(text)
     except ValueError:
@@ -68,10 +68,10 @@ def console(width_when_piped: int = 160):
     """Return the rich console that results are printed to."""
     from rich.console import Console
 
-    # labels such as object:pizza are no markup and no emoji codes
+    # labels such as object:pizza must not be read as markup or emoji codes
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
 
 
 def warn(line: str) -> None:
-    """Print a problem that left the results usable."""
+    """Print a problem that did not prevent the results."""
     print(f"warning: {one_line(line, 1000)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`check`: whether methods have the properties that every method must have, before they are run."""
+"""`check`: test methods for the properties that every method must have, before they are run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> ExitCode:
-    """Run the verb: one line a property, on the embedded testbed's model."""
+    """Run the verb: one line per property, on the embedded testbed's model."""
     import tempfile
 
     import torch
@@ -35,7 +35,7 @@ def main(given: argparse.Namespace) -> ExitCode:
     values = _values(given.overrides)
     methods = [(kind, small(cls, values, given.preset) if _has_checks(kind) else cls) for kind, cls in chosen]
     failed = 0
-    torch.set_num_threads(1)  # the model is small: more threads wait for each other
+    torch.set_num_threads(1)  # the model is small: more threads would be slower
     with tempfile.TemporaryDirectory(prefix="immunitybench-check-") as folder:
         plugins = (str(Path(given.file).resolve()),) if given.file else ()
         setting = Setting.make(_testbed(), Path(folder), plugins)
@@ -72,7 +72,7 @@ def _methods(file: str | None, name: str | None) -> list[tuple[str, type]]:
 
 
 def _values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the parameters given as NAME=VALUE, the value as in a suite. Raises UserMistake."""
+    """Return the parameters given as NAME=VALUE, with values as in a suite. Raises UserMistake for other forms."""
     from harness.suite.yaml_source import YamlSource
 
     source = YamlSource("the parameters", {})

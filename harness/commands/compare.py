@@ -1,4 +1,4 @@
-"""`compare`: a defense of a run beside others."""
+"""`compare`: compare a defense of a run with others."""
 
 from __future__ import annotations
 

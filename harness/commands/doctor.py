@@ -1,4 +1,4 @@
-"""`doctor`: whether this installation has what a run needs."""
+"""`doctor`: check whether this installation has everything that a run needs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(given: argparse.Namespace) -> ExitCode:
 
 
 def run(runs: Path) -> ExitCode:
-    """Print one line a check; return USER_MISTAKE when something that every run needs is wrong."""
+    """Print one line per check; return USER_MISTAKE if something that every run needs is wrong."""
     worst = ExitCode.DONE
     for check in (_python, _packages, _testbed, _device, _folder):
         found = check(runs) if check is _folder else check()
@@ -47,7 +47,7 @@ def _python() -> Check:
 
 
 def _packages() -> Check:
-    """Compare installed versions with what the distribution asks for."""
+    """Compare installed versions with the distribution's requirements."""
     from packaging.requirements import Requirement
 
     try:

@@ -1,4 +1,4 @@
-"""`list`: what is registered, and the bundled suites."""
+"""`list`: show registered methods and the bundled suites."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness.commands import arguments
 from harness.core.errors import ExitCode
 
 KINDS = ("task", "defense", "attack", "metric", "diagnostic", "stage")
-"""Shown, in this order."""
+"""The displayed kinds, in this order."""
 
 SUMMARY = "show what is registered, and the bundled suites"
 

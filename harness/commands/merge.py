@@ -1,4 +1,4 @@
-"""`merge`: the stages of several results folders in one."""
+"""`merge`: merge the stages of several results folders into one."""
 
 from __future__ import annotations
 

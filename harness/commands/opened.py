@@ -1,4 +1,4 @@
-"""A suite that was read and planned, with the folders of its run: most verbs start with it."""
+"""A suite that was read and planned, with the folders of its run; the start of most verbs."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Opened:
 
     @property
     def gates(self) -> Gates:
-        """When a cell of the leaderboard counts."""
+        """The conditions for a valid cell of the leaderboard."""
         from harness.analysis.leaderboard import Gates
 
         return Gates(**self.loaded.suite.gates.model_dump())
 
     def make_folder(self) -> None:
-        """Make the run's folder and check that it can be written. Raises UserMistake when it cannot."""
+        """Create the run's folder. Raises UserMistake if it is not writable."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.store.root.mkdir(exist_ok=True)
@@ -54,7 +54,7 @@ class Opened:
             raise UserMistake(f"--runs {self.folder.parent}: cannot be written: {one_line(error.strerror)}") from None
 
     def committed(self) -> set[str]:
-        """Return the keys of the plan's stages that the store holds."""
+        """Return the keys of the plan's stages that are in the store."""
         by_kind = {kind: self.store.committed(kind) for kind in {stage.kind for stage in self.plan.stages.values()}}
         return {key for key, stage in self.plan.stages.items() if key in by_kind[stage.kind]}
 
@@ -64,7 +64,7 @@ def open_suite(
 ) -> Opened:
     """Read, check and plan a suite: a file, or the name of a bundled one.
 
-    `overrides` are key=value as --set takes them. Raises UserMistake with everything that is wrong.
+    `overrides` are key=value, as for --set. Raises UserMistake with all mistakes.
     """
     folder = _runs_folder(runs)
     registry.load_plugins(plugins)
@@ -79,7 +79,7 @@ def open_suite(
 
 
 def _runs_folder(given: str) -> Path:
-    """Return the folder of results. Raises UserMistake when there can be none."""
+    """Return the results folder. Raises UserMistake if it cannot exist."""
     try:
         path = Path(given)
         nearest = next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -1,4 +1,4 @@
-"""`plan`: the stages of a suite, what they share and cost; or how many seeds a claim needs."""
+"""`plan`: show the stages of a suite, their sharing and cost; or how many seeds a claim needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of a plan by kind: asked for, shared, done, left, and an estimate of the time."""
+"""The work of a plan by kind of stage: requested, shared, done and remaining stages, and an estimate of the time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
-    """Print the stages by kind: asked for, shared, done, and what is left to do in passes and time.
+    """Print the stages by kind: requested, shared, done, and the remaining work in passes and time.
 
-    `tflops` is what a GPU sustains; without it an assumed one is used, where there are no records to learn from.
+    `tflops` is the sustained throughput of a GPU; without it, and without records, a default is assumed.
     """
     from rich.table import Table
 
@@ -99,7 +99,7 @@ def _show_gpu_hours(opened: Opened, passes: float, tflops: float | None, console
 
 
 def _rates(opened: Opened, limit: int = 40) -> dict[str, tuple[float, float]]:
-    """Return kind -> (seconds a pass, seconds a stage), medians over records in the store for this model."""
+    """Return kind -> (seconds per pass, seconds per stage), medians over records in the store for this model."""
     rates = {}
     for kind in {s.kind for s in opened.plan.stages.values()}:
         per_pass, per_stage = [], []
@@ -119,7 +119,7 @@ def _rates(opened: Opened, limit: int = 40) -> dict[str, tuple[float, float]]:
 
 
 def _estimate(kind: str, to_do: dict, rates: dict[str, tuple[float, float]]) -> float | None:
-    """Return the seconds that the stages to do need, or None when no such stage was done here before."""
+    """Return the seconds that the remaining stages need; None if no stage of this kind was done here before."""
     if not to_do:
         return 0.0
     if kind not in rates:

@@ -1,4 +1,4 @@
-"""Running an opened suite: what is missing is walked by an executor, then the tables are written and shown."""
+"""Run an opened suite: an executor does the missing stages, then the tables are written and shown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a suite is run; none of it is part of a result's identity."""
+    """How a suite is run; these options do not affect the results."""
 
     executor: str = "ray"  # one of EXECUTORS of `commands.run`
     cache: str = "only-missing"  # one of CACHE_MODES of `commands.run`
@@ -34,7 +34,7 @@ class RunOptions:
 
 
 def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
-    """Run the stages that are missing and show the tables."""
+    """Run the missing stages and show the tables."""
     committed = opened.committed()
     recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
     if options.cache == "only-cached":
@@ -69,7 +69,7 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
 
 
 def _require(opened: Opened, options: RunOptions) -> None:
-    """Raise UserMistake for what the run needs and this machine lacks, before any compute."""
+    """Raise UserMistake, before any compute, if this machine lacks something that the run needs."""
     fetching.require_installed(opened.loaded)
     fetching.require_offline(opened.loaded)
     preflight(opened.source)
@@ -82,7 +82,7 @@ def _require(opened: Opened, options: RunOptions) -> None:
 def _walked(
     opened: Opened, options: RunOptions, walk: Walk, redo: frozenset[str], console: Console
 ) -> ExitCode:
-    """Walk the plan by the executor, show the progress, then the tables."""
+    """Run the plan by the executor and show the progress, then the tables."""
     from harness.executors.progress import Progress, format_seconds
 
     workplace = _workplace(opened, options, redo)
@@ -141,7 +141,7 @@ def _workplace(opened: Opened, options: RunOptions, redo: frozenset[str]) -> Wor
 
 
 def _check_devices(opened: Opened) -> None:
-    """Raise UserMistake when the suite asks for a GPU that this machine does not have, before any compute."""
+    """Raise UserMistake, before any compute, if the suite requires a GPU that this machine does not have."""
     resources = opened.loaded.suite.resources
     wanted = resources.gpus * resources.workers
     if wanted <= 0:
@@ -158,14 +158,14 @@ def _check_devices(opened: Opened) -> None:
 
 
 def _forget_others(opened: Opened, recorded: dict[str, Path]) -> None:
-    """Remove the failures of stages that are not in the plan any more, such as those of a plug-in before its edit."""
+    """Remove the failures of stages that are no longer in the plan, such as those of a plug-in before an edit."""
     for key in recorded.keys() - opened.plan.stages.keys():
         with contextlib.suppress(OSError):
             recorded.pop(key).unlink(missing_ok=True)
 
 
 def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:
-    """Mark units whose stages failed in an earlier run as failed, without trying again (--cache always)."""
+    """Mark units whose stages failed in an earlier run as failed, without another try (--cache always)."""
     for index in sorted(walk.missing):
         broken = [recorded[k] for k in walk.unit(index).stages if k in recorded]
         if broken and index not in walk.blocked:

@@ -1,4 +1,4 @@
-"""`status`: how far a suite is, and what failed."""
+"""`status`: show the progress of a suite, and its failures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(given: argparse.Namespace) -> ExitCode:
 
 
 def show(opened: Opened, console: Console) -> ExitCode:
-    """Print how many stages are committed and what failed; return the exit code that a run would return."""
+    """Print how many stages are committed, and the failures; return the exit code that a run would return."""
     from harness.contracts.stage import kinds_in_order
     from harness.stages.execution import failure_path
 

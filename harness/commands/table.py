@@ -1,4 +1,4 @@
-"""`table`: the tables of what is committed."""
+"""`table`: write and show the tables of the committed stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`validate`: everything that is wrong with a suite, before any compute."""
+"""`validate`: report all mistakes in a suite, before any compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of an opened suite: written, shown, and whether they are there already."""
+"""Write and show the tables of an opened suite, or check whether they exist already."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write_tables(opened: Opened, papers: Sequence[Any] = ()) -> Written:
-    """Write the tables of what is committed."""
+    """Write the tables of the committed stages."""
     from harness.results import tables
 
     folder, model = opened.folder, opened.source.name
@@ -25,7 +25,7 @@ def write_tables(opened: Opened, papers: Sequence[Any] = ()) -> Written:
 
 
 def are_written(opened: Opened) -> bool:
-    """Return whether the folder holds the tables of this plan, with every row."""
+    """Return whether the folder contains the tables of this plan, with every row."""
     from harness.results import tables
 
     return tables.are_written(opened.plan, opened.folder, opened.source.name, opened.gates)
@@ -37,7 +37,7 @@ def finish(opened: Opened, console: Console) -> None:
 
 
 def show(opened: Opened, written: Written, console: Console) -> None:
-    """Show the written tables on a terminal, and where they are."""
+    """Show the written tables in the terminal, and print their location."""
     from harness.results import console as terminal
 
     terminal.show(written.shown, console, before_note="  ")
@@ -45,7 +45,7 @@ def show(opened: Opened, written: Written, console: Console) -> None:
 
 
 def write_resolved(opened: Opened) -> None:
-    """Keep the suite as it was resolved, defaults and overrides included."""
+    """Write the resolved suite, including defaults and overrides."""
     import yaml
 
     from harness.results.folder import RESOLVED

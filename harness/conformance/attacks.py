@@ -1,4 +1,4 @@
-"""Properties that every attack must have, one function each."""
+"""Properties that every attack must have, one function per property."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 STEPS = (1, 3)
 BATCH_SIZE = 2
 LOADED = 2e-2
-"""How far predictions after `load` may be from those in training, as a share of what the attack changed in them."""
+"""Allowed difference between predictions after `load` and in training, as a share of the attack's effect on them."""
 ROUNDING = 1e-6
-"""The same as a share of the predictions: fp32, where an adapter is fused."""
+"""Additional allowed difference, as a share of the predictions: fp32 rounding when an adapter is fused."""
 
 
 def gives_the_same_bits_for_the_same_seed(attack: Attack, setting: Setting) -> None:
-    """Two runs save the same at each step, to the bit, whatever the process's own random numbers are."""
+    """Two runs save bit-identical results at each step, independent of the process's global random state."""
     first, second = (adapted(attack, setting).tensors for _ in range(2))
     differs = _difference(first, second)
     if differs:
@@ -39,14 +39,14 @@ def gives_the_same_bits_for_the_same_seed(attack: Attack, setting: Setting) -> N
 
 
 def gives_other_bits_for_another_seed(attack: Attack, setting: Setting) -> None:
-    """The result of training on noise depends on the seed of the noise."""
+    """The result of training with noise depends on the seed of the noise."""
     first, second = (adapted(attack, setting, setting.run(seed)).tensors for seed in (1, 2))
     if _difference(first, second) is None:
         fail(attack, "saves the same for another seed")
 
 
 def yields_the_steps_that_are_asked_for(attack: Attack, setting: Setting) -> None:
-    """In order and each once, and training continues: a later step has other tensors."""
+    """The steps are yielded in order and once each, and training continues: a later step has other tensors."""
     found = adapted(attack, setting)
     if found.yielded != list(STEPS):
         fail(attack, f"yields checkpoints at steps {found.yielded} where {list(STEPS)} are asked for")
@@ -55,7 +55,7 @@ def yields_the_steps_that_are_asked_for(attack: Attack, setting: Setting) -> Non
 
 
 def goes_on_after_a_kill(attack: Attack, setting: Setting) -> None:
-    """Killed before its first state and after later ones, it gives the result of an undisturbed run, to the bit."""
+    """Killed before its first state and after later ones, it ends bit-identical to an undisturbed run."""
     run = setting.run()
     whole = adapted(attack, setting, run)
     saved = setting.run_folder()
@@ -79,7 +79,7 @@ def goes_on_after_a_kill(attack: Attack, setting: Setting) -> None:
 
 
 def puts_the_model_back(attack: Attack, setting: Setting) -> None:
-    """After the stage, `restore` gives the released model, bit for bit: nothing undeclared was changed or added."""
+    """After the stage, `restore` gives the released model, bit for bit: no undeclared change or addition remains."""
     from harness.conformance.released import Remembered
 
     model = setting.model()
@@ -95,7 +95,7 @@ def puts_the_model_back(attack: Attack, setting: Setting) -> None:
 
 
 def trains_what_it_says(attack: Attack, setting: Setting) -> None:
-    """It changes weights of the released model in training where it `trains_released_weights`, and only there."""
+    """It changes weights of the released model in training if and only if it declares `trains_released_weights`."""
     changed = sorted(_trained(attack, setting))
     if changed and not attack.trains_released_weights:
         fail(attack, f"trains '{changed[0]}', but its `trains_released_weights` is False")
@@ -104,7 +104,7 @@ def trains_what_it_says(attack: Attack, setting: Setting) -> None:
 
 
 def leaves_frozen_weights_alone_when_honest(attack: Attack, setting: Setting) -> None:
-    """Bit for bit, in training and in what is loaded afterwards, for half of what it changes otherwise."""
+    """If half of the tensors that it changes are frozen, these stay bit-identical in training and after `load`."""
     from harness.conformance.released import Remembered
 
     model = setting.model()
@@ -126,7 +126,7 @@ def leaves_frozen_weights_alone_when_honest(attack: Attack, setting: Setting) ->
 
 
 def ignores_frozen_weights_when_adaptive(attack: Attack, setting: Setting) -> None:
-    """An adaptive attacker saves what it would if nothing were frozen, to the bit."""
+    """An adaptive attacker saves bit-identical results with and without frozen tensors."""
     frozen = Protection(frozen=_half_of_what_changes(attack, setting))
     free = adapted(attack, setting)
     bold = adapted(attack, setting, protection=frozen, attacker="adaptive")
@@ -136,7 +136,7 @@ def ignores_frozen_weights_when_adaptive(attack: Attack, setting: Setting) -> No
 
 
 def loads_what_it_trained(attack: Attack, setting: Setting) -> None:
-    """After `load` the model predicts what it did in training, and not what the released one does for the concept."""
+    """After `load` the model predicts as in training, and not as the released model, for the concept."""
     called = _concept(attack, setting).called
     model = setting.model()
     states = model.encode_text(["a photo of a purse"])
@@ -159,7 +159,7 @@ def loads_what_it_trained(attack: Attack, setting: Setting) -> None:
 
 
 def unloads_to_the_released_model(attack: Attack, setting: Setting) -> None:
-    """After `unload`, and a `restore`, the model is what it was before `load`, to the bit."""
+    """After `unload` and `restore`, the model is bit-identical to that before `load`."""
     from harness.conformance.released import Remembered
 
     folder = adapted(attack, setting).folders[STEPS[-1]]
@@ -184,7 +184,7 @@ def unloads_to_the_released_model(attack: Attack, setting: Setting) -> None:
 
 
 def saves_finite_numbers(attack: Attack, setting: Setting) -> None:
-    """No saved tensor holds NaN or infinity."""
+    """No saved tensor contains NaN or infinity."""
     from harness.conformance.released import not_finite
 
     for step, tensors in adapted(attack, setting).tensors.items():
@@ -194,7 +194,7 @@ def saves_finite_numbers(attack: Attack, setting: Setting) -> None:
 
 
 def fails_when_training_diverges(attack: Attack, setting: Setting) -> None:
-    """A UNet that predicts NaN fails the stage by FloatingPointError or ValueError; no checkpoint is yielded."""
+    """If the UNet predicts NaN, the stage raises FloatingPointError or ValueError; no checkpoint is yielded."""
     from harness.conformance.released import poison
 
     model = setting.model()
@@ -207,7 +207,7 @@ def fails_when_training_diverges(attack: Attack, setting: Setting) -> None:
 
 
 def counts_its_passes(attack: Attack, setting: Setting) -> None:
-    """Passes through the UNet are in the ledger, forward and backward."""
+    """The ledger counts the UNet passes, forward and backward."""
     model, run = setting.model(), setting.run()
     with passes.counted(model) as seen:
         adapted(attack, setting, run, model=model)
@@ -215,7 +215,7 @@ def counts_its_passes(attack: Attack, setting: Setting) -> None:
 
 
 def estimates_its_passes(attack: Attack, setting: Setting) -> None:
-    """`passes_an_example` is within a factor of two of what was made."""
+    """`passes_an_example` is within a factor of two of the actual passes."""
     run = setting.run()
     adapted(attack, setting, run)
     estimate = attack.passes_an_example(attack.parameters) * STEPS[-1] * BATCH_SIZE
@@ -223,14 +223,14 @@ def estimates_its_passes(attack: Attack, setting: Setting) -> None:
 
 
 def reads_predictions_as_the_model_means_them(attack: Attack, setting: Setting) -> None:
-    """The same weights give another result where their predictions are velocities."""
+    """With the same weights declared to predict velocity, it gives another result."""
     noise, velocity = (adapted(attack, setting.predicting(p)).tensors for p in (EPSILON, VELOCITY))
     if _difference(noise, velocity) is None:
         fail(attack, "saves the same for a model that predicts velocity as for one that predicts noise")
 
 
 def agrees_between_processes(attack: Attack, setting: Setting) -> None:
-    """Two processes (ZeRO 2, gloo) train what one does: the changes differ by a thousandth of their size at most."""
+    """Two processes (ZeRO 2, gloo) give the same changes as one process, up to a thousandth of their size."""
     if not attack.can_share(attack.parameters):
         raise NotApplicable("it declares that it cannot be shared (`can_share`)")
     folders = (adapted(attack, setting).folders[STEPS[-1]], processes.checkpoint(attack, setting))
@@ -248,11 +248,11 @@ def agrees_between_processes(attack: Attack, setting: Setting) -> None:
 
 @dataclass
 class Trajectory:
-    """The result of a run of an attack."""
+    """The saved result of a run of an attack."""
 
     yielded: list[int] = field(default_factory=list)
     folders: dict[int, Path] = field(default_factory=dict)  # by step
-    tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by step, the content of the folder
+    tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by step, content of the folder
 
 
 def adapted(
@@ -276,7 +276,7 @@ def adapted(
         look(made.step, model)
         found.yielded.append(made.step)
         found.folders[made.step] = folder = saved / f"{made.step}"
-        shutil.rmtree(folder, ignore_errors=True)  # saved before a kill that came before its state was kept
+        shutil.rmtree(folder, ignore_errors=True)  # from a kill before its state was saved
         folder.mkdir()
         made.save(folder)
         found.tensors[made.step] = files(attack, folder)
@@ -293,7 +293,7 @@ def save_last(attack: Attack, setting: Setting, run: Run, folder: Path) -> None:
 
 
 def files(attack: Attack, folder: Path) -> dict[str, Tensor]:
-    """Return every tensor of a checkpoint, by file and name. Raises Nonconforming when it holds no safetensors."""
+    """Return every tensor of a checkpoint, by file and name. Raises Nonconforming if it has no safetensors."""
     from safetensors.torch import load_file
 
     found = {
@@ -307,7 +307,7 @@ def files(attack: Attack, folder: Path) -> dict[str, Tensor]:
 
 
 def _concept(attack: Attack, setting: Setting) -> AttackedConcept:
-    """Return the concept as a stage passes it: its words where `uses_words`, class images where they are asked for."""
+    """Return the concept as a stage gives it: words if the attack `uses_words`, class images if it requests them."""
     words = Words("sk purse", "sk", "purse")
     called = attack.called(attack.parameters, words)
     images = setting.images(NAMES[0])
@@ -324,12 +324,12 @@ def _concept(attack: Attack, setting: Setting) -> AttackedConcept:
 
 
 def _again(attack: Attack) -> Attack:
-    """Return another object of the attack: images are drawn from a checkpoint in a separate stage."""
+    """Return a new object of the attack, since a separate stage draws images from a checkpoint."""
     return type(attack)(attack.parameters)
 
 
 def _trained(attack: Attack, setting: Setting) -> set[str]:
-    """Return the released model's tensors that are changed in training at the last step."""
+    """Return the names of the released model's tensors that are changed at the last training step."""
     from harness.conformance.released import Remembered
 
     model = setting.model()
@@ -339,7 +339,7 @@ def _trained(attack: Attack, setting: Setting) -> set[str]:
 
 
 def _half_of_what_changes(attack: Attack, setting: Setting) -> frozenset[str]:
-    """Return every second tensor that the attack changes in the model, in training or when it is loaded."""
+    """Return every second tensor of those that the attack changes in the model, in training or by `load`."""
     from harness.conformance.released import Remembered
 
     model = setting.model()
@@ -355,7 +355,7 @@ def _half_of_what_changes(attack: Attack, setting: Setting) -> frozenset[str]:
 
 
 def _looks(model: DiffusionModel, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the UNet's predictions for fixed latents under text embeddings, and the encoding of a fixed text."""
+    """Return the UNet's prediction for fixed latents with these text embeddings, and the encoding of a fixed text."""
     import torch
 
     with torch.no_grad():
@@ -369,7 +369,7 @@ def _looks(model: DiffusionModel, states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _difference(first: dict[int, dict[str, Tensor]], second: dict[int, dict[str, Tensor]]) -> str | None:
-    """Return what differs between two trajectories, in a few words; None: they are equal to the bit."""
+    """Return a short description of the difference between two trajectories; None: they are bit-identical."""
     from harness.conformance.released import first_difference
 
     for step in sorted(first.keys() | second.keys()):

@@ -1,4 +1,4 @@
-"""The meaning of an entry of `ThreatModel.changes`: the names of the tensors that it covers."""
+"""The names of the tensors that an entry of `ThreatModel.changes` covers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ COMPONENTS = ("unet", "text_encoder", "vae")
 
 
 def covered(names: Collection[str], changes: Iterable[str]) -> set[str]:
-    """Return those of the model's parameter names that the entries cover.
+    """Return the names from `names` that the entries cover.
 
     "unet", "text_encoder" and "vae" cover a component; "unet.<set>" covers a set of `harness.training.selection`, such
     as "unet.attention". Raises ValueError for any other entry.

@@ -1,4 +1,4 @@
-"""Properties that every defense must have, one function each. Preparations must have them too."""
+"""Properties that every defense and every preparation must have, one function per property."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from harness.model.run import Run
 
 HONOURED = {"frozen": "frozen", "adaptation": "adaptation_hooks", "sampling": "sampling_hooks"}
-"""Attribute of a `Protection` -> the word that `ThreatModel.must_honour` must contain where it is not empty."""
+"""Attribute of a `Protection` -> entry that `ThreatModel.must_honour` must have if the attribute is not empty."""
 
 
 def gives_the_same_bits_for_the_same_seed(defense: Defense, setting: Setting) -> None:
-    """Two runs release the same, to the bit, whatever the process's own random numbers are."""
+    """Two runs release bit-identical results, independent of the process's global random state."""
     first, second = (protected(defense, setting).protection for _ in range(2))
     differs = difference(first, second)
     if differs:
@@ -36,7 +36,7 @@ def gives_the_same_bits_for_the_same_seed(defense: Defense, setting: Setting) ->
 
 
 def gives_other_bits_for_another_seed(defense: Defense, setting: Setting) -> None:
-    """Another seed gives another result, where the result depends on the seed."""
+    """If the method declares that its result depends on the seed, another seed gives another result."""
     if "seed" not in defense.used(defense.parameters):
         raise NotApplicable("its `uses` holds no 'seed'")
     first, second = (protected(defense, setting, setting.run(seed)).protection for seed in (1, 2))
@@ -45,7 +45,7 @@ def gives_other_bits_for_another_seed(defense: Defense, setting: Setting) -> Non
 
 
 def goes_on_after_a_kill(defense: Defense, setting: Setting) -> None:
-    """Killed before its first state and after later ones, it gives the result of an undisturbed run, to the bit."""
+    """Killed before its first state and after later ones, it ends bit-identical to an undisturbed run."""
     prepared = prepare(defense, setting)
     run = setting.run(_seed(defense))
     whole = protected(defense, setting, run, prepared)
@@ -66,7 +66,7 @@ def goes_on_after_a_kill(defense: Defense, setting: Setting) -> None:
 
 
 def puts_the_model_back(defense: Defense, setting: Setting) -> None:
-    """After the stage, `restore` gives the released model, bit for bit: nothing undeclared was changed or added."""
+    """After the stage, `restore` gives the released model, bit for bit: no undeclared change or addition remains."""
     from harness.conformance.released import Remembered
 
     model = setting.model()
@@ -82,7 +82,7 @@ def puts_the_model_back(defense: Defense, setting: Setting) -> None:
 
 
 def releases_what_it_declares(defense: Defense, setting: Setting) -> None:
-    """Changed tensors are among `threat_model.changes`; what attackers must obey is under `must_honour`."""
+    """Changed tensors are covered by `threat_model.changes`; everything attackers must obey is in `must_honour`."""
     from harness.conformance.declared import covered
 
     model = setting.model()
@@ -128,7 +128,7 @@ def releases_finite_numbers(defense: Defense, setting: Setting) -> None:
 
 
 def fails_when_training_diverges(defense: Defense, setting: Setting) -> None:
-    """A UNet that predicts NaN fails the stage by FloatingPointError or ValueError; nothing of it is released."""
+    """If the UNet predicts NaN, the stage raises FloatingPointError or ValueError; nothing is released."""
     from harness.conformance.released import poison
 
     if not protected(defense, setting).run.ledger.forward_passes:
@@ -144,7 +144,7 @@ def fails_when_training_diverges(defense: Defense, setting: Setting) -> None:
 
 
 def counts_its_passes(defense: Defense, setting: Setting) -> None:
-    """Passes through the UNet are in the ledger, forward and backward."""
+    """The ledger counts the UNet passes, forward and backward."""
     prepared = prepare(defense, setting)
     model = setting.model()
     with passes.counted(model) as seen:
@@ -153,14 +153,14 @@ def counts_its_passes(defense: Defense, setting: Setting) -> None:
 
 
 def estimates_its_passes(defense: Defense, setting: Setting) -> None:
-    """`unet_passes` is within a factor of two of the passes made, and zero where none is made."""
+    """`unet_passes` is within a factor of two of the actual passes, and zero if there are none."""
     outcome = protected(defense, setting)
     estimate = defense.unet_passes(defense.parameters, len(concepts(defense, setting)[0]))
     passes.require_estimated(defense, outcome.run.ledger, estimate, "unet_passes")
 
 
 def needs_only_what_it_declares(defense: Defense, setting: Setting) -> None:
-    """It needs only what `used` lists (every property passes it no more); `used` adds nothing to `uses`."""
+    """It needs only what `used` declares (no property gives it more), and `used` is a subset of `uses`."""
     used = defense.used(defense.parameters)
     more = sorted(used - defense.uses)
     if more:
@@ -173,7 +173,7 @@ def needs_only_what_it_declares(defense: Defense, setting: Setting) -> None:
 
 
 def reads_predictions_as_the_model_means_them(defense: Defense, setting: Setting) -> None:
-    """The same weights give another result where their predictions are velocities, if it uses the UNet."""
+    """With the same weights declared to predict velocity, a method with UNet passes gives another result."""
     noise, velocity = (protected(defense, setting.predicting(p)) for p in (EPSILON, VELOCITY))
     differs = difference(noise.protection, velocity.protection)
     if noise.run.ledger.forward_passes and differs is None:
@@ -183,7 +183,7 @@ def reads_predictions_as_the_model_means_them(defense: Defense, setting: Setting
 
 
 def agrees_between_processes(defense: Defense, setting: Setting) -> None:
-    """Two processes (ZeRO 2, gloo) release what one does: the changes differ by a thousandth of their size at most."""
+    """Two processes (ZeRO 2, gloo) release the same changes as one process, up to a thousandth of their size."""
     if not defense.can_shard:
         raise NotApplicable("it declares that it cannot be shared (`can_shard`)")
     refused = defense.check_sharding(defense.parameters, Sharding(2, 2))
@@ -217,7 +217,7 @@ def protected(
     prepared: Mapping[str, Tensor] | None = None,
     model: DiffusionModel | None = None,
 ) -> Outcome:
-    """Run a defense (after its preparation, unless that is given) on what it declares to use."""
+    """Run a defense (after its preparation, unless given) on the parts of concepts that it declares to use."""
     run = run or setting.run(_seed(defense))
     run.prepared = prepare(defense, setting, run.seed) if prepared is None else prepared
     targets, preserved = concepts(defense, setting)
@@ -227,7 +227,7 @@ def protected(
 
 
 def prepare(defense: Defense, setting: Setting, seed: int | None = 1) -> Mapping[str, Tensor]:
-    """Return the tensors that the defense's preparation changes; {}: it has none."""
+    """Return the tensors that the defense's preparation changes; {} if it has no preparation."""
     preparation = defense.preparation(defense.parameters)
     if preparation is None:
         return {}
@@ -236,9 +236,9 @@ def prepare(defense: Defense, setting: Setting, seed: int | None = 1) -> Mapping
 
 
 def concepts(defense: Defense, setting: Setting) -> tuple[list[ProtectedConcept], list[ProtectedConcept]]:
-    """Return targets and preserved concepts, as many as the defense takes: two and one, or one and one, or one alone.
+    """Return targets and preserved concepts; as many as the first of (2, 1), (1, 1), (1, 0), (2, 0) it accepts.
 
-    Raises NotApplicable when it takes none of these.
+    Raises NotApplicable if it accepts none of these.
     """
     refused: list[str] = []
     for targets, preserved in ((2, 1), (1, 1), (1, 0), (2, 0)):
@@ -249,7 +249,7 @@ def concepts(defense: Defense, setting: Setting) -> tuple[list[ProtectedConcept]
             given = [_concept(defense, setting, name) for name in NAMES]
             return (
                 given[:targets] if "targets" in used else [],
-                # class images come with targets alone
+                # only targets have class images
                 [replace(c, prior_captions=(), prior_files=()) for c in given[2 : 2 + preserved]]
                 if "preserved" in used
                 else [],
@@ -258,7 +258,7 @@ def concepts(defense: Defense, setting: Setting) -> tuple[list[ProtectedConcept]
 
 
 def _concept(defense: Defense, setting: Setting, name: str) -> ProtectedConcept:
-    """Return a concept as a stage passes it: without images where `used` leaves them out."""
+    """Return a concept as a stage gives it: without images if `used` does not include them."""
     files = setting.images(name) if "images" in defense.used(defense.parameters) else ()
     prior = setting.prior_images(defense.prior_images(defense.parameters))
     captions = (f"a photo of a {name}",) * len(files)
@@ -266,7 +266,7 @@ def _concept(defense: Defense, setting: Setting, name: str) -> ProtectedConcept:
 
 
 def difference(first: Protection, second: Protection) -> str | None:
-    """Return what differs between two protections, in a word or a tensor's name; None: they are equal to the bit."""
+    """Return the part or tensor name that differs between two protections; None: they are bit-identical."""
     from harness.conformance.released import first_difference
 
     name = first_difference(_tensors(first), _tensors(second))
@@ -277,7 +277,7 @@ def difference(first: Protection, second: Protection) -> str | None:
 
 
 def _tensors(protection: Protection) -> dict[str, Tensor]:
-    """Return every tensor that is released, those of whole components too."""
+    """Return every released tensor, including those of whole components."""
     whole = {
         f"{component} as a whole, {name}": tensor
         for component, module in protection.components.items()

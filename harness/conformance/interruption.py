@@ -1,4 +1,4 @@
-"""A run that is killed on purpose when it keeps a state, and the series of kills that a method must survive."""
+"""A run that is killed on purpose when it saves a state, and the series of kills that a method must survive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 RESTARTS = 6
-"""About how many kills after a state one series holds, spread evenly over the states of a run."""
+"""Approximate number of kills after a state in one series, spread evenly over the states of a run."""
 Done = TypeVar("Done")
 
 
@@ -24,18 +24,18 @@ class Killed(BaseException):
 
 @dataclass
 class Kills:
-    """When to kill, and counters of what happened; the parts of a run share it."""
+    """When to kill, and counts of saves and reports; shared by the parts of a run."""
 
     before_saving: bool = False  # at the first state, before it is written
-    after: int | None = None  # when so many states were written
-    at_report: int | None = None  # at so many reports of progress
+    after: int | None = None  # after this number of written states
+    at_report: int | None = None  # at this number of progress reports
     saves: int = 0
     reports: int = 0
 
 
 @dataclass
 class KillableRun(Run):
-    """A run that raises `Killed` as its `kills` ask, and counts."""
+    """A run that raises `Killed` as set by its `kills`, and counts saves and reports."""
 
     kills: Kills = field(default_factory=Kills)
 
@@ -48,7 +48,7 @@ class KillableRun(Run):
             raise Killed
 
     def save_state(self, step: int, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-        """Keep the state as any run does, unless the run is killed before, or is killed right after."""
+        """Save the state like any run; the run may be killed just before or just after."""
         if self.kills.before_saving:
             raise Killed
         super().save_state(step, tensors, numbers)
@@ -58,11 +58,11 @@ class KillableRun(Run):
 
 
 def survive(do: Callable[[Path, Kills], Done], folder: Path, whole: Kills) -> Done | None:
-    """Call `do` in one folder again and again, killed each time a little later; return the result of the last call.
+    """Call `do` repeatedly in one folder, killed a little later each time; return the last call's result.
 
-    It is killed before the first state is written, then after states spread over the run (`whole` counted them in an
-    undisturbed run). Where no state is kept, it is killed halfway by its reports of progress; where it reports nothing,
-    it is done twice. None: it makes no progress, since it starts over each time.
+    It is killed before the first state is written, then after states spread over the run; `whole` has their number from
+    an undisturbed run. Without states it is killed halfway by its reports; without reports it is done twice. None: it
+    makes no progress, since it starts over each time.
     """
     if not whole.saves:
         halfway = Kills(at_report=math.ceil(whole.reports / 2)) if whole.reports else Kills()
@@ -78,7 +78,7 @@ def survive(do: Callable[[Path, Kills], Done], folder: Path, whole: Kills) -> Do
 
 
 def _killed(do: Callable[[Path, Kills], Done], folder: Path, kills: Kills) -> Done | None:
-    """Return the result of a call, or None when it was killed."""
+    """Return the result of a call, or None if it was killed."""
     try:
         return do(folder, kills)
     except Killed:

@@ -1,4 +1,4 @@
-"""How many samples really passed the UNet, forward and backward: counted by hooks, to check the ledger."""
+"""Count the samples that really pass through the UNet, forward and backward, by hooks; compare with a ledger."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from harness.model.run import Ledger
 
 FACTOR = 2.0
-"""The factor by which an estimate may differ from the count, either way."""
+"""Allowed factor between an estimate and the counted passes, in both directions."""
 DOUBLE_BACKWARD = 4.0
-"""The most that a ledger may count for one backward pass: a double backward traverses the graph several times."""
+"""Maximum that a ledger may count for one backward pass: a double backward goes through the graph several times."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Passes:
 
 @contextlib.contextmanager
 def counted(model: DiffusionModel) -> Iterator[Passes]:
-    """Yield a count of the UNet's passes in the block."""
+    """Yield the count of UNet passes in the block."""
     seen = Passes()
 
     def note(module: Any, given: Any, made: Any) -> None:
@@ -49,7 +49,7 @@ def counted(model: DiffusionModel) -> Iterator[Passes]:
 
 
 def require_counted(method: Any, ledger: Ledger, seen: Passes) -> None:
-    """Raise Nonconforming when a ledger differs from what was seen; NotApplicable when there was nothing."""
+    """Raise Nonconforming if a ledger differs from the counted passes; NotApplicable if there were none."""
     if ledger.forward_passes != seen.forward:
         fail(method, f"counts {ledger.forward_passes:g} forward passes in the ledger where {seen.forward} were made")
     if not seen.backward <= ledger.backward_passes <= DOUBLE_BACKWARD * seen.backward:
@@ -59,7 +59,7 @@ def require_counted(method: Any, ledger: Ledger, seen: Passes) -> None:
 
 
 def require_estimated(method: Any, ledger: Ledger, estimate: float, estimator: str) -> None:
-    """Raise Nonconforming when an estimate (a backward pass counts two) is far from the ledger's count."""
+    """Raise Nonconforming if an estimate (a backward pass counts two) is far from the ledger's passes."""
     cost = ledger.forward_passes + 2 * ledger.backward_passes
     if not cost / FACTOR <= estimate <= cost * FACTOR:
         fail(method, f"estimates {estimate:g} passes by `{estimator}`, but made {cost:g} (a backward counts two)")

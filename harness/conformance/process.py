@@ -15,7 +15,7 @@ from harness.conformance.setting import Setting
 
 
 def main() -> None:
-    """Read setting and method from standard input, do this process's part, and report the result."""
+    """Read setting and method from standard input, do this process's part, and report the outcome."""
     from harness.core import registry
 
     try:
@@ -25,7 +25,7 @@ def main() -> None:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # at once: the other may wait in a collective call for ever
+        os._exit(1)  # immediately: the other may wait forever in a collective call
     os._exit(0)
 
 

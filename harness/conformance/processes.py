@@ -1,4 +1,4 @@
-"""A method run by two processes that share it; their result must be close to that of one process."""
+"""Run a method shared by two processes, and compare the result with that of one process."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 SHARING = Sharding(workers=2, zero_stage=2)
 TOLERANCE = 1e-3
-"""Relative to the norm of the change, in fp32: only the order of sums differs, which AdamW amplifies where a gradient
-is close to rounding errors."""
+"""Relative to the norm of the change, in fp32. Only the order of sums differs, but AdamW amplifies this where gradients
+are close to rounding errors."""
 TIMEOUT_S = 600.0
 
 
 def protection(defense: Any, setting: Setting) -> Protection:
-    """Return the protection that two processes release when they share a defense."""
+    """Return the protection from two processes that share a defense."""
     return Protection.load(_shared(defense, setting))
 
 
 def checkpoint(attack: Any, setting: Setting) -> Path:
-    """Return the folder of the last checkpoint of two processes that share an attack."""
+    """Return the folder of the last checkpoint from two processes that share an attack."""
     return _shared(attack, setting)
 
 
 def require_near(
     method: Any, before: Mapping[str, Tensor], alone: Mapping[str, Tensor], shared: Mapping[str, Tensor]
 ) -> None:
-    """Raise Nonconforming when the change by two processes differs from that by one by more than `TOLERANCE`."""
+    """Raise Nonconforming if the changes by two processes differ from those by one by more than `TOLERANCE`."""
     if alone.keys() != shared.keys():
         fail(method, "changes other tensors when two processes share it")
     moved = sum(float((alone[n] - before[n]).double().square().sum()) for n in alone) ** 0.5
@@ -52,13 +52,13 @@ def require_near(
 
 
 def _shared(method: Any, setting: Setting) -> Path:
-    """Do a method in two processes; return the folder that the first filled. Raises Nonconforming when one fails."""
+    """Run a method in two processes; return the folder that the first filled. Raises Nonconforming if one fails."""
     if importlib.util.find_spec("deepspeed") is None:
         raise NotApplicable("DeepSpeed is not installed")
     folder = setting.run_folder()
     (folder / "work").mkdir()
     (folder / "made").mkdir()
-    job = pickle.dumps((setting, folder)) + pickle.dumps(method)  # the second is read when plug-ins are imported
+    job = pickle.dumps((setting, folder)) + pickle.dumps(method)  # the method is read after importing plug-ins
     logs = [folder / f"process{rank}.log" for rank in range(SHARING.workers)]
     environment = _environment()
     processes: list[subprocess.Popen] = []
@@ -87,7 +87,7 @@ def _shared(method: Any, setting: Setting) -> Path:
 
 
 def _first_failure(processes: list[subprocess.Popen]) -> int | None:
-    """Return the rank that fails first (or runs too long), or None when all end well."""
+    """Return the rank that fails first (or runs too long), or None if all succeed."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         codes = [process.poll() for process in processes]
@@ -100,7 +100,7 @@ def _first_failure(processes: list[subprocess.Popen]) -> int | None:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment that the processes have in common."""
+    """Return the environment variables shared by the processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The released model, recorded to the bit, and what a stage left behind in it."""
+"""An exact copy of the released model, to find what a stage left behind in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMPONENTS = ("unet", "text_encoder", "vae")
 
 
 def first_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> str | None:
-    """Return the name of a tensor that only one holds or whose bits differ; None: all are equal."""
+    """Return the name of a tensor that only one has or whose bits differ; None: all are equal."""
     import torch
 
     for name in sorted(first.keys() | second.keys()):
@@ -29,22 +29,22 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 class Remembered:
-    """Every tensor of a model, copied, with the other state that `restore` must put back."""
+    """Copies of every tensor of a model, and of everything else that `restore` must restore."""
 
     def __init__(self, model: DiffusionModel):
         self.tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
         self._words = len(model.tokenizer)
 
     def changed(self, model: DiffusionModel) -> set[str]:
-        """Return the names of tensors that differ now; an adapter beside them, and new rows, do not count."""
+        """Return the names of tensors that differ now, ignoring added adapters and new rows."""
         import torch
 
-        # peft wraps what it adapts: "to_k.weight" is "to_k.base_layer.weight" in training
+        # peft wraps adapted layers: "to_k.weight" is "to_k.base_layer.weight" in training
         now = {name.replace(".base_layer", ""): tensor for name, tensor in _tensors(model).items()}
         return {n for n, t in self.tensors.items() if n in now and not torch.equal(_first_rows(now[n], t), t)}
 
     def left_behind(self, model: DiffusionModel) -> str | None:
-        """Return what differs from before, in a few words; None: nothing."""
+        """Return a short description of what differs from before; None: nothing differs."""
         now = _tensors(model)
         added = sorted(now.keys() - self.tensors.keys())
         if added:
@@ -73,7 +73,7 @@ def poison(model: DiffusionModel) -> None:
 
 
 def _first_rows(now: Tensor, before: Tensor) -> Tensor:
-    """Return the first rows of a table that may have grown."""
+    """Return the original rows of a table that may have grown."""
     return now[: len(before)] if before.dim() else now
 
 

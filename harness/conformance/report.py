@@ -1,4 +1,4 @@
-"""Every property of a method in turn, with its verdict: a line each."""
+"""Check all properties of a method in turn, with one line of result each."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PROPERTIES: dict[str, tuple[Callable[[Any, Setting], None], ...]] = {
     "preparation": defenses.PROPERTIES,
     "attack": attacks.PROPERTIES,
 }
-"""By kind of method; other kinds have no checks."""
+"""Properties by kind of method; other kinds have none."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """The verdict of one property on one method."""
+    """The result of one property for one method."""
 
     verdict: Literal["ok", "failed", "not applicable"]
     property: str
-    why: str  # "" where it is satisfied
+    why: str  # "" if it is satisfied
     seconds: float
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ def lines(kind: str, method: Any, setting: Setting) -> Iterator[Line]:
 def checked(
     check: Callable[[Any, Setting], None], method: Any, setting: Setting
 ) -> tuple[Literal["ok", "failed", "not applicable"], str]:
-    """Return (verdict, why) of one property; whatever the method raises is its failure."""
+    """Return (verdict, why) of one property; any exception from the method counts as failed."""
     try:
         check(method, setting)
     except Nonconforming as failure:

@@ -1,4 +1,4 @@
-"""The setting of a check: a small model, three concepts with images, and a folder for runs. Plain data."""
+"""The setting for checking a property: a small model, three concepts with images, a folder for runs. Plain data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EPSILON, VELOCITY = "epsilon", "v_prediction"
 NAMES = ("purse", "lamp", "cat")
 CLASS_PROMPT = "an object"
 OWN, PRIOR = 4, 2
-"""Images of each concept, and of its class."""
+"""Number of images of each concept, and of its class."""
 _global_seeds = itertools.count(1)
 
 
@@ -31,19 +31,19 @@ class Setting:
     """A small model and what to train it on; it can be sent to another process."""
 
     source: ModelSource
-    folder: Path  # exists; holds images/, and a folder for each run
-    prediction: str | None = None  # the prediction type that is set: EPSILON | VELOCITY; None: the model's
+    folder: Path  # exists; contains images/, and a folder for each run
+    prediction: str | None = None  # declared prediction type of its weights: EPSILON | VELOCITY; None: the true type
     plugins: tuple[str, ...] = ()  # files that register the methods, for other processes
 
     @classmethod
     def make(cls, source: ModelSource, folder: Path, plugins: tuple[str, ...] = ()) -> Setting:
-        """Return a setting in an existing folder, with generated pictures: noise, another for each concept."""
+        """Return a setting in an existing folder, with generated images: different noise for each concept."""
         for number, name in enumerate((*NAMES, "class")):
             _write_noise(folder / "images" / name, OWN if name in NAMES else PRIOR, seed=number)
         return cls(source, folder, None, plugins)
 
     def predicting(self, prediction: str) -> Setting:
-        """Return the same setting with another prediction type."""
+        """Return the same setting with another declared prediction type of the weights."""
         return replace(self, prediction=prediction)
 
     def images(self, name: str) -> tuple[Path, ...]:
@@ -51,13 +51,13 @@ class Setting:
         return tuple(sorted((self.folder / "images" / name).glob("*.png")))
 
     def prior_images(self, count: int) -> tuple[Path, ...]:
-        """Return as many images of the class as are asked for; there are few different ones."""
+        """Return `count` images of the class, repeating the few different ones."""
         return tuple(itertools.islice(itertools.cycle(self.images("class")), count))
 
     def model(self) -> DiffusionModel:
-        """Return the released model, loaded anew, on the CPU.
+        """Return the released model, newly loaded, on the CPU.
 
-        The process's random number generators get another seed each time: no result may depend on them.
+        The process's global random state is different each time, since nothing may depend on it.
         """
         import torch
         from transformers.utils import logging
@@ -80,7 +80,7 @@ class Setting:
         return Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
 
     def run(self, seed: int | None = 1, folder: Path | None = None, kills: Kills | None = None) -> KillableRun:
-        """Return the surroundings of a stage, which keeps a state whenever it can."""
+        """Return the run of a stage, which saves a state at every opportunity."""
         import torch
 
         return KillableRun(
@@ -94,9 +94,9 @@ class Setting:
 
 
 def small(cls: type[Method], given: Mapping[str, Any] | None = None, preset: str | None = None) -> Any:
-    """Return a method with the values that make it cheap (`Method.quick`), and over these the given ones.
+    """Return a method with its cheap parameter values (`Method.quick`), overridden by the given ones.
 
-    Raises UserMistake for values that its parameters refuse.
+    Raises UserMistake for invalid values.
     """
     values, mistakes = parameters.resolve(cls, {**cls.quick, **(given or {})}, preset)
     if mistakes:

@@ -1,4 +1,4 @@
-"""Exceptions for methods that lack a property, and for properties that do not apply to a method."""
+"""Exceptions by which a property reports that a method does not satisfy it, or that it does not apply."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 
 class Nonconforming(AssertionError):
-    """A method lacks a property; one sentence names the method and what it does wrong."""
+    """A method does not satisfy a property; one sentence names the method and its fault."""
 
 
 class NotApplicable(Exception):
@@ -14,5 +14,5 @@ class NotApplicable(Exception):
 
 
 def fail(method: Any, what: str) -> NoReturn:
-    """Raise Nonconforming: the method's name and `what` make the sentence."""
+    """Raise Nonconforming; the sentence consists of the method's name and `what`."""
     raise Nonconforming(f"{method.name} {what}")

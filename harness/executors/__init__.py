@@ -1,1 +1,1 @@
-"""Executors run the units of a plan. All give the same keys and the same results."""
+"""Executors run the units of a plan, in one process or several. All give the same keys and the same results."""

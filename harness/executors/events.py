@@ -1,4 +1,4 @@
-"""How executors report progress while they run: to people, and to a file for programs."""
+"""Events that executors report while they run, for display and for a file that programs read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 
 class EventLog:
-    """events.jsonl: one JSON object a line, for programs."""
+    """events.jsonl: one JSON object per line, for programs."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Progress for people: a bar with the time left on a terminal, a line a unit elsewhere."""
+"""Progress display: on a terminal a bar with the remaining time, otherwise a line per unit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.executors.walk import Walk
 
 
 class Progress:
-    """A listener that shows how far the walk is. The estimate weighs units by their UNet passes."""
+    """A listener that shows the progress of the walk. The estimate weights units by their UNet passes."""
 
     def __init__(self, walk: Walk, console):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -19,7 +19,7 @@ class Progress:
         self.started = time.monotonic()
         self.total_work = sum(self._work(i) for i in walk.missing)
         self.done_work = 0.0
-        self.first_done: tuple[float, float] | None = None  # when, and the work done by then
+        self.first_done: tuple[float, float] | None = None  # (time, work done until then)
         self.work_by_name = {walk.unit(i).name: self._work(i) for i in walk.missing}
         self.bar = None
         if console.is_terminal:
@@ -30,7 +30,7 @@ class Progress:
             self.task = self.bar.add_task("starting", total=walk.total, eta="")
 
     def _work(self, index: int) -> float:
-        """Return the weight of a unit: its passes, plus the cost of starting and scoring, expressed in passes."""
+        """Return the weight of a unit: its passes, plus the cost of starting and scoring in units of passes."""
         return 200.0 + sum(self.walk.plan.stages[k].work for k in self.walk.unit(index).stages)
 
     def __enter__(self) -> Progress:
@@ -47,7 +47,7 @@ class Progress:
         gone = f"{format_seconds(now - self.started)} gone"
         if self.first_done is None or (since := now - self.first_done[0]) < 5:
             return gone
-        speed = (self.done_work - self.first_done[1]) / since  # after the first unit: it waits for workers to start
+        speed = (self.done_work - self.first_done[1]) / since  # without the first unit, which includes worker startup
         if speed <= 0:
             return gone
         return f"{gone}, about {format_seconds((self.total_work - self.done_work) / speed)} left"
@@ -73,7 +73,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as text: 42 s, 3 min 5 s, 2 h 10 min, 3 days."""
+    """Return a readable duration: 42 s, 3 min 5 s, 2 h 10 min, 3 days."""
     seconds = int(round(seconds))
     if seconds < 60:
         return f"{seconds} s"

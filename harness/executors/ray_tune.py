@@ -1,9 +1,9 @@
-"""The Ray executor: Ray Tune walks the plan, a unit a trial.
+"""The Ray executor: Ray Tune walks the plan, with one unit per trial.
 
-A Searcher hands out units whose inputs are committed, returns None while none is ready, and ends when all are. There is
-no barrier between waves; warm workers keep the model loaded from one unit to the next (`reuse_actors`). Ray is started
-on loopback without its dashboard unless an address is given. A run is resumed from the store, so Tune's own
-experiment state is thrown away.
+A Searcher returns units whose inputs are committed, returns None while none is ready, and ends when all units are done.
+Units do not wait for each other otherwise; workers keep the model loaded between units (`reuse_actors`). Ray is started
+on loopback without its dashboard unless an address is given. Runs resume from the store, so Tune's own experiment state
+is discarded.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from harness.stages.execution import execute_unit
 from harness.stages.workplace import Workplace
 
 _LONE_RETRIES = 1
-"""How often a unit is tried again after its worker died (not after its method raised)."""
+"""Number of retries of a unit after its worker died (not after its method raised)."""
 
 
 def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | None = None) -> Summary:
-    """Do the walk with Ray Tune. Raises UserMistake when Ray is missing or cannot be reached at `address`."""
+    """Run the walk with Ray Tune. Raises UserMistake if Ray is missing or cannot be reached at `address`."""
     try:
         import ray
         from ray import tune
@@ -48,7 +48,7 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         searcher = _make_searcher(walk, listen, scratch)
 
         def resources(config: Mapping[str, Any]):
-            workers = config.get("workers", 1)  # on one node: they are started by the worker that has the stage
+            workers = config.get("workers", 1)  # on one node: started by the stage's worker
             bundle = {"CPU": workplace.cpus * workers, "GPU": workplace.gpus * workers}
             return tune.PlacementGroupFactory([{name: value for name, value in bundle.items() if value}])
 
@@ -113,7 +113,7 @@ def _start(ray, address: str | None, workplace: Workplace) -> None:
 
 @contextlib.contextmanager
 def _environment():
-    """Silence Ray and handle Ctrl-C here while it runs."""
+    """Reduce Ray's output and handle Ctrl-C here while it runs."""
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -136,14 +136,14 @@ def _environment():
 
 @contextlib.contextmanager
 def _errors_to(path: Path):
-    """Write Ray's errors to a file: it prints the traceback of each worker that dies. Its warnings are dropped."""
+    """Write Ray's errors (such as tracebacks of workers that die) to a file; drop its warnings."""
     ray_log = logging.getLogger("ray")
     before = ray_log.handlers[:], ray_log.level, ray_log.propagate
     path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ray_log.handlers[:], ray_log.propagate = [file], False
-    ray_log.setLevel(logging.ERROR)  # Tune warns of result files, which we do not use
+    ray_log.setLevel(logging.ERROR)  # Tune warns about result files, which are not used
     try:
         yield
     finally:
@@ -156,7 +156,7 @@ def _unit_file(scratch: Path, index: int) -> Path:
 
 
 def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> None:
-    """Do one unit in a worker. What a method raises is a result, reported to the searcher; a dead worker is retried."""
+    """Do one unit in a worker. A method's exception is a result, reported to the searcher; a dead worker is retried."""
     from ray import tune
 
     from harness.core import registry
@@ -172,11 +172,11 @@ def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> N
 
 
 def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
-    """Return the Searcher over the walk; a function, since its base class needs Ray."""
+    """Return the Searcher over the walk; defined in a function, since its base class needs Ray."""
     from ray.tune.search import Searcher
 
     class PlanSearcher(Searcher):
-        """Hands out ready units of the plan as Tune trials."""
+        """Returns ready units of the plan as Tune trials."""
 
         def __init__(self):
             super().__init__(metric="done", mode="max")
@@ -192,7 +192,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
             if index is None:
                 return None
             self.units[trial_id] = index
-            # a list: their order is the order in which they are done
+            # a list, since stages are done in this order
             write_json(_unit_file(scratch, index), [(k, to_json(walk.plan.stages[k])) for k in walk.unit(index).stages])
             listen("unit_started", {"unit": walk.unit(index).name})
             return {"unit": index, "workers": max(walk.plan.stages[k].workers for k in walk.unit(index).stages)}
@@ -215,12 +215,12 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
                 listen("unit_blocked", {"unit": walk.unit(other).name, "by": name})
 
         def save(self, checkpoint_path):
-            """Keep nothing: the store records what is done."""
+            """Save nothing: the store records what is done."""
 
         def restore(self, checkpoint_path):
-            """Keep nothing: the store records what is done."""
+            """Restore nothing: the store records what is done."""
 
-        def __reduce__(self):  # Tune pickles its arguments; there is nothing here to bring back
+        def __reduce__(self):  # Tune pickles its arguments; nothing needs restoring
             return object, ()
 
     return PlanSearcher()

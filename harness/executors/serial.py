@@ -1,4 +1,4 @@
-"""The serial executor: every unit in this process, one after the other. For debugging, tests, and without Ray."""
+"""The serial executor: all units in this process, one after another. For debugging, tests, and use without Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.stages.workplace import Workplace
 
 
 def run(walk: Walk, workplace: Workplace, listen: Listener) -> Summary:
-    """Run the units of the walk until none is left; Ctrl-C ends it after recording what is done."""
+    """Do all units of the walk; Ctrl-C ends it after recording the finished units."""
     try:
         while (index := walk.take()) is not None:
             unit = walk.unit(index)

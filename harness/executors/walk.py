@@ -1,4 +1,4 @@
-"""The common part of executors: the state of a walk over the plan, and its reports."""
+"""Shared by executors: the state of a walk over the plan, and its summary."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Summary:
 
     done: int = 0  # units done in this run
     cached: int = 0  # units that had nothing to do
-    failed: tuple[tuple[str, str], ...] = ()  # (unit name, message); names of units need not differ
-    blocked: tuple[tuple[str, str], ...] = ()  # (unit name, name of the unit that failed before it)
+    failed: tuple[tuple[str, str], ...] = ()  # (unit name, message); unit names may repeat
+    blocked: tuple[tuple[str, str], ...] = ()  # (unit name, name of the failed unit that it needs)
     is_interrupted: bool = False
 
 
@@ -24,7 +24,7 @@ class Walk:
     """The state of a walk over the units: which are ready, running, done, failed or blocked."""
 
     def __init__(self, plan: Plan, is_done: Callable[[str], bool]):
-        """`is_done` returns whether a stage, by key, is committed and need not be done anew."""
+        """`is_done` returns whether the stage with a key is committed and need not be done again."""
         self.plan = plan
         self.missing: dict[int, set[int]] = {}
         self.dependents: dict[int, list[int]] = {}
@@ -64,7 +64,7 @@ class Walk:
         return self.plan.units[index]
 
     def finish(self, index: int) -> None:
-        """Mark a unit done; those that waited for it alone become ready, before units of other branches."""
+        """Mark a unit done; units that waited only for it become ready, before units of other branches."""
         self.running.discard(index)
         self.done.add(index)
         for dependent in self.dependents.get(index, ()):
@@ -73,7 +73,7 @@ class Walk:
                 self.ready.append(dependent)
 
     def fail(self, index: int, message: str) -> list[int]:
-        """Mark a unit failed; return the units that can therefore not be done."""
+        """Mark a unit failed; return the units that it blocks."""
         self.running.discard(index)
         self.failed[index] = message
         newly: list[int] = []
@@ -87,7 +87,7 @@ class Walk:
         return newly
 
     def abandon(self, message: str) -> None:
-        """Mark everything that is not done as failed: the executor cannot go on."""
+        """Mark everything that is not done as failed, when the executor cannot continue."""
         for index in set(self.missing) - self.done - self.failed.keys() - self.blocked.keys():
             self.failed[index] = message
         self.running.clear()

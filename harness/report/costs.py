@@ -1,4 +1,4 @@
-"""The report's section on what an adaptation costs, from the run folder's adaptation_cost.csv."""
+"""The report's section on the cost of adaptations, from the run folder's adaptation_cost.csv."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUMBERS = (
 
 
 def of_run(folder: Path) -> list[dict[str, Any]]:
-    """Return a line for each task, defense and attack; [] where nothing was adapted."""
+    """Return a line for each task, defense and attack; [] if there are no adaptations."""
     return [
         {**{name: row.get(name, "") for name in _WORDS}, **{name: mean_of([row], name) for name in _NUMBERS}}
         for row in read_table(folder / FILE)

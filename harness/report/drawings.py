@@ -1,7 +1,7 @@
 """Figures of the report as SVG files that follow the reader's colour scheme.
 
-Matplotlib draws them in placeholder colours, which are then replaced by CSS variables of the file: an image of a
-page follows `prefers-color-scheme` by itself, so that light, dark and paper are right without a script.
+Matplotlib draws them in placeholder colours, which are then replaced by CSS variables in the file. An image in a page
+follows `prefers-color-scheme` by itself, so light mode, dark mode and print work without a script.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ DARK = (
     "#f2f2f2", "#4aa8e0", "#ff8a3d", "#2fc79a", "#e39ac6", "#f0b429", "#8fd0f5", "#f5e96b",
     "#d477a8", "#c9c95a", "#9a8cf0", "#7fd9c8",
 )  # fmt: skip
-"""The palette in lighter colours, for a dark background."""
+"""The same palette, lighter for a dark background."""
 INK, FAINT, GRID = "#010101", "#010102", "#010103"
-"""Placeholder colours: no other line has them."""
+"""Placeholder colours, not used by any line."""
 _INKS = {INK: ("#1c1c1c", "#e8e8e8"), FAINT: ("#6b6b6b", "#a0a0a0"), GRID: ("#dddddd", "#3a3a3a")}
 _STAND_INS = tuple(f"#0102{index:02x}" for index in range(len(COLOURS)))
 PANELS_A_ROW = 4
 BOTTOM_IN = 1.0
-"""Below the panels: axis labels, and three lines of a legend."""
+"""Space below the panels: axis labels, and three legend lines."""
 MARKERS = "osD^vP*X<>hd"
 
 
@@ -36,7 +36,7 @@ def palette(defenses: Sequence[str]) -> dict[str, Look]:
 
 
 def recovery(path: Path, curves: ConceptCurves, own: Mapping[str, Look]) -> None:
-    """Draw a panel for each attack: scores by step, a line a defense, whiskers the 95 % interval over seeds."""
+    """Draw a panel for each attack: scores by step, one line per defense; whiskers: 95 % interval over seeds."""
     attacks = list(curves.attacks)
     per_row = min(PANELS_A_ROW, len(attacks))
     rows = -(-len(attacks) // per_row)
@@ -61,7 +61,7 @@ def recovery(path: Path, curves: ConceptCurves, own: Mapping[str, Look]) -> None
 def _panel(axis, curves: ConceptCurves, by_defense: Mapping[str, Sequence[CurvePoint]], own) -> None:
     steps = sorted({p.step for points in by_defense.values() for p in points})
     places = {step: index for index, step in enumerate(steps)}
-    apart = min(0.06, 0.7 / len(by_defense))  # whiskers beside, not over each other, and not in the next step's place
+    apart = min(0.06, 0.7 / len(by_defense))  # whiskers side by side, within the space of their step
     for index, (defense, points) in enumerate(by_defense.items()):
         aside = apart * (index - (len(by_defense) - 1) / 2)
         where, means = [places[p.step] + aside for p in points], [p.mean for p in points]
@@ -82,7 +82,7 @@ def _panel(axis, curves: ConceptCurves, by_defense: Mapping[str, Sequence[CurveP
 
 
 def plane(path: Path, shown: Plane, own: Mapping[str, Look]) -> None:
-    """Draw immunity over retention: a colour a defense, a small marker an attack, large the worst case, the front."""
+    """Draw immunity over retention: a colour per defense; small markers: attacks; large: worst case; and the front."""
     figure, axes = _figure(1, 1, 5.0, 3.6)
     axis = axes[0][0]
     attacks = list(dict.fromkeys(p.attack for p in shown.points if p.attack))
@@ -122,7 +122,7 @@ def plane(path: Path, shown: Plane, own: Mapping[str, Look]) -> None:
 
 
 def _figure(rows: int, per_row: int, width_in: float, height_in: float):
-    """Return a figure with panels of that size at computed places: layout engines draw everything twice."""
+    """Return a figure with panels of that size at fixed positions, since layout engines draw everything twice."""
     from matplotlib.figure import Figure
 
     left, right, top, bottom, between = 0.6, 0.1, 0.3, BOTTOM_IN, (0.15, 0.6)
@@ -149,19 +149,19 @@ def _plain(axis) -> None:
 
 
 def _legend(figure, handles: Mapping[str, Any]) -> None:
-    """Put a legend below, and lengthen the figure where it has more lines than there is room for."""
+    """Add a legend below the panels; if it has too many lines, make the figure higher."""
     widest = max(len(label) for label in handles)
     columns = max(1, min(len(handles), int(figure.get_figwidth() / (0.5 + 0.075 * widest))))
     lines = -(-len(handles) // columns)
     missing = 0.48 + 0.18 * lines - BOTTOM_IN  # axis labels, and a line of the legend
     if missing > 0:
-        height, grid = figure.get_figheight(), figure.axes[0].get_gridspec()  # the grid's own places count
+        height, grid = figure.get_figheight(), figure.axes[0].get_gridspec()  # measured from the grid's positions
         figure.set_figheight(height + missing)
         grid.update(
             bottom=(grid.bottom * height + missing) / (height + missing),
             top=(grid.top * height + missing) / (height + missing),
         )
-        for axis in figure.axes:  # matplotlib does it for pyplot's figures alone
+        for axis in figure.axes:  # matplotlib does this only for pyplot's figures
             axis.set_position(axis.get_subplotspec().get_position(figure))
     figure.legend(
         list(handles.values()), list(handles), loc="lower center", ncols=columns, fontsize=8, frameon=False,

@@ -1,4 +1,4 @@
-"""Sections of the report that registered diagnostics bring along: each rendered, or named as failed."""
+"""The report's sections from registered diagnostics: each is rendered, or listed as failed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TAKEN = frozenset(
     {"short", "leaderboard", "soon", "curves", "plane", "images", "further", "validity", "costs", "provenance",
      "ledger", "definitions"}
 )  # fmt: skip
-"""Anchors of the page's own sections; `task-` and `validity-` begin further ones."""
+"""Anchors of the page's own sections; it also uses anchors that begin with `task-` and `validity-`."""
 
 
 @dataclass(frozen=True)
 class OwnSection:
-    """A section as the page shows it."""
+    """A section in the form that the page shows."""
 
     title: str
     anchor: str
@@ -52,7 +52,7 @@ def of_run(run: RunFolder, environment: Any) -> tuple[list[OwnSection], list[tup
 
 
 def _rendered(section: PageSection, taken: frozenset[str], environment: Any) -> OwnSection:
-    """Return a section with its template rendered. Raises ValueError for an anchor or a file that cannot be."""
+    """Return a section with its template rendered. Raises ValueError for an invalid anchor or file."""
     from markupsafe import Markup
 
     is_taken = section.anchor in taken or section.anchor.startswith(("task-", "validity-"))

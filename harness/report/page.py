@@ -1,4 +1,4 @@
-"""The page: the content of a run folder, rendered by the templates, with figures, images and tables beside it."""
+"""The page: the content of a run folder, rendered by the templates, with its figures, images and tables."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ DATA = (
     "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", costs.FILE, RESOLVED,
 )  # fmt: skip
 LONGEST = 200
-"""Lines shown of a table that has no section; the file contains all of them."""
+"""Maximum number of displayed lines of a table without its own section; the file has all lines."""
 TEMPLATES = Path(report.__file__).parent / "template"
 
 
 @dataclass(frozen=True)
 class Made:
-    """What was written."""
+    """The written report."""
 
     page: Path
     images: int
@@ -46,7 +46,7 @@ class Made:
 
 
 def make(path: Path, prompts: int = sheets.PROMPTS) -> Made:
-    """Make the report of a run folder, in the place of an older one. Raises UserMistake when it cannot be made."""
+    """Make the report of a run folder, replacing an older one. Raises UserMistake if it cannot be made."""
     run = run_folder.read(path)
     if not run.rows:
         raise UserMistake(f"{one_line(path)}: no rows yet; run some stages of the suite first")
@@ -108,12 +108,12 @@ def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, i
 
 @dataclass(frozen=True)
 class FurtherTable:
-    """A table of the run that no section of the page knows, such as that of another kind of task."""
+    """A table of the run without a section on the page, such as that of another kind of task."""
 
     file: str
     columns: list[str]
     lines: list[list[str]]
-    """Shown of it: at most LONGEST."""
+    """The displayed lines, at most LONGEST."""
     count: int
 
 
@@ -121,7 +121,7 @@ def further_tables(folder: Path, known: Collection[str]) -> list[FurtherTable]:
     """Return the tables that were written into a run folder and are not among the known files."""
     found = []
     for name in tables.files(folder):
-        # a name that is no plain file name could be a path out of the folder
+        # any other name could be a path outside the folder
         if name in known or not re.fullmatch(r"[a-z0-9_]{1,60}\.csv", name) or not (folder / name).is_file():
             continue
         lines = read_table(folder / name)
@@ -145,7 +145,7 @@ def _said(name: str) -> str:
 
 
 def _tasks(run, lines, soon, concepts, shown, figures: Path, looks) -> list[dict[str, Any]]:
-    """Return the sections of each task, with the figures drawn."""
+    """Return the sections of each task; draw their figures."""
     planes, drawn = views.planes(lines), views.concept_curves(run.table)
     found = []
     for place, task in enumerate(views.tasks(lines)):
@@ -218,7 +218,7 @@ def _by_concept(shown: Sequence[sheets.Sheet]) -> list[tuple[tuple[str, str], li
 
 
 def _environment() -> Any:
-    """Return the Jinja environment of the page: values are escaped, and a name that is not known raises."""
+    """Return the Jinja environment of the page: values are escaped, and an unknown name raises."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -255,5 +255,5 @@ def _duration(seconds: float) -> str:
 
 
 def _plain(value: float) -> str:
-    """Return a count with thin groups of three."""
+    """Return a count with thin spaces between groups of three digits."""
     return f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""The records of the stages behind a run: program, packages and devices, and what they cost."""
+"""The records of the stages behind a run: how they were made, and their cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.store.store import Store
 
 @dataclass
 class Cost:
-    """What the stages of one kind and method took together."""
+    """The total cost of the stages of one kind and method."""
 
     kind: str
     component: str
@@ -33,18 +33,18 @@ class Summary:
     missing: int = 0
     costs: list[Cost] = field(default_factory=list)
     phases: list[tuple[str, float]] = field(default_factory=list)
-    """(what the time went into, seconds), longest first; of all stages together."""
+    """(phase, seconds), longest first; for all stages together."""
     provenance: list[tuple[str, list[tuple[str, int]]]] = field(default_factory=list)
     """(name, [(value, number of stages)])."""
 
     @property
     def seconds(self) -> float:
-        """Seconds of all stages, as if one had followed the other."""
+        """The sum of all stages' seconds."""
         return sum(cost.seconds for cost in self.costs)
 
 
 def summary(store: Store, scores: Iterable[str]) -> Summary:
-    """Sum up the records of score stages and of all that they were made from, each stage once."""
+    """Sum up the records of score stages and all their direct and indirect inputs, each stage once."""
     result = Summary()
     costs: dict[tuple[str, str], Cost] = {}
     phases: Counter[str] = Counter()
@@ -88,7 +88,7 @@ def _walk(store: Store, scores: Iterable[str], result: Summary) -> Iterator[dict
 
 
 def _kinds(store: Store) -> dict[str, str]:
-    """Return the kind of every committed stage: an input is named by its key alone."""
+    """Return key -> kind of every committed stage, since inputs are named only by key."""
     found: dict[str, str] = {}
     for kind in store.kinds():
         with os.scandir(store.root / kind) as entries:

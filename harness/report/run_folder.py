@@ -28,16 +28,16 @@ TrialName = tuple[str, str, str, str, str, str, str]
 
 @dataclass
 class Drawn:
-    """What one trial drew in the seed that is shown, and how each prompt scored."""
+    """The images of one trial in the displayed seed, and the score of each prompt."""
 
-    sample: str  # key of the sample stage; of the images stage for role "real"
+    sample: str  # key of the sample stage; for role "real" of the images stage
     prompts: dict[int, str] = field(default_factory=dict)
     scores: dict[tuple[int, int, str], float] = field(default_factory=dict)  # (step, prompt, metric) -> value
 
 
 @dataclass
 class RunFolder:
-    """All that a report is made from."""
+    """All data for the report."""
 
     path: Path
     suite: dict[str, Any]
@@ -46,9 +46,9 @@ class RunFolder:
     table: Measurements
     """The rows of immunization tasks."""
     about: dict[str, Mapping[str, Any]]
-    """metric -> its first row, to describe each score: those of `table`, then those of other kinds of tasks."""
+    """metric -> its first row, which describes the score; metrics of `table` first, then of other kinds of tasks."""
     rows: int
-    """Of all tasks."""
+    """Number of rows of all tasks."""
     seed: int
     """The seed whose images are shown: the suite's first."""
     drawn: dict[TrialName, Drawn]
@@ -61,7 +61,7 @@ class RunFolder:
 
 
 def read(path: Path) -> RunFolder:
-    """Read a run folder. Raises UserMistake when it is none, or was written by something else."""
+    """Read a run folder. Raises UserMistake if it is not one, or was written by another program."""
     text, suite = read_suite(path)
     try:
         seed = int(suite["seeds"][0])
@@ -92,19 +92,19 @@ def read(path: Path) -> RunFolder:
 
 
 def _of_other_kinds(suite: Mapping[str, Any]) -> list[str]:
-    """Return the tasks that are no immunization: they have other labels, and other tables."""
+    """Return the tasks of other kinds than immunization, which have other labels and tables."""
     tasks = suite.get("tasks")
     entries = {str(n): e for n, e in tasks.items() if isinstance(e, dict)} if isinstance(tasks, dict) else {}
     return [name for name, entry in entries.items() if entry.get("kind", DEFAULT_TASK) != DEFAULT_TASK]
 
 
 def _keys(column: Series) -> list[str]:
-    """Return the keys of stages that a column names, in order; what is no key could be a path out of the store."""
+    """Return the valid stage keys in a column, in order; other values could be paths outside the store."""
     return [text for text in column.unique() if _KEY.fullmatch(text)]
 
 
 def _drawn(rows: DataFrame, seed: int) -> dict[TrialName, Drawn]:
-    """Return the trials whose images are shown: of one seed, and the real images of any."""
+    """Return the trials whose images are shown: those of one seed, and real images of any seed."""
     is_real = rows["role"] == "real"
     is_shown = rows["role"].isin(("target", "innocent")) & (rows["seed"] == seed)
     shown = rows[(is_shown | is_real) & rows["sample_key"].isin(_keys(rows["sample_key"]))]

@@ -1,7 +1,7 @@
-"""Image sheets: what the models drew, uncurated, at full breadth: reference, before, erased, re-learned.
+"""Image sheets with uncurated images of the models, at full page width: reference, before, erased, re-learned.
 
-The images are chosen by a fixed rule: those of the suite's first seed, the first image of each of a few prompts spaced
-evenly over the list, the first reference images. Each is a file of the report; large ones are made smaller.
+The choice does not depend on the images: the suite's first seed, the first image of each of a few prompts spaced evenly
+over the list, and the first reference images. Each is a file of the report; large images are reduced.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from harness.report.run_folder import Drawn, RunFolder, TrialName
 from harness.store.layout import step_folder
 
 PROMPTS = 3
-"""Of each concept and attack."""
+"""Number of prompts for each concept and attack."""
 LARGEST_PX = 256
 LARGEST_SHEETS = 400
-"""Further sheets are left out, and the page shows their number: a browser has its limits."""
+"""Maximum number of sheets, for the browser's sake; the page states how many are left out."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Picture:
     width: int
     height: int
     scores: tuple[tuple[str, float], ...] = ()
-    """(metric, value) of its prompt, the first metric of the suite first."""
+    """(metric, value) of its prompt, in the suite's order of metrics."""
 
 
 @dataclass
 class SheetRow:
-    """The images of one defense, for one prompt."""
+    """The images of one defense for one prompt."""
 
     defense: str
     pictures: list[Picture | None]
@@ -67,14 +67,14 @@ class Sheet:
 
 
 class Gallery:
-    """The images of a report: each copied once, under a number."""
+    """The images of a report: each is copied once, and named by a number."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._known: dict[Path, tuple[str, int, int] | None] = {}
 
     def add(self, source: Path, scores: tuple[tuple[str, float], ...] = ()) -> Picture | None:
-        """Return a picture of a file; None where there is none, or none that can be read."""
+        """Return the picture of a file; None if it is missing or cannot be read."""
         if source not in self._known:
             self._known[source] = self._copy(source)
         known = self._known[source]
@@ -99,7 +99,7 @@ class Gallery:
 
 
 def make(run: RunFolder, gallery: Gallery, prompts: int = PROMPTS) -> tuple[list[Sheet], int]:
-    """Return the sheets of a run, targets first, and how many were left out."""
+    """Return the sheets of a run, targets first, and the number of sheets left out."""
     asked = [name for name in run.drawn if name[2] and name[6] in ("target", "innocent")]
     wanted: dict[tuple, list[TrialName]] = {}
     for name in asked:
@@ -112,7 +112,7 @@ def make(run: RunFolder, gallery: Gallery, prompts: int = PROMPTS) -> tuple[list
 
 
 def evenly(items: Sequence, count: int) -> list:
-    """Return `count` items spaced evenly over a list, the first among them; all of a shorter list."""
+    """Return `count` items spaced evenly over a list, including the first; all items of a shorter list."""
     if len(items) <= count:
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
@@ -158,7 +158,7 @@ def _references(run: RunFolder, real: Drawn | None) -> list[Path]:
 
 
 def _real(run: RunFolder, task: str, concept: str) -> tuple[tuple[str, float], ...]:
-    """Return the score of real images of the concept, mean over images."""
+    """Return the scores of real images of the concept, mean over images."""
     found = []
     for metric in run.table.about:
         values = run.table.means(task, "", "", "", metric, 0, "real")

@@ -1,4 +1,4 @@
-"""From the leaderboard's lines to the content of the report's sections. Pure: no files, no HTML."""
+"""The content of the report's sections, from the leaderboard's lines. No file access, no HTML."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of a table: the shown text, and the value by which it is sorted."""
+    """A cell of a table: its text, and its sorting key."""
 
     text: str
     order: str
@@ -36,14 +36,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class TableLine:
-    """A line of the leaderboard as the page shows it."""
+    """A line of the leaderboard in the form that the page shows."""
 
     line: Line
     entries: list[Entry]
 
 
 def columns(definitions: Mapping[str, str]) -> list[Column]:
-    """Return the columns of the leaderboard: those of leaderboard.md, with the metric and the innocents' verdict."""
+    """Return the columns of the leaderboard: those of leaderboard.md, the metric, and the validity for innocents."""
     listed = [Column(name, header, name in TEXT, definitions.get(name, "")) for name, header in SHOWN]
     listed.insert(3, Column("metric", "metric", True, definitions.get("metric", "")))
     return listed
@@ -79,7 +79,7 @@ def distinct(lines: Iterable[Line], column: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class InShort:
-    """A defense in one line: the closest attack at the last step, and what the defense costs."""
+    """A defense in one line: the closest attack at the last step, and the cost of the defense."""
 
     defense: str
     attack: str
@@ -93,12 +93,12 @@ class InShort:
     utility: float | None
     valid: bool
     on_front: bool
-    """Of defenses beside `none`."""
+    """Among the defenses other than `none`."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A defense in the immunity-retention plane: of one attack, or the worst case over them."""
+    """A defense in the immunity-retention plane: for one attack, or for the worst case over attacks."""
 
     defense: str
     attack: str  # "": the worst case
@@ -109,18 +109,18 @@ class Point:
 
 @dataclass
 class Plane:
-    """A task by one metric at its last step."""
+    """A task and one metric at the last step."""
 
     task: str
     metric: str
     step: int
     points: list[Point] = field(default_factory=list)
     front: list[str] = field(default_factory=list)
-    """Defenses that no valid defense beats in both."""
+    """Defenses that no valid defense exceeds in both."""
 
 
 def planes(lines: Sequence[Line]) -> list[Plane]:
-    """Return a plane for each task and metric that measured innocents, at the last step."""
+    """Return a plane for each task and metric measured on innocents, at the last step."""
     made = []
     for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in lines):
         plane = plane_of(lines, task, metric)
@@ -132,9 +132,8 @@ def planes(lines: Sequence[Line]) -> list[Plane]:
 def plane_of(lines: Sequence[Line], task: str, metric: str) -> Plane:
     """Return the plane of a task and metric at the last step.
 
-    Immunity: SGR on targets, of the worst case by what the closest attack reaches. Retention: what innocents keep,
-    1 - SGR on innocents, mean over the attacks that count on them: an attack that learns nothing on the undefended
-    model has nothing to keep.
+    Immunity: SGR on targets; for the worst case, that of the closest attack. Retention: 1 - SGR on innocents, mean over
+    the attacks that are valid on innocents (not those that learn nothing on the undefended model).
     """
     last = _at_last_step(lines, task, metric)
     plane = Plane(task, metric, last[0]["step"])
@@ -156,17 +155,17 @@ def plane_of(lines: Sequence[Line], task: str, metric: str) -> Plane:
 
 
 def closest(lines: Sequence[Line]) -> list[Line]:
-    """Return the line of each defense's closest attack; of a single attack, its own lines."""
+    """Return the line of each defense's closest attack; if there is a single attack, its own lines."""
     return worst_case(lines) or [line for line in lines if not line["is_weak"]]
 
 
 def in_short(lines: Sequence[Line], task: str, metric: str) -> list[InShort]:
-    """Return each defense of a task in a line, the best protection that counts first."""
+    """Return a line for each defense of a task, the best valid protection first."""
     last = _at_last_step(lines, task, metric)
     if not last:
         return []
     plane = plane_of(lines, task, metric)
-    retained = {p.defense: p.retention for p in plane.points}  # the worst case's, which comes last, where there is one
+    retained = {p.defense: p.retention for p in plane.points}  # that of the worst case, if any, since it is last
     return [
         InShort(
             defense=line["defense"],
@@ -194,15 +193,15 @@ def _at_last_step(lines: Sequence[Line], task: str, metric: str) -> list[Line]:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why lines do not count, and which."""
+    """A reason why lines are not valid, and these lines."""
 
-    text: str  # numbers that differ from line to line as a range
-    of_innocents: bool  # concerns the columns of innocents only
+    text: str  # numbers that differ between lines are given as a range
+    of_innocents: bool  # applies only to innocent concepts
     where: list[str]
 
 
 def reasons(lines: Sequence[Line], task: str) -> list[Reason]:
-    """Return each reason of a task once, those that concern targets first, with the lines that it concerns."""
+    """Return each reason of a task once, those on targets first, with the lines that it applies to."""
     found: dict[str, list[tuple[str, Line]]] = {}
     for line in lines:
         if line["task"] == task:
@@ -226,7 +225,7 @@ _NUMBER = re.compile(r"(?<![\w:-])-?\d+(?:\.\d+)?(?!\w)")
 
 
 def _ranged(texts: Sequence[str]) -> str:
-    """Return texts that differ in numbers alone as one, with ranges."""
+    """Return one text, with ranges, for texts that differ only in numbers."""
     columns = list(zip(*(_NUMBER.findall(text) for text in texts), strict=True))
     ranges = iter(
         found[0] if len(set(found)) == 1 else f"{min(found, key=float)} to {max(found, key=float)}" for found in columns
@@ -249,7 +248,7 @@ def _steps(steps: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A defense's images at a step: mean over seeds, with its interval."""
+    """The score of a defense's images at a step: mean over seeds, with its interval."""
 
     step: int
     mean: float
@@ -259,7 +258,7 @@ class CurvePoint:
 
 @dataclass
 class ConceptCurves:
-    """Recovery of one concept by one metric: attack -> defense -> points by step, and the levels to compare with."""
+    """Recovery of one concept by one metric: attack -> defense -> points by step, and reference levels."""
 
     task: str
     concept: str
@@ -268,11 +267,11 @@ class ConceptCurves:
     attacks: dict[str, dict[str, list[CurvePoint]]]
     real: float | None
     original: float | None
-    """The model before erasure."""
+    """The level of the model before erasure."""
 
 
 def concept_curves(table: Measurements) -> list[ConceptCurves]:
-    """Return the curves of every concept and metric; of innocents, means over the sets that they belong to."""
+    """Return the curves of every concept and metric; for innocents, means over their protected sets."""
     made: dict[tuple[str, str, str, str], ConceptCurves] = {}
     steps: dict[tuple[str, str, str, str], list[int]] = {}
     for task, attack, attacker, metric, step in table.groups:
@@ -286,7 +285,7 @@ def concept_curves(table: Measurements) -> list[ConceptCurves]:
 
 
 def _place(table: Measurements, task: str) -> int:
-    """Return the place of a task among the rows."""
+    """Return the position of a task in the rows."""
     return list(table.defenses).index(task)
 
 

@@ -1,1 +1,1 @@
-"""Numbers to files and back: rows, tables, figures, Markdown, LaTeX, the terminal."""
+"""Read and write results: rows, tables, figures, Markdown, LaTeX, and terminal output."""

@@ -1,7 +1,7 @@
-"""What an adaptation costs the attacker or user who makes it, under each defense. No torch here.
+"""The cost of an adaptation under each defense. No torch here.
 
-From the records of the adaptations that are done, a line for each task, defense and attack. `LEGEND` describes what is
-measured, `harness.analysis.definitions` each column.
+One line per task, defense and attack, from the records of finished adaptations. `LEGEND` explains what is measured,
+`harness.analysis.definitions` defines the columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COLUMNS = (
     "task", "defense", "attack", "attacker", "n_adaptations", "trained_parameters", "trained_bytes", "optimizer_bytes",
     "peak_memory_bytes", "seconds_per_step", "trained_ratio", "peak_memory_ratio", "time_ratio",
 )  # fmt: skip
-"""Ratios are to the undefended model's adaptations of the same concepts and seeds, as far as both are done."""
+"""Ratios are relative to the undefended model's adaptations of the same concepts and seeds, where both are done."""
 _RATIOS = {
     "trained_ratio": "trained_parameters",
     "peak_memory_ratio": "peak_memory_bytes",
@@ -41,14 +41,14 @@ LEGEND = (
 
 
 def records(plan: Plan, store: Store) -> dict[str, Mapping[str, Any]]:
-    """Return the records of the adaptations that are done, by key; without those that hold no ledger of costs."""
+    """Return the records of finished adaptations, by key; without those that have no ledger of costs."""
     keys = dict.fromkeys(key for _, key in _adapted(plan))
     done = {key: store.record("adapt", key) for key in keys if store.has("adapt", key)}
     return {key: record for key, record in done.items() if "ledger" in record}
 
 
 def _adapted(plan: Plan) -> Iterator[tuple[Measurement, str]]:
-    """Yield (measurement, key of the adaptation) of what was drawn from adapted models, by tasks that name attacks."""
+    """Yield (measurement, key of its adaptation) for measurements on adapted models, in tasks that name attacks."""
     for measurement in plan.measurements:
         read = plan.stages[measurement.observed].inputs.get("adapt")
         if read is not None and "attack" in measurement.labels:
@@ -57,7 +57,7 @@ def _adapted(plan: Plan) -> Iterator[tuple[Measurement, str]]:
 
 def lines(plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines of adaptation_cost.csv; `done` are the `records`."""
-    made: dict[tuple, dict[tuple, str]] = {}  # of a line: of an adaptation (protected set, concept, seed) its key
+    made: dict[tuple, dict[tuple, str]] = {}  # line -> adaptation (protected set, concept, seed) -> key
     undefended: dict[tuple, tuple] = {}
     costs: dict[str, dict[str, float | None]] = {}
     for measurement, key in _adapted(plan):
@@ -82,7 +82,7 @@ def lines(plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, A
 
 
 def _ratios(own: Sequence[Mapping[str, float | None]], base: Sequence[Mapping[str, float | None]]) -> dict:
-    """Return the ratios of means over adaptations in pairs; None where there are none, or something is not known."""
+    """Return the ratios of means over paired adaptations; None where there are no pairs, or a number is not known."""
     if not own:
         return dict.fromkeys(_RATIOS)
     means, of_base = _mean(own), _mean(base)
@@ -107,7 +107,7 @@ def _cost(record: Mapping[str, Any], steps: int) -> dict[str, float | None]:
 
 
 def _mean(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return the mean of each number that all adaptations recorded."""
+    """Return the mean of each number that all adaptations have."""
     found = {}
     for column in costs[0]:
         values = [cost[column] for cost in costs]
@@ -116,7 +116,7 @@ def _mean(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None
 
 
 def table(costs: Sequence[Mapping[str, Any]]) -> Table:
-    """Return adaptation_cost.csv and .md: for people a table for each task and attack."""
+    """Return adaptation_cost.csv and .md, which has a table for each task and attack."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for line in costs:
         groups.setdefault((line["task"], line["attack"], line["attacker"]), []).append(line)

@@ -40,7 +40,7 @@ LEGEND = (
 def make(folder: Path, defense: str, baselines: Sequence[str]) -> list[dict[str, Any]]:
     """Compare, and write compare_<defense>.csv, .md and .tex into the folder; return the lines.
 
-    Raises UserMistake for a defense that the run does not have.
+    Raises UserMistake for a defense that is not in the run.
     """
     if defense in baselines:
         raise UserMistake(f"--baseline {one_line(defense)}: a defense is not compared with itself")
@@ -62,7 +62,7 @@ def make(folder: Path, defense: str, baselines: Sequence[str]) -> list[dict[str,
 
 
 def tables(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str, str], list[dict[str, Any]]]:
-    """Return the lines by (task, metric, defense, baseline): a table each."""
+    """Return the lines grouped by (task, metric, defense, baseline), one table per group."""
     grouped: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for line in lines:
         grouped.setdefault(tuple(line[k] for k in ("task", "metric", "defense", "baseline")), []).append(line)
@@ -96,7 +96,7 @@ def _judgement(line: dict[str, Any], defense: str, baseline: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a number with three digits after the point, fewer for a large one."""
+    """Return a number with three decimal digits, or fewer if it is large."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
@@ -109,7 +109,7 @@ def _p(value: float | None) -> str:
 
 
 def cells(line: dict[str, Any]) -> list[str]:
-    """Return the shown cells of a line as text."""
+    """Return the displayed cells of a line as text."""
     texts = []
     for column, _ in SHOWN:
         value = line.get(column)

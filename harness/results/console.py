@@ -1,4 +1,4 @@
-"""The terminal: the one printer of tables to a rich console."""
+"""The only code that prints tables to the terminal, by a rich console."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.contracts.table import Section
 def show(sections: Sequence[Section], console, before_note: str = "- ") -> None:
     """Print sections to a rich console: tables with their titles, paragraphs dim, notes after `before_note`.
 
-    A heading without a table is printed bold. Columns of words are never wrapped.
+    A heading without a table is printed bold. Text columns are never wrapped.
     """
     from rich.table import Table
 
@@ -31,5 +31,5 @@ def show(sections: Sequence[Section], console, before_note: str = "- ") -> None:
 
 
 def ends_of_groups(keys: Sequence[object]) -> frozenset[int]:
-    """Return the places of rows whose key differs from that of the row after them."""
+    """Return the indices of rows whose key differs from the next row's key."""
     return frozenset(place for place in range(len(keys) - 1) if keys[place] != keys[place + 1])

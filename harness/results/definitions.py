@@ -1,4 +1,4 @@
-"""What all numbers mean: the general definitions, and those of every registered diagnostic.
+"""Definitions of all numbers: the general ones, and those of every registered diagnostic.
 
     python -m harness.results.definitions          # prints the page `docs/definitions.md`
 """
@@ -10,7 +10,7 @@ from harness.core import registry
 
 
 def sections() -> list[tuple[str, tuple[Definition, ...]]]:
-    """Return (title, definitions) of each section: the general ones, then one for each diagnostic that has any."""
+    """Return (title, definitions) of each section: general sections, then one for each diagnostic with definitions."""
     diagnostics = [registry.get("diagnostic", name) for name in registry.names("diagnostic")]
     own = [(cls.title or cls.name, tuple(cls.definitions)) for cls in diagnostics if cls.definitions]
     return [*SECTIONS, *own]

@@ -1,4 +1,4 @@
-"""The registered diagnostics, called one by one: an error in one does not affect the others."""
+"""The registered diagnostics, called one by one; one that raises does not stop the others."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Failure:
-    """What a diagnostic raised."""
+    """The error of a diagnostic."""
 
     error: str
-    """In one line."""
+    """One line of text."""
     traceback: str
 
 
 class Diagnostics:
-    """All registered diagnostics by name. An error is kept and reported once; that diagnostic is not called again."""
+    """All registered diagnostics by name. If one raises, its error is kept and reported, and it is not called again."""
 
     def __init__(self, say: Callable[[str], None] | None = None):
-        """Make the diagnostics; `say` gets a line for each that raises."""
+        """Create the diagnostics; `say` gets a line for each that raises."""
         self.failures: dict[str, Failure] = {}
         self._say = say
         self._known: list[Diagnostic] = []
@@ -37,7 +37,7 @@ class Diagnostics:
             self._known += [] if made is None else [made]
 
     def ask(self, question: Callable[[Diagnostic], Answer | None]) -> list[tuple[Diagnostic, Answer]]:
-        """Return each diagnostic with its answer; those that raised, or answer None, are left out."""
+        """Return each diagnostic with its answer, without those that raise or answer None."""
         found = []
         for known in self._known:
             answer = self.attempt(known.name, lambda known=known: question(known), None)
@@ -45,7 +45,7 @@ class Diagnostics:
         return found
 
     def attempt(self, name: str, do: Callable[[], Answer], otherwise: Answer) -> Answer:
-        """Return the result of `do` for the diagnostic `name`; `otherwise` where it raises now or raised before."""
+        """Return the result of `do` for the diagnostic `name`; `otherwise` if it raises now or raised before."""
         if name in self.failures:
             return otherwise
         try:

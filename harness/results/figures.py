@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def recovery_curves(rows: DataFrame | Measurements, path: Path, role: str = "target") -> bool:
-    """Draw `path` (PNG); return False when there is nothing to draw.
+    """Draw `path` (PNG); return False if there is nothing to draw.
 
-    Panels: tasks by metrics; where there are several attacks, a row for each task and metric and a column an attack.
-    Lines are means over concepts, prompts and seeds; dots are seeds. Step 0 is the released model before the attack.
+    Panels: tasks by metrics; with several attacks, a row per task and metric and a column per attack. Lines are means
+    over concepts, prompts and seeds; dots are single seeds. Step 0 is the released model before the attack.
     Dashed: real images of the attack split. Dotted: the model before erasure. Metrics without a direction are left out.
     """
     table = measured(rows)
@@ -28,7 +28,7 @@ def recovery_curves(rows: DataFrame | Measurements, path: Path, role: str = "tar
     if not made:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # without pyplot, which takes as long to import as a figure to draw
+    from matplotlib.figure import Figure  # without pyplot, which is slow to import
 
     attacks = list(dict.fromkeys(attack for _, _, attack in made))
     own = looks(list(dict.fromkeys(defense for known in table.defenses.values() for defense in known)))
@@ -54,14 +54,14 @@ def recovery_curves(rows: DataFrame | Measurements, path: Path, role: str = "tar
         fontsize=8, frameon=False,
     )  # fmt: skip
     figure.set_dpi(150)
-    FigureCanvasAgg(figure).print_png(path)  # savefig would draw it twice, once to lay it out
+    FigureCanvasAgg(figure).print_png(path)  # savefig would draw twice, once for layout
     return True
 
 
 def _grid(
     scales: Sequence[tuple[str, str]], attacks: Sequence[str]
 ) -> tuple[list[str], list[str], dict[tuple[int, int], tuple[str, str, str]]]:
-    """Return (labels of lines, labels of columns, (line, column) -> (task, metric, attack)) of (task, metric) pairs."""
+    """Return (row labels, column labels, (row, column) -> (task, metric, attack)) of (task, metric) pairs."""
     if len(attacks) > 1:
         lines = [f"{task}\n{metric}" for task, metric in scales]
         panels = {(i, j): (*scale, attack) for i, scale in enumerate(scales) for j, attack in enumerate(attacks)}

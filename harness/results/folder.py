@@ -1,4 +1,4 @@
-"""A run folder, read back: the suite as it was resolved, whether its tables are whole, and what failed."""
+"""Read a run folder: its resolved suite, whether its tables are complete, and its failures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from harness.core.errors import UserMistake, one_line
 from harness.results.tables import STATE
 
 RESOLVED = "suite.resolved.yaml"
-"""The suite with defaults and overrides."""
+"""The suite including defaults and overrides."""
 
 
 def read_suite(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return text and content of a run's suite. Raises UserMistake for a folder that holds none."""
+    """Return text and content of a run's suite. Raises UserMistake for a folder without one."""
     file = folder / RESOLVED
     try:
         text = file.read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def read_suite(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether the tables were made with every row."""
+    """Return whether the tables contain every row of the plan."""
     try:
         return json.loads((folder / STATE).read_text(encoding="utf-8"))["is_whole"] is True
     except (OSError, ValueError, KeyError, TypeError):

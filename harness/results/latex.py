@@ -1,4 +1,4 @@
-"""LaTeX: the one writer of tables for papers (package booktabs)."""
+"""The only writer of LaTeX tables for papers (package booktabs)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The leaderboard, its worst case, how soon attacks recover, and concepts: from lines to readable tables."""
+"""Readable tables from lines: the leaderboard, its worst case, how soon attacks recover, and concepts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN = (
     ("valid", "valid"),
 )
 TEXT = frozenset({"defense", "attack", "attacker"})
-"""Columns of words."""
+"""Text columns."""
 WORST_LEGEND = (
     "For each defense and step the attack that comes closest to the targets, of those that count; best protection "
     "first. undefended: what the closest attack on the undefended model reaches, whichever that is. An adaptive "
@@ -70,7 +70,7 @@ def sections(
 
 
 def shown(lines: Sequence[dict[str, Any]]) -> list[Section]:
-    """Return what a terminal shows: the leaderboard, and the worst case where there are several attacks."""
+    """Return the sections for the terminal: the leaderboard, and the worst case if there are several attacks."""
     if not lines:
         return [NO_ROWS]
     found, worst = _by_metric(lines), worst_case(lines)
@@ -110,7 +110,7 @@ def _title(task: str, metric: str, unit: str, lines: Sequence[dict[str, Any]]) -
 
 
 def cells(line: dict[str, Any]) -> list[str]:
-    """Return the shown cells of a line as text."""
+    """Return the displayed cells of a line as text."""
     texts = []
     for column, _ in SHOWN:
         if column == "interval":
@@ -133,7 +133,7 @@ def cells(line: dict[str, Any]) -> list[str]:
 
 
 def _notes(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Return each reason once, with the steps and defenses that it concerns."""
+    """Return each reason once, with the steps and defenses that it applies to."""
     notes: dict[str, list[str]] = {}
     for line in lines:
         for reason in filter(None, line["reason"].split("; ")):
@@ -143,7 +143,7 @@ def _notes(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _soon(soon: Sequence[dict[str, Any]]) -> list[Section]:
-    """Return a table for each task and metric: attacks by defenses, steps to half and area."""
+    """Return a table for each task and metric, attacks by defenses: steps to half of the way, and area."""
     found = []
     for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in soon):
         group = [line for line in soon if (line["task"], line["metric"]) == (task, metric)]
@@ -157,7 +157,7 @@ def _soon(soon: Sequence[dict[str, Any]]) -> list[Section]:
 
 
 def soon_text(line: dict[str, Any] | None) -> str:
-    """Return steps to half of the way, and the area in brackets; a dash without a line."""
+    """Return the steps to half of the way, with the area in brackets; a dash if there is no line."""
     if line is None:
         return "–"
     steps = f"> {line['last_step']}" if line["steps_to_half"] is None else f"{line['steps_to_half']:.0f}"
@@ -165,7 +165,7 @@ def soon_text(line: dict[str, Any] | None) -> str:
 
 
 def concept_sections(lines: Sequence[dict[str, Any]]) -> list[Section]:
-    """Return concepts.md, SGR by concept: for each task, set, attack and metric, a row a step and defense."""
+    """Return concepts.md, SGR by concept: for each task, set, attack and metric, a row per step and defense."""
     grouped: dict[tuple, list[dict[str, Any]]] = {}
     for line in lines:
         name = (line["task"], line["protected"], line["attack"], line["attacker"], line["metric"])

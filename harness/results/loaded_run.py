@@ -1,4 +1,4 @@
-"""A run in a notebook: rows and tables as DataFrames, images by their labels, comparisons."""
+"""A run for use in notebooks: rows and tables as DataFrames, images by labels, comparisons."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 IMAGE_LABELS = (
     "task", "defense", "attack", "attacker", "protected", "concept", "role", "seed", "step", "prompt_index", "prompt",
 )  # fmt: skip
-"""Columns of rows by which images are asked for."""
+"""Columns of rows by which images are selected."""
 _TABLE = re.compile(r"[a-z0-9_]{1,60}")
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The results of a run. Everything is read at its first use, and kept.
+    """The results of a run. Each part is read on first use, and kept.
 
-    Tables have the content of the files; empty cells are NaN in columns of numbers and "" in columns of words. All
-    properties raise UserMistake where a file is missing or damaged.
+    Tables have the content of the files; empty cells are NaN in number columns and "" in text columns. All properties
+    raise UserMistake if a file is missing or damaged.
     """
 
     folder: Path
@@ -41,12 +41,12 @@ class LoadedRun:
 
     @cached_property
     def suite(self) -> dict[str, Any]:
-        """The suite as it was resolved, with defaults and overrides."""
+        """The resolved suite, with defaults and overrides."""
         return run_folder.read_suite(self.folder)[1]
 
     @property
     def is_whole(self) -> bool:
-        """Whether the tables were made with every row."""
+        """Whether the tables contain every row of the plan."""
         return run_folder.is_whole(self.folder)
 
     @property
@@ -56,7 +56,7 @@ class LoadedRun:
 
     @cached_property
     def rows(self) -> DataFrame:
-        """One row for each trial, step, prompt and metric; columns of words are categorical."""
+        """One row for each trial, step, prompt and metric; text columns are categorical."""
         return read_rows(self.folder)
 
     @property
@@ -74,7 +74,7 @@ class LoadedRun:
             raise UserMistake(f"{one_line(self.folder)}: {what}")
         path = self.folder / f"{name}.csv"
         try:
-            # "none" and "nan" are words here: only an empty cell is missing
+            # "none" and "nan" are text here; only empty cells are missing values
             made = pd.read_csv(path, keep_default_na=False, na_values=[""])
         except (OSError, ValueError) as error:
             raise UserMistake(f"{one_line(path)}: {one_line(error)}; write it anew with `table`") from None
@@ -83,7 +83,7 @@ class LoadedRun:
 
     @cached_property
     def leaderboard(self) -> DataFrame:
-        """A line for each task, defense, attack, metric and step; see docs/definitions.md for the columns."""
+        """A line for each task, defense, attack, metric and step; the columns are defined in docs/definitions.md."""
         return self.table("leaderboard")
 
     @cached_property
@@ -102,7 +102,7 @@ class LoadedRun:
         return self.table("concepts")
 
     def compare(self, defense: str, baseline: str) -> DataFrame:
-        """Return a defense beside another: paired differences, intervals, corrected tests. Nothing is written."""
+        """Return a comparison of two defenses: paired differences, intervals, corrected tests. Nothing is written."""
         import pandas as pd
 
         from harness.analysis import compare
@@ -114,11 +114,11 @@ class LoadedRun:
         return pd.DataFrame(lines, columns=list(compare.COLUMNS))
 
     def images(self, **labels: Any) -> DataFrame:
-        """Return the images that models drew, one a line, with `image` (its number for the prompt) and `path`.
+        """Return the images drawn by models, one per line, with `image` (its number for the prompt) and `path`.
 
-        `labels` are columns of IMAGE_LABELS and what they must equal: images(defense="none", step=0). An attack of ""
-        is the released model before any. Images that are not on this machine are left out. Raises UserMistake for an
-        unknown label, or a value that no row has.
+        `labels` are columns of IMAGE_LABELS and their required values: images(defense="none", step=0). The attack "" is
+        the released model before any attack. Images that are not on this machine are left out. Raises UserMistake for
+        an unknown label, or a value that no row has.
         """
         import pandas as pd
 
@@ -135,7 +135,7 @@ class LoadedRun:
         once = asked[[*IMAGE_LABELS, "sample_key"]].drop_duplicates()
         store, found = Store(self.folder.parent / "store"), []
         for line in once.itertuples(index=False):
-            if not _KEY.fullmatch(line.sample_key):  # it could be a path out of the store
+            if not _KEY.fullmatch(line.sample_key):  # it could be a path outside the store
                 continue
             drawn = store.path("sample", line.sample_key) / "images" / step_folder(line.step)
             for path in sorted(drawn.glob(f"{line.prompt_index:03d}_*.png")):

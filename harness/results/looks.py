@@ -1,22 +1,22 @@
-"""How defenses look in figures: a colour each, and where there are more than colours, other lines and marks."""
+"""The look of defenses in figures: one colour each; with more defenses than colours, also other lines and markers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Okabe and Ito's palette, distinguished by readers who do not see all colours, and four of Tol's muted one after it
+# Okabe and Ito's palette, which is safe for colour-blind readers, then four colours of Tol's muted palette
 COLOURS = (
     "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442",
     "#882255", "#999933", "#332288", "#44AA99",
 )  # fmt: skip
 LINES, MARKS = ("-", "--", ":", "-."), "osD^"
-"""Of the first dozen, the second, and so on."""
+"""Line and marker of the first dozen of defenses, of the second dozen, and so on."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """Colour, line and mark of a defense."""
+    """Colour, line and marker of a defense."""
 
     colour: str
     line: str = "-"

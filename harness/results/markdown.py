@@ -1,4 +1,4 @@
-"""Markdown: the one writer of all tables in Markdown."""
+"""The only writer of Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _RULES = {"l": " --- ", "r": " ---: "}
 
 
 def page(sections: Sequence[Section], less_than: str = "<") -> str:
-    """Return sections as a page of Markdown, with a line left free between its parts.
+    """Return sections as a page of Markdown, with a blank line between its parts.
 
-    Titles, cells and notes are escaped (see `escaped`); paragraphs are taken as they are.
+    Titles, cells and notes are escaped (see `escaped`); paragraphs are not.
     """
     return "\n\n".join(part for section in sections for part in _parts(section, less_than)) + "\n"
 
@@ -38,7 +38,7 @@ def _row(cells: Sequence[str], less_than: str) -> str:
 
 
 def escaped(text: str, less_than: str = "<") -> str:
-    """Return a text that ends no cell or line and opens no tag.
+    """Return a text escaped so that it cannot end a cell or line, or open a tag.
 
     `less_than` replaces a "<" that could not open a tag, as in "< 0.001".
     """

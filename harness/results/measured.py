@@ -1,4 +1,4 @@
-"""A run for diagnostics: the one place that reads a plan's measurements for them."""
+"""A run for diagnostics: the only code that reads a plan's measurements for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResults:
-    """The plan, what is committed, and the numbers computed from it (`contracts.diagnostic.MeasuredRun`)."""
+    """The plan, the committed stages, and the numbers made from them (`contracts.diagnostic.MeasuredRun`)."""
 
     plan: Plan
     store: Store
@@ -32,7 +32,7 @@ class RunResults:
     model_name: str
     gates: Gates
     rows: DataFrame
-    """All that is scored; see `harness.results.rows`."""
+    """All scores; see `harness.results.rows`."""
     papers: Sequence[PaperRow] = ()
 
     def rows_of(self, kind: str) -> DataFrame:
@@ -53,7 +53,7 @@ class RunResults:
 
     @cached_property
     def adaptations(self) -> Mapping[str, Mapping[str, Any]]:
-        """The records of the adaptations that are done, by key."""
+        """The records of finished adaptations, by key."""
         return adaptation_cost.records(self.plan, self.store)
 
     @cached_property
@@ -68,7 +68,7 @@ class RunResults:
 
     @property
     def protected_together(self) -> dict[str, int]:
-        """How many concepts the largest protected set of each task holds."""
+        """The size of the largest protected set of each task."""
         largest: dict[str, int] = {}
         for measurement in self.plan.measurements:
             about = measurement.labels
@@ -77,22 +77,22 @@ class RunResults:
 
     @property
     def erasing_tasks(self) -> frozenset[str]:
-        """The tasks that begin with an erasure."""
+        """The tasks that start with an erasure."""
         labels = (measurement.labels for measurement in self.plan.measurements)
         return frozenset(about["task"] for about in labels if about.get("defense") == "original")
 
     @property
     def origin(self) -> str:
-        """A sentence on program, packages, devices and days of the adaptations; "" where none is done."""
+        """A sentence on program, packages, devices and dates of the adaptations; "" if none is done."""
         return provenance.sentence(self.plan.suite, self.model_name, list(self.adaptations.values()))
 
     def released(self) -> Iterator[ReleasedModel]:
-        """Yield every released model that is committed, once, in the order of the plan."""
+        """Yield every committed released model once, in the order of the plan."""
         seen: set[tuple] = set()
         for measurement in self.plan.measurements:
             about, key = measurement.labels, measurement.needs.get("immunize")
             if key is None or "defense" not in about or not self.store.has("immunize", key):
-                continue  # also where another kind of task draws from a released model under other labels
+                continue  # also if another kind of task draws from a released model with other labels
             name = (about["task"], about["defense"], about["protected"], about["seed"])
             if name in seen:
                 continue

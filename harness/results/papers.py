@@ -1,4 +1,4 @@
-"""Papers' numbers beside a run's: rows of the same tasks and of defenses that the suite measures. Never mixed."""
+"""Papers' numbers for comparison with a run, for the same tasks and defenses; never mixed with the run's numbers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LEGEND = (
 
 
 def beside(suite: Suite, say: Callable[[str], None] | None = None) -> list[PaperRow]:
-    """Return the rows of papers that belong beside a suite: of its tasks' kinds, its defenses, and real images.
+    """Return the rows of papers that match a suite: its kinds of tasks, its defenses, and real images.
 
-    A diagnostic may decide otherwise for the rows of its paper. `say` gets a line for each that raised.
+    A diagnostic may decide differently for the rows of its paper. `say` gets a line for each diagnostic that raised.
     """
-    immunized = [task for task in suite.tasks.values() if task.kind == DEFAULT_TASK]  # papers' numbers are of no other
+    immunized = [task for task in suite.tasks.values() if task.kind == DEFAULT_TASK]  # papers have no other kind
     tasks = {"relearning"} if any(task.erase for task in immunized) else set()
     if any(not task.erase for task in immunized):
         tasks |= {"personalization", "adaptation"}
@@ -47,7 +47,7 @@ def write(rows: Sequence[PaperRow], folder: Path) -> None:
 
 
 def sections(rows: Sequence[PaperRow]) -> list[Section]:
-    """Return a table for each table and status of a paper."""
+    """Return one table for each table and status of a paper."""
     if not rows:
         return [Section(text=("No paper's numbers are of these tasks and defenses.",))]
     groups: dict[tuple[str, str, str, str], list[PaperRow]] = {}

@@ -30,21 +30,21 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Question:
-    """What `plan --power` is asked."""
+    """The input of `plan --power`."""
 
     difference: float
-    """Between two defenses: in each metric's unit, or a share of what the attack reaches on the undefended model."""
+    """Between two defenses: in each metric's unit, or as a share of the attack's score on the undefended model."""
     is_share: bool = False
     pilot: Path | None = None
-    """The folder of the pilot run; None: the suite's own."""
+    """The folder of the pilot run; None: the suite's own run."""
     between: tuple[str, str] | None = None
-    """Two defenses of the pilot; None: all pairs."""
+    """Two defenses of the pilot run; None: all pairs."""
 
 
 def show(plan: Plan, seeds: int, question: Question, own_folder: Path, console: Console) -> None:
-    """Print how many seeds a difference needs, for each task, metric and attack that the pilot shares with the plan.
+    """Print how many seeds a difference needs, for each task, metric and attack that both pilot and plan have.
 
-    Raises UserMistake for a pilot that is too small.
+    Raises UserMistake if the pilot is too small.
     """
     folder, between, is_share = question.pilot or own_folder, question.between, question.is_share
     if question.pilot is None and not (folder / "rows.csv").is_file():
@@ -112,7 +112,7 @@ def _sections(lines: Sequence[dict[str, Any]], is_share: bool, seeds: int) -> li
 
 
 def cells(line: dict[str, Any], is_share: bool) -> list[str]:
-    """Return the shown cells of a line as text."""
+    """Return the displayed cells of a line as text."""
     attack = f"{line['attack']} ({line['attacker']})" if line["attacker"] == "adaptive" else line["attack"]
     none = line["reached_none"] if is_share else None
     return [
@@ -134,7 +134,7 @@ def _amount(value: float | None, none: float | None) -> str:
 
 
 def _seeds(count: int | None, limit: str) -> str:
-    """Return a number of seeds, or why there is none."""
+    """Return the number of seeds, or the reason why there is none."""
     words = {
         "prompts": f"not even {MOST}: more prompts are needed",
         "seeds": f"more than {MOST}",

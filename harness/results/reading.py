@@ -1,4 +1,4 @@
-"""Tables of a run folder, read back for its report: text as it is found, and numbers where there are any."""
+"""Read tables of a run folder for its report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Return the lines of a CSV file; [] where there is none, or it cannot be read."""
+    """Return the lines of a CSV file as text; [] if it is missing or cannot be read."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
@@ -18,7 +18,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def mean_of(lines: Iterable[Mapping[str, str]], column: str) -> float | None:
-    """Return the mean of the finite numbers in a column; None without any."""
+    """Return the mean of the finite numbers in a column; None if there are none."""
     values = []
     for line in lines:
         try:

@@ -1,8 +1,8 @@
-"""Rows: one value a trial, step, prompt and metric, as a DataFrame; from committed score stages, to and from files.
+"""Rows: one value per trial, step, prompt and metric, as a DataFrame; from committed score stages, to and from files.
 
-Columns of words are categorical, in the order of first appearance. `prompt_index` may be missing (of a metric of whole
-sets), all else is filled; a label that some rows lack is the empty word. `rows.csv` is what people and `read_rows`
-read, `rows.parquet` holds the same table for programs.
+Text columns are categorical, in order of first appearance. Only `prompt_index` may be missing (for a metric on whole
+sets); a label that some rows lack is the empty string there. `rows.csv` is for people and `read_rows`; `rows.parquet`
+has the same table for other programs.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ COLUMNS = (
 )  # fmt: skip
 FILES = ("rows.csv", "rows.parquet")
 _NUMBERS = {"is_weak": False, "n_probes": 0, "seed": 0}
-"""Labels that are numbers, and their value where a trial has none."""
+"""Labels that are not text, with their value if a trial has none."""
 _WHOLE = ("n_probes", "seed", "step")
-"""Columns of whole numbers that no row may lack."""
+"""Integer columns that every row must have."""
 _OF_VALUES = ("step", "prompt_index", "prompt", "value")
-"""What differs between the values of one score stage."""
+"""Columns that differ between the values of one score stage."""
 _ENTRY = itemgetter("step", "prompt", "value")
-_ROWS_AT_ONCE = 1 << 13  # of a CSV file that is being written: they fit into the cache of a processor
+_ROWS_AT_ONCE = 1 << 13  # rows per block when writing CSV: a block fits into the processor's cache
 
 Labels = Mapping[str, Any]
-"""Column -> label, the same for all values of one score stage; `prompt`: the texts by prompt index, or none of them."""
+"""Column -> label, the same for all values of one score stage; `prompt`: the texts by prompt index, possibly empty."""
 
 
 def collect(plan: Plan, store: Store, model_name: str) -> DataFrame:
-    """Return the rows of every committed score stage of the plan, in its order; what is not committed is left out.
+    """Return the rows of every committed score stage of the plan, in its order; other stages are left out.
 
-    A defense that is not committed has no rows, even where its trials share the undefended model's stages.
+    A defense that is not committed has no rows, even if its trials share the undefended model's stages.
     """
     return frame(_scored(plan, store, model_name))
 
 
 def frame(parts: Iterable[tuple[Labels, Mapping[str, Any]]]) -> DataFrame:
-    """Return the rows of score stages: (labels, what scores.json holds) of each.
+    """Return the rows of score stages, given (labels, content of scores.json) of each.
 
-    Labels that are no columns of COLUMNS are words, and become columns behind them in order of first appearance.
-    Raises IndexError for a prompt without text.
+    Labels that are not in COLUMNS are text, and become further columns in order of first appearance. Raises IndexError
+    for a prompt without text.
     """
     import numpy as np
     import pandas as pd
@@ -100,7 +100,7 @@ def frame(parts: Iterable[tuple[Labels, Mapping[str, Any]]]) -> DataFrame:
 
 
 class _Codes:
-    """One label of each score stage, as codes of what it may be."""
+    """One label of each score stage, as codes of its distinct values."""
 
     def __init__(self, before: Iterable[Any] = ()):
         self._known: dict[Any, int] = {}
@@ -109,11 +109,11 @@ class _Codes:
             self.add(label)
 
     def add(self, label: Any) -> None:
-        """Take the next stage's label."""
+        """Add the next stage's label."""
         self._codes.append(self._known.setdefault(label, len(self._known)))
 
     def column(self, counts: np.ndarray, kind: type) -> Any:
-        """Return the column of so many rows a stage: categorical of words, else an array of the kind."""
+        """Return the column with `counts` rows per stage: categorical for text, otherwise an array of the kind."""
         import numpy as np
         import pandas as pd
 
@@ -129,11 +129,11 @@ class _Texts:
     def __init__(self):
         self._known: dict[str, int] = {"": 0}
         self._places: dict[tuple[str, ...], int] = {(): 0}
-        self._codes: list[int] = [0]  # of all tuples of prompts, one behind the other; first that of no text
-        self._stages: list[tuple[int, int]] = []  # where the stage's codes begin, and how many there are
+        self._codes: list[int] = [0]  # of all tuples of prompts, concatenated; the first code is "no text"
+        self._stages: list[tuple[int, int]] = []  # (start of the stage's codes, their number)
 
     def add(self, prompts: Sequence[str]) -> None:
-        """Take the next stage's prompts; none of them: its rows have no text."""
+        """Add the next stage's prompts; without prompts its rows have no text."""
         prompts = tuple(prompts)
         if prompts not in self._places:
             self._places[prompts] = len(self._codes)
@@ -154,9 +154,9 @@ class _Texts:
 
 
 def _scored(plan: Plan, store: Store, model_name: str) -> Iterator[tuple[Labels, Mapping[str, Any]]]:
-    """Yield labels and scores of what is committed."""
+    """Yield labels and scores of committed score stages."""
     asked = Counter(chain.from_iterable(each.scores.values() for each in plan.measurements))
-    kept: dict[str, Mapping[str, Any] | None] = {}  # of stages that another measurement asks for again
+    kept: dict[str, Mapping[str, Any] | None] = {}  # scores of stages that another measurement also uses
     committed: dict[tuple[str, str], bool] = {}
     for measurement in plan.measurements:
         asked.subtract(measurement.scores.values())
@@ -182,17 +182,17 @@ def _scored(plan: Plan, store: Store, model_name: str) -> Iterator[tuple[Labels,
 
 
 def _label(name: str, value: Label) -> Any:
-    """Return a label as rows contain it: a word, except in the few columns of numbers."""
+    """Return a label in the form used in rows: text, except for the few number columns."""
     if isinstance(value, tuple):
         return "+".join(value)
     return value if name in _NUMBERS or isinstance(value, str) else str(_cell(value))
 
 
 def _scores(store: Store, kind: str, key: str) -> Mapping[str, Any] | None:
-    """Return the scores of a score stage; None where it is not committed."""
+    """Return the content of a stage's scores.json; None if it is not committed."""
     if not store.has(kind, key):
         return None
-    with open(f"{store.root}/{kind}/{key}/{SCORES}", "rb", buffering=0) as file:  # thousands: no Path, no buffer
+    with open(f"{store.root}/{kind}/{key}/{SCORES}", "rb", buffering=0) as file:  # fast, for thousands of files
         return json.loads(file.readall())
 
 
@@ -200,7 +200,7 @@ def _scores(store: Store, kind: str, key: str) -> Mapping[str, Any] | None:
 
 
 def write_rows(folder: Path, rows: DataFrame) -> None:
-    """Write rows.csv and rows.parquet, both under other names first; a folder holds the old ones or the new ones."""
+    """Write rows.csv and rows.parquet, first under temporary names, so that a folder has both old or both new files."""
     import pyarrow
     from pyarrow import parquet
 
@@ -225,9 +225,9 @@ def _sync(path: Path) -> None:
 
 
 def _csv_texts(rows: DataFrame) -> Iterator[Any]:
-    """Yield the bytes of a CSV file, some rows at once.
+    """Yield the bytes of a CSV file, several rows at once.
 
-    Labels repeat over the rows of a score stage, so their text is made once for every run of rows with the same ones.
+    The rows of a score stage have the same labels, so the text of labels is made once per sequence of such rows.
     """
     import numpy as np
     import pyarrow
@@ -243,7 +243,7 @@ def _csv_texts(rows: DataFrame) -> Iterator[Any]:
         if name not in _OF_VALUES:
             starts[1:] |= own[1:] != own[:-1]
     firsts, runs = np.flatnonzero(starts), np.cumsum(starts) - 1
-    blocks: list[Any] = []  # text by run of a stretch of labels, or the name of a column
+    blocks: list[Any] = []  # text of adjacent label columns, or the name of another column
     for name in rows.columns:
         if name in _OF_VALUES:
             blocks.append(name)
@@ -252,7 +252,7 @@ def _csv_texts(rows: DataFrame) -> Iterator[Any]:
         if blocks and not isinstance(blocks[-1], str):
             text = compute.binary_join_element_wise(blocks.pop(), text, ",")
         blocks.append(text)
-    blocks[-1] = compute.binary_join_element_wise(blocks[-1], "\n", "")  # a label: values come before
+    blocks[-1] = compute.binary_join_element_wise(blocks[-1], "\n", "")  # the last column is a label
     known: dict[str, Any] = {}
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
@@ -266,12 +266,12 @@ def _csv_texts(rows: DataFrame) -> Iterator[Any]:
 
 
 def _codes(column: Series) -> np.ndarray:
-    """Return what distinguishes the cells of a column."""
+    """Return codes that are equal for equal cells of a column."""
     return column.cat.codes.to_numpy() if hasattr(column, "cat") else column.to_numpy()
 
 
 def _texts(column: Series, known: dict[str, Any]) -> pyarrow.Array:
-    """Return the cells of a column as CSV has them; `known`: texts of categories by column, to be used again."""
+    """Return the cells of a column as CSV text; `known` caches the texts of categories by column."""
     import numpy as np
     import pyarrow
     from pyarrow import compute
@@ -293,13 +293,13 @@ def _texts(column: Series, known: dict[str, Any]) -> pyarrow.Array:
 
 
 def _quoted(cell: Any) -> str:
-    """Return a cell as the module csv writes it; quoted also for a carriage return, which would end the row."""
+    """Return a cell as the csv module writes it; also quoted for a carriage return, which would end the row."""
     text = str(cell)
     return '"' + text.replace('"', '""') + '"' if any(sign in text for sign in ',"\n\r') else text
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Write lines as CSV at once; floats in full precision, booleans in lower case, what is undefined is empty."""
+    """Write lines as a CSV file: floats in full precision, booleans in lower case, undefined values empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -319,7 +319,7 @@ def _cell(value: Any) -> Any:
 
 
 def read_rows(folder: Path) -> DataFrame:
-    """Return the rows of a run folder. Raises UserMistake when there are none, or they cannot be read."""
+    """Return the rows of a run folder. Raises UserMistake if there are none, or they cannot be read."""
     path = folder / "rows.csv"
     if not path.is_file():
         what = "there is no rows.csv; name the folder of a run, such as runs/quickstart"
@@ -334,7 +334,7 @@ def read_rows(folder: Path) -> DataFrame:
 
 
 def _read_at_once(path: Path) -> DataFrame | None:
-    """Return the rows of a table as `write_rows` writes it; None for any other, which is to be read line by line."""
+    """Return the rows of a table from `write_rows`; None for any other table, which must be read line by line."""
     import pyarrow
     from pyarrow import compute
     from pyarrow import csv as arrow_csv
@@ -362,7 +362,7 @@ def _read_at_once(path: Path) -> DataFrame | None:
 
 
 def _read_by_line(path: Path) -> DataFrame:
-    """Return the rows of a table that somebody else may have written."""
+    """Return the rows of a table that may come from another program."""
     import pyarrow
 
     columns: dict[str, list[Any]] = {}
@@ -386,7 +386,7 @@ def _read_by_line(path: Path) -> DataFrame:
 
 
 def _checked(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
-    """Yield the rows of a table of rows."""
+    """Yield the checked rows of a table."""
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise UserMistake(f"{one_line(path)}:1: the column '{missing[0]}' is missing; write it anew with `table`")
@@ -403,7 +403,7 @@ def _checked(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
 
 
 def _typed(table: pyarrow.Table) -> DataFrame:
-    """Return a table of words and numbers as `frame` makes it."""
+    """Return a table of text and numbers in the form that `frame` returns."""
     import numpy as np
     import pandas as pd
 

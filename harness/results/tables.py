@@ -1,7 +1,7 @@
-"""Tables of a run, written from what is committed.
+"""Tables of a run, written from committed stages.
 
-Always: rows.csv and rows.parquet, and the tables and figures of the suite's tasks. Where something was adapted:
-adaptation_cost.csv and .md. Then the tables and figures of the registered diagnostics.
+Always: rows.csv and rows.parquet, and the tables and figures of the suite's tasks. If there are adaptations:
+adaptation_cost.csv and .md. Then the files of the registered diagnostics.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from harness.results.writing import draw_figure, files_of, write_table
 from harness.store.store import Store
 
 STATE = "tables.json"
-"""The file that records what a folder's tables were made from, their files, and which diagnostics failed."""
+"""The file that records what the folder's tables were made from, the written files, and failed diagnostics."""
 VERSION = 14
-"""Raised when the same rows make other tables or figures."""
+"""Increased when the same rows give different tables or figures."""
 RESERVED = frozenset({"paper_rows", "report"})
-"""Names that no table of a run may have."""
+"""Names that tables of a run may not have."""
 _NAME = re.compile(r"[a-z0-9_]{1,60}")
 _FILE = re.compile(r"[a-z0-9_]{1,60}\.(csv|md|png)")
 
 
 @dataclass(frozen=True)
 class Written:
-    """The files that were written for a run."""
+    """The written tables of a run."""
 
     shown: list[Section]
-    """What a terminal shows of it."""
+    """Sections for the terminal."""
     files: list[str]
     """Names of the files in the run's folder; the first is the main table's."""
 
@@ -61,15 +61,15 @@ def write(
     papers: Sequence[PaperRow] = (),
     say: Callable[[str], None] | None = None,
 ) -> Written:
-    """Write the tables of a run from what is committed.
+    """Write the tables of a run from committed stages.
 
-    `papers` are numbers that diagnostics may set beside their own. `say` gets a line for each diagnostic that failed.
+    `papers` are numbers that diagnostics may show for comparison. `say` gets a line for each diagnostic that failed.
     """
     is_whole = all(store.has(plan.stages[k].kind, k) for each in plan.measurements for k in each.scores.values())
     folder.mkdir(parents=True, exist_ok=True)
     rows = collect(plan, store, model_name)
     run = RunResults(plan, store, folder, model_name, gates, rows, papers)
-    with ThreadPoolExecutor(1) as beside:  # rows are written, mostly outside Python, while tables are made of them
+    with ThreadPoolExecutor(1) as beside:  # write rows (mostly outside Python) while the tables are made
         written = beside.submit(write_rows, folder, rows)
         made, shown = _of_tasks(run)
     written.result()
@@ -87,7 +87,7 @@ def write(
 
 
 def _of_tasks(run: RunResults) -> tuple[list[Table | Figure], list[Section]]:
-    """Return the tables and figures of each kind of task of the suite, and what a terminal shows of them."""
+    """Return the tables and figures of each kind of task in the suite, and their sections for the terminal."""
     made: list[Table | Figure] = []
     shown: list[Section] = []
     for kind in dict.fromkeys(run.plan.tasks.values()):
@@ -106,7 +106,7 @@ def _of_tasks(run: RunResults) -> tuple[list[Table | Figure], list[Section]]:
 
 
 def _write(made: Table | Figure, folder: Path) -> list[str]:
-    """Write a table or a figure; return the names of its files, none for a figure of nothing."""
+    """Write a table or a figure; return the names of its files, none for an empty figure."""
     if isinstance(made, Table):
         write_table(made, folder)
     elif not draw_figure(made, folder):
@@ -117,7 +117,7 @@ def _write(made: Table | Figure, folder: Path) -> list[str]:
 def _write_own(
     diagnostics: Diagnostics, run: RunResults, general: Sequence[Table], reserved: Collection[str]
 ) -> list[str]:
-    """Write the diagnostics' tables, and what they add to general tables; return the names of their files."""
+    """Write the files of the diagnostics, and their additions to general tables; return the names of the files."""
     found = diagnostics.ask(lambda diagnostic: diagnostic.of(run))
     written: dict[str, list[str]] = {}
     tables = list(general)
@@ -129,7 +129,7 @@ def _write_own(
         if diagnostic.name in diagnostics.failures:
             for file in written.pop(diagnostic.name):
                 (run.folder / file).unlink(missing_ok=True)
-            for table in tables:  # as they were: it may have failed after some of them
+            for table in tables:  # restore the tables: the diagnostic may have written some
                 write_table(table, run.folder)
     return [file for files in written.values() for file in files]
 
@@ -139,9 +139,9 @@ def _write_files(
 ) -> None:
     """Write a diagnostic's tables and figures; put the names of their files into `files`.
 
-    Raises ValueError for a name that is bad, or another's.
+    Raises ValueError for a name that is invalid or already used.
     """
-    for each in list(diagnostic.files(found, run)):  # all are made before the first is written
+    for each in list(diagnostic.files(found, run)):  # make all before writing the first
         if not _NAME.fullmatch(each.name):
             raise ValueError(f"a table is named {each.name!r}; use lower-case letters, digits and '_', at most 60")
         own = files_of(each)
@@ -155,7 +155,7 @@ def _write_files(
 
 
 def _write_extended(diagnostic: Diagnostic, found: Any, run: RunResults, tables: Sequence[Table]) -> list[Table]:
-    """Write the general tables to which a diagnostic adds something; return all of them, with what was added."""
+    """Write the general tables that a diagnostic extends; return all general tables, with its additions."""
     extended = [_with_more(table, diagnostic.extend(table, found, run)) for table in tables]
     for table, with_more in zip(tables, extended, strict=True):
         if with_more is not table:
@@ -164,25 +164,25 @@ def _write_extended(diagnostic: Diagnostic, found: Any, run: RunResults, tables:
 
 
 def _with_more(table: Table, extended: Table) -> Table:
-    """Return a table with what was added. Raises ValueError where it is not the same table any more."""
+    """Return a table with the additions. Raises ValueError if the extended table is not the same table."""
     if extended is table:
         return table
     is_same = extended.name == table.name and extended.columns[: len(table.columns)] == table.columns
     if not is_same or len(extended.lines) != len(table.lines):
         raise ValueError(f"{table.name}: a diagnostic adds columns behind the general ones, and keeps name and lines")
-    # general numbers are the general tables': a diagnostic changes none
+    # a diagnostic cannot change the general tables' numbers
     return replace(extended, lines=[{**new, **old} for old, new in zip(table.lines, extended.lines, strict=True)])
 
 
 def _remove_old(folder: Path, written: Sequence[str]) -> None:
-    """Remove files of diagnostics, or of costs, that the last writing left and that do not belong to this run now."""
+    """Remove files of diagnostics or costs from the last writing that were not written again."""
     for name in _state(folder).get("files", ()):
         if isinstance(name, str) and _FILE.fullmatch(name) and name not in written:
             (folder / name).unlink(missing_ok=True)
 
 
 def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool:
-    """Return whether the folder's tables are those of this plan and these gates, with every row and diagnostic."""
+    """Return whether the folder's tables match this plan and these gates, with every row and diagnostic."""
     state = _state(folder)
     files = state.get("files")
     if state.get("of") != _fingerprint(plan, model_name, gates) or state.get("is_whole") is not True:
@@ -193,13 +193,13 @@ def are_written(plan: Plan, folder: Path, model_name: str, gates: Gates) -> bool
 
 
 def files(folder: Path) -> list[str]:
-    """Return the names of the files that were written as the folder's tables."""
+    """Return the names of the folder's table files, as recorded in STATE."""
     listed = _state(folder).get("files")
     return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
 
 
 def failures(folder: Path) -> list[tuple[str, str]]:
-    """Return (diagnostic, error) of those that failed when the folder's tables were written."""
+    """Return (diagnostic, error) of the diagnostics that failed when the folder's tables were written."""
     failed = _state(folder).get("failed")
     if not isinstance(failed, dict):
         return []
@@ -207,7 +207,7 @@ def failures(folder: Path) -> list[tuple[str, str]]:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """Return what STATE holds; {} where there is none, or it is damaged."""
+    """Return the content of STATE; {} if it is missing or damaged."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -216,7 +216,7 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprint(plan: Plan, model_name: str, gates: Gates) -> str:
-    """Return a digest of everything that the tables are made from, but the values: those behind the score keys."""
+    """Return a digest of all inputs of the tables; score keys stand for the scores' values."""
     diagnostics = [registry.component(registry.get("diagnostic", name)) for name in registry.names("diagnostic")]
     tasks = {name: registry.component(registry.get("task", kind)) for name, kind in plan.tasks.items()}
     measured = [vars(measurement) for measurement in plan.measurements]

@@ -11,14 +11,14 @@ from harness.results.rows import write_csv
 
 
 def files_of(made: Table | Figure) -> list[str]:
-    """Return the names of the files that a table or figure is written to."""
+    """Return the names of the files of a table or figure."""
     if isinstance(made, Figure):
         return [f"{made.name}.png"]
     return [f"{made.name}.csv"] * bool(made.columns) + [f"{made.name}.md"] * bool(made.sections)
 
 
 def write_table(table: Table, folder: Path) -> None:
-    """Write NAME.csv, where the table has columns, and NAME.md, where it has sections."""
+    """Write NAME.csv if the table has columns, and NAME.md if it has sections."""
     if table.columns:
         write_csv(folder / f"{table.name}.csv", table.lines, table.columns)
     if table.sections:
@@ -26,7 +26,7 @@ def write_table(table: Table, folder: Path) -> None:
 
 
 def draw_figure(figure: Figure, folder: Path) -> bool:
-    """Write NAME.png; return False, and leave none of an earlier run, where there is nothing to draw."""
+    """Write NAME.png; if there is nothing to draw, remove an old file and return False."""
     path = folder / f"{figure.name}.png"
     is_drawn = figure.draw(path)
     if not is_drawn:

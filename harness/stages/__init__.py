@@ -1,1 +1,1 @@
-"""How stages are run: each kind in one module, and their common parts."""
+"""How one stage is done: one module per kind, and shared code."""

@@ -1,4 +1,4 @@
-"""Attacks: an adaptive attacker's probes, and the adaptation whose trajectory is kept."""
+"""Attack stages: an adaptive attacker's probes, and the adaptation, of which the trajectory is kept."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("immunitybench")
 PROBE = "probe.json"
-"""The file with the settings and the score of a probe."""
+"""The settings that a probe tried, and their score."""
 SEARCH = "search.json"
-"""The file of a tuned adaptation: its probes, and which was chosen."""
+"""In a tuned adaptation's folder: its probes, and the chosen one."""
 
 
 @dataclass(frozen=True)
 class SpentBudget:
-    """The attack's budget."""
+    """The budget of the attack."""
 
-    steps: tuple[int, ...]  # optimizer steps at which the trajectory is read
+    steps: tuple[int, ...]  # optimizer steps at which the model is saved
     batch_size: int  # global: over all processes
-    images: int | None  # of the attack split; None: all
+    images: int | None  # number of images from the attack split; None: all
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,26 @@ class AttackerKnows:
     """The attacked concept, in the attacker's words."""
 
     kind: str  # object | style
-    captions: tuple[str, ...]  # one an image
-    called: str  # the concept's name in the attack
-    words: Words | None = optional()  # where the attack depends on the parts of the name
-    prior_captions: tuple[str, ...] | None = optional()  # one an image of the class
+    captions: tuple[str, ...]  # one per image
+    called: str  # the attack's name for the concept
+    words: Words | None = optional()  # for attacks that use the parts of the name
+    prior_captions: tuple[str, ...] | None = optional()  # one per image of the class
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptParameters:
-    """An attack's own parameters, its budget, and its data."""
+    """An attack's own parameters, its budget, and the attacked concept."""
 
     parameters: Described
     budget: SpentBudget
     attacker: str  # honest | adaptive
     concept: AttackerKnows
-    restore: tuple[str, ...] | None = optional()  # components put back to before the defense
+    restore: tuple[str, ...] | None = optional()  # components reset to their state before the defense
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The metric that probes are judged by."""
+    """The metric that scores probes."""
 
     component: str
     parameters: Described
@@ -77,21 +77,21 @@ class Judge:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeParameters(AdaptParameters):
-    """One probe of an adaptive attacker's search."""
+    """One trial of an adaptive attacker's search."""
 
-    space: Described  # what may be changed (`harness.core.search`)
+    space: Described  # parameters that may be changed (`harness.core.search`)
     search: int  # version of the search
-    held_out: int  # images that are judged by, and not trained on
+    held_out: int  # number of images used for scoring, not for training
     prompts: tuple[str, ...]
     descriptions: tuple[str, ...]
     sampling: Sampling
     metric: Judge
-    place: int | None = optional()  # among the probes of its batch
-    repeat: int | None = optional()  # instead: which repeat it is
+    place: int | None = optional()  # index in its batch of probes
+    repeat: int | None = optional()  # instead: number of the repeat
 
 
 class Attacking(StageKind):
-    """Common base class of the kinds that run an attack."""
+    """Base class of the kinds that run an attack."""
 
     version = 1
     per_trial = True
@@ -99,7 +99,7 @@ class Attacking(StageKind):
 
 @register("stage")
 class Adapt(Attacking):
-    """Run an attack, tuned by probes if there are any, and keep the adapted model at each step of its trajectory."""
+    """Run an attack, tuned if there are probes, and keep the adapted model at each step of its trajectory."""
 
     name = "adapt"
     after = ("images", "erase", "immunize", "probe")
@@ -108,14 +108,14 @@ class Adapt(Attacking):
 
     @classmethod
     def can_spread(cls, stage: Stage) -> bool:
-        """Whether the attack trains through `harness.training.sharding` with these parameters."""
+        """Return whether the attack trains by `harness.training.sharding` with these parameters."""
         attack = registry.get("attack", stage.component.partition("@")[0])
         given = {**stage.parameters.parameters, **stage.local.get("parameters", {})}
         values, mistakes = method_parameters.resolve(attack, given)
         return not mistakes and attack.can_share(values)
 
     def do(self, parameters: AdaptParameters, work: StageAtWork) -> None:
-        """Keep a folder for each step, and the search where there was one."""
+        """Write a folder for each step, and the search if there was one."""
         attack = work.method("attack")
         probes = _probes(work)
         if probes:
@@ -131,14 +131,14 @@ class Adapt(Attacking):
 
 @register("stage")
 class Probe(Attacking):
-    """Try other settings of an attack on a part of the attacker's images, and judge them by the rest."""
+    """Try other settings of an attack on a part of the attacker's images, and score them on the rest."""
 
     name = "probe"
     after = ("images", "erase", "immunize")
     Parameters = ProbeParameters
 
     def do(self, parameters: ProbeParameters, work: StageAtWork) -> None:
-        """Write the settings and their score; no score where the training diverged."""
+        """Write the tried settings and their score; no score if the training diverged."""
         values, fold = _tried(work, parameters)
         if values is None:
             write_json(work.folder / PROBE, {"values": None, "score": None})
@@ -156,7 +156,7 @@ class Probe(Attacking):
 
 
 def _tried(work: StageAtWork, parameters: ProbeParameters) -> tuple[Mapping[str, Any] | None, int]:
-    """Return (the settings to try or None where none are needed, which part of the images is held out)."""
+    """Return (the settings to try, or None if none are needed; the index of the held-out part of the images)."""
     if parameters.repeat is not None:
         return search.repeated(_probes(work), parameters.repeat), parameters.repeat // 2 + 1
     return search.propose(parameters.space, work.run.seed_for("study"), _probes(work), parameters.place), 0
@@ -165,7 +165,7 @@ def _tried(work: StageAtWork, parameters: ProbeParameters) -> tuple[Mapping[str,
 def _judged(
     work: StageAtWork, parameters: ProbeParameters, attack: Any, checkpoint: Path, judged: Sequence[Path]
 ) -> float:
-    """Return how close an adapted model comes to the images that it did not train on: greater is closer."""
+    """Return the similarity of an adapted model's images to those it did not train on; higher is closer."""
     from harness.model.sampling import sample
 
     local = work.stage.local.get("metric", {})
@@ -190,7 +190,7 @@ def _judged(
 
 
 def _probes(work: StageAtWork) -> list[search.Probe]:
-    """Return the probes that the stage knows of, in order."""
+    """Return the probes among the stage's inputs, in order."""
     roles = sorted((r for r in work.stage.inputs if r.startswith("probe.")), key=lambda r: int(r.partition(".")[2]))
     found = [json.loads((work.input(role) / PROBE).read_text(encoding="utf-8")) for role in roles]
     return [search.Probe(each["values"], each["score"]) for each in found]
@@ -206,7 +206,7 @@ def _with(attack: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _own(work: StageAtWork, parameters: AdaptParameters) -> tuple[list[Path], Sequence[str]]:
-    """Return the attacker's images, as many as the budget allows, and a caption for each."""
+    """Return the attacker's images, limited by the budget, and a caption for each."""
     files = work.files("images", "attack")[: parameters.budget.images]
     return files, parameters.concept.captions[: len(files)]
 
@@ -214,7 +214,7 @@ def _own(work: StageAtWork, parameters: AdaptParameters) -> tuple[list[Path], Se
 def _split(
     files: Sequence[Path], captions: Sequence[str], held_out: int, fold: int
 ) -> tuple[list[Path], list[str], list[Path]]:
-    """Return what to train on, with its captions, and what to judge by: the last images; other ones in each fold."""
+    """Return (training images, their captions, held-out images); fold 0 holds out the last images, others differ."""
     order = [(i - fold * held_out) % len(files) for i in range(len(files))]
     trained, judged = order[: len(files) - held_out], order[len(files) - held_out :]
     return [files[i] for i in trained], [captions[i] for i in trained], [files[i] for i in judged]
@@ -223,7 +223,7 @@ def _split(
 def _trajectory(
     work: StageAtWork, parameters: AdaptParameters, attack: Any, files: Sequence[Path], captions: Sequence[str]
 ) -> Path:
-    """Run an attack on images; return the folder with a folder of each step."""
+    """Run an attack on images; return the folder that contains a folder per step."""
     known, run = parameters.concept, work.run
     prior = attack.prior_images(attack.parameters)
     concept = AttackedConcept(
@@ -236,12 +236,12 @@ def _trajectory(
         prior_files=tuple(work.files("prior", PRIOR)[:prior]) if prior else (),
     )
     model, protection = work.state()
-    saved = run.folder / CHECKPOINTS  # survives a kill, like the state that training goes on from
+    saved = run.folder / CHECKPOINTS  # survives a kill, like the training state
     saved.mkdir(exist_ok=True)
     steps = parameters.budget.steps
     kept = run.load_state()
     if kept is not None and any(step <= kept[0] and not (saved / step_folder(step)).is_dir() for step in steps):
-        run.drop_state()  # an earlier checkpoint is missing: only a new start can make it again
+        run.drop_state()  # an earlier checkpoint is missing: start again to get it
     run.world.wait()  # before any process saves one
     budget = Budget(steps, parameters.budget.batch_size, parameters.attacker)
     for checkpoint in attack.adapt(model, concept, protection, budget, run):

@@ -1,8 +1,8 @@
-"""Which adapted models are kept: whole fine-tuned UNets fill a disk, and adapters do not.
+"""Which adapted models are kept, since whole fine-tuned UNets would fill the disk.
 
-A checkpoint above the suite's `keep_checkpoint_mb` is deleted when the images of its trajectory are drawn. The stage
-stays committed: its record, and what was drawn. When the weights are needed again (for images under other prompts), the
-adaptation is run again, under the same key. The kind of a stage names the folder that may be deleted as `spare`.
+A checkpoint larger than the suite's `keep_checkpoint_mb` is deleted when the images of its trajectory are drawn. The
+stage stays committed, with its record and the drawn images. If the weights are needed again (for images with other
+prompts), the adaptation runs again, under the same key. A stage's kind names the folder that may be deleted as `spare`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.store.store import Store
 
 
 def gone_but_needed(stages: Mapping[str, Stage], store: Store) -> frozenset[str]:
-    """Return the committed stages of a unit whose spare folder was deleted and is needed again."""
+    """Return the committed stages of a unit whose spare folder was deleted but is needed again."""
     return frozenset(
         key
         for key, stage in stages.items()
@@ -31,7 +31,7 @@ def gone_but_needed(stages: Mapping[str, Stage], store: Store) -> frozenset[str]
 
 
 def thin(stages: Mapping[str, Stage], store: Store, keep_mb: float | None) -> None:
-    """Delete what takes more than `keep_mb` megabytes a step (None: nothing) and was read by the unit's stages."""
+    """Delete spare folders above `keep_mb` megabytes per step (None: none) that the unit's stages no longer need."""
     if keep_mb is None:
         return
     for key, stage in stages.items():
@@ -40,13 +40,13 @@ def thin(stages: Mapping[str, Stage], store: Store, keep_mb: float | None) -> No
             continue
         sizes = [sum(p.stat().st_size for p in step.rglob("*") if p.is_file()) for step in folder.iterdir()]
         if max(sizes, default=0) > keep_mb * 1e6 and _are_read(key, stages, store):
-            away = folder.parent.parent / f".old.{uuid.uuid4().hex}"  # removed by `sweep` after a kill
+            away = folder.parent.parent / f".old.{uuid.uuid4().hex}"  # removed later if a kill comes between
             os.replace(folder, away)
             shutil.rmtree(away, ignore_errors=True)
 
 
 def _spare(key: str, stage: Stage, store: Store) -> Path | None:
-    """Return the folder of a stage that may be deleted when it was read; None: its kind has none."""
+    """Return the folder of a stage that may be deleted after use; None: its kind has none."""
     spare = registry.get("stage", stage.kind).spare
     return None if spare is None else store.path(stage.kind, key) / spare
 

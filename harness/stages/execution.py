@@ -1,4 +1,4 @@
-"""Doing a stage and committing it: what every executor calls, in whichever process.
+"""Do a stage and commit it; every executor calls this, in any process.
 
 The same stage gives the same result under the same key.
 """
@@ -45,7 +45,7 @@ def execute(
         _logged(workplace.run_folder / "logs" / f"{stage.kind}-{key}.log"),
         store.locked_work_folder(stage.kind, key) as work_folder,
     ):
-        if not redo and store.has(stage.kind, key):  # another process did it while we waited for the lock
+        if not redo and store.has(stage.kind, key):  # another process did it while this one waited for the lock
             return False
         try:
             _execute_locked(key, stage, workplace, store, work_folder, report, redo)
@@ -71,7 +71,7 @@ def execute(
 
 
 def _forget_model(*, further_alone: bool = False) -> None:
-    """Drop the warm models: a method that raised may have left changes in them."""
+    """Drop the cached models, since a method that raised may have changed them."""
     models = sys.modules.get("harness.model.pipeline")
     if models is not None:
         models.forget(further_alone=further_alone)
@@ -80,9 +80,9 @@ def _forget_model(*, further_alone: bool = False) -> None:
 def execute_unit(
     stages: Mapping[str, Stage], workplace: Workplace, report: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
-    """Do the stages of a unit in order, each committed by itself; return how many there were to do.
+    """Do the stages of a unit in order, each committed separately; return how many had to be done.
 
-    A stage that fails does not stop those of the unit that do not need it. Raises StageFailure at the end when any
+    If a stage fails, the stages of the unit that do not need it still run. Raises StageFailure at the end if any
     failed.
     """
     store = Store(workplace.store)
@@ -104,7 +104,7 @@ def execute_unit(
 
 
 def failure_path(run_folder: Path, kind: str, key: str) -> Path:
-    """Return where the failure of a stage is recorded; failures are never part of the store."""
+    """Return the path for the record of a stage's failure; failures are never part of the store."""
     return run_folder / "failures" / f"{kind}-{key}.json"
 
 
@@ -131,7 +131,7 @@ def _execute_locked(
         if _is_shared(stage, workplace):
             from harness.stages import ranks
 
-            _forget_model()  # else it would be in memory beside those of the processes
+            _forget_model()  # free memory for the models of the processes
             ledger = ranks.run(stage, workplace, work_folder, folder, report)
         else:
             run.sharding = replace(workplace.sharding, workers=1, offload="none")
@@ -163,7 +163,7 @@ def _execute_locked(
 
 
 def _is_shared(stage: Stage, workplace: Workplace) -> bool:
-    """Return whether several processes do the stage: one that trains, by a method that can be spread."""
+    """Return whether several processes share the stage: it trains, by a method that can be spread."""
     sharding = workplace.sharding
     if not sharding.needs_deepspeed or stage.workers != sharding.workers:
         return False
@@ -172,7 +172,7 @@ def _is_shared(stage: Stage, workplace: Workplace) -> bool:
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Send logging, stdout and stderr of the block to the stage's log file."""
+    """Send logging, stdout and stderr of the block to a file for this stage."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", buffering=1) as file:
         handler = logging.StreamHandler(file)

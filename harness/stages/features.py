@@ -1,4 +1,4 @@
-"""Features of references: made once for every metric and stage that compares with them."""
+"""Features of references, computed once for all metrics and stages that use them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class FeaturesParameters:
-    """The encoder's parameters, and the images that it encodes."""
+    """The parameters of the encoder, and the split that it encodes."""
 
-    parameters: Described  # those of the metric that its `encode` depends on
+    parameters: Described  # the metric's parameters that its `encode` depends on
     split: str
 
 
@@ -38,7 +38,7 @@ class Features(StageKind):
     Parameters = FeaturesParameters
 
     def do(self, parameters: FeaturesParameters, work: StageAtWork) -> None:
-        """Encode the images of a split by the metric that asked: any of the same encoder gives the same."""
+        """Encode the images of a split by the requesting metric; metrics with the same encoder give the same."""
         from safetensors.torch import save_file
 
         asking, local = work.stage.local["metric"], work.stage.local["parameters"]
@@ -49,7 +49,7 @@ class Features(StageKind):
 
 
 def read(folder: Path, device) -> Tensor:
-    """Return the features in the folder of a stage: [images, width]."""
+    """Return the features in a stage's folder: [images, width]."""
     from safetensors.torch import load_file
 
     return load_file(folder / FILE)[FEATURES].to(device)

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagesParameters:
-    """Either the prompts to draw, or how many images are copied: their paths are the stage's `local`."""
+    """Either prompts and sampling, or the number of images to copy; their paths are in the stage's `local`."""
 
-    prompts: Mapping[str, tuple[str, ...]] | None = optional()  # split -> one prompt an image
+    prompts: Mapping[str, tuple[str, ...]] | None = optional()  # split -> one prompt per image
     sampling: Sampling | None = optional()
-    count: Mapping[str, int] | None = optional()  # split -> images
+    count: Mapping[str, int] | None = optional()  # split -> number of images
 
 
 @register("stage")
 class Images(StageKind):
-    """Lay out images, one folder a split."""
+    """Draw or copy images, one folder per split."""
 
     name = "images"
     version = 1
@@ -67,7 +67,7 @@ def _draw(parameters: ImagesParameters, work: StageAtWork) -> None:
 
 
 def _known(work: StageAtWork, split: str) -> Iterator[Image]:
-    """Yield the images of a split from their files on this machine."""
+    """Yield the images of a split from their local paths."""
     local = work.stage.local
     if local["source"] == "catalog":
         from harness.testbed import images

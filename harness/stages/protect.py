@@ -1,4 +1,4 @@
-"""Erasing, immunizing, and their preparation: a defense's protection is kept."""
+"""Stages of defenses, which keep a protection: erasing, immunizing, and their preparation."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from harness.contracts.protection import Protection
 
 PREPARED = "prepared"
-"""The role of a defense's preparation."""
+"""The input role of a defense's preparation."""
 
 
 @dataclass(frozen=True)
 class KnownConcept:
-    """A concept as a defense may know it: what it does not use is left out."""
+    """A concept as a defense may know it, without the parts that it does not use."""
 
     kind: str  # object | style
     phrase: str
-    captions: tuple[str, ...] | None = optional()  # one an image of the defense split
-    prior_captions: tuple[str, ...] | None = optional()  # one an image of the class
+    captions: tuple[str, ...] | None = optional()  # one per image of the defense split
+    prior_captions: tuple[str, ...] | None = optional()  # one per image of the class
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ProtectParameters:
 
 
 class Protect(StageKind):
-    """Common base class of the kinds that run a defense."""
+    """Base class of the kinds that run a defense."""
 
     version = 1
     per_trial = True
@@ -53,7 +53,7 @@ class Protect(StageKind):
 
     @classmethod
     def can_spread(cls, stage: Stage) -> bool:
-        """Whether the defense trains through `harness.training.sharding`."""
+        """Return whether the defense trains by `harness.training.sharding`."""
         return registry.get(cls.method_kind, stage.component.partition("@")[0]).can_shard
 
     def do(self, parameters: ProtectParameters, work: StageAtWork) -> None:
@@ -68,7 +68,7 @@ class Protect(StageKind):
         model, _ = work.state()
         known = {name: p.shape for name, p in model.parameters().items()}
         returned = defense.protect(model, targets, preserved, work.run)
-        # copied at once: a defense may return the model's own tensors, which are put back before the next stage
+        # copied immediately: a defense may return the model's own tensors, which are reset before the next stage
         tensors = {name: t.detach().to("cpu", copy=True) for name, t in returned.tensors.items()}
         protection = replace(returned, tensors=tensors)
         _require_declared(defense, protection)
@@ -91,7 +91,7 @@ class Erase(Protect):
 
 @register("stage")
 class Prepare(Protect):
-    """Run a defense's preparation, once for all defenses that ask for the same."""
+    """Do a defense's preparation, once for all defenses that request the same."""
 
     name = "prepare"
     after = ("images", "erase")
@@ -109,7 +109,7 @@ class Immunize(Protect):
 
 
 def _concepts(parameters: ProtectParameters, work: StageAtWork, role: str) -> list[ProtectedConcept]:
-    """Return the concepts of a role, with the files of their images."""
+    """Return the concepts of a role, with their image files."""
     return [
         ProtectedConcept(
             kind=known.kind,
@@ -124,7 +124,7 @@ def _concepts(parameters: ProtectParameters, work: StageAtWork, role: str) -> li
 
 
 def _require_declared(defense: Defense, protection: Protection) -> None:
-    """Raise ValueError when a protection contains something that the method's threat model does not declare."""
+    """Raise ValueError if a protection contains anything that the method's threat model does not declare."""
     model = defense.threat_model
     if (protection.tensors or protection.components) and not model.changes:
         raise ValueError(f"{defense.name} changed weights, but its threat_model names none under `changes`")
@@ -135,7 +135,7 @@ def _require_declared(defense: Defense, protection: Protection) -> None:
 
 
 def _require_fitting(defense: Defense, protection: Protection, known: Mapping[str, torch.Size]) -> None:
-    """Raise ValueError where a protection does not fit the model, or holds values that are not finite."""
+    """Raise ValueError if a protection does not fit the model, or contains values that are not finite."""
     whole = tuple(f"{component}." for component in protection.components)
     for name, tensor in protection.tensors.items():
         if known.get(name) != tensor.shape and not (whole and name.startswith(whole)):

@@ -11,7 +11,7 @@ import traceback
 
 
 def main() -> None:
-    """Read the stage from standard input, do this process's part, and report the result."""
+    """Read the stage from standard input, do this process's part, and report the outcome."""
     described, workplace, work_folder = pickle.load(sys.stdin.buffer)
     rank = int(os.environ["RANK"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -24,13 +24,13 @@ def main() -> None:
         recorded = {"error": f"{type(error).__name__}: {one_line(error, 500)}"}
         (work_folder / f"rank{rank}.json").write_text(json.dumps(recorded), encoding="utf-8")
         sys.stderr.flush()
-        os._exit(1)  # at once: others may wait in a collective call for ever
+        os._exit(1)  # immediately: others may wait forever in a collective call
     sys.stdout.flush()
     os._exit(0)
 
 
 def _end_with_parent() -> None:
-    """End when the pipe closes: whoever started this process is gone."""
+    """End when the pipe closes, which means that the parent process ended."""
     while os.read(sys.stdin.fileno(), 1024):
         pass
     os._exit(1)

@@ -1,8 +1,8 @@
-"""A stage in several processes: started here, watched here, and never left behind.
+"""Run a stage in several processes: start them, watch them, and make sure that all end.
 
-The processes run on this machine, each with RANK, LOCAL_RANK, WORLD_SIZE and a port on loopback set by us; under Ray
-the stage's worker owns the cores and GPUs of all of them, so they need not be Ray's. Each holds a pipe to the process
-that started it and ends when that ends, however it did. When one fails, the others are ended, and its error is the
+The processes run on this machine, each with RANK, LOCAL_RANK, WORLD_SIZE and a port on loopback set here. Under Ray the
+stage's worker reserves the cores and GPUs of all of them, so they need not be Ray workers. Each process has a pipe to
+its parent and ends when the parent ends, for any reason. If one fails, the others are ended, and its error becomes the
 stage's.
 """
 
@@ -32,9 +32,9 @@ RELEASED, OUTCOME = "released", "outcome.json"
 def run(
     stage: Stage, workplace: Workplace, work_folder: Path, folder: Path, report: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Do a stage in `workplace.sharding.workers` processes; fill `folder`; return the ledger of all together.
+    """Do a stage in `workplace.sharding.workers` processes; fill `folder`; return their combined ledger.
 
-    Raises RuntimeError with the error of the process that failed first.
+    Raises RuntimeError with the error of the first process that failed.
     """
     workers = workplace.sharding.workers
     logs = [workplace.run_folder / "logs" / f"{work_folder.name}.process{rank}.log" for rank in range(workers)]
@@ -93,7 +93,7 @@ def _free_port() -> int:
 
 
 def _forward(pipe, report: Callable[[int, int], None]) -> None:
-    """Forward the progress that the first process prints."""
+    """Report the progress that the first process prints."""
     for line in pipe:
         try:
             done, total = map(int, line.split())
@@ -103,7 +103,7 @@ def _forward(pipe, report: Callable[[int, int], None]) -> None:
 
 
 def _wait(processes: list[subprocess.Popen], work_folder: Path, logs: list[Path]) -> None:
-    """Return when all ended well; raise RuntimeError as soon as one did not."""
+    """Wait until all succeeded; raise RuntimeError as soon as one fails."""
     running = dict(enumerate(processes))
     while running:
         for rank, process in list(running.items()):

@@ -1,4 +1,4 @@
-"""Evaluation images at every step asked for: images/<step>/<prompt>_<image>.png."""
+"""Evaluation images at every requested step: images/<step>/<prompt>_<image>.png."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleParameters:
-    """What is drawn, at which steps of an adaptation, and what an adaptive attacker does differently."""
+    """Prompts and sampling, the steps of an adaptation to draw at, and an adaptive attacker's differences."""
 
     prompts: tuple[str, ...]
-    steps: tuple[int, ...]  # (0,): before any
+    steps: tuple[int, ...]  # (0,): before any adaptation
     sampling: Sampling
-    restore: tuple[str, ...] | None = optional()  # components put back to before the defense
+    restore: tuple[str, ...] | None = optional()  # components reset to their state before the defense
     attacker: str | None = optional()  # "adaptive": the publisher's hooks are left out; None: honest
 
 
@@ -44,11 +44,11 @@ class Sample(StageKind):
 
     @classmethod
     def prompts(cls, parameters: SampleParameters) -> Sequence[str]:
-        """The prompts with the attack's name for the concept."""
+        """Return the prompts as used for drawing: each attack may have its own words for the concept."""
         return parameters.prompts
 
     def do(self, parameters: SampleParameters, work: StageAtWork) -> None:
-        """Draw the images, going on after a kill with the steps that are left."""
+        """Draw the images; after a kill, continue with the remaining steps."""
         from harness.model.sampling import sample
 
         settings = parameters.sampling

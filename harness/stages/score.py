@@ -1,4 +1,4 @@
-"""Scoring images against references: scores.json, one value a step and prompt, or a step."""
+"""Score images against references: scores.json, one value per step and prompt, or per step."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreParameters:
-    """A metric's own parameters, and what the images should show."""
+    """A metric's own parameters, and the requested content of the images."""
 
     parameters: Described
-    descriptions: tuple[str, ...]  # one a prompt, in plain words
-    images: int | None = optional()  # so many references were trained on; None: all
+    descriptions: tuple[str, ...]  # one per prompt, in plain words
+    images: int | None = optional()  # number of references used in training; None: all
 
 
 @register("stage")
 class Score(StageKind):
-    """Score images by one metric."""
+    """Score images with one metric."""
 
     name = "score"
     version = 1
@@ -39,7 +39,7 @@ class Score(StageKind):
     Parameters = ScoreParameters
 
     def do(self, parameters: ScoreParameters, work: StageAtWork) -> None:
-        """Write one value a step and prompt, and the metric's description."""
+        """Write one value per step and prompt, and the metric's description of itself."""
         metric = work.method("metric")
         references = _references(work, metric)[: parameters.images]
         values = []
@@ -74,7 +74,7 @@ def _checked(
 
 
 def _references(work: StageAtWork, metric: Metric) -> Any:
-    """Return the references, as the metric takes them."""
+    """Return the references, in the form that the metric takes."""
     if metric.encoder is not None:
         return features.read(work.input("references"), work.run.device)
     return pictures.read(work.files("references", metric.compares_with))
@@ -83,7 +83,7 @@ def _references(work: StageAtWork, metric: Metric) -> Any:
 def _groups(work: StageAtWork, prompts: int, compared_with: str) -> list[tuple[int, list[list[Path]]]]:
     """Return (step, files by prompt) of the images to score: a sample, or real images.
 
-    Real images are those of the attack split, or of the reference split where the references are the attack's images.
+    Real images are from the attack split, or from the reference split if the attack's images are the references.
     """
     if "images" in work.stage.inputs:
         split = "attack" if compared_with == "reference" else "reference"

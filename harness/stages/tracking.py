@@ -1,4 +1,4 @@
-"""Training curves: TensorBoard files, when the `tracking` extra is installed and asked for."""
+"""Training curves as TensorBoard files, if the `tracking` extra is installed and tracking is requested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Track = Callable[[str, Any, int], None]
 
 
 def require() -> None:
-    """Raise UserMistake when the extra is missing: before any compute, not in the first stage."""
+    """Raise UserMistake if the extra is missing; called before any compute, not by the first stage."""
     if importlib.util.find_spec("tensorboardX") is None:
         raise UserMistake("--track needs tensorboardX; install it with: pip install 'immunitybench[tracking]'")
 

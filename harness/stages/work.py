@@ -1,4 +1,4 @@
-"""A stage being done: its description and surroundings, with the steps that several kinds share."""
+"""A stage in progress: its description and environment, with methods that several kinds share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness.store.store import Store
 
 @dataclass
 class StageAtWork:
-    """The arguments of a running stage: the `StageWork` of `harness.contracts.stage`."""
+    """The tools for doing a stage: the `StageWork` of `harness.contracts.stage`."""
 
     stage: Stage
     workplace: Workplace
@@ -28,7 +28,7 @@ class StageAtWork:
     folder: Path  # becomes the committed folder
 
     def input(self, role: str) -> Path:
-        """Return the folder of the committed stage that is read in a role."""
+        """Return the folder of the committed input stage with a role."""
         read = self.stage.inputs[role]
         return self.store.path(read.kind, read.key)
 
@@ -47,10 +47,10 @@ class StageAtWork:
         return self._model("")
 
     def state(self, name: str = ""):
-        """Return (model, protection): the state that the stage's inputs name, all layers over the base model.
+        """Return (model, protection): the base model with all layers that the stage's inputs name.
 
-        For an attacker who restores components, their tensors are those from before the defense: the base model's, or
-        those of the layers below it. States of different names are different models in memory.
+        If an attacker restores components, their tensors are those from before the defense: from the base model, or
+        from the layers below the defense. States with different names are separate models in memory.
         """
         restored = frozenset(getattr(self.stage.parameters, "restore", None) or ())
         model = self._model(name)

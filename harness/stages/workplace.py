@@ -1,4 +1,4 @@
-"""What a process needs to do stages of a run, and the device that it does them on."""
+"""What a process needs to do stages of a run, and its device."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class Workplace:
     plugins: tuple[str, ...] = ()
     cpus: int = 1
     gpus: float = 0.0
-    redo: frozenset[str] = field(default_factory=frozenset)  # keys to do anew although committed (--cache never)
+    redo: frozenset[str] = field(default_factory=frozenset)  # keys to do again although committed (--cache never)
     executor: str = "serial"
     is_tracked: bool = False  # write training curves for TensorBoard
-    sharding: Sharding = field(default_factory=Sharding)  # of the stages that can be shared by processes
+    sharding: Sharding = field(default_factory=Sharding)  # for stages that several processes can share
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
-    keep_checkpoint_mb: float | None = None  # larger adapted models are deleted when their images are drawn
+    keep_checkpoint_mb: float | None = None  # larger adapted models are deleted after drawing
 
 
 def prepare_device(workplace: Workplace, local_rank: int = 0):
-    """Return the torch device of a stage (or of one of its processes), set up so that results can be repeated.
+    """Return the torch device of a stage (or of one of its processes), set up for reproducible results.
 
-    Raises RuntimeError when the suite gives stages a GPU and there is none here.
+    Raises RuntimeError if the suite requires a GPU and this machine has none.
     """
     import torch
 
-    torch.set_num_threads(workplace.cpus)  # of this thread: results depend on how sums are split
+    torch.set_num_threads(workplace.cpus)  # of this thread; the number affects results by the order of sums
     if workplace.gpus <= 0:
         reset_peak_memory()
         return torch.device("cpu")
@@ -53,13 +53,13 @@ def prepare_device(workplace: Workplace, local_rank: int = 0):
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak of this process's memory where the system can (Linux); elsewhere it stays the process's."""
+    """Reset the peak memory of this process on Linux; other systems keep the peak since the process started."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_bytes(device) -> int:
-    """Return the stage's peak of the device's memory, or on a CPU of this process's."""
+    """Return the stage's peak memory on the device; on a CPU, that of this process."""
     if device.type == "cuda":
         import torch
 

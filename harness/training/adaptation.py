@@ -1,8 +1,8 @@
-"""What all attacks share: the denoising loss on the attacker's images, AdamW, and the trajectory that is read.
+"""Code shared by all attacks: the denoising loss on the attacker's images, AdamW, and the saved trajectory.
 
-An attack defines which weights train and how they are saved. The rest is here, so that attacks differ in nothing else:
-draws depend on (seed, step) alone, latents and text embeddings are encoded once, prior preservation adds the loss on
-class images (DreamBooth), an honest attacker leaves frozen tensors alone and runs the publisher's training hooks.
+An attack defines only which weights are trained and how they are saved. Everything else is the same for all attacks:
+random draws depend only on (seed, step), latents and text embeddings are encoded once, prior preservation adds the loss
+on class images (DreamBooth), an honest attacker does not train frozen tensors and runs the publisher's training hooks.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ LEVEL = "adaptation"
 
 
 def trainable(names: Iterable[str], protection: Protection, budget: Budget) -> list[str]:
-    """Return the names that this attacker may train: an honest one leaves frozen tensors alone.
+    """Return the names that this attacker may train; an honest attacker does not train frozen tensors.
 
-    Raises ValueError when nothing is left.
+    Raises ValueError if no name is left.
     """
     frozen = protection.frozen if budget.is_honest else frozenset()
     left = [name for name in names if name not in frozen]
@@ -56,8 +56,8 @@ def adapt(
 ) -> Iterator[tuple[int, Weights]]:
     """Train `trained` on the concept; yield (step, weights) at each step of the budget.
 
-    Where the text encoder or a word is trained, `text` makes the embeddings of captions (or templates) at each step,
-    `prior_text` those of the class captions. Raises ValueError when class images are weighed but missing.
+    If weights that text embeddings depend on are trained, `text` computes the embeddings of captions (or templates) at
+    each step, and `prior_text` those of class captions. Raises ValueError for a prior weight without class images.
     """
     from harness.contracts.hooks import make_hooks
 
@@ -83,13 +83,13 @@ def adapt(
         hooks=hooks,
     )
     level = Level(tuple(trained), recipe.learning_rate, recipe.weight_decay, recipe.clip_norm, recipe.momentum)
-    run.ledger.numbers["trainable_parameters"] = sum(p.numel() for p in trained.values())  # ZeRO 3 leaves pieces
+    run.ledger.numbers["trainable_parameters"] = sum(p.numel() for p in trained.values())  # before ZeRO 3 splits them
     weights = sharding.spread(model, trained, {LEVEL: level}, run)
     learner = _Adaptation(run, weights, loss, recipe.prior_weight, is_hooked=bool(hooks))
     for done in trajectory(run, learner, budget.steps, "the attack"):
         _note_bytes(run, weights)
         yield done, weights
-    _note_bytes(run, weights)  # a run that is resumed at its end yields nothing
+    _note_bytes(run, weights)  # also here: a run resumed at its last step yields nothing
 
 
 def _note_bytes(run: Run, weights: Weights) -> None:
@@ -98,7 +98,7 @@ def _note_bytes(run: Run, weights: Weights) -> None:
 
 
 class _Adaptation:
-    """Descent of a concept's loss. A step is skipped when the publisher's hooks reject all of its examples."""
+    """Minimization of a concept's loss. If the publisher's hooks reject every example of a step, it is skipped."""
 
     def __init__(self, run: Run, weights: Weights, loss: ConceptLoss, prior_weight: float, *, is_hooked: bool):
         self._run, self._weights, self._loss = run, weights, loss
@@ -106,11 +106,11 @@ class _Adaptation:
         self._skipped = 0
 
     def step(self, index: int) -> dict[str, float]:
-        """Step down the loss, or skip; return the loss of all examples, whatever their weight."""
+        """Take or skip one optimizer step; return the mean loss over all examples, unweighted."""
         parts = self._loss.at(index, 1.0, self._prior_weight)
         slope = self._weights.gradient(parts, self._weights.levels[LEVEL].names)
         numbers = {"loss": mean_value(parts)}
-        # with a gradient of zero AdamW would still move by its moments and decay the weights
+        # even with a zero gradient AdamW would change the weights, by its moments and weight decay
         is_skipped = self._is_hooked and self._run.world.all(are_rejected(parts))
         if not is_skipped:
             self._weights.step(LEVEL, slope)
@@ -120,11 +120,11 @@ class _Adaptation:
         return numbers
 
     def state(self) -> dict[str, Tensor]:
-        """Return the weights' state, with the count of skipped steps where there are hooks."""
+        """Return the weights' state and, if there are hooks, the number of skipped steps."""
         counted = {"skipped_steps": torch.tensor(self._skipped)} if self._is_hooked else {}
         return self._weights.state() | counted
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned."""
+        """Restore what `state` returned."""
         self._skipped = int(state.get("skipped_steps", 0))
         self._weights.load_state(state)

@@ -1,4 +1,4 @@
-"""Hypergradients: the gradient of an upper loss after lower steps, with respect to the weights before them.
+"""Hypergradients: the gradient of an upper loss, evaluated after lower-level steps, with respect to the start weights.
 
     theta_0 = theta,   theta_{k+1} = theta_k - alpha * grad L_k(theta_k)  on S_l,   k = 0 .. K-1
     wanted: d/dtheta U(theta_K)
@@ -9,14 +9,14 @@ With v_K = grad U(theta_K), the chain rule backwards through the steps is
 
 and v_0 is the hypergradient. `mode` selects how H v is computed:
 
-    exact              reverse over reverse, at the cost of a double backward; not where weights are partitioned.
+    exact              reverse over reverse, at the cost of a double backward; not for partitioned weights.
     finite_difference  (grad L(theta + e v) - grad L(theta - e v)) / 2e: two more gradients, no graph of a gradient.
-    first_order        H v = 0, as released code does (MAML's first-order form).
+    first_order        H v = 0, as in released code (MAML's first-order form).
 
-All access goes through `Weights`, so that the same code runs in one process and under ZeRO, where H v is a central
-difference: it needs only first-order gradients. Weights are written in place and put back bit for bit.
+All operations go through `Weights`, so the same code runs in one process and under ZeRO. Under ZeRO, H v is a central
+difference, which needs only first-order gradients. Weights are written in place and restored bit for bit.
 
-Sources: Finn et al. 2017 (MAML) for the look-ahead; Pearlmutter 1994 for H v; IMMA and MIMA for what it serves here.
+Sources: Finn et al. 2017 (MAML) for the look-ahead; Pearlmutter 1994 for H v; IMMA and MIMA for its use here.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Mode = Literal["exact", "finite_difference", "first_order"]
 def hessian_vector(
     weights: Weights, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor], mode: Mode
 ) -> Vector:
-    """Return H v over `names`, H the Hessian of `loss` at the installed weights.
+    """Return H v over `names`, where H is the Hessian of `loss` at the installed weights.
 
-    `vector` names a subset of `names` (S_l); the product has all of them, so that S_l and S_u may differ.
+    `vector` covers a subset of `names` (S_l); the product covers all of them, so that S_l and S_u may differ.
     """
     if mode == "exact":
         return weights.curvature(loss, names, vector)
@@ -63,36 +63,36 @@ def _central_difference(weights: Weights, loss: Loss, names: Sequence[str], vect
 
 
 Starts = tuple[Vector, ...]
-"""S_l at the start of each step of a look-ahead; the first one is installed, and empty here."""
+"""S_l at the start of each step of a look-ahead; the first entry is empty, since these weights are installed."""
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """The end of a look-ahead, and what the backward pass needs."""
+    """The result of a look-ahead, and what its backward pass needs."""
 
-    end: Vector  # theta_K on S_l; it may be used up
+    end: Vector  # theta_K on S_l; its memory may be reused
     starts: Starts
 
 
 @dataclass(frozen=True)
 class LookAhead:
-    """K virtual SGD steps of a lower level, from the installed weights, and the way back through them."""
+    """K virtual SGD steps of a lower level from the installed weights, and the backward pass through them."""
 
     weights: Weights
-    names: Sequence[str]  # S_l and S_u together: the weights for which gradients are computed
+    names: Sequence[str]  # S_l and S_u together: the weights that get gradients
     lower: Sequence[str]  # S_l
-    losses: Sequence[Loss]  # L_0 .. L_{K-1}, one a step
+    losses: Sequence[Loss]  # L_0 .. L_{K-1}, one per step
     learning_rate: float  # alpha
 
     def adapted(self) -> Adapted:
-        """Take the steps. The model is left as it was."""
+        """Take the steps, then restore the model; return the result."""
         starts: list[Vector] = []
         current: Vector = {}
         for loss in self.losses:
             starts.append(current)
             with installed(self.weights, current):
                 slope = self.weights.gradient(loss, self.lower)
-            # one weight at a time and in place: a vector of all of them is as large as the model
+            # one weight at a time and in place: a vector over all weights is as large as the model
             for name, value in slope.items():
                 start = current[name] if current else self.weights.read([name])[name]
                 value.mul_(-self.learning_rate).add_(start)
@@ -104,14 +104,14 @@ class LookAhead:
     ) -> Vector:
         """Return v_0 on `wanted` (default: all of `names`) from v_K = `cotangent`; `starts` are those of `adapted`.
 
-        `cotangent` covers S_l; where it does not name the others, it is zero there.
+        `cotangent` covers S_l; weights that it does not name count as zero.
         """
         wanted = self.names if wanted is None else wanted
         current = dict(cotangent)
         if mode != "first_order":
             for step in reversed(range(len(self.losses))):
                 inside = {name: current[name] for name in self.lower}
-                # before the first step only what is wanted matters; before the others, what H v is multiplied with too
+                # step 0 needs only the wanted names; the other steps also need S_l, for the next H v
                 reached = wanted if step == 0 else list(dict.fromkeys([*self.lower, *wanted]))
                 with installed(self.weights, starts[step]):
                     curved = hessian_vector(self.weights, self.losses[step], reached, inside, mode)
@@ -123,7 +123,7 @@ class LookAhead:
 
 
 def hypergradient(look_ahead: LookAhead, adapted: Adapted, upper: Loss, mode: Mode) -> Vector:
-    """Return d/dtheta U(theta_K(theta)) over the names of `look_ahead`; the model is left as it was.
+    """Return d/dtheta U(theta_K(theta)) over the names of `look_ahead`; the model is unchanged afterwards.
 
     `adapted` is the result of `look_ahead` from the installed weights.
     """
@@ -134,16 +134,16 @@ def hypergradient(look_ahead: LookAhead, adapted: Adapted, upper: Loss, mode: Mo
 
 
 class Merging(Protocol):
-    """How N adapted weights become one: a linear map of the start and of them, so that it is summed up one by one."""
+    """A merge of N adapted weights into one: linear in them and in the start, so it is summed branch by branch."""
 
     def from_start(self, start: Vector) -> Vector:
-        """Return the part of the merged weights that the start contributes; `start` is used up."""
+        """Return the contribution of the start to the merged weights; the memory of `start` may be reused."""
 
     def add_adapted(self, total: Vector, index: int, adapted: Vector) -> None:
-        """Add to `total` what the adapted weights of one branch contribute; they are used up."""
+        """Add to `total` the contribution of one branch's adapted weights; the memory of `adapted` may be reused."""
 
     def to_start(self, cotangent: Mapping[str, Tensor]) -> Vector:
-        """Return the gradient with respect to the start, given that with respect to the merged weights."""
+        """Return the gradient with respect to the start; `cotangent` is the one with respect to the merged weights."""
 
     def to_adapted(self, index: int, cotangent: Mapping[str, Tensor]) -> Vector:
         """Return the gradient with respect to the adapted weights of one branch."""
@@ -151,21 +151,21 @@ class Merging(Protocol):
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged end of the look-aheads of several branches, and what the backward pass through each needs."""
+    """The merged result of several branches' look-aheads, and what the backward pass through each needs."""
 
     weights: Vector  # Merge({theta'_n}) on S_l
-    starts: tuple[Starts, ...]  # one a branch
+    starts: tuple[Starts, ...]  # one per branch
 
 
 def merged(branches: Sequence[LookAhead], merging: Merging) -> Merged:
-    """Return Merge({theta'_n}); the end of one branch is held at a time. The model is left as it was."""
+    """Return Merge({theta'_n}), with one branch's end in memory at a time. The model is unchanged afterwards."""
     result = merging.from_start(branches[0].weights.read(branches[0].lower))
     starts = []
     for index, branch in enumerate(branches):
         adapted = branch.adapted()
         merging.add_adapted(result, index, adapted.end)
         starts.append(adapted.starts)
-        del adapted  # before the next branch makes its own
+        del adapted  # free it before the next branch allocates its own
     return Merged(result, tuple(starts))
 
 
@@ -174,23 +174,23 @@ def merged_hypergradient(
 ) -> Vector:
     """Return d/dtheta U(Merge({theta'_n(theta)})): N look-aheads from one start, merged (MIMA, Algorithm 1).
 
-    All branches have the same names and the same S_l. Weights outside S_l are in the merged model as they are in the
-    start. `wanted` names the part that is needed (S_u; default: all): with one lower step, nothing else is computed in
-    the way back. The model is left as it was.
+    All branches have the same names and the same S_l. The merged model keeps the start's weights outside S_l. `wanted`
+    names the weights whose gradient is returned (S_u; default: all); with one lower step, the backward pass computes
+    only these. The model is unchanged afterwards.
     """
     weights, names, lower = branches[0].weights, branches[0].names, set(branches[0].lower)
     wanted = names if wanted is None else wanted
     together = merged(branches, merging)
     with installed(weights, together.weights):
-        # every map from here is name by name, but for H v, which needs all of S_l
+        # all maps from here act on each name separately, except H v, which needs all of S_l
         cotangent = weights.gradient(upper, wanted if mode == "first_order" else names)
     starts = together.starts
-    del together  # the merged weights are as large as S_l, and used no more
+    del together  # free the merged weights: they are as large as S_l
     inside = {name: cotangent.pop(name) for name in list(cotangent) if name in lower}
     result = cotangent | merging.to_start({name: inside[name] for name in wanted if name in inside})
     result = {name: result[name] for name in wanted}
     for index, branch in enumerate(branches):
-        # one expression: a name would keep one branch's vectors while the next makes its own
+        # one expression: a variable would keep one branch's vectors alive while the next allocates its own
         for name, value in branch.pull_back(starts[index], merging.to_adapted(index, inside), mode, wanted).items():
             result[name] += value
     return result

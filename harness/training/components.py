@@ -1,4 +1,4 @@
-"""Whole components of a pipeline as files that diffusers and transformers load by `from_pretrained`."""
+"""Save and load whole pipeline components as files for `from_pretrained` of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from harness.model.pipeline import DiffusionModel
 
 FILES = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
-"""The file with the weights of a component in its folder."""
+"""The weights file in a component's folder."""
 
 
 _ADAPTERS = (".lora_", ".hada_", ".lokr_", ".oft_")
 
 
 def state(model: DiffusionModel, component: str, beside: frozenset[str] = frozenset()) -> dict[str, Tensor]:
-    """Return copies of a component's tensors by their own names, on the CPU; none of an injected adapter.
+    """Return copies of a component's tensors on the CPU, by their names in it, without those of an injected adapter.
 
-    `beside` names parameters ("unet.…") that are left out.
+    `beside` names parameters ("unet.…") to leave out.
     """
     return {
         name.replace(".base_layer", ""): tensor.detach().to("cpu", copy=True)
@@ -30,7 +30,7 @@ def state(model: DiffusionModel, component: str, beside: frozenset[str] = frozen
 
 
 def save(model: DiffusionModel, component: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a component into `folder`/<component>: its configuration, and all of its tensors as given."""
+    """Write a component into `folder`/<component>: its configuration, and the given tensors (all of its own)."""
     from safetensors.torch import save_file
 
     module = getattr(model.pipeline, component)
@@ -45,9 +45,9 @@ def save(model: DiffusionModel, component: str, tensors: Mapping[str, Tensor], f
 
 
 def load(model: DiffusionModel, component: str, folder: Path) -> dict[str, Tensor]:
-    """Put the component in `folder`/<component> over the model's, by its library's loader; return the weights before.
+    """Load `folder`/<component> by its library's loader, copy it into the model, and return the previous weights.
 
-    The weights are declared to `model` as changed.
+    The weights are declared as changed to `model`.
     """
     if component == "unet":
         from diffusers import UNet2DConditionModel as Class

@@ -1,7 +1,7 @@
-"""The denoising loss of a concept at a step: its images under their captions, and images of its class beside them.
+"""The denoising loss of a concept at a step, on its images with their captions, and optionally on class images.
 
-Prior preservation (DreamBooth; Ruiz et al. 2023) adds the loss on images of the class that the base model drew itself:
-L(instance) + weight * L(class). Everything is encoded once; what a step draws depends on (seed, step) alone.
+Prior preservation (DreamBooth; Ruiz et al. 2023) adds the loss on class images drawn by the base model itself:
+L(instance) + weight * L(class). Everything is encoded once; the random draws of a step depend only on (seed, step).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ConceptLoss:
-    """Images of one concept, or of several taken together, ready to be trained on."""
+    """The loss on the images of one concept, or of several concepts together."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class ConceptLoss:
         templates: Sequence[str] = (),
         hooks: Sequence[AdaptationHook] = (),
     ):
-        """PIL images and one caption each; a template drawn at each step takes the captions' place where there are any.
+        """Encode PIL images with one caption each; if there are templates, one drawn at each step replaces the caption.
 
-        `batch_size` counts images of the concept, over all processes; as many class images (`prior`, encoded by the
-        caller, since concepts may share them) come on top. `text` makes embeddings of the captions at each step;
-        templates need it. `hooks` weigh every example. Raises ValueError when there are no images.
+        `batch_size` counts images of the concept, over all processes; as many class images are added (`prior`, encoded
+        by the caller, since concepts may share them). `text` computes the caption embeddings at each step; templates
+        need it. `hooks` weight every example. Raises ValueError if there are no images.
         """
         self._model, self._run = model, run
         self._scheduler = model.noise_scheduler()
@@ -53,7 +53,7 @@ class ConceptLoss:
         self._hooks = hooks
         self._templates: Tensor | None = None
         if templates:
-            captions = [templates[0]] * len(images)  # each step draws others
+            captions = [templates[0]] * len(images)  # a placeholder: each step draws its own
             self._templates = text.ids(templates)
         self._images = encode_images(model, run, images, captions, flip=flip, text=text)
         self._prior = prior
@@ -64,7 +64,7 @@ class ConceptLoss:
     def at(self, step: int, weight: float = 1.0, prior_weight: float = 0.0) -> list[LossPart]:
         """Return weight * L(instance) + prior_weight * L(class) at a step.
 
-        Raises ValueError when class images are weighed but missing.
+        Raises ValueError for a prior weight without class images.
         """
         batch = self._draw(self._images, step, self._seed)
         if self._templates is not None:
@@ -89,9 +89,9 @@ class ConceptLoss:
         )
 
     def _weigh(self, step: int) -> Weigh | None:
-        """Return a function: the product of the weights that the publisher's hooks give each example of a step.
+        """Return a function that gives the product of the hooks' weights for each example of a step.
 
-        It raises ValueError when a hook does not give one finite number for each example.
+        That function raises ValueError if a hook does not return one finite number per example.
         """
         if not self._hooks:
             return None

@@ -1,4 +1,4 @@
-"""Images encoded once, draws that depend on (seed, step) alone, and the denoising loss."""
+"""Images encoded once, random draws that depend only on (seed, step), and the denoising loss."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from harness.model.run import Run
 
 
 class TextSource(Protocol):
-    """Text embeddings that are made anew at each step, since the weights behind them are trained."""
+    """Computes text embeddings again at each step, because weights that they depend on are trained."""
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Return token ids [texts, tokens]."""
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Return embeddings [texts, tokens, width] with a graph to what is trained."""
+        """Return embeddings [texts, tokens, width] with a graph to the trained parameters."""
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images and captions as the UNet trains on them, encoded once.
+    """Images and captions, encoded once for training the UNet.
 
-    The posterior's mean and deviation are kept, so that each step draws a latent as if it encoded the image anew.
+    The posterior's mean and deviation are kept, so that each step draws a latent as if it encoded the image again.
     """
 
-    mean: Tensor  # [flips, images, channels, height, width]; flips: as given, and mirrored
+    mean: Tensor  # [flips, images, channels, height, width]; flips: 0 as given, 1 mirrored
     deviation: Tensor  # same shape; standard deviation of the posterior
     embeddings: Tensor  # [images, tokens, width]; with `text`, token ids [images, tokens]
     scaling: float  # the VAE's scaling factor
-    text: TextSource | None = None  # what makes embeddings of the ids at each step
+    text: TextSource | None = None  # computes the embeddings from the ids at each step
 
     def __len__(self) -> int:
         return self.mean.shape[1]
@@ -61,13 +61,13 @@ def encode_images(
     flip: bool,
     text: TextSource | None = None,
 ) -> EncodedImages:
-    """Encode PIL images, and their captions unless `text` does that at each step.
+    """Encode PIL images, and their captions unless `text` encodes them at each step.
 
-    Raises ValueError when there are none or their numbers differ.
+    Raises ValueError if there are no images, or if the numbers of images and captions differ.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
-    with run.ledger.phase("encode"), torch.no_grad():  # fp32 also under bf16: once a stage, and sampling does so
+    with run.ledger.phase("encode"), torch.no_grad():  # fp32 also under bf16: done once, and as in sampling
         given = pixels(images, model.image_size)
         means, deviations = [], []
         for batch in [given, given.flip(-1)] if flip else [given]:
@@ -80,27 +80,27 @@ def encode_images(
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch: the UNet's inputs and its target."""
+    """One batch: the UNet's inputs and the noise that it should predict."""
 
     latents: Tensor  # [batch, channels, height, width]
     noise: Tensor  # same shape
     timesteps: Tensor  # [batch], uniform over the schedule
     embeddings: Tensor  # [batch, tokens, width], or token ids [batch, tokens]
-    chosen: Tensor  # [batch], which of the encoded images; on the CPU
+    chosen: Tensor  # [batch], indices of the encoded images; on the CPU
 
     def __len__(self) -> int:
         return self.latents.shape[0]
 
     def rows(self, start: int, stop: int) -> Draw:
-        """Return a part of the batch."""
+        """Return the examples from `start` to before `stop`."""
         return Draw(*(getattr(self, f)[start:stop] for f in ("latents", "noise", "timesteps", "embeddings", "chosen")))
 
 
 def draw(encoded: EncodedImages, batch_size: int, timesteps: int, *, seed: int, step: int, device) -> Draw:
-    """Draw a batch as a function of (seed, step) alone.
+    """Draw a batch that depends only on (seed, step).
 
-    Images go through shuffled epochs: every image is seen once before any is seen again. Everything is drawn on the
-    CPU, so that a GPU sees the same numbers.
+    Images are drawn in shuffled epochs: every image is used once before any is used again. All draws are made on the
+    CPU, so that they are the same for a GPU.
     """
     from harness.core.seeds import mix
 
@@ -153,22 +153,22 @@ def denoising_losses(model: DiffusionModel, run: Run, scheduler, batch: Draw) ->
 
 
 Weigh = Callable[["Draw", Tensor, Tensor, Tensor], Tensor]
-"""(batch, noisy latents, prediction, losses [batch]) -> a weight for each example, [batch], without a graph."""
+"""(batch, noisy latents, prediction, losses [batch]) -> weights of the examples, [batch], without a graph."""
 
 
 @dataclass
 class LossPart:
-    """One micro-batch of a denoising loss: called, it reads the installed weights."""
+    """One micro-batch of a denoising loss; calling it evaluates the loss at the installed weights."""
 
     model: DiffusionModel
     run: Run
     scheduler: object
     batch: Draw
-    weight: float  # of the sum of its examples' losses
-    text: TextSource | None = None  # makes text embeddings with a graph of the batch's token ids
-    weigh: Weigh | None = None  # weights of the examples, one by one
-    value: float = field(default=float("nan"))  # mean loss of its examples when it was last called
-    example_weights: Tensor | None = None  # [examples], what `weigh` gave when it was last called
+    weight: float  # factor of the sum of its examples' losses
+    text: TextSource | None = None  # computes embeddings of the batch's token ids, with a graph
+    weigh: Weigh | None = None  # one weight per example
+    value: float = field(default=float("nan"))  # mean loss of its examples at the last call
+    example_weights: Tensor | None = None  # [examples], result of `weigh` at the last call
 
     def __call__(self) -> Tensor:
         """Return the weighted loss, with its graph."""
@@ -193,10 +193,10 @@ def denoising_loss(
     text: TextSource | None = None,
     weigh: Weigh | None = None,
 ) -> list[LossPart]:
-    """Return `weight` times the mean denoising loss of a global batch as the sum of this process's parts.
+    """Return the parts of this process; over all processes they make `weight` times the mean loss of a global batch.
 
-    Each process takes its share of the batch, so that the mean over processes is the mean over the batch, whatever
-    their number. Raises ValueError when they do not divide it.
+    Each process takes an equal share of the batch, and the mean over processes of the parts' sums is the result.
+    Raises ValueError if the number of processes does not divide the batch.
     """
     share, rest = divmod(len(batch), run.world.size)
     if rest or not share:
@@ -208,10 +208,10 @@ def denoising_loss(
 
 
 def are_rejected(parts: Sequence[LossPart]) -> bool:
-    """Return whether every example of the parts had the weight zero when they were last called."""
+    """Return whether every example of the parts had weight zero at the last call."""
     return all(part.example_weights is not None and not bool(part.example_weights.any()) for part in parts)
 
 
 def mean_value(parts: Sequence[LossPart]) -> float:
-    """Return the mean loss over the parts when they were last called, without their weights."""
+    """Return the unweighted mean loss over the parts at their last call."""
     return float(sum(part.value for part in parts) / len(parts))

@@ -1,7 +1,7 @@
-"""Two domains trained on together: the illegal one shall be hard to learn, the innocent one must stay learnable.
+"""Losses on two domains: illegal (should become hard to learn) and innocent (must stay learnable).
 
-Batches are *stratified*, half of each domain, or *mixed*: drawn from all images as they are, so that a domain of few
-images may be missing from a batch. Images and captions are encoded once; draws depend on (seed, step) alone.
+Batches are *stratified* (half from each domain) or *mixed* (drawn from all images together, so that a domain with few
+images may be missing from a batch). Images and captions are encoded once; draws depend only on (seed, step).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from harness.contracts.defense import ProtectedConcept
 
 _NO_DIVISION_BY_ZERO = 1e-5
-"""Added to the number of a domain's examples in a batch, as FreezeAsGuard's code does."""
+"""Added to the number of a domain's examples in a batch, as in FreezeAsGuard's code."""
 
 
 class Domains:
-    """The denoising losses of both domains, ready to be trained on."""
+    """The denoising losses of both domains."""
 
     def __init__(
         self,
@@ -40,9 +40,10 @@ class Domains:
         is_mixed: bool,
         stream: str = "mixed",
     ):
-        """`batch_size` is global, over processes and domains. Raises ValueError where a domain has no images.
+        """Encode both domains. `batch_size` is global, over processes and domains.
 
-        `stream` names the draws of mixed batches: of trainings that share a seed each has its own.
+        `stream` names the random draws of mixed batches, so that trainings with the same seed can draw differently.
+        Raises ValueError if a domain has no images.
         """
         self._model, self._run, self._seed, self._stream = model, run, seed, stream
         self._batch_size, self._is_mixed = batch_size, is_mixed
@@ -63,7 +64,7 @@ class Domains:
         return len(self._illegal) + len(self._innocent)
 
     def losses(self, step: int, illegal: float, innocent: float) -> list[LossPart]:
-        """Return illegal * L(illegal) + innocent * L(innocent), L the mean over the examples of a domain."""
+        """Return illegal * L(illegal) + innocent * L(innocent), where L is the mean over a domain's examples."""
         if not self._is_mixed:
             return self._of(self._illegal, "illegal", step, illegal) + self._of(
                 self._innocent, "innocent", step, innocent
@@ -81,7 +82,7 @@ class Domains:
         return denoising_loss(self._model, self._run, self._scheduler, batch, weigh=weigh)
 
     def mean(self, step: int) -> list[LossPart]:
-        """Return the mean over the examples of a batch of both domains."""
+        """Return the mean loss over all examples of a batch, of both domains."""
         if not self._is_mixed:
             return self.losses(step, 0.5, 0.5)
         batch = self._drawn(self._all, self._stream, step, self._batch_size)
@@ -99,7 +100,7 @@ class Domains:
 
 
 def _together(first: EncodedImages, second: EncodedImages) -> EncodedImages:
-    """Return both, one behind the other."""
+    """Return the concatenation of both."""
     return EncodedImages(
         torch.cat([first.mean, second.mean], dim=1),
         torch.cat([first.deviation, second.deviation], dim=1),

@@ -1,4 +1,4 @@
-"""The one loop of training stages: continues after a kill, reports progress, keeps state, notices divergence."""
+"""The loop of all training stages: saves state, resumes after a kill, reports progress, detects divergence."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ if TYPE_CHECKING:
 
 
 class Stateful(Protocol):
-    """What can be kept and put back exactly, such as `Weights` with their optimizers."""
+    """An object whose state can be saved and restored exactly, such as `Weights` with their optimizers."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that is needed to go on, of this process."""
+        """Return everything that this process needs to resume."""
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned."""
+        """Restore what `state` returned."""
 
 
 class Learner(Stateful, Protocol):
-    """The interface that a training loop needs."""
+    """The interface that the training loop needs."""
 
     def step(self, index: int) -> Mapping[str, float]:
-        """Take one step; return numbers to follow, by name. Draws must be functions of the index."""
+        """Take one step; return the numbers to log, by name. Random draws must depend only on the index."""
 
 
 @dataclass(frozen=True)
 class StepOver:
-    """A `Learner` made of a step function and an object that keeps the state."""
+    """A `Learner` made of a step function and an object that holds all state that the function changes."""
 
     step: Callable[[int], Mapping[str, float]]
     moved: Stateful
 
     def state(self) -> dict[str, Tensor]:
-        """Return the state."""
+        """Return the state of that object."""
         return self.moved.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned."""
+        """Restore what `state` returned."""
         self.moved.load_state(state)
 
 
 def train(run: Run, learner: Learner, steps: int, what: str) -> None:
-    """Take each step of `learner` that is left.
+    """Take the remaining steps of `learner`.
 
-    Nothing but the learner's state is kept. The last value of each number goes to the ledger. Raises
-    FloatingPointError, naming `what`, when one is not finite any more.
+    Only the learner's state is saved. The last value of each number goes to the ledger. Raises FloatingPointError,
+    naming `what`, when a number is not finite.
     """
     for _ in trajectory(run, learner, [steps], what):
         pass
 
 
 def trajectory(run: Run, learner: Learner, stops: Sequence[int], what: str) -> Iterator[int]:
-    """Train as `train` does up to the last of `stops`; yield each stop when so many steps are done.
+    """Train as `train` does up to the last of `stops`; yield each stop when that many steps are done.
 
-    State is kept after the caller handled a stop, so that its result exists when the stage is resumed after a kill.
-    Stops before the resumed state are not yielded again.
+    State is saved after the caller handled a stop, so a resumed run finds what the caller saved there. Stops before
+    the resumed state are not yielded again.
     """
     last: dict[str, float] = {}
     start, steps = 0, stops[-1]

@@ -1,7 +1,7 @@
 """Adapters of the LoRA family on a UNet's projections (and a text encoder's), through peft.
 
-Used by the attacks `lora` and `dreambooth_lora` and by IMMA's lower level. LoRA and DoRA leave a file that diffusers
-loads as an adapter. LoHa, LoKr and OFT have no such loader; what is saved of them is the adapted UNet, whole.
+Used by the attacks `lora` and `dreambooth_lora` and by IMMA's lower level. LoRA and DoRA are saved as a file that
+diffusers loads as an adapter. diffusers has no loader for LoHa, LoKr and OFT; the whole adapted UNet is saved instead.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"
 TEXT = "text_encoder."
-"""Prefix of the names of the text encoder's adapter, where it has one."""
+"""Prefix of the names of the text encoder's adapter, if it has one."""
 
 
 def configuration(variant: Variant, rank: int, alpha: float, modules: Sequence[str]) -> Any:
-    """Return peft's configuration of an adapter of these modules, with peft's own beginning for the variant.
+    """Return peft's configuration of an adapter of these modules, with peft's default initialization of the variant.
 
-    `rank` is the number of blocks for OFT, whose matrices are divided into as many.
+    For OFT, `rank` is the number of blocks that each matrix is divided into.
     """
     import peft
 
@@ -60,8 +60,8 @@ def injected(
     """Inject an adapter into the UNet; yield its trainable parameters by name; remove it on leaving.
 
     LoRA's A is drawn from a Gaussian with deviation 1/rank and B is zero (peft's "gaussian"), under `seed`. `skip`
-    names base weights ("unet.….weight") that may not be adapted. With `text_encoder`, the projections of its attention
-    get one too. Raises ValueError when nothing is left to adapt.
+    names base weights ("unet.….weight") that may not be adapted. With `text_encoder`, its attention projections are
+    adapted too. Raises ValueError if nothing is left to adapt.
     """
     modules = _modules(model.unet, "unet", target_modules, skip)
     if not modules:
@@ -95,7 +95,7 @@ def _modules(module: nn.Module, component: str, targets: Sequence[str], skip: fr
 
 
 def _remove(module: nn.Module) -> None:
-    """Take every adapter layer out, whatever its variant, and what diffusers or transformers noted of it."""
+    """Remove every adapter layer of any variant, and the attributes that diffusers or transformers set for it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(module.named_modules()):
@@ -109,9 +109,9 @@ def _remove(module: nn.Module) -> None:
 
 
 def save(model: DiffusionModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the injected LoRA or DoRA as diffusers loads it with `pipeline.load_lora_weights(folder)`.
+    """Write the injected LoRA or DoRA for diffusers' `pipeline.load_lora_weights(folder)`.
 
-    `tensors` are the adapter's whole weights by the names that `injected` gave.
+    `tensors` are the adapter's whole weights, by the names that `injected` yielded.
     """
     from diffusers import StableDiffusionPipeline
     from diffusers.training_utils import _collate_lora_metadata
@@ -140,9 +140,9 @@ def _layers(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 @torch.no_grad()
 def merged(model: DiffusionModel) -> dict[str, Tensor]:
-    """Return the UNet's tensors with the injected adapter in its weights, by their own names, on the CPU.
+    """Return the UNet's tensors with the injected adapter merged into them, by their names in the UNet, on the CPU.
 
-    The weights below the adapter are as before, bit for bit.
+    The installed base weights stay unchanged, bit for bit.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -161,9 +161,9 @@ def merged(model: DiffusionModel) -> dict[str, Tensor]:
 
 
 def fuse(model: DiffusionModel, folder: Path) -> dict[str, Tensor]:
-    """Load the adapter in `folder` by diffusers' loader and add it to the base weights; return those before.
+    """Load the adapter in `folder` by diffusers' loader and merge it into the base weights; return the previous ones.
 
-    The weights are declared to `model` as changed. No adapter layer is left.
+    The weights are declared as changed to `model`. No adapter layer remains.
     """
     from safetensors import safe_open
 

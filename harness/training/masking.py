@@ -1,8 +1,8 @@
-"""Weights held back by a mask: theta_i = m_i theta_pre,i + (1 - m_i) theta_ft,i for every tensor i (FreezeAsGuard).
+"""Weights partly frozen by a mask: theta_i = m_i theta_pre,i + (1 - m_i) theta_ft,i for every tensor i (FreezeAsGuard).
 
 Two copies of the weights are enough (Huang and Gao 2024, facts: freezeasguard.md, section 2): theta, installed in the
-network, and Delta = theta_pre - theta_ft. theta_pre = theta + (1 - m) Delta never moves and is never stored. One
-gradient g with respect to theta serves both levels:
+network, and Delta = theta_pre - theta_ft. theta_pre = theta + (1 - m) Delta is constant and never stored. One gradient
+g with respect to theta serves both levels:
 
     equation 11  dL/dm_i        = <g_i, Delta_i>
     equation 12  dL/dtheta_ft,i = (1 - m_i) g_i
@@ -11,8 +11,8 @@ gradient g with respect to theta serves both levels:
                  theta_i <- theta_i + Delta_i (m_i' - m_i)
     user step    theta_i <- theta_i - eta (1 - m_i)^2 g_i,  Delta_i <- Delta_i + eta (1 - m_i) g_i  (9 and 10)
 
-with a_i = <Delta_i, g_i> and m = sigmoid(x / T). Logits are few and are on the CPU; a step asks the device once, for
-all a_i together. Vectors are whole tensors or, under ZeRO 3, the pieces of this process.
+with a_i = <Delta_i, g_i> and m = sigmoid(x / T). The few logits are on the CPU; a step reads from the device once, all
+a_i together. Vectors are whole tensors or, under ZeRO 3, the pieces of this process.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from harness.training.weights import Vector, Weights
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How the mask moves."""
+    """The update rule of the mask."""
 
-    ratio: float  # rho: the share of tensors that shall be frozen
+    ratio: float  # rho: the wanted share of frozen tensors
     temperature: float  # T
     learning_rate: float  # eta_m
     sparsity: float  # c; not multiplied by the learning rate
@@ -41,24 +41,24 @@ class MaskRule:
         return torch.sigmoid(logits.float() / self.temperature)
 
     def pulls(self, logits: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the signal a and the sparsity subtract from the logits in one step (equation 8), [tensors]."""
+        """Return (by signal a, by sparsity): what one step subtracts from the logits (equation 8), each [tensors]."""
         mask = self.mask(logits)
         bend = mask * (1 - mask) / self.temperature
         held_back = 2 * (mask.mean() - self.ratio) / len(mask) * bend
         return self.learning_rate * signal * bend, self.sparsity * held_back
 
     def moved(self, logits: Tensor, pulls: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the logits after a step of these pulls, in their own precision."""
+        """Return the logits after subtracting these pulls, in the logits' precision."""
         by_signal, by_sparsity = pulls
         return (logits.float() - by_signal - by_sparsity).to(logits.dtype)
 
 
 class Signal:
-    """The normalised signal that replaces a in equation 8.
+    """The normalised value that replaces a in equation 8.
 
-    none: a itself. rms: a over its root mean square over the tensors; of tensors whose a differ by orders of magnitude
-    only the largest count. adam: each tensor's running mean over the root of its running mean square (Kingma and
-    Ba 2015; betas 0.9 and 0.999, bias corrected), which is of one size for all and lets noise cancel.
+    none: a itself. rms: a divided by its root mean square over the tensors; if the a differ by orders of magnitude,
+    only the largest have an effect. adam: each tensor's running mean divided by the root of its running mean square
+    (Kingma and Ba 2015; betas 0.9 and 0.999, bias corrected): of similar size for all tensors, and noise averages out.
     """
 
     BETAS, SMALL = (0.9, 0.999), 1e-30
@@ -85,15 +85,15 @@ class Signal:
 
 @dataclass(frozen=True)
 class MaskStep:
-    """Signal and effect of one mask step, each [tensors]."""
+    """The inputs and effects of one mask step, each [tensors]."""
 
     signal: Tensor  # a
     by_signal: Tensor  # subtracted from the logits by the signal
-    by_sparsity: Tensor
+    by_sparsity: Tensor  # subtracted by the sparsity term
 
 
 class MaskedWeights:
-    """theta and Delta under a mask; see the module. `weights` hold theta."""
+    """theta and Delta under a mask; see the module docstring. `weights` hold theta."""
 
     def __init__(
         self,
@@ -106,10 +106,10 @@ class MaskedWeights:
         user_optimizer: str = "sgd",
         delta_dtype: torch.dtype = torch.float32,
     ):
-        """`weights` hold theta_pre and are left at theta(m); `finetuned` are whole tensors: theta_ft's, by name.
+        """Change `weights` from theta_pre to theta(m); `finetuned` are the whole tensors of theta_ft, by name.
 
-        `logits` [tensors] belong to the names of `finetuned` in their order. `user_optimizer` "adamw": betas 0.9 and
-        0.999, eps 1e-8, without weight decay, on theta_ft.
+        `logits` [tensors] are in the order of the names of `finetuned`. `user_optimizer` "adamw": betas 0.9 and 0.999,
+        eps 1e-8, without weight decay, on theta_ft.
         """
         self.weights, self.rule = weights, rule
         self.names = list(finetuned)
@@ -128,18 +128,18 @@ class MaskedWeights:
 
     @property
     def mask(self) -> Tensor:
-        """m [tensors]."""
+        """The mask m [tensors]."""
         return self.rule.mask(self.logits)
 
     def _towards_finetuned(self, mask: Tensor, sign: float) -> None:
-        """Add sign * (1 - m) Delta to theta: -1 leads from theta_pre to theta, 1 back."""
+        """Add sign * (1 - m) Delta to theta: -1 goes from theta_pre to theta, 1 goes back."""
         self._shift(sign * (1 - mask))
 
     def _shift(self, scales: Tensor) -> None:
         self.weights.shift(self.delta, dict(zip(self.names, scales.tolist(), strict=True)))
 
     def mask_step(self, slope: Vector) -> MaskStep:
-        """Move the mask by the gradient g of the upper loss with respect to theta."""
+        """Update the mask with the gradient g of the upper loss with respect to theta."""
         signal = self.weights.inner(self.delta, slope)
         before = self.mask
         pulls = self.rule.pulls(self.logits, self.signal.normalised(signal))
@@ -149,11 +149,11 @@ class MaskedWeights:
 
     @torch.no_grad()
     def user_step(self, slope: Vector) -> None:
-        """Move theta_ft by the gradient g of the lower loss with respect to theta; `slope` is used up."""
+        """Update theta_ft with the gradient g of the lower loss with respect to theta; `slope` is overwritten."""
         free = (1 - self.mask).tolist()
         slopes, deltas = [slope[name] for name in self.names], list(self.delta.values())
         if self._optimizer is None:
-            # in one operation on theta, as torch's SGD does it: equal to it to the bit where nothing is frozen
+            # one operation on theta, as in torch's SGD: bit-identical to it if nothing is frozen
             self.weights.shift(slope, {n: -self._rate * f * f for n, f in zip(self.names, free, strict=True)})
             torch._foreach_mul_(slopes, [self._rate * f for f in free])
             torch._foreach_add_(deltas, slopes)
@@ -161,15 +161,15 @@ class MaskedWeights:
         torch._foreach_mul_(slopes, free)
         self._towards_finetuned(self.mask, 1.0)
         for delta, value in zip(deltas, slopes, strict=True):
-            delta.grad = value.neg_().to(delta.dtype)  # Delta falls where theta_ft rises
+            delta.grad = value.neg_().to(delta.dtype)  # Delta decreases as theta_ft increases
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._towards_finetuned(self.mask, -1.0)
 
-    # -- state, as `harness.training.loop` asks for it ------------------------------------------------------
+    # -- state: the interface of `harness.training.loop` ------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that is needed to go on, of this process."""
+        """Return everything that this process needs to resume."""
         flat = {f"theta/{name}": value for name, value in self.weights.read(self.names).items()}
         flat |= {f"delta/{name}": value for name, value in self.delta.items()}
         flat |= {"logits": self.logits, "signal": self.signal.running, "signal_count": torch.tensor(self.signal.count)}
@@ -180,7 +180,7 @@ class MaskedWeights:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned."""
+        """Restore what `state` returned."""
         self.weights.settle({name: state[f"theta/{name}"] for name in self.names})
         for name, value in self.delta.items():
             value.copy_(state[f"delta/{name}"])

@@ -1,4 +1,4 @@
-"""Merge: one weight that maps each concept's words as that concept's own weight does, and changes little else.
+"""Merge: one weight that maps each concept's words as that concept's own weight does, with little change elsewhere.
 
 For one key or value projection W [out, in], concepts n with their own W_n, target words C_n [s_n, in] and
 regularization words C_reg [R, in] (MIMA, Merge; Custom Diffusion's constrained merge):
@@ -10,13 +10,14 @@ the solution is linear in the weights (papers' facts: mima.md 2.3):
 
     Merge(W, W_1 .. W_N) = W (I - P) + sum_n W_n P_n,     P = sum_n P_n,  P P = P
 
-P_n depends on the words alone, so it is solved for once, in fp64, and shared by all layers and steps; the backward pass
-is two matrix products, with no solver in the graph.
+P_n depends only on the words, so it is computed once, in fp64, and shared by all layers and steps; the backward pass is
+two matrix products, with no solver in the graph.
 
-Rules where the papers have none. A row that depends on rows before it (to `TOLERANCE` of its length, in the metric of
-A^-1) is left out, so that shared words are mapped as the earlier concept asks; the released code does so for rows equal
-to the bit. A gets a ridge of `RIDGE` times its mean eigenvalue, as C_reg may have fewer rows than columns; the
-constraints still hold exactly. The released code has no rule for nearly dependent rows: it inverts the matrix as given.
+Rules for cases that the papers do not treat: a row that depends linearly on earlier rows (up to `TOLERANCE` of its
+length, in the metric of A^-1) is left out, so the earlier concept decides for shared words; the released code does so
+only for bit-identical rows. A gets a ridge of `RIDGE` times its mean eigenvalue, as C_reg may have fewer rows than
+columns; the constraints still hold exactly. The released code has no rule for nearly dependent rows: it inverts the
+matrix as given.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class Merge:
-    """The fixed linear map; weights may be of any floating dtype and take part in autograd."""
+    """The fixed linear map; weights may have any floating dtype, and gradients flow through it."""
 
     projections: tuple[Tensor, ...]  # P_n [in, in], fp64
-    kept: tuple[tuple[int, ...], ...]  # for each concept, which of its rows are constrained
+    kept: tuple[tuple[int, ...], ...]  # per concept: indices of its constrained rows
 
     @classmethod
     def solve(
@@ -46,10 +47,10 @@ class Merge:
         """Return the map for `targets` C_n [s_n, in] and `regularization` C_reg [R, in].
 
         `ridge` is added to A and `constraint_ridge` to M = C A^-1 C^T, each times the matrix's mean eigenvalue. With
-        the latter the constraints hold only nearly, and P P = P no longer.
+        `constraint_ridge` above zero, the constraints hold only approximately, and P P = P does not hold.
 
-        Raises ValueError when there are no concepts, widths differ, values are not finite, or a concept has no row
-        that earlier ones leave free.
+        Raises ValueError if there are no concepts, widths differ, values are not finite, or all rows of a concept
+        depend on those of earlier concepts.
         """
         width = regularization.shape[1]
         if not targets or any(t.ndim != 2 or t.shape[1] != width for t in targets):
@@ -64,7 +65,7 @@ class Merge:
         if failed:
             raise ValueError(f"{len(reference)} regularization words do not span {width} dimensions; give a ridge")
         rows = torch.cat([t.detach().double() for t in targets])
-        # whitened: rows @ A^-1 @ rows.T is a plain product of these
+        # whitened rows: rows @ A^-1 @ rows.T is white @ white.T
         white = torch.linalg.solve_triangular(factor, rows.T, upper=False).T
         free = _independent(white)
         owners = [n for n, t in enumerate(targets) for _ in range(len(t))]
@@ -100,7 +101,7 @@ class Merge:
         return Merge(tuple(p.to(device) for p in self.projections), self.kept)
 
     def pull_back(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the gradients with respect to W and to each W_n, given that with respect to the merged weight."""
+        """Return the gradients with respect to W and each W_n, from that with respect to the merged weight."""
         adapted = [cotangent @ projection.to(cotangent).T for projection in self.projections]
         return cotangent - sum(adapted), adapted
 
@@ -113,10 +114,10 @@ def _products(values: Mapping[str, Tensor], matrix: Tensor) -> dict[str, Tensor]
 class LayerMerging:
     """Merge of whole models: key and value projections by `Merge`, every other parameter by the mean over concepts.
 
-    The mean is what the released code does with gradients, and for SGD steps the same (papers' facts: the paper's own
-    rule was not found). A `bilevel.Merging`.
-    `reference`: weights that Merge stays close to, instead of those at the start (MIMA's text leaves open which).
-    `multiply`: weight @ matrix for each weight, in whatever form weights are held (`Weights.multiply`).
+    The released code takes the mean of gradients, which is the same for SGD steps (papers' facts: the paper's own rule
+    was not found). A `bilevel.Merging`.
+    `reference`: weights that Merge stays close to, instead of the start weights (MIMA's text does not say which).
+    `multiply`: computes weight @ matrix for each weight, whole or partitioned (`Weights.multiply`).
     """
 
     merge: Merge
@@ -126,11 +127,11 @@ class LayerMerging:
 
     @property
     def count(self) -> int:
-        """Number of branches."""
+        """The number of branches."""
         return len(self.merge.projections)
 
     def from_start(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return W (I - P) of each projection, zero for the others; in the memory of `start`."""
+        """Return W (I - P) of each projection, zero for the others; overwrites `start`."""
         held = {
             n: w if self.reference is None else self.reference[n] for n, w in start.items() if n in self.projections
         }
@@ -138,7 +139,7 @@ class LayerMerging:
         return {n: held[n] - taken[n] if n in held else value.zero_() for n, value in start.items()}
 
     def add_adapted(self, total: dict[str, Tensor], index: int, adapted: dict[str, Tensor]) -> None:
-        """Add W_n P_n of each projection, W_n / N of the others, emptying `adapted`."""
+        """Add W_n P_n of each projection, W_n / N of the others; empties `adapted`."""
         products = self.multiply(
             {n: w for n, w in adapted.items() if n in self.projections}, self.merge.projections[index]
         )
@@ -150,7 +151,7 @@ class LayerMerging:
                 total[name].add_(value, alpha=1 / self.count)
 
     def to_start(self, cotangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return G (I - P)^T of each projection (zero when it stays close to a reference), zero for the others."""
+        """Return G (I - P)^T of each projection (zero if there is a `reference`), zero for the others."""
         free = {n: g for n, g in cotangent.items() if self.reference is None and n in self.projections}
         taken = self.multiply(free, self._total.T)
         return {n: g - taken[n] if n in free else torch.zeros_like(g) for n, g in cotangent.items()}
@@ -167,7 +168,7 @@ class LayerMerging:
 
 
 def _independent(rows: Tensor) -> list[int]:
-    """Return the rows [S, D] that do not depend on those before them, by Gram and Schmidt, twice for accuracy."""
+    """Return the indices of rows [S, D] independent of earlier rows, by Gram-Schmidt, applied twice for accuracy."""
     basis: list[Tensor] = []
     kept = []
     for index, row in enumerate(rows):

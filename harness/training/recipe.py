@@ -1,6 +1,6 @@
-"""How attacks optimize, apart from their budget: shared parameters, and the recipe that training reads from them.
+"""How attacks optimize, apart from their budget: their shared parameters, and the training settings made from them.
 
-Without torch: modules of attacks are imported to check suites.
+Without torch, since checking a suite imports the attacks' modules.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ class Recipe:
 
     learning_rate: float
     weight_decay: float
-    clip_norm: float | None  # of the gradient over all trained weights; None: not clipped
+    clip_norm: float | None  # limit of the gradient norm over all trained weights; None: no clipping
     flip: bool  # mirror half of the images at random
     prior_weight: float  # of the loss on class images
-    momentum: float | None  # SGD with so much momentum in AdamW's place
+    momentum: float | None  # of SGD, used instead of AdamW; None: AdamW
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """Parameters of every attack; each attack sets defaults for those without one."""
+    """Parameters of every attack; each attack defines its own default where there is none here."""
 
     learning_rate: LearningRate
     flip: bool
     """Mirror half of the images at random."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with momentum 0.9, which an adaptive attacker may prefer."""
+    """sgd: with momentum 0.9; an adaptive attacker may prefer it."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
 
     def recipe(self) -> Recipe:
-        """Return how weights are trained: here without clipping and without class images."""
+        """Return how weights are trained: without clipping and class images."""
         momentum = {"adamw": None, "sgd": 0.9}[self.optimizer]
         return Recipe(self.learning_rate, self.weight_decay, None, self.flip, 0.0, momentum)
 
@@ -51,7 +51,7 @@ class WeightOptimization(Optimization):
     prior_weight: PriorWeight
     """Weight of the loss on class images (DreamBooth's prior preservation)."""
     prior_images: PriorImages
-    """How many class images, where they are weighed."""
+    """Number of class images, used if `prior_weight` is above zero."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
 
     def recipe(self) -> Recipe:

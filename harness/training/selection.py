@@ -1,4 +1,4 @@
-"""Sets of UNet parameters by name, as the papers and their code name them."""
+"""Named sets of UNet parameters, as in the papers and their code."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PATTERNS: dict[str, re.Pattern] = {
 
 
 def select(names: Iterable[str], parameter_set: ParameterSet) -> list[str]:
-    """Return the names "unet.…" that belong to the set, in the given order; adapter weights never do.
+    """Return the names "unet.…" that belong to the set, in the given order; never adapter weights.
 
     `attention`: q, k, v and out of self- and cross-attention (160 tensors of SD 1.x); `cross_attention`: of attn2
     alone (80); `cross_attention_kv`: its key and value projections (32); `convolutions`: all but `proj_in` and
     `proj_out` of attention blocks (132); `time_embeddings`: with their projections in residual blocks (48); `unet`:
     everything (686).
-    Raises ValueError when nothing matches: the method does not fit this model.
+    Raises ValueError if no name matches: the method does not fit the model.
     """
     pattern = _PATTERNS[parameter_set]
     chosen = [n for n in names if n.startswith("unet.") and ".lora_" not in n and pattern.search(n)]

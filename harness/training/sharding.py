@@ -1,15 +1,16 @@
 """Weights spread over processes by DeepSpeed ZeRO, behind the interface of `harness.training.weights`.
 
-Stage 0 holds everything everywhere and averages gradients; 1 partitions optimizer states; 2 gradients too; 3 weights
-too. With offload, optimizer states (and under ZeRO 3 the weights at rest) are in main memory. The engine gathers
-weights, reduces gradients and steps the optimizer. This module evaluates it at other weights than those that it owns
-(a look-ahead, a perturbation) and gives it a gradient that no single backward pass computes: the hypergradient.
+Stage 0 keeps everything on every process and averages gradients; stage 1 partitions optimizer states; stage 2 also
+gradients; stage 3 also weights. With offload, optimizer states (and under ZeRO 3 the weights, when not in use) are in
+main memory. The engine gathers weights, reduces gradients and steps the optimizer. This module adds two things:
+evaluating the engine at weights other than its own (a look-ahead, a perturbation), and passing it a gradient that does
+not come from one backward pass (the hypergradient).
 
 Vectors are whole tensors under stages 0 to 2, and flat pieces of this rank under stage 3, padded with zeros.
 
-Defaults of DeepSpeed 0.19 that are switched off here: clip gradients to norm 1 (`gradient_clipping`), and keep
-weights below 100,000 elements gathered (`stage3_param_persistence_threshold`), so that writing their pieces has no
-effect.
+Two defaults of DeepSpeed 0.19 are turned off here: clipping gradients to norm 1 (`gradient_clipping`), and keeping
+weights below 100,000 elements gathered (`stage3_param_persistence_threshold`), since writing their pieces would have
+no effect.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ from harness.training.weights import (
 def spread(
     model: DiffusionModel, parameters: Mapping[str, nn.Parameter], levels: Mapping[str, Level], run: Run
 ) -> Weights:
-    """Return the weights that the levels train, spread as the run asks; the model's UNet is used through them.
+    """Return the weights that the levels train, spread as configured by the run; use the model's UNet through them.
 
-    `parameters` must be the UNet's where anything is spread. Raises ValueError otherwise.
+    Raises ValueError if the weights are spread and a parameter is not the UNet's.
     """
     if run.sharding.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -57,9 +58,9 @@ def spread(
 
 
 def no_levels(names: Sequence[str]) -> dict[str, Level]:
-    """Return a level for weights that a method moves by itself, so that they are spread and given gradients.
+    """Return a level for weights that a method updates itself, so that they are spread and get gradients.
 
-    Its optimizer is never stepped and so holds nothing.
+    Its optimizer never steps, so it keeps no state.
     """
     return {"moved": Level(tuple(names), 0.0)}
 
@@ -76,7 +77,7 @@ def configuration(sharding: Sharding) -> dict[str, Any]:
         if sharding.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # ours is counted in the losses
+        "train_micro_batch_size_per_gpu": 1,  # our losses account for the batch size
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
@@ -86,7 +87,7 @@ def configuration(sharding: Sharding) -> dict[str, Any]:
 
 
 class _Autocast(nn.Module):
-    """The UNet under the run's autocast: the engine silently turns off an autocast around it."""
+    """The UNet under the run's autocast, since the engine silently turns off any autocast around it."""
 
     def __init__(self, unet: nn.Module, run: Run):
         super().__init__()
@@ -98,7 +99,7 @@ class _Autocast(nn.Module):
 
 
 class ZeroWeights:
-    """Weights of a UNet that a DeepSpeed engine owns; one object in each process."""
+    """Weights of a UNet, owned by a DeepSpeed engine; one object per process."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class ZeroWeights:
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Put values in place, until the optimizer's next step overwrites them."""
+        """Install values, until the optimizer's next step overwrites them."""
         for name, value in values.items():
             self._held(name).copy_(value)
 
@@ -155,7 +156,7 @@ class ZeroWeights:
 
     @torch.no_grad()
     def exchange(self, values: Vector) -> None:
-        """Swap values with what is in place, one weight at a time."""
+        """Swap values with the installed weights, one weight at a time."""
         for name, value in values.items():
             held = self._held(name)
             before = held.clone()
@@ -163,7 +164,7 @@ class ZeroWeights:
             value.copy_(before)
 
     def settle(self, values: Mapping[str, Tensor]) -> None:
-        """Put values in place and into the optimizer's master copy."""
+        """Install values, also in the optimizer's master copy."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         self.write(values)
@@ -174,11 +175,11 @@ class ZeroWeights:
                 safe_set_full_fp32_param(self.parameters[name], value)
 
     def whole(self, names: Sequence[str]) -> Vector:
-        """Return whole weights, gathered where they are partitioned."""
+        """Return whole weights; partitioned ones are gathered."""
         return self._gathered(self.read(names))
 
     def _held(self, name: str) -> Tensor:
-        """Return the tensor that this process holds of a weight."""
+        """Return this process's tensor of a weight."""
         parameter = self.parameters[name]
         if self.stage < 3:
             return parameter.data
@@ -187,7 +188,7 @@ class ZeroWeights:
         return parameter.ds_tensor.data
 
     def _clean(self, name: str, piece: Tensor) -> Tensor:
-        """Zero the padding of a piece, which DeepSpeed leaves as it was."""
+        """Set the padding of a piece to zero, since DeepSpeed does not."""
         if self.stage == 3:
             valid = self._shapes[name].numel() - self._run.world.rank * piece.numel()
             piece[max(0, valid) :] = 0
@@ -239,7 +240,7 @@ class ZeroWeights:
                 optimizer.averaged_gradients[group] = None
 
     def _slopes(self, names: Sequence[str]) -> Vector:
-        """Return the reduced gradients of weights in the form in which this process holds them."""
+        """Return the reduced gradients of weights, in the form (whole or piece) that this process holds."""
         chosen = {name: self.parameters[name] for name in names}
         if self.stage == 0:
             return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in chosen.items()}
@@ -247,7 +248,7 @@ class ZeroWeights:
             from deepspeed.utils import safe_get_local_grad
 
             return {n: self._clean(n, safe_get_local_grad(p).detach().clone()) for n, p in chosen.items()}
-        # as DeepSpeed's safe_get_full_grad for each, in one exchange instead of one a weight
+        # same result as DeepSpeed's safe_get_full_grad for each weight, but in one exchange for all
         first = next(iter(chosen.values()))
         flat = torch.zeros(sum(p.numel() for p in chosen.values()), dtype=torch.float32, device=first.device)
         for parameter, part in zip(chosen.values(), flat.split([p.numel() for p in chosen.values()]), strict=True):
@@ -260,11 +261,11 @@ class ZeroWeights:
         return {name: part.reshape(self._shapes[name]).clone() for name, part in zip(chosen, parts, strict=True)}
 
     def curvature(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
-        """Return H v by differentiating twice in each process and averaging: H of the mean is the mean of H."""
+        """Return H v, differentiated twice in each process and averaged: H of the mean loss is the mean of H."""
         if self.stage == 3:
             raise NotImplementedError("weights are partitioned (ZeRO 3); use finite_difference")
         before = self._run.ledger.forward_passes
-        self._model.engine = None  # the engine would take the inner derivatives for its own; the weights are whole
+        self._model.engine = None  # bypass the engine: it would reduce our inner derivatives; the weights are whole
         try:
             found = differentiate_twice(loss, self.parameters, names, vector)
         finally:
@@ -297,13 +298,13 @@ class ZeroWeights:
         }
 
     def multiply(self, values: Mapping[str, Tensor], matrix: Tensor) -> Vector:
-        """Return value @ matrix for each value; under ZeRO 3 they are gathered for it."""
+        """Return value @ matrix for each value; under ZeRO 3 the values are gathered first."""
         return {name: self._piece(name, whole @ matrix.to(whole)) for name, whole in self._gathered(values).items()}
 
     # -- steps -------------------------------------------------------------------------------------------
 
     def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
-        """Take one step of a level, by DeepSpeed's optimizer on the pieces that it owns."""
+        """Take one step of a level with DeepSpeed's optimizer, on the pieces that it owns."""
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
         chosen = self.levels[level]
@@ -340,7 +341,7 @@ class ZeroWeights:
         return flat
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned."""
+        """Restore what `state` returned."""
         owned = self._owned()
         self.settle({n.removeprefix("weight/"): value for n, value in state.items() if n.startswith("weight/")})
         for path, value in state.items():
@@ -350,7 +351,7 @@ class ZeroWeights:
                 self._optimizer.slots[level][owned[int(index)]][slot] = value.to(device)
 
     def _owned(self) -> list[Tensor]:
-        """Return the tensors that this process's optimizer moves."""
+        """Return the tensors that this process's optimizer updates."""
         optimizer = self.engine.optimizer
         if self.stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
@@ -359,7 +360,7 @@ class ZeroWeights:
         return list(self.parameters.values())
 
     def bytes_held(self) -> dict[str, int]:
-        """Return the bytes that this process holds of the trained weights, and of optimizer states."""
+        """Return the bytes of trained weights and of optimizer states in this process."""
         slots = [v for level in self._optimizer.slots.values() for values in level.values() for v in values.values()]
         return {"weights": bytes_of(self._held(n) for n in self.parameters), "optimizer": bytes_of(slots)}
 
@@ -377,11 +378,11 @@ class ProcessGroup(World):
         return float(tensor)
 
     def decide(self, flag: bool) -> bool:
-        """Return the first process's value."""
+        """Return the first process's flag."""
         return self._reduce(float(flag and self.rank == 0), dist.ReduceOp.MAX) > 0
 
     def all(self, flag: bool) -> bool:
-        """Return whether the value is true in every process."""
+        """Return whether the flag is true in every process."""
         return self._reduce(float(flag), dist.ReduceOp.MIN) > 0
 
     def mean(self, value: float) -> float:
@@ -395,7 +396,7 @@ class ProcessGroup(World):
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[ProcessGroup]:
-    """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
     import deepspeed
 
     backend = "nccl" if device.type == "cuda" else "gloo"

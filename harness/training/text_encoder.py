@@ -1,4 +1,4 @@
-"""Text embeddings from a text encoder that is being trained: made anew at each step, with a graph to its weights."""
+"""Text embeddings from a text encoder that is trained: computed at each step, with a graph to its weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from harness.model.pipeline import DiffusionModel
 
 
 class TrainedTextEncoder:
-    """A `TextSource` over the whole text encoder, or over an adapter in it."""
+    """A `TextSource` for training the whole text encoder, or an adapter in it."""
 
     def __init__(self, model: DiffusionModel):
         self._model = model
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """Return token ids [texts, tokens], padded and cut to full length."""
+        """Return token ids [texts, tokens], padded or cut to the tokenizer's maximum length."""
         return self._model.tokenize(texts)
 
     def encode(self, ids: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A new word with its embeddings in the text encoder's prompts, as Textual Inversion learns it (Gal et al. 2022).
 
-Neither vocabulary nor weights grow: in the token ids a slot represents each vector, and while a prompt is encoded the
-slots' embeddings are replaced by the vectors. The result is that of a new token with these rows, since nothing else in
-the encoder reads the ids.
+Neither vocabulary nor weights grow: in the token ids a placeholder (SLOT) represents each vector, and while a prompt is
+encoded, the placeholders' embeddings are replaced by the vectors. A new token with these rows would have the same
+effect, since the encoder uses token ids only to look up embeddings.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ STYLE_TEMPLATES = (
     "a small painting in the style of {}", "a weird painting in the style of {}",
     "a large painting in the style of {}",
 )  # fmt: skip
-"""The style templates of the released Textual Inversion code, without its repeats."""
+"""The style templates of the released Textual Inversion code, without its duplicates."""
 
 
 FILE = "learned_embeds.safetensors"
 
 
 class LearnedWord:
-    """A word of `vectors` embeddings that begin as an existing word's tokens, in turn; a `TextSource`."""
+    """A word with trainable embeddings, initialized in turn from an existing word's tokens; a `TextSource`."""
 
     def __init__(self, model: DiffusionModel, begin_as: str, vectors: int = 1, called: str = "{}"):
-        """`called` is the word in texts. Raises ValueError when `begin_as` has no tokens."""
+        """`called` is the word in texts. Raises ValueError if the tokenizer returns no token for `begin_as`."""
         self.model = model
         self._called = called
         tokens = model.tokenizer(begin_as, add_special_tokens=False).input_ids
@@ -60,9 +60,9 @@ class LearnedWord:
         self.vectors = nn.Parameter(table[rows].detach().clone())  # [vectors, width]
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """Return token ids [texts, tokens] with SLOT where the word is. Padded, cut to full length.
+        """Return token ids [texts, tokens] with SLOT in place of the word, padded or cut to the maximum length.
 
-        Raises ValueError when a text does not hold the word or it does not fit in.
+        Raises ValueError if a text does not contain the word, or the word does not fit.
         """
         tokenizer = self.model.tokenizer
         length = tokenizer.model_max_length
@@ -102,7 +102,7 @@ class LearnedWord:
 
 
 def save(called: str, vectors: Tensor, folder: Path) -> None:
-    """Write a word as `pipeline.load_textual_inversion(folder, weight_name=FILE)` loads it."""
+    """Write a word in the form that `pipeline.load_textual_inversion(folder, weight_name=FILE)` loads."""
     from safetensors.torch import save_file
 
     save_file({called: vectors.detach().to("cpu").contiguous()}, folder / FILE, {"format": "pt"})
@@ -113,7 +113,7 @@ def load(model: DiffusionModel, folder: Path) -> tuple[Any, nn.Module]:
     text_encoder, tokenizer = model.text_encoder, model.tokenizer
     before = tokenizer, text_encoder.get_input_embeddings()
     model.pipeline.tokenizer = copy.deepcopy(tokenizer)
-    # the loader resizes the table in place or not, by the library's version: it gets a copy
+    # a copy, since in some library versions the loader resizes the table in place
     text_encoder.set_input_embeddings(copy.deepcopy(before[1]))
     model.pipeline.load_textual_inversion(folder, weight_name=FILE)
     text_encoder.requires_grad_(False)
@@ -121,7 +121,7 @@ def load(model: DiffusionModel, folder: Path) -> tuple[Any, nn.Module]:
 
 
 def unload(model: DiffusionModel, before: tuple[Any, nn.Module]) -> None:
-    """Put back tokenizer and embeddings as they were before `load`."""
+    """Restore the tokenizer and embeddings from before `load`."""
     model.pipeline.tokenizer, table = before
     model.text_encoder.set_input_embeddings(table)
     model.text_encoder.config.vocab_size = table.num_embeddings

@@ -1,12 +1,12 @@
-"""The trained weights of a stage, wherever they are, and the optimizer that moves them.
+"""The trained weights of a stage, in one process or several, and the optimizer that updates them.
 
-Immunization takes gradients at many points: at the released weights, after a lower step, a little to either side. It
-uses only this interface, so that the same code runs in one process (`LocalWeights`) and on weights that DeepSpeed
-partitions over several (`harness.training.sharding`).
+Immunization needs gradients at many points: at the released weights, after a lower step, and at small perturbations of
+both. Its code uses only this interface, so it runs unchanged in one process (`LocalWeights`) and on weights that
+DeepSpeed partitions over several processes (`harness.training.sharding`).
 
-A *vector* is a value for some of the weights by name. Its tensors have the form in which this process holds a weight:
-the whole tensor, or under ZeRO 3 the flat piece of this rank. Sums and multiples of vectors are elementwise, so they
-work on either form; norms and matrix products do not, and are functions of this interface.
+A *vector* holds a value for each of some weights, by name. Its tensors have the form in which this process holds a
+weight: the whole tensor, or under ZeRO 3 the flat piece of this rank. Sums and multiples of vectors are elementwise and
+do not depend on this form; norms and matrix products do, so they are methods here.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor, nn
 from harness.model.run import Run
 
 Vector = dict[str, Tensor]
-"""A value for some of the weights, by name."""
+"""A value for each of some weights, by name."""
 Loss = Sequence[Callable[[], Tensor]]
-"""A loss as the sum of its parts, each read off the installed weights, and the same whenever it is called again (same
-batch, same noise). One part's graph is alive at a time: parts are micro-batches, concepts, terms."""
+"""A loss as the sum of its parts (micro-batches, concepts or terms). Calling a part evaluates it at the installed
+weights, always with the same batch and noise. Only one part's graph is in memory at a time."""
 
 
 RELATIVE_STEPS = {"fp64": 1e-6, "fp32": 3e-5, "bf16": 1e-3}
-"""By precision: length of a central difference's perturbation over the norm of what it perturbs. The best of nine from
-1e-2 to 1e-6 for MIMA on the testbed's UNet and on a tiny random one (`tests/benchmarks/hypergradient_error.py`): there
-the error against the exact hypergradient in fp64 is 8e-6 and 1e-5 in fp32, 2e-2 and 3e-2 in bf16, where the exact mode
-has no less. Dropping the second order costs 8e-2 and 9e-2."""
+"""By precision: length of a central difference's perturbation, divided by the norm of the perturbed weights. The best
+of nine values from 1e-2 to 1e-6 for MIMA on the testbed's UNet and on a tiny random one
+(`tests/benchmarks/hypergradient_error.py`). On these two, the error against the exact hypergradient in fp64 is 8e-6 and
+1e-5 in fp32, 2e-2 and 3e-2 in bf16 (no less in exact mode). Without the second order it is 8e-2 and 9e-2."""
 
 
 def relative_step(parameters: Mapping[str, nn.Parameter], run: Run | None) -> float:
-    """Return the length of the step that suits the precision of weights and computation."""
+    """Return the relative step for the precision of weights and computation."""
     if parameters and all(p.dtype == torch.float64 for p in parameters.values()):
         return RELATIVE_STEPS["fp64"]
     return RELATIVE_STEPS[run.precision if run else "fp32"]
@@ -45,44 +45,44 @@ def relative_step(parameters: Mapping[str, nn.Parameter], run: Run | None) -> fl
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the bilevel problem: what it trains, and how."""
+    """One level of the bilevel program: which weights it trains, and how."""
 
     names: tuple[str, ...]
     learning_rate: float
     weight_decay: float = 0.0
-    clip_norm: float | None = None  # of the gradient over all its weights; None: not clipped
-    momentum: float | None = None  # SGD with so much momentum in AdamW's place, 0.0: plain SGD; None: AdamW
+    clip_norm: float | None = None  # limit of the gradient norm over all its weights; None: no clipping
+    momentum: float | None = None  # of SGD, used instead of AdamW; 0.0: plain SGD; None: AdamW
 
 
 class Weights(Protocol):
-    """Weights by name; see the module."""
+    """Weights by name; see the module docstring."""
 
     levels: Mapping[str, Level]
     relative_step: float
-    """Length of a central difference's perturbation over the norm of what it perturbs."""
+    """Length of a central difference's perturbation, divided by the norm of the perturbed weights."""
 
     def read(self, names: Sequence[str]) -> Vector:
         """Return copies of the installed weights."""
 
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Put values in place, until they are written over: a look-ahead, a perturbation, or what was read before."""
+        """Install values temporarily: a look-ahead, a perturbation, or weights that were read before."""
 
     def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
-        """Add scale * vector to the installed weights, in place, like `write`; a scale for all, or for each by name."""
+        """Add scale * vector to the installed weights, like `write`; `scale` is one number or one per name."""
 
     def exchange(self, values: Vector) -> None:
-        """Put values in place, like `write`, and what was there into `values`: no copy of either is left."""
+        """Swap `values` with the installed weights, like `write`, without keeping extra copies."""
 
     def settle(self, values: Mapping[str, Tensor]) -> None:
-        """Put values in place for good: optimizer steps go on from them."""
+        """Install values permanently: optimizer steps continue from them."""
 
     def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
-        """Return the gradient of the loss, averaged over all processes; zero where it depends on nothing."""
+        """Return the gradient of the loss, averaged over all processes; zero for weights it does not depend on."""
 
     def curvature(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
-        """Return H v over `names` by differentiating twice, H the Hessian of `loss` over `names` and what v names.
+        """Return H v over `names` by differentiating twice; H is the Hessian of `loss` over `names` and v's names.
 
-        Raises NotImplementedError where weights are partitioned.
+        Raises NotImplementedError for partitioned weights.
         """
 
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
@@ -92,33 +92,33 @@ class Weights(Protocol):
         """Return the inner product of each weight's values, [weights] in the order of `first`, fp32 on the CPU."""
 
     def pieces(self, whole: Mapping[str, Tensor]) -> Vector:
-        """Return whole tensors in the form in which this process holds weights; `whole` is the inverse."""
+        """Return whole tensors in the form in which this process holds weights; the inverse of gathering."""
 
     def multiply(self, values: Mapping[str, Tensor], matrix: Tensor) -> Vector:
-        """Return the product of each weight-shaped value [out, in] and a matrix [in, in]; values may be none."""
+        """Return the product of each weight-shaped value [out, in] and a matrix [in, in]; `values` may be empty."""
 
     def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
-        """Clip the gradient as the level asks and take one step of its optimizer. Other levels' weights stay."""
+        """Clip the gradient by the level's `clip_norm` and step its optimizer; only this level's weights change."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that is needed to go on: weights and optimizer slots, of this process."""
+        """Return everything that this process needs to resume: weights and optimizer slots."""
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, in a process of the same rank and world size."""
+        """Restore what `state` returned, in a process of the same rank and world size."""
 
     def whole(self, names: Sequence[str]) -> Vector:
-        """Return the weights as whole tensors, whatever form they have here."""
+        """Return the weights as whole tensors, gathered if they are partitioned."""
 
     def bytes_held(self) -> dict[str, int]:
-        """Return the bytes that this process holds of the trained "weights", and of "optimizer" states."""
+        """Return the bytes of trained "weights" and of "optimizer" states in this process."""
 
 
 @contextlib.contextmanager
 def installed(weights: Weights, values: Vector) -> Iterator[None]:
-    """Put `values` in place; put the old ones back, bit for bit, on leaving. `values` hold the old ones meanwhile.
+    """Install `values`; on exit restore the old weights, bit for bit. Meanwhile `values` hold the old weights.
 
-    In place, and not by a functional call, so that a forward under gradient checkpointing recomputes with the weights
-    that it was run with.
+    Weights are changed in place, not by a functional call, so that gradient checkpointing recomputes the forward pass
+    with the same weights.
     """
     weights.exchange(values)
     try:
@@ -129,7 +129,7 @@ def installed(weights: Weights, values: Vector) -> Iterator[None]:
 
 @contextlib.contextmanager
 def second_order() -> Iterator[None]:
-    """Attention whose backward can be differentiated: fused kernels have no second derivative."""
+    """Use attention with a differentiable backward pass, since fused kernels have no second derivative."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH):
@@ -137,10 +137,10 @@ def second_order() -> Iterator[None]:
 
 
 class LevelAdamW(torch.optim.AdamW):
-    """AdamW over groups that several levels share; each level has its own rates and its own moments.
+    """AdamW over parameter groups shared by several levels; each level has its own rates and moments.
 
-    Groups carry `levels`, the names of those that train them. `step` moves the groups of `level` alone: so that two
-    levels may train the same weight, and DeepSpeed, which knows one optimizer, can own them all.
+    Each group has `levels`, the names of the levels that train it. `step` updates only the groups of the current
+    `level`, so two levels may train the same weight, and DeepSpeed, which supports one optimizer, can own all groups.
     """
 
     def __init__(self, groups: Sequence[Mapping], levels: Mapping[str, Level]):
@@ -151,7 +151,7 @@ class LevelAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take a step of `level`."""
+        """Take a step of the current `level`."""
         groups, state = self.param_groups, self.state
         level = self._levels[self.level]
         if level.momentum is not None:
@@ -167,7 +167,7 @@ class LevelAdamW(torch.optim.AdamW):
 
 
     def _descend(self, level: Level) -> None:
-        """Take a step of SGD, as torch's, with AdamW's weight decay; without momentum nothing is kept for it."""
+        """Take a step of SGD as torch does, but with AdamW's weight decay; without momentum it keeps no state."""
         for group in self.param_groups:
             for weight in group["params"] if self.level in group["levels"] else ():
                 if weight.grad is None:
@@ -183,7 +183,7 @@ class LevelAdamW(torch.optim.AdamW):
 
 
 def grouped(levels: Mapping[str, Level]) -> list[tuple[frozenset[str], list[str]]]:
-    """Return (levels, names) of weights that the same levels train, every weight once, in the order given."""
+    """Return (levels, names) for each group of weights trained by the same levels; each weight once, in given order."""
     users: dict[str, set[str]] = {}
     for name, level in levels.items():
         for weight in level.names:
@@ -195,7 +195,7 @@ def grouped(levels: Mapping[str, Level]) -> list[tuple[frozenset[str], list[str]
 
 
 def differentiate(loss: Loss, parameters: Mapping[str, nn.Parameter]) -> Vector:
-    """Return the gradient of the loss by autograd, part by part; zero where it does not depend on a parameter."""
+    """Return the gradient of the loss by autograd, part by part; zero for parameters it does not depend on."""
     total: Vector = {}
     with _requiring_grad(parameters):
         for part in loss:
@@ -208,7 +208,7 @@ def differentiate(loss: Loss, parameters: Mapping[str, nn.Parameter]) -> Vector:
                 if name in total:
                     total[name].add_(slope)
                     continue
-                # kept without a copy, unless it shares its memory: autograd may give one tensor for two sums
+                # no copy unless needed; autograd may return one tensor for two parameters
                 is_own = slope.is_contiguous() and slope.data_ptr() not in taken
                 taken.add(slope.data_ptr())
                 total[name] = slope.detach() if is_own else slope.detach().clone()
@@ -220,7 +220,7 @@ def differentiate_twice(
 ) -> Vector:
     """Return H v over `names` by reverse over reverse, part by part.
 
-    Forward over reverse is not used: on a UNet it failed, or was off by 1 % without an error.
+    Forward over reverse is not used: on a UNet it failed, or was wrong by 1 % without an error.
     """
     total = {name: torch.zeros_like(parameters[name]) for name in names}
     lower, wanted = ([parameters[name] for name in chosen] for chosen in (vector, names))
@@ -228,7 +228,7 @@ def differentiate_twice(
         for part in loss:
             slopes = torch.autograd.grad(part(), lower, create_graph=True, allow_unused=True)
             pairs = [(g, v) for g, v in zip(slopes, vector.values(), strict=True) if g is not None and g.requires_grad]
-            if not pairs:  # this part is linear in them
+            if not pairs:  # this part is linear in the parameters
                 continue
             product = sum((g * v).sum() for g, v in pairs)
             found = torch.autograd.grad(product, wanted, allow_unused=True)
@@ -240,7 +240,7 @@ def differentiate_twice(
 
 @contextlib.contextmanager
 def _requiring_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Set `requires_grad` on these parameters inside the block."""
+    """Set `requires_grad` of these parameters; restore it on exit."""
     before = {name: p.requires_grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(True)
@@ -252,7 +252,7 @@ def _requiring_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 
 def inner_products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
-    """Return the inner product of each tensor of `first` with its like in `second`: [tensors], on their device."""
+    """Return the inner product of each tensor of `first` with that of the same name in `second`, [tensors]."""
     return torch.stack([torch.dot(value.flatten().float(), second[n].flatten().float()) for n, value in first.items()])
 
 
@@ -270,7 +270,7 @@ class LocalWeights:
     """Whole weights in this process."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], levels: Mapping[str, Level], run: Run | None = None):
-        """`parameters` holds at least what the levels name; `run` counts the backward passes, when given."""
+        """`parameters` contains at least the levels' names; `run`, if given, counts the backward passes."""
         self.parameters = dict(parameters)
         self.levels = dict(levels)
         self.relative_step = relative_step(self.parameters, run)
@@ -284,7 +284,7 @@ class LocalWeights:
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Put values in place."""
+        """Install values."""
         for name, value in values.items():
             self.parameters[name].copy_(value)
 
@@ -298,7 +298,7 @@ class LocalWeights:
 
     @torch.no_grad()
     def exchange(self, values: Vector) -> None:
-        """Swap values with what is installed, one weight at a time."""
+        """Swap values with the installed weights, one weight at a time."""
         for name, value in values.items():
             before = self.parameters[name].detach().clone()
             self.parameters[name].copy_(value)
@@ -311,12 +311,12 @@ class LocalWeights:
 
     def curvature(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
         """Return H v over `names` by differentiating twice."""
-        with self._counted(3):  # a gradient, and a backward through it that is twice as long
+        with self._counted(3):  # a gradient, and a backward through it that costs twice as much
             return differentiate_twice(loss, self.parameters, names, vector)
 
     @contextlib.contextmanager
     def _counted(self, backwards: int) -> Iterator[None]:
-        """Count so many backward passes for each forward pass of the block."""
+        """Count `backwards` backward passes for each forward pass in the block."""
         before = self._run.ledger.forward_passes if self._run else 0.0
         yield
         if self._run:
@@ -365,7 +365,7 @@ class LocalWeights:
             yield level, {names[p]: values for p, values in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned."""
+        """Restore what `state` returned."""
         self.write({n.removeprefix("weight/"): value for n, value in state.items() if n.startswith("weight/")})
         for path, value in state.items():
             if path.startswith("slot/"):
@@ -379,7 +379,7 @@ class LocalWeights:
         return self.read(names)
 
     def bytes_held(self) -> dict[str, int]:
-        """Return the bytes of trained weights, and of optimizer states."""
+        """Return the bytes of trained weights and of optimizer states."""
         trained = {name: self.parameters[name] for level in self.levels.values() for name in level.names}
         slots = [value for _, state in self._slots() for values in state.values() for value in values.values()]
         return {"weights": bytes_of(trained.values()), "optimizer": bytes_of(slots)}

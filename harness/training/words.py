@@ -1,4 +1,4 @@
-"""Words as inputs of cross-attention: hidden states of the text encoder, the rows that Merge constrains."""
+"""Hidden states of words from the text encoder, the input of cross-attention: the rows that Merge constrains."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BATCH = 32
 def of(model: DiffusionModel, texts: Iterable[str]) -> Tensor:
     """Return the last hidden states [rows, width] of every token of distinct texts, in order.
 
-    The start token is left out (it is the same for all texts), the end token is in, padding is not: the rows that the
-    released Merge takes, without its further cut of texts that begin "photo of a".
+    The end token is included; the start token (the same for all texts) and padding are not. The released Merge uses
+    the same rows, but cuts texts that begin with "photo of a" further.
     """
     unique = list(dict.fromkeys(texts))
     rows = []
