@@ -54,7 +54,7 @@ class Counting(Diagnostic):
         lines = [{**line, "task": "changed", "models": found[line["defense"]]} for line in table.lines]
         return replace(table, columns=(*table.columns, "models"), lines=lines)
 
-    def stands_beside(self, row, suite):
+    def belongs_beside(self, row, suite):
         return False if row.paper == "imma" else None
 
     def section(self, folder):
@@ -229,7 +229,7 @@ def test_an_opinion_that_raises_is_none(done, write_plugin):
     assert done.cli("table", *arguments(done), "--with-paper").code == 0
     before = contents(done, ("paper_rows.csv",))
 
-    plugin = write_plugin(raising("stands_beside"))
+    plugin = write_plugin(raising("belongs_beside"))
     outcome = done.cli("table", *arguments(done), "--with-paper", "--plugin", str(plugin))
 
     assert outcome.code == 0 and len(outcome.errors) == 1 and "'raising' failed" in outcome.err

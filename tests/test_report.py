@@ -373,7 +373,7 @@ def with_another_kind(folder: Path, *, alone: bool, count: int = 3) -> list[str]
 SECTIONS = ("short", "leaderboard", "soon", "curves", "plane", "images")
 
 
-def test_a_task_of_another_kind_stands_beside_the_leaderboard(folder, tmp_path):
+def test_a_task_of_another_kind_belongs_beside_the_leaderboard(folder, tmp_path):
     """Its rows enter none of the numbers; its table is shown, and offered as a file."""
     own = make(tmp_path)
     lines = with_another_kind(own, alone=False)

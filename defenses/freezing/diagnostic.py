@@ -87,7 +87,7 @@ class FreezingDiagnostic(Diagnostic):
         lines = tables.costs_beside_paper(table.lines, found.reached, run.papers, found.names)
         return replace(table, columns=table.columns + tuple(tables.PAPER_COST_COLUMNS), lines=lines)
 
-    def stands_beside(self, row: PaperRow, suite: Suite) -> bool | None:
+    def belongs_beside(self, row: PaperRow, suite: Suite) -> bool | None:
         """Return whether a row of FreezeAsGuard's paper belongs beside a suite that freezes; None for other rows.
 
         Its tables are on adaptation, with or without earlier erasure. Its IMMA corresponds to `joint`, which is IMMA on

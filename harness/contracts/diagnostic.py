@@ -148,7 +148,7 @@ class Diagnostic(Method):
         """Return a general table with further columns or sections; existing lines and columns must stay."""
         return table
 
-    def stands_beside(self, row: PaperRow, suite: Suite) -> bool | None:
+    def belongs_beside(self, row: PaperRow, suite: Suite) -> bool | None:
         """Return whether a paper's row is shown next to a suite's results; None: the general rule decides.
 
         The general rule shows rows of the suite's kinds of tasks and of the defenses that it measures.

@@ -33,11 +33,11 @@ def beside(suite: Suite, say: Callable[[str], None] | None = None) -> list[Paper
     defenses = {spec.method for spec in suite.defenses} | {""}
     diagnostics = Diagnostics(say)
 
-    def stands_beside(row: PaperRow) -> bool:
-        opinions = [opinion for _, opinion in diagnostics.ask(lambda known: known.stands_beside(row, suite))]
+    def belongs_beside(row: PaperRow) -> bool:
+        opinions = [opinion for _, opinion in diagnostics.ask(lambda known: known.belongs_beside(row, suite))]
         return any(opinions) if opinions else row.task in tasks and row.defense in defenses
 
-    return [row for row in load() if stands_beside(row)]
+    return [row for row in load() if belongs_beside(row)]
 
 
 def write(rows: Sequence[PaperRow], folder: Path) -> None:
