@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,18 +159,27 @@ def write_plugin(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def unregister():
     """Forget after the test what it registered."""
+    with registry_kept():
+        yield
+
+
+@contextmanager
+def registry_kept():
+    """Forget after the block what it registered."""
     from harness.core import registry
 
     registry.load()
     before, digests_before = dict(registry._methods), dict(registry._plugin_digests)
     modules = set(sys.modules)
-    yield
-    registry._methods.clear()
-    registry._methods.update(before)
-    registry._plugin_digests.clear()
-    registry._plugin_digests.update(digests_before)
-    for name in [n for n in sys.modules if n.startswith("immunitybench_plugin_") and n not in modules]:
-        del sys.modules[name]
+    try:
+        yield
+    finally:
+        registry._methods.clear()
+        registry._methods.update(before)
+        registry._plugin_digests.clear()
+        registry._plugin_digests.update(digests_before)
+        for name in [n for n in sys.modules if n.startswith("immunitybench_plugin_") and n not in modules]:
+            del sys.modules[name]
 
 
 def run_python(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess:

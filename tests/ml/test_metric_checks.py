@@ -85,7 +85,7 @@ def test_concept_without_a_class_is_reported(project):
     outcome = project.validate()
 
     assert_says(outcome, project, ":17: ", "concept 'vangogh': 'an artwork of van gogh' names no category")
-    assert_says(outcome, project, ":17: ", "concept 'lamp': 'a photo of lamp' names no category of the classifier; say")
+    assert_says(outcome, project, ":17: ", "concept 'lamp': 'a photo of lamp' names no category of the classifier; ")
     assert not any("purse" in line for line in outcome.errors)
 
 

@@ -14,6 +14,7 @@ import torch
 from harness import api
 from harness.cli import main
 from harness.core.errors import ExitCode
+from tests.conftest import registry_kept
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLUGIN = REPOSITORY / "tests" / "plugins" / "noise_norms.py"
@@ -49,7 +50,8 @@ def finished(tmp_path_factory):
     suite = folder / "probing.yaml"
     suite.write_text(SUITE, encoding="utf-8")
     given = (suite, "--plugin", PLUGIN, "--runs", folder / "runs")
-    assert harness("run", *given, "--executor", "serial") == ExitCode.DONE
+    with registry_kept():
+        assert harness("run", *given, "--executor", "serial") == ExitCode.DONE
     return given, folder / "runs" / "probing"
 
 
