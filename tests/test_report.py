@@ -350,7 +350,7 @@ def test_run_without_rows_is_reported(tmp_path, capsys):
 
 
 def with_another_kind(folder: Path, *, alone: bool, count: int = 3) -> list[str]:
-    """Add a task of another kind to a run folder, with rows and a table of its own; `alone`: in place of the rest.
+    """Add a task of another kind to a run folder, with its rows and table; `alone`: in place of the rest.
 
     Return the lines of its table.
     """

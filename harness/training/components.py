@@ -30,7 +30,7 @@ def state(model: DiffusionModel, component: str, beside: frozenset[str] = frozen
 
 
 def save(model: DiffusionModel, component: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a component into `folder`/<component>: its configuration, and the given tensors (all of its own)."""
+    """Write a component into `folder`/<component>: its configuration, and the given tensors: all that it has."""
     from safetensors.torch import save_file
 
     module = getattr(model.pipeline, component)

@@ -1,4 +1,4 @@
-"""A new task is one file: a plug-in with stages of its own runs on the embedded testbed, under both executors."""
+"""A new task is one file: a plug-in with new kinds of stages runs on the embedded testbed, under both executors."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_trajectories_are_kept_and_counted(finished):
 
 
 def test_verbs_tell_of_it(finished, plugin, capsys):
-    """A second run does nothing; status, table and report tell of what is there."""
+    """A second run does nothing; status, table and report show what is committed."""
     given, folder = finished
     before = {p: p.stat().st_mtime_ns for p in folder.parent.rglob("*") if p.is_file()}
 
