@@ -157,8 +157,8 @@ def test_stages_of_an_edited_bundled_method_are_named_and_made_anew(suite, tmp_p
 
     assert run(suite, runs, *metric) == ExitCode.DONE
     line = (
-        "made by other code than the code here: 1 stage (1 adapt; for example 'adapt lora on purse (none, purse, seed 0)'); "
-        "--cache stale=redo makes them anew"
+        "made by other code than the code here: 1 stage (1 adapt; for example 'adapt lora on purse (none, purse, "
+        "seed 0)'); --cache stale=redo makes them anew"
     )
     assert line in flat(capsys) and "nothing to do" in flat.last
     for verb in ("status", "table"):
