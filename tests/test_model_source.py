@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from harness.core import digests
+from harness.core import digests, memory
 from harness.core.errors import UserMistake
 from harness.model.source import resolve_model
 from harness.suite.preflight import preflight
@@ -64,8 +64,11 @@ def test_configuration_is_part_of_the_identity(resolve, tmp_path):
     assert resolve("model").identity != before
 
 
-def test_digests_are_remembered_between_processes(resolve, tmp_path):
-    """Hashing gigabytes at every start would be slow."""
+def test_digests_are_remembered_between_processes(resolve, tmp_path, monkeypatch):
+    """Hashing gigabytes at every start would be slow. New files could be edited within the grain of their clock."""
+    resolve("model")
+    assert not (tmp_path / "cache" / "immunitybench" / "digests.json").exists()
+    monkeypatch.setattr(memory, "_GRAIN_NS", -1)
     resolve("model")
 
     known = json.loads((tmp_path / "cache" / "immunitybench" / "digests.json").read_text())
@@ -74,11 +77,12 @@ def test_digests_are_remembered_between_processes(resolve, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[", "null", "[]", "\udcff"])
-def test_damaged_memory_of_digests_does_no_harm(resolve, tmp_path, content):
+def test_damaged_memory_of_digests_does_no_harm(resolve, tmp_path, monkeypatch, content):
     """It is only a memory."""
+    monkeypatch.setattr(memory, "_GRAIN_NS", -1)
     before = resolve("model").identity
-    memory = tmp_path / "cache" / "immunitybench" / "digests.json"
-    memory.write_text(content, encoding="utf-8", errors="surrogateescape")
+    kept = tmp_path / "cache" / "immunitybench" / "digests.json"
+    kept.write_text(content, encoding="utf-8", errors="surrogateescape")
 
     assert resolve("model").identity == before
 

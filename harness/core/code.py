@@ -40,6 +40,7 @@ def parts(name: str, path: Path, source: bytes) -> dict[str, str]:
 
     Raises SyntaxError or ValueError for a module that is not Python; OSError for one that cannot be read.
     """
+    _file.cache_clear()  # modules may have been added
     found = reached(name, path, source, belongs_to(name))
     digests = {"": _read(path, source)[0], **{other: _read(file)[0] for other, file in found.items()}}
     _memory().save()

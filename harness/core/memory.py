@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ def cache_folder() -> Path | None:
     except RuntimeError:
         return None
     return root / "immunitybench"
+
+
+_GRAIN_NS = 2_000_000_000
+"""Two edits within the clock's grain of a file system have one time; FAT has the coarsest, two seconds."""
+
+
+def is_settled(stat: os.stat_result) -> bool:
+    """Return whether a later edit of the file will change its modification time."""
+    return abs(time.time_ns() - stat.st_mtime_ns) > _GRAIN_NS
 
 
 class Memory:
@@ -40,8 +50,10 @@ class Memory:
         state = [stat.st_size, stat.st_mtime_ns]
         kept = self.known.get(name)
         if not (isinstance(kept, list) and len(kept) == 3 and kept[:2] == state):
-            kept = self.known[name] = [*state, make(path)]
-            self.is_changed = True
+            kept = [*state, make(path)]
+            if is_settled(stat):
+                self.known[name] = kept
+                self.is_changed = True
         return kept[2]
 
     def save(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.identity import digest_of_file, digest_of_json
+from harness.core.memory import is_settled
 from harness.store.layout import RECORD
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format
@@ -69,7 +70,9 @@ def _digest(path: Path) -> str:
     stat = path.stat()
     known = _read.get(str(path))
     if known is None or known[:2] != (stat.st_size, stat.st_mtime_ns):
-        known = _read[str(path)] = (stat.st_size, stat.st_mtime_ns, digest_of_file(path))
+        known = (stat.st_size, stat.st_mtime_ns, digest_of_file(path))
+        if is_settled(stat):
+            _read[str(path)] = known
     return known[2]
 
 
