@@ -29,8 +29,11 @@ from harness.core.memory import Memory
 BUNDLED = ("defenses", "attacks", "metrics")
 """Packages of bundled methods."""
 OURS = frozenset({"harness", "suites", *BUNDLED})
-COMPUTING = (*BUNDLED, "harness.training", "harness.model", "harness.stages")
-"""Packages whose code computes results."""
+COMPUTING = (
+    *BUNDLED, "harness.training", "harness.model", "harness.stages", "harness.contracts", "harness.core.seeds",
+    "harness.core.search",
+)  # fmt: skip
+"""Packages and modules whose code computes results."""
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
 _F_STRING = tuple(getattr(tokenize, name, -1) for name in ("FSTRING_START", "FSTRING_END"))  # since Python 3.12
 

@@ -87,7 +87,7 @@ def class_of(kind: str, component: str) -> type:
     here = registry.component(cls)
     if here != component.partition("/")[0]:
         raise ValueError(
-            f"{kind} '{cls.name}' was edited after the run was planned (planned: {component}, here: {here}); "
-            "run the same command again"
+            f"{kind} '{cls.name}' was edited after the run was planned; run the same command again "
+            f"({component.rpartition('+')[2]} was planned, {here.rpartition('+')[2]} is here)"
         )
     return cls
