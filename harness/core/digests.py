@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 
+from harness.core import machine
 from harness.core.errors import UserMistake
 from harness.core.files import write_json
 from harness.core.identity import digest_of_file, digest_of_json
@@ -50,13 +50,13 @@ def of_folder(path: Path, suffixes: frozenset[str] | None = SUFFIXES) -> str:
 
 
 class _Memory:
-    """Digests by path, size and modification time, kept in the user's cache folder."""
+    """Digests by path, size and modification time, kept in the user's cache folder, if there is one."""
 
     def __init__(self) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.file = cache / "immunitybench" / "digests.json"
+        cache = machine.user_cache()
+        self.file = cache / "immunitybench" / "digests.json" if cache else None
         try:
-            known = json.loads(self.file.read_text(encoding="utf-8"))
+            known = json.loads(self.file.read_text(encoding="utf-8")) if self.file else {}
         except (OSError, ValueError):
             known = {}
         self.known: dict[str, str] = known if isinstance(known, dict) else {}
@@ -71,7 +71,7 @@ class _Memory:
         return self.known[entry]
 
     def save(self) -> None:
-        if not self.is_changed:
+        if not self.is_changed or self.file is None:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
+from harness.core import paths
 from harness.core.errors import UserMistake, did_you_mean, one_line
 
 KINDS = {
@@ -157,7 +159,7 @@ def load() -> None:
         return
     _is_loaded = True
     for package_name in PACKAGES:
-        package = importlib.import_module(package_name)
+        package = _bundled(package_name)
         for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
             importlib.import_module(module.name)
     for group in GROUPS:
@@ -171,14 +173,34 @@ def load() -> None:
                 ) from error
 
 
-def load_plugins(paths: Sequence[str | Path]) -> None:
+def _bundled(name: str) -> ModuleType:
+    """Import a bundled package: the one beside `harness`, whatever the working folder holds under that name.
+
+    Raises UserMistake where a program of the user's has imported another one.
+    """
+    sys.path.insert(0, str(paths.PACKAGES))
+    try:
+        package = importlib.import_module(name)
+    finally:
+        sys.path.remove(str(paths.PACKAGES))
+    found = [Path(place).resolve() for place in getattr(package, "__path__", ())]
+    if paths.PACKAGES.joinpath(*name.split(".")) not in found:
+        other = getattr(package, "__file__", None) or ", ".join(map(str, found)) or "built in"
+        raise UserMistake(
+            f"the package '{name}' of ImmunityBench is hidden by {one_line(other, 300)}, which this program imported; "
+            "rename that one"
+        )
+    return package
+
+
+def load_plugins(files: Sequence[str | Path]) -> None:
     """Import each `--plugin` file; its methods register themselves.
 
     Raises one UserMistake for all files that are missing, are not Python, fail on import or register nothing.
     """
     load()
     mistakes: list[str] = []
-    for given in paths:
+    for given in files:
         try:
             _load_plugin(Path(given))
         except UserMistake as mistake:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.contracts.stage import from_json, to_json
+from harness.core import machine
+from harness.core.counted import counted
 from harness.core.errors import StageFailure, UserMistake, one_line
 from harness.core.files import is_alive, write_json
 from harness.executors.events import Listener
@@ -90,13 +92,13 @@ def _start(ray, address: str | None, workplace: Workplace) -> None:
         "configure_logging": False,
     }
     if address is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = machine.cores()
         workers = workplace.sharding.workers
         if cores < workplace.cpus * workers:
             shared = f" and resources.workers {workers}" if workers > 1 else ""
             fitting = max(1, cores // workers)
             raise UserMistake(
-                f"resources.cpus is {workplace.cpus}{shared}, but this machine has {cores} cores; use "
+                f"resources.cpus is {workplace.cpus}{shared}, but a run may use {counted(cores, 'core')} here; use "
                 f"--set resources.cpus={fitting}{' --set resources.workers=1' if fitting * workers > cores else ''}"
             )
         options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
