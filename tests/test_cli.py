@@ -407,3 +407,28 @@ def test_suite_beats_a_folder_of_the_same_name(project, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     assert suite.find("quick") == bundled
+
+
+# -- failures of other grids -----------------------------------------------------------------------------------
+
+
+def test_failures_of_a_larger_grid_are_kept_and_left_out(project):
+    """A run of the same name with fewer tasks does not show what failed in the tasks left out, nor forget it."""
+    from harness import api
+
+    commit_all(project, but=1)
+    key, stage = list(project.plan().stages.items())[-1]
+    failures = project.runs / "small" / "failures"
+    failures.mkdir(parents=True)
+    failure = {"label": stage.label, "error": "RuntimeError: boom"}
+    (failures / f"{stage.kind}-{key}.json").write_text(json.dumps(failure))
+    fewer = ("--set", "tasks.relearning=null", "--set", "seeds=1", "--set", "metrics=[clip_image]")
+
+    for verb in ("run", "table", "status"):
+        outcome = project.cli(verb, *arguments(project), *fewer)
+        assert (outcome.code, "boom" in outcome.out) == (0, False)
+    assert api.load(project.runs / "small").failures == []
+
+    write_tables(project)
+    assert [error for _, error in api.load(project.runs / "small").failures] == ["RuntimeError: boom"]
+    assert project.cli("status", *arguments(project)).code == 1

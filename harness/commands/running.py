@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from harness.executors.events import EventLog
 from harness.executors.walk import Summary, Walk
 from harness.stages import tracking
 from harness.stages.workplace import Workplace
+from harness.store.store import WORK_DAYS
 from harness.suite import fetching
 from harness.suite.preflight import preflight
 
@@ -41,7 +41,6 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
         opened.make_folder()
         finish(opened, console)
         return ExitCode.DONE
-    _forget_others(opened, recorded_failures)
     done = set() if options.cache == "never" else committed
     walk = Walk(opened.plan, done.__contains__)
     if options.cache == "always":
@@ -63,6 +62,11 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
     _require(opened, options)
     opened.make_folder()
     opened.store.sweep()
+    if dropped := opened.store.sweep_work():
+        console.print(
+            f"removed the saved state of {counted(dropped, 'unfinished stage')}, untouched for {WORK_DAYS} days",
+            highlight=False,
+        )
     write_resolved(opened)
     redo = frozenset(opened.plan.stages) & committed if options.cache == "never" else frozenset()
     return _walked(opened, options, walk, redo, console)
@@ -155,13 +159,6 @@ def _check_devices(opened: Opened) -> None:
             f"{where}: resources.gpus: a stage wants {wanted:g} GPU, this machine has {found}; "
             "use --set resources.gpus=0 for the CPU"
         )
-
-
-def _forget_others(opened: Opened, recorded: dict[str, Path]) -> None:
-    """Remove the failures of stages that are no longer in the plan, such as those of a plug-in before an edit."""
-    for key in recorded.keys() - opened.plan.stages.keys():
-        with contextlib.suppress(OSError):
-            recorded.pop(key).unlink(missing_ok=True)
 
 
 def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:

@@ -52,6 +52,7 @@ def execute(
         except Exception as error:
             log.exception("stage failed: %s", stage.label)
             _forget_model()
+            store.clean_failed(work_folder)
             failure.parent.mkdir(parents=True, exist_ok=True)
             write_json(
                 failure,
