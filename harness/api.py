@@ -17,6 +17,7 @@ Importing this module imports neither torch nor pandas.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def run(
     standard output. Trials that failed do not raise: they are the `failures` of the results, and printed.
 
     Raises UserMistake for everything that is wrong in the suite, before any compute; KeyboardInterrupt when it was
-    interrupted: what is finished is kept, and the same call continues.
+    interrupted, OSError when a disk is full: what is finished is kept, and the same call continues.
     """
     from harness.commands import arguments, running
     from harness.commands.opened import open_suite
@@ -82,8 +83,11 @@ def run(
     given = [str(path) for path in plugins]
     opened = open_suite(str(suite), assignments(overrides), plugins=given, runs=str(runs))
     options = running.RunOptions(executor, cache, ray_address=ray_address)
-    if running.run(opened, options, console or arguments.console()) is ExitCode.INTERRUPTED:
+    code = running.run(opened, options, console or arguments.console())
+    if code is ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
+    if code is ExitCode.DISK_FULL:
+        raise OSError(errno.ENOSPC, "no space left; free some, and the same call continues", str(opened.folder))
     return load(opened.folder)
 
 

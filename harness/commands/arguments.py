@@ -68,8 +68,14 @@ def console(width_when_piped: int = 160):
     """Return the rich console that results are printed to."""
     from rich.console import Console
 
+    class Ours(Console):
+        """A console that leaves a reader that has ended, as `head` does, to the caller: rich would exit at once."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     # labels such as object:pizza must not be read as markup or emoji codes
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
+    return Ours(file=sys.stdout, width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
 
 
 def warn(line: str) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.opened import Opened
 from harness.commands.written import are_written, finish, write_resolved, write_tables
+from harness.core import disk, streams, termination
 from harness.core.counted import counted
-from harness.core.errors import ExitCode, UserMistake
+from harness.core.errors import ExitCode, UserMistake, one_line
 from harness.executors.events import EventLog
 from harness.executors.walk import Summary, Walk
 from harness.stages import tracking
@@ -97,11 +98,19 @@ def _walked(
         highlight=False,
     )
     started = time.monotonic()
-    with Progress(walk, console) as progress:
+    with termination.as_interrupt(), Progress(walk, console) as progress:
 
         def listen(event: str, data: dict[str, Any]) -> None:
-            events(event, data)
-            progress(event, data)
+            try:
+                events(event, data)
+                progress(event, data)
+            except BrokenPipeError:  # the reader of our output has ended, as `head` does: so do we
+                streams.silence()
+                raise KeyboardInterrupt from None
+            except OSError as error:
+                if not disk.is_full(error):
+                    raise
+                walk.stop(str(error))
 
         if options.executor == "ray":
             from harness.executors import ray_tune
@@ -111,7 +120,10 @@ def _walked(
             from harness.executors import serial
 
             summary = serial.run(walk, workplace, listen)
-    events("run_ended", {"done": summary.done, "failed": len(summary.failed), "blocked": len(summary.blocked)})
+    with disk.tolerated():
+        events("run_ended", {"done": summary.done, "failed": len(summary.failed), "blocked": len(summary.blocked)})
+    if summary.stopped and not summary.is_interrupted:
+        return _show_stopped(opened, walk, summary, console)
     if summary.is_interrupted:
         write_tables(opened)
         console.print(
@@ -168,6 +180,19 @@ def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:
         if broken and index not in walk.blocked:
             walk.fail(index, json.loads(broken[0].read_text("utf-8"))["error"])
     walk.ready = type(walk.ready)(i for i in walk.ready if i not in walk.failed and i not in walk.blocked)
+
+
+def _show_stopped(opened: Opened, walk: Walk, summary: Summary, console: Console) -> ExitCode:
+    """Say that a full disk ended the run. The tables are not written: they would not fit either."""
+    console.print(
+        f"stopped, a disk is full: {one_line(summary.stopped, 300)}. {summary.done} of {counted(walk.total, 'unit')} "
+        f"are done and kept in {opened.store.root}; free some space, then continue with the same command.",
+        style="red",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return ExitCode.DISK_FULL
 
 
 def _show_failures(opened: Opened, summary: Summary, console: Console) -> ExitCode:

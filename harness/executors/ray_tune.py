@@ -12,17 +12,17 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.contracts.stage import from_json, to_json
-from harness.core import machine
+from harness.core import disk, machine, termination
 from harness.core.counted import counted
 from harness.core.errors import StageFailure, UserMistake, one_line
-from harness.core.files import is_alive, write_json
+from harness.core.files import write_json
 from harness.executors.events import Listener
+from harness.executors.scratch import own_scratch
 from harness.executors.walk import Summary, Walk
 from harness.stages.execution import execute_unit
 from harness.stages.workplace import Workplace
@@ -38,13 +38,10 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         from ray import tune
     except ImportError:
         raise UserMistake("Ray is not installed; install ray[tune] or add --executor serial") from None
-    for left in workplace.run_folder.glob("ray-*"):
-        if not is_alive(int(left.name.removeprefix("ray-"))):
-            shutil.rmtree(left, ignore_errors=True)
-    scratch = workplace.run_folder / f"ray-{os.getpid()}"
-    scratch.mkdir(parents=True, exist_ok=True)
     with _environment(), contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(own_scratch(workplace.run_folder))
         _start(ray, address, workplace)
+        stack.enter_context(termination.as_interrupt())  # after init, which sets a handler of Ray's
         stack.callback(ray.shutdown)
         stack.enter_context(_errors_to(workplace.run_folder / "logs" / "ray.log"))  # after init, which drops handlers
         searcher = _make_searcher(walk, listen, scratch)
@@ -75,8 +72,11 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
             tuner.fit()
         except KeyboardInterrupt:
             is_interrupted = True
-    shutil.rmtree(scratch, ignore_errors=True)
-    if not is_interrupted and not walk.is_finished:
+        except Exception as error:
+            if not disk.is_full(error):
+                raise
+            walk.stop(one_line(error, 300))  # Tune could not write to its scratch folder
+    if not is_interrupted and not walk.stopped and not walk.is_finished:
         walk.abandon("Ray Tune ended before it was done; is the cluster large enough for resources.cpus and gpus?")
     return walk.summary(is_interrupted=is_interrupted)
 
