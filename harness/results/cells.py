@@ -1,6 +1,6 @@
 """Text cells of CSV files, so that a spreadsheet reads a label as text and never as a formula.
 
-A text that begins with =, +, - or @ (or a tab or carriage return before it) gets an apostrophe in front, as spreadsheets
+A text that begins with =, +, - or @ (or with a tab or carriage return) gets an apostrophe in front, as spreadsheets
 mark text; so does one that begins with apostrophes before such a sign, so that every text is read back unchanged.
 Numbers are left alone, also as text.
 """
