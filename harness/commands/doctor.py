@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
-    return run(Path(given.runs))
+    return run(Path(given.runs or "runs"))
 
 
 def run(runs: Path) -> ExitCode:

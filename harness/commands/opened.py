@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.commands import named
 from harness.core import registry
 from harness.core.errors import UserMistake, one_line
 from harness.plan import Plan, make
 from harness.store.store import Store
+from harness.suite import resolved
 from harness.suite.loaded import LoadedSuite
-from harness.suite.loading import find, load
+from harness.suite.loading import load
 
 if TYPE_CHECKING:
     from harness.analysis.leaderboard import Gates
@@ -60,32 +62,27 @@ class Opened:
 
 
 def open_suite(
-    suite: str, overrides: Sequence[str] = (), *, plugins: Sequence[str] = (), runs: str = "runs"
+    suite: str, overrides: Sequence[str] = (), *, plugins: Sequence[str] = (), runs: str | None = None
 ) -> Opened:
-    """Read, check and plan a suite: a file, or the name of a bundled one.
+    """Read, check and plan a suite: a file, the name of a bundled one, the folder of a run, or a run's name.
 
-    `overrides` are key=value, as for --set. Raises UserMistake with all mistakes.
+    `overrides` are key=value, as for --set. `runs`: the results folder; None: that of the run that is named, else
+    "runs". Raises UserMistake with all mistakes.
     """
-    folder = _runs_folder(runs)
+    found = named.suite(suite, runs)
     registry.load_plugins(plugins)
-    loaded = load(find(suite), overrides)
+    try:
+        loaded = load(found.suite, overrides)
+    except UserMistake as mistake:
+        missing = resolved.plugins(found.suite) if found.is_run and not plugins else []
+        if not missing:
+            raise
+        again = " ".join(f"--plugin {one_line(file, 300)}" for file in missing)
+        raise UserMistake([*mistake.messages, f"{one_line(found.suite)}: this run was made with {again}"]) from None
     return Opened(
         loaded=loaded,
         plan=make(loaded),
-        store=Store(folder / "store"),
-        folder=folder / loaded.suite.name,
+        store=Store(found.runs / "store"),
+        folder=found.runs / loaded.suite.name,
         plugins=tuple(str(Path(path).resolve()) for path in plugins),
     )
-
-
-def _runs_folder(given: str) -> Path:
-    """Return the results folder. Raises UserMistake if it cannot exist."""
-    try:
-        path = Path(given)
-        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
-    except (OSError, ValueError) as error:
-        raise UserMistake(f"--runs {one_line(given)}: {one_line(getattr(error, 'strerror', None) or error)}") from None
-    if not nearest.is_dir():
-        what = "is a file" if nearest == path else f"'{one_line(nearest)}' is a file"
-        raise UserMistake(f"--runs {one_line(given)}: {what}; name a folder")
-    return path

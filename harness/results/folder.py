@@ -10,9 +10,7 @@ import yaml
 
 from harness.core.errors import UserMistake, one_line
 from harness.results import tables
-
-RESOLVED = "suite.resolved.yaml"
-"""The suite including defaults and overrides."""
+from harness.suite.resolved import RESOLVED
 
 
 def read_suite(folder: Path) -> tuple[str, dict[str, Any]]:
