@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from harness.core import digests, machine
+from tests.conftest import run_python
 
 
 @pytest.fixture
@@ -103,3 +104,28 @@ def test_each_environment_has_its_own_folder_of_extensions(monkeypatch, tmp_path
     assert machine.extensions_folder() != here
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/mine")
     assert str(machine.extensions_folder()) == "/mine"
+
+
+def test_extensions_of_a_user_without_a_home_are_not_in_the_folder_of_somebody_else(homeless, monkeypatch, tmp_path):
+    """What is compiled there is loaded."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ours = tmp_path / f"immunitybench-{os.getuid()}"
+
+    assert machine.extensions_folder().is_relative_to(ours)
+    assert machine.extensions_folder() == machine.extensions_folder()
+    ours.chmod(0o777)
+    assert not machine.extensions_folder().is_relative_to(ours)
+
+
+def test_processes_that_use_deepspeed_have_the_folder_of_their_environment(tmp_path):
+    """Before deepspeed is imported, which may compile on import."""
+    (tmp_path / "deepspeed.py").write_text("import os; print(os.environ['TORCH_EXTENSIONS_DIR']); raise SystemExit(7)")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch; from harness.training import sharding\n"
+        "with sharding.joined(torch.device('cpu')): pass"
+    )
+
+    finished = run_python("-c", code, XDG_CACHE_HOME=str(tmp_path / "cache"), TORCH_EXTENSIONS_DIR="")
+
+    assert finished.returncode == 7, finished.stderr
+    assert finished.stdout.startswith(str(tmp_path / "cache" / "immunitybench" / "torch_extensions"))

@@ -44,11 +44,18 @@ def suite(given: str, runs: str | None = None) -> Named:
         return Named(named / RESOLVED, below, True)
 
 
-def run(given: str, runs: str | None = None) -> Path:
+def run(given: str, runs: str | None = None, option: str = "") -> Path:
     """Return the folder of the run that `given` names. Raises UserMistake when there is none.
 
-    A suite, as a file or bundled, names the run of that suite below `runs`.
+    A suite, as a file or bundled, names the run of that suite below `runs`. `option` gave it, for messages.
     """
+    try:
+        return _run(given, runs)
+    except UserMistake as mistake:
+        raise UserMistake([f"{option} {message}".lstrip() for message in mistake.messages]) from None
+
+
+def _run(given: str, runs: str | None) -> Path:
     folder = _folder_of_run(given)
     if folder is not None:
         return folder

@@ -51,7 +51,7 @@ def main(given: argparse.Namespace) -> ExitCode:
     from harness.commands import named
     from harness.results import power
 
-    pilot = named.run(given.pilot, given.runs) if given.pilot is not None else None
+    pilot = named.run(given.pilot, given.runs, "--pilot") if given.pilot is not None else None
     question = power.Question(*given.power, pilot, tuple(given.between) if given.between else None)
     power.show(opened.plan, len(opened.loaded.suite.seeds), question, opened.folder, arguments.console())
     return ExitCode.DONE

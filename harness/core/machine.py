@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -108,6 +110,22 @@ def extensions_folder() -> Path:
     python = ".".join(map(str, sys.version_info[:3]))
     of = hashlib.sha256("\n".join([sys.prefix, platform.machine(), python, *versions]).encode()).hexdigest()[:16]
     cache = user_cache()
-    # a folder of a user without a home must not be one that another user could have made
-    root = cache / "immunitybench" if cache else Path(tempfile.gettempdir()) / f"immunitybench-{os.getuid()}"
-    return root / "torch_extensions" / of
+    return (cache / "immunitybench" if cache else _own_temporary()) / "torch_extensions" / of
+
+
+def use_own_extensions() -> None:
+    """Let PyTorch in this process keep compiled extensions in `extensions_folder`. Call it before importing deepspeed.
+
+    What processes of this one compile is kept there too.
+    """
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
+
+
+def _own_temporary() -> Path:
+    """Return a temporary folder that is kept between runs and that no other user of this machine could have made."""
+    path = Path(tempfile.gettempdir()) / f"immunitybench-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    about = path.lstat()
+    is_ours = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022
+    return path if is_ours else Path(tempfile.mkdtemp(prefix="immunitybench-"))
