@@ -432,3 +432,51 @@ def test_failures_of_a_larger_grid_are_kept_and_left_out(project):
     write_tables(project)
     assert [error for _, error in api.load(project.runs / "small").failures] == ["RuntimeError: boom"]
     assert project.cli("status", *arguments(project)).code == 1
+
+
+# -- results on a disk that is only read ------------------------------------------------------------------------
+
+
+def everything(folder) -> dict[str, tuple[float, int]]:
+    """Return every file and folder below one, with its time and size."""
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("given", [("table",), ("run", "--cache", "only-cached")])
+def test_tables_can_be_written_elsewhere(project, given):
+    """Nothing is touched where the results are, which may be on a read-only disk."""
+    commit_all(project)
+    before = everything(project.runs)
+    into = project.folder / "elsewhere"
+
+    outcome = project.cli(given[0], *arguments(project), *given[1:], "--into", str(into))
+
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"written: {into}/leaderboard.csv" in outcome.out.replace("\n", "")
+    assert {"rows.csv", "leaderboard.csv", "suite.resolved.yaml"} <= {path.name for path in into.iterdir()}
+    assert everything(project.runs) == before
+
+
+@pytest.mark.parametrize("given", [("table",), ("run", "--cache", "only-cached")])
+def test_a_folder_that_cannot_be_written_names_the_option(project, given):
+    """In one line."""
+    commit_all(project)
+    (project.runs / "small").write_text("x")
+
+    outcome = project.cli(given[0], *arguments(project), *given[1:])
+    assert outcome.code == 2
+    assert outcome.errors[0].endswith("; write the tables to another folder with --into")
+
+    outcome = project.cli(given[0], *arguments(project), *given[1:], "--into", str(project.suite))
+    assert outcome.code == 2
+    assert outcome.errors[0].startswith(f"error: --into {project.suite}: cannot be written: ")
+
+
+def test_a_run_does_not_write_elsewhere(project):
+    """Its stages go to the store."""
+    outcome = project.cli("run", *arguments(project), "--into", str(project.folder / "elsewhere"))
+
+    assert (outcome.code, outcome.errors) == (
+        2,
+        ["error: --into: requires --cache only-cached; the results of a run go to --runs"],
+    )

@@ -43,6 +43,11 @@ def add_runs(parser: argparse.ArgumentParser, what: str = "where results go") ->
     )
 
 
+def add_into(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the option for a folder in place of the run's, whose disk may be full or read-only."""
+    parser.add_argument("--into", metavar="FOLDER", help=f"write {what} into this folder instead of the run's")
+
+
 def count(text: str) -> int:
     """Return an integer of at least 1; otherwise raise argparse's error."""
     if not (text.isascii() and text.isdigit() and int(text[:9]) > 0 and len(text) < 9):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.commands import named
-from harness.core import registry
+from harness.core import disk, registry
 from harness.core.errors import UserMistake, one_line
 from harness.plan import Plan, make
 from harness.store.store import Store
@@ -44,16 +44,23 @@ class Opened:
 
         return Gates(**self.loaded.suite.gates.model_dump())
 
-    def make_folder(self) -> None:
-        """Create the run's folder. Raises UserMistake if it is not writable."""
+    def make_folder(self, *, for_tables: bool = False) -> None:
+        """Create the run's folder. Raises UserMistake if it is not writable.
+
+        `for_tables`: nothing else is written, so the store may be on a disk that is read alone.
+        """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.store.root.mkdir(exist_ok=True)
-            for folder in (self.folder, self.store.root):
+            for folder in (self.folder,) if for_tables else (self.folder, self.store.root):
+                folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
                     pass
         except OSError as error:
-            raise UserMistake(f"--runs {self.folder.parent}: cannot be written: {one_line(error.strerror)}") from None
+            if disk.is_full(error):
+                raise
+            is_elsewhere = self.folder.parent != self.store.root.parent
+            where = f"--into {self.folder}" if is_elsewhere else f"--runs {self.folder.parent}"
+            hint = "; write the tables to another folder with --into" if for_tables and not is_elsewhere else ""
+            raise UserMistake(f"{where}: cannot be written: {one_line(error.strerror)}{hint}") from None
 
     def committed(self) -> set[str]:
         """Return the keys of the plan's stages that are in the store."""
@@ -62,12 +69,17 @@ class Opened:
 
 
 def open_suite(
-    suite: str, overrides: Sequence[str] = (), *, plugins: Sequence[str] = (), runs: str | None = None
+    suite: str,
+    overrides: Sequence[str] = (),
+    *,
+    plugins: Sequence[str] = (),
+    runs: str | None = None,
+    into: str | None = None,
 ) -> Opened:
     """Read, check and plan a suite: a file, the name of a bundled one, the folder of a run, or a run's name.
 
     `overrides` are key=value, as for --set. `runs`: the results folder; None: that of the run that is named, else
-    "runs". Raises UserMistake with all mistakes.
+    "runs". `into`: a folder for the tables, in place of the run's. Raises UserMistake with all mistakes.
     """
     found = named.suite(suite, runs)
     registry.load_plugins(plugins)
@@ -83,6 +95,6 @@ def open_suite(
         loaded=loaded,
         plan=make(loaded),
         store=Store(found.runs / "store"),
-        folder=found.runs / loaded.suite.name,
+        folder=Path(into) if into is not None else found.runs / loaded.suite.name,
         plugins=tuple(str(Path(path).resolve()) for path in plugins),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from harness.commands import arguments
 from harness.core import registry
@@ -15,6 +16,7 @@ SUMMARY = "make the page of a run: leaderboard, curves, images, provenance"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     arguments.add_run(parser)
+    arguments.add_into(parser, "the page (in a folder `report`)")
     parser.add_argument(
         "--prompts", type=arguments.count, default=3, metavar="N",
         help="prompts that an image sheet shows (default: 3)",
@@ -28,7 +30,8 @@ def main(given: argparse.Namespace) -> ExitCode:
     from harness.report import page
 
     registry.load_plugins(given.plugins)
-    made = page.make(named.run(given.run, given.runs), given.prompts)
+    into = Path(given.into) if given.into is not None else None
+    made = page.make(named.run(given.run, given.runs), given.prompts, into)
     print(
         f"written: {one_line(made.page, 1000)} ({counted(made.sheets, 'image sheet')}, {counted(made.images, 'image')})"
     )

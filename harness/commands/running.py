@@ -39,8 +39,9 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
     committed = opened.committed()
     recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
     if options.cache == "only-cached":
-        opened.make_folder()
+        opened.make_folder(for_tables=True)
         finish(opened, console)
+        write_resolved(opened)
         return ExitCode.DONE
     done = set() if options.cache == "never" else committed
     walk = Walk(opened.plan, done.__contains__)
@@ -51,7 +52,7 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
             finish(opened, console)
             return _show_failures(opened, walk.summary(), console)
         if not are_written(opened):
-            opened.make_folder()
+            opened.make_folder(for_tables=True)
             write_tables(opened)
             write_resolved(opened)
         console.print(
