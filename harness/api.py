@@ -17,6 +17,7 @@ Importing this module imports neither torch nor pandas.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def run(
     *,
     executor: Literal["ray", "serial"] = "ray",
     cache: Literal["always", "never", "only-missing", "only-cached", "stale=redo"] = "only-missing",
-    runs: str | Path = "runs",
+    runs: str | Path | None = None,
     plugins: Sequence[str | Path] = (),
     ray_address: str | None = None,
     console: Console | None = None,
@@ -66,12 +67,13 @@ def run(
 ) -> LoadedRun:
     """Run the missing stages of a suite, write its tables, and return the results, as `python -m harness run` does.
 
-    `suite` is a file, or the name of a bundled suite. `overrides` replace values of the suite: run(..., seeds=3); a
+    `suite` is a file, the name of a bundled suite, the folder of a run, or a run's name. `runs` is the results folder;
+    None: that of the run that is named, else "runs". `overrides` replace values of the suite: run(..., seeds=3); a
     nested one is named by its path: run(..., **{"attacks.0.steps": [10, 20]}). `console` shows the progress; None:
     standard output. Trials that failed do not raise: they are the `failures` of the results, and printed.
 
     Raises UserMistake for everything that is wrong in the suite, before any compute; KeyboardInterrupt when it was
-    interrupted: what is finished is kept, and the same call continues.
+    interrupted, OSError when a disk is full: what is finished is kept, and the same call continues.
     """
     from harness.commands import arguments, running
     from harness.commands.opened import open_suite
@@ -80,21 +82,24 @@ def run(
     _check_choice("executor", executor, EXECUTORS)
     _check_choice("cache", cache, CACHE_MODES)
     given = [str(path) for path in plugins]
-    opened = open_suite(str(suite), assignments(overrides), plugins=given, runs=str(runs))
+    opened = open_suite(str(suite), assignments(overrides), plugins=given, runs=_text(runs))
     options = running.RunOptions(executor, cache, ray_address=ray_address)
-    if running.run(opened, options, console or arguments.console()) is ExitCode.INTERRUPTED:
+    code = running.run(opened, options, console or arguments.console())
+    if code is ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
+    if code is ExitCode.DISK_FULL:
+        raise OSError(errno.ENOSPC, "no space left; free some, and the same call continues", str(opened.folder))
     return load(opened.folder)
 
 
 def plan(
-    suite: str | Path, *, runs: str | Path = "runs", plugins: Sequence[str | Path] = (), **overrides: Any
+    suite: str | Path, *, runs: str | Path | None = None, plugins: Sequence[str | Path] = (), **overrides: Any
 ) -> Plan:
     """Return the stages, units and measurements of a suite; nothing is computed or written. Arguments as in `run`."""
     from harness.commands.opened import open_suite
 
     given = [str(path) for path in plugins]
-    return open_suite(str(suite), assignments(overrides), plugins=given, runs=str(runs)).plan
+    return open_suite(str(suite), assignments(overrides), plugins=given, runs=_text(runs)).plan
 
 
 def load(folder: str | Path) -> LoadedRun:
@@ -114,6 +119,10 @@ def assignments(overrides: Mapping[str, Any]) -> list[str]:
             what = "a suite holds text, numbers, lists and mappings"
             raise UserMistake(f"{one_line(key, 80)}: {one_line(repr(value), 80)}: {what}") from None
     return lines
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

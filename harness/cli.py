@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from harness.core import disk, streams, termination
 from harness.core.errors import ExitCode, UserMistake, one_line
 from harness.core.version import __version__
 
@@ -16,12 +17,15 @@ examples:
   python -m harness run quickstart
   python -m harness plan quickstart
   python -m harness run my_suite.yaml --plugin my_defense.py --set seeds=3
-exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 130 interrupted
+exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 5 a disk is full,
+130 interrupted (Ctrl-C, SIGTERM)
 """
 VERBS = (
     "run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "verify", "list", "doctor",
 )  # fmt: skip
 """Modules of `harness.commands`, in the order of the help."""
+WORKING = ("run", "check", "merge", "report")
+"""Verbs that may have left work undone when they end with the reader of their output; the others only show."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,9 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Raises SystemExit for --help and for arguments that cannot be read, as argparse does.
     """
-    given = _parser().parse_args(arguments)
+    streams.prepare()
     try:
-        return int(importlib.import_module(f"harness.commands.{given.verb}").main(given))
+        with termination.as_interrupt():
+            given = _parser().parse_args(arguments)
+            code = int(importlib.import_module(f"harness.commands.{given.verb}").main(given))
+            sys.stdout.flush()  # here, where a reader that has ended is no error
+            return code
     except UserMistake as mistake:
         for message in mistake.messages:
             print(f"error: {one_line(message, 1000)}", file=sys.stderr)
@@ -63,5 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has ended; Python would report an error at exit
-        return int(ExitCode.DONE)
+        streams.silence()  # the reader of our output has ended, as `head` does
+        return int(ExitCode.INTERRUPTED if given.verb in WORKING else ExitCode.DONE)
+    except OSError as error:
+        if not disk.is_full(error):
+            raise
+        print(f"error: {one_line(error, 300)}; free some space, then give the same command", file=sys.stderr)
+        return int(ExitCode.DISK_FULL)

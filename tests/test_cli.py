@@ -409,3 +409,76 @@ def test_suite_beats_a_folder_of_the_same_name(project, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     assert suite.find("quick") == bundled
+
+
+# -- failures of other grids -----------------------------------------------------------------------------------
+
+
+def test_failures_of_a_larger_grid_are_kept_and_left_out(project):
+    """A run of the same name with fewer tasks does not show what failed in the tasks left out, nor forget it."""
+    from harness import api
+
+    commit_all(project, but=1)
+    key, stage = list(project.plan().stages.items())[-1]
+    failures = project.runs / "small" / "failures"
+    failures.mkdir(parents=True)
+    failure = {"label": stage.label, "error": "RuntimeError: boom"}
+    (failures / f"{stage.kind}-{key}.json").write_text(json.dumps(failure))
+    fewer = ("--set", "tasks.relearning=null", "--set", "seeds=1", "--set", "metrics=[clip_image]")
+
+    for verb in ("run", "table", "status"):
+        outcome = project.cli(verb, *arguments(project), *fewer)
+        assert (outcome.code, "boom" in outcome.out) == (0, False)
+    assert api.load(project.runs / "small").failures == []
+
+    write_tables(project)
+    assert [error for _, error in api.load(project.runs / "small").failures] == ["RuntimeError: boom"]
+    assert project.cli("status", *arguments(project)).code == 1
+
+
+# -- results on a disk that is only read ------------------------------------------------------------------------
+
+
+def everything(folder) -> dict[str, tuple[float, int]]:
+    """Return every file and folder below one, with its time and size."""
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("given", [("table",), ("run", "--cache", "only-cached")])
+def test_tables_can_be_written_elsewhere(project, given):
+    """Nothing is touched where the results are, which may be on a read-only disk."""
+    commit_all(project)
+    before = everything(project.runs)
+    into = project.folder / "elsewhere"
+
+    outcome = project.cli(given[0], *arguments(project), *given[1:], "--into", str(into))
+
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"written: {into}/leaderboard.csv" in outcome.out.replace("\n", "")
+    assert {"rows.csv", "leaderboard.csv", "suite.resolved.yaml"} <= {path.name for path in into.iterdir()}
+    assert everything(project.runs) == before
+
+
+@pytest.mark.parametrize("given", [("table",), ("run", "--cache", "only-cached")])
+def test_a_folder_that_cannot_be_written_names_the_option(project, given):
+    """In one line."""
+    commit_all(project)
+    (project.runs / "small").write_text("x")
+
+    outcome = project.cli(given[0], *arguments(project), *given[1:])
+    assert outcome.code == 2
+    assert outcome.errors[0].endswith("; write the tables to another folder with --into")
+
+    outcome = project.cli(given[0], *arguments(project), *given[1:], "--into", str(project.suite))
+    assert outcome.code == 2
+    assert outcome.errors[0].startswith(f"error: --into {project.suite}: cannot be written: ")
+
+
+def test_a_run_does_not_write_elsewhere(project):
+    """Its stages go to the store."""
+    outcome = project.cli("run", *arguments(project), "--into", str(project.folder / "elsewhere"))
+
+    assert (outcome.code, outcome.errors) == (
+        2,
+        ["error: --into: requires --cache only-cached; the results of a run go to --runs"],
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from harness.core.identity import Stage, describe
 from harness.plan import cost
 from tests.test_cli import arguments, commit_all
 from tests.test_fetching import SD1
@@ -102,3 +104,86 @@ def test_throughput_must_be_a_number(project, given):
     assert outcome.code == 2
     (line,) = outcome.errors
     assert line.startswith("error: argument --tflops: must be a number greater than 0")
+
+
+# -- time from records -------------------------------------------------------------------------------------------
+
+
+def record(stage: Stage, seconds: float, **changed) -> dict:
+    """Return the record of a finished stage."""
+    about = {"identity": describe(stage), "work": stage.work, "seconds": seconds, "provenance": {"device": "cpu"}}
+    return about | changed
+
+
+def stage(work: float = 1000.0, **changed) -> Stage:
+    """Return a stage of so much work."""
+    plain = Stage("adapt", "lora@1", {"a": 1}, {}, {"source": "testbed"}, {}, 0, "fp32", work=work)
+    return replace(plain, **changed)
+
+
+def test_time_is_the_median_of_stages_of_the_same_kind_and_work():
+    """In proportion to the work, where that differs a little."""
+    pace = cost.Pace(on_gpu=False)
+    for seconds in (90.0, 100.0, 500.0):
+        pace.learn(record(stage(1000.0), seconds))
+
+    assert pace.seconds(stage(1000.0)) == 100.0
+    assert pace.seconds(stage(2000.0)) == 200.0
+    assert pace.seconds(stage(500.0)) == 50.0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        stage(83_000.0),
+        stage(10.0),
+        stage(0.0),
+        stage(kind="protect"),
+        stage(component="lora@2"),
+        stage(component="full_finetune@1"),
+        stage(model={"source": "folder"}),
+        stage(precision="bf16"),
+    ],
+    ids=lambda other: f"{other.kind} {other.component} {other.work} {other.precision} {other.model}",
+)
+def test_time_of_other_work_is_unknown(other):
+    """83,000 passes do not take nine seconds because ten did."""
+    pace = cost.Pace(on_gpu=False)
+    pace.learn(record(stage(1000.0), 100.0))
+
+    assert pace.seconds(other) is None
+
+
+def test_time_on_another_device_is_unknown():
+    """A GPU's times say nothing about a CPU."""
+    pace = cost.Pace(on_gpu=False)
+    pace.learn(record(stage(), 1.0, provenance={"device": "NVIDIA H100"}))
+
+    assert pace.seconds(stage()) is None
+
+
+def test_time_of_a_stage_without_passes_is_that_of_its_like():
+    """Scores, features, catalog images."""
+    pace = cost.Pace(on_gpu=False)
+    pace.learn(record(stage(0.0), 2.0))
+
+    assert pace.seconds(stage(0.0)) == 2.0
+
+
+def test_plan_counts_the_stages_whose_time_is_unknown(project):
+    """What was learned is shown, and how much is missing."""
+    from harness.store.store import Store
+
+    plan = project.plan()
+    erases = [(key, each) for key, each in plan.stages.items() if each.kind == "immunize"]
+    store = Store(project.runs / "store")
+    key, done = erases[0]
+    with store.writing(done.kind, key) as (_, about):
+        about.update(record(done, 7.0))
+
+    outcome = project.cli("plan", *arguments(project))
+
+    assert outcome.code == 0
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("estimate: ")]
+    assert "of which none was done here" in line
+    assert any("immunize" in line and "7 s" in line for line in outcome.out.splitlines())

@@ -223,7 +223,7 @@ def test_the_suites_own_rows_are_the_pilot_by_default(project):
         (["--between", "a", "b"], "--between: requires --power"),
         (["--power=1", "--pilot=PILOT", "--between", "none", "mima"], "no defense 'mima' in "),
         (["--power=1", "--pilot=PILOT", "--between", "none", "none"], "--between: name two different defenses"),
-        (["--power=1", "--pilot=nowhere"], "there is no rows.csv; name the folder of a run"),
+        (["--power=1", "--pilot=nowhere"], "--pilot nowhere: no such file and no bundled suite, and no run"),
         (["--power=1", "--pilot="], "there is no rows.csv; name the folder of a run"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 from harness.core import registry
 from harness.core.errors import UserMistake
+from tests.conftest import run_python
 
 DEFENSE = """
 from dataclasses import dataclass
@@ -264,3 +265,36 @@ def test_two_plugins_cannot_share_a_name(write_plugin):
 
     with pytest.raises(UserMistake, match="the defense name 'mine' is taken by another plug-in"):
         registry.load_plugins([write_plugin(DEFENSE + "\n", "two.py")])
+
+
+# -- packages of the user's with our names --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metrics", "attacks", "defenses", "suites"])
+@pytest.mark.parametrize("form", ["package", "module"])
+def test_bundled_methods_are_found_whatever_the_working_folder_holds(tmp_path, name, form):
+    """A user's own `metrics/` or `attacks.py`, where `python -m harness` looks first."""
+    file = tmp_path / name / "__init__.py" if form == "package" else tmp_path / f"{name}.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("raise RuntimeError('not ours')\n")
+
+    finished = run_python("-m", "harness", "validate", "smoke", cwd=tmp_path)
+
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout.startswith("smoke: valid; ")
+
+
+def test_a_package_that_hides_ours_is_named(tmp_path):
+    """A program of the user's imported its own before it used the harness."""
+    (tmp_path / "metrics.py").write_text("")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import metrics; "
+        "from harness.cli import main; sys.exit(main(['list']))"
+    )
+
+    finished = run_python("-c", code)
+
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: the package 'metrics' of ImmunityBench is hidden by ")
+    assert str(tmp_path / "metrics.py") in line

@@ -420,3 +420,17 @@ def test_report_needs_no_torch(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert "written: " in done.stdout and Store(tmp_path / "store").root.is_dir()
+
+
+def test_page_can_be_written_elsewhere(tmp_path, capsys):
+    """Nothing is touched in the run's folder, which may be on a read-only disk."""
+    run = make(tmp_path / "runs")
+    before = {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))}
+
+    assert main(["report", str(run), "--into", str(tmp_path / "elsewhere" / "deep")]) == ExitCode.DONE
+    assert (tmp_path / "elsewhere" / "deep" / "report" / "index.html").is_file()
+    assert {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))} == before
+
+    (run / "report").write_text("x")
+    assert main(["report", str(run)]) == ExitCode.USER_MISTAKE
+    assert capsys.readouterr().err.endswith("; write it to another folder with --into\n")

@@ -11,10 +11,13 @@ import pytest
 from harness.analysis.measurements import Measurements
 from harness.core.errors import UserMistake
 from harness.results import rows as module
+from harness.results.loaded_run import LoadedRun
+from harness.results.reading import read_table
 from harness.results.rows import COLUMNS, frame, read_rows, write_csv, write_rows
 from tests.test_leaderboard import small
 
 HOSTILE = ["", " ", "a,b", 'say "x"', '"', "two\nlines", "dog’s <b>", "nan", "1.0", "true", "None", "#", "'"]
+HOSTILE += ["=1+1", "'=1+1", "''=1+1", "+x", "-x", "@x", "\t=x", "-1", "'-1", "+1e-3", "-", "'x", '=HYPERLINK("http://x")']
 NUMBERS = [0.1, -0.0, 1.0, 1e-4, 9.9e-5, 1e-12, 123456789.0, 1e9, 1e15, 1e16, 1.5e300, 5e-324, -2.5, 0.1 + 0.2, 1 / 3]
 
 
@@ -188,3 +191,45 @@ def test_the_columns_may_be_in_another_order(tmp_path):
 def test_small_tables_of_tests_have_all_columns():
     """What other tests take for rows has the names of rows."""
     assert set(small()[0]) <= set(COLUMNS)
+
+
+# -- spreadsheets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", ["=1+1", "+x", "-x", "@SUM(A1)", "\t=x", '=HYPERLINK("http://x","y")', "-1+1"])
+def test_no_label_is_a_formula_in_a_spreadsheet(tmp_path, label):
+    """In rows and in tables: an apostrophe marks it as text, and is gone when the file is read by us."""
+    made = frame([part(label, prompt=[label])])
+    write_rows(tmp_path, made)
+    write_csv(tmp_path / "table.csv", [{"defense": label, "value": -0.5}], ("defense", "value"))
+
+    with open(tmp_path / "rows.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    with open(tmp_path / "table.csv", newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert (row["defense"], row["prompt"], line["defense"]) == (f"'{label}",) * 3
+    assert (row["value"], line["value"]) == ("0.5", "-0.5")
+    assert read_rows(tmp_path)["defense"].tolist() == [label]
+    assert read_table(tmp_path / "table.csv") == [{"defense": label, "value": "-0.5"}]
+
+
+def test_a_table_in_a_notebook_has_the_labels_of_the_suite(tmp_path):
+    """Also those that a spreadsheet would read as formulas."""
+    (tmp_path / "suite.resolved.yaml").write_text("name: s\n")
+    lines = [{"defense": "=mine", "value": -0.5}, {"defense": "'=mine", "value": None}]
+    write_csv(tmp_path / "leaderboard.csv", lines, ("defense", "value"))
+
+    made = LoadedRun(tmp_path).leaderboard
+
+    assert made["defense"].tolist() == ["=mine", "'=mine"]
+    assert made["value"].tolist()[0] == -0.5
+
+
+def test_two_ways_to_write_a_label_are_one_label(tmp_path):
+    """A spreadsheet may have dropped the apostrophe when it saved the file."""
+    write_rows(tmp_path, frame([part("=x"), part("=x", seed=2)]))
+    file = tmp_path / "rows.csv"
+    file.write_text(file.read_text().replace("'=x", "=x", 1))
+
+    assert read_rows(tmp_path)["defense"].tolist() == ["=x", "=x"]
+    assert read_rows(tmp_path)["defense"].cat.categories.tolist() == ["=x"]

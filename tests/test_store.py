@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.core.files import write_json, write_text
-from harness.store import store as store_module
+from harness.core.machine import host
 from harness.store.layout import RECORD
 from harness.store.store import Store
 from tests.conftest import run_python
@@ -124,7 +124,7 @@ def test_sweep_keeps_what_other_machines_write(store):
 
 def test_sweep_survives_foreign_names(store):
     """What looks like ours but is not."""
-    (store.root / "adapt" / f".{KEY}.{store_module._host()}.x.y").mkdir(parents=True)
+    (store.root / "adapt" / f".{KEY}.{host()}.x.y").mkdir(parents=True)
     (store.root / "adapt" / ".DS_Store").touch()
 
     assert store.sweep() == 0
@@ -237,3 +237,71 @@ def test_writes_of_single_files_are_whole(tmp_path, monkeypatch):
 
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+
+
+# -- what is left behind -----------------------------------------------------------------------------------------------
+
+
+def work(store: Store) -> list[str]:
+    """Return the names in the folder of unfinished work."""
+    return sorted(path.name for path in (store.root / ".work").iterdir())
+
+
+def test_no_lock_is_left_behind(store):
+    """After a commit, and after an exception."""
+    with store.locked_work_folder("adapt", KEY):
+        commit(store)
+    assert work(store) == []
+
+    with pytest.raises(RuntimeError), store.locked_work_folder("adapt", KEY):
+        raise RuntimeError
+    assert work(store) == []
+
+
+@pytest.mark.parametrize(("files", "kept"), [(["image.png"], []), (["part/state.json"], [f"adapt-{KEY}"])])
+def test_work_folder_of_a_failed_stage_is_kept_only_for_its_saved_state(store, files, kept):
+    """A training goes on from its state; other files are of no use."""
+    with store.locked_work_folder("adapt", KEY) as folder:
+        for name in files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("x")
+        store.clean_failed(folder)
+
+    assert work(store) == kept
+
+
+def test_sweep_removes_locks_of_the_dead_and_old_states(store):
+    """What a killed process left; not the state that it resumes from, unless that is old."""
+    code = f"""
+        import os, signal
+        from harness.store.store import Store
+        with Store({str(store.root)!r}).locked_work_folder("adapt", {KEY!r}) as folder:
+            (folder / "state.json").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    run_python("-c", textwrap.dedent(code))
+    assert work(store) == [f"adapt-{KEY}", f"adapt-{KEY}.lock"]
+
+    assert store.sweep_work() == 0
+    assert work(store) == [f"adapt-{KEY}"]
+    for path in (store.root / ".work" / f"adapt-{KEY}" / "state.json", store.root / ".work" / f"adapt-{KEY}"):
+        os.utime(path, (0, 0))
+    with store.locked_work_folder("adapt", KEY):
+        assert store.sweep_work() == 0  # somebody is at it
+    assert store.sweep_work() == 1
+    assert work(store) == []
+
+
+def test_committed_files_can_be_read_by_those_whom_the_umask_lets(store):
+    """Some libraries write files for their owner alone; a store may be shared by a group."""
+    before = os.umask(0o027)
+    try:
+        with store.writing("adapt", KEY) as (folder, _):
+            (folder / "below").mkdir(mode=0o700)
+            for name in ("own", "below/own"):
+                os.close(os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+
+    found = {path.name: path.stat().st_mode & 0o777 for path in store.path("adapt", KEY).rglob("*")}
+    assert found == {"own": 0o640, "below": 0o750, RECORD: 0o640}

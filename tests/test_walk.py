@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from harness.core import disk
 from harness.core.identity import Stage
 from harness.executors.events import EventLog
 from harness.executors.walk import Walk
@@ -211,3 +212,47 @@ def test_what_reads_a_stage_that_cannot_be_made_anew_fails():
     walk.fail(index_of(walk, drain(walk)[0]), "broken")
 
     assert not walk.again(index_of(walk, "alone"), ["top"])
+# -- a full disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "handed_out"),
+    [
+        ("left: OSError: [Errno 28] No space left on device: 'x'", []),
+        ("left: SafetensorError: Error while serializing: I/O error: No space left on device (os error 28)", []),
+        ("left: OSError: [Errno 122] Disk quota exceeded", []),
+        ("left: ValueError: 28", ["right"]),
+    ],
+)
+def test_on_a_full_disk_no_further_units_are_handed_out(message, handed_out):
+    """Each of them would train on, and then fail when it saves."""
+    walk = walk_over(done=("top", "alone"))
+    walk.fail(walk.take(), message)
+
+    assert walk.is_finished is not bool(handed_out)
+    assert drain(walk) == handed_out
+    assert bool(walk.summary().stopped) is not bool(handed_out)
+
+
+def test_units_that_run_when_the_disk_is_full_may_end():
+    """The walk is finished when they have."""
+    walk = walk_over(done=("top", "alone"))
+    left, right = walk.take(), walk.take()
+    walk.fail(left, "No space left on device")
+
+    assert not walk.is_finished
+    walk.finish(right)
+    assert walk.is_finished
+    assert drain(walk) == []
+
+
+def test_a_full_disk_is_found_behind_another_error():
+    """Ray and others wrap the errors of their workers."""
+    try:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("a worker failed") from error
+    except RuntimeError as error:
+        assert disk.is_full(error)
+    assert not disk.is_full(RuntimeError("a worker failed"))

@@ -10,7 +10,9 @@ from harness.core.errors import one_line
 
 def add_suite(parser: argparse.ArgumentParser) -> None:
     """Add the suite and its options."""
-    parser.add_argument("suite", help="a suite file, or the name of a bundled one (see: list)")
+    parser.add_argument(
+        "suite", help="a suite file, the name of a bundled one (see: list), the folder of a run, or a run's name"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override a value of the suite, such as seeds=3 or attacks.0.steps=[10,20]; tasks.NAME=null leaves a "
@@ -28,9 +30,22 @@ def add_plugins(parser: argparse.ArgumentParser, what: str = "defenses, attacks,
     )  # fmt: skip
 
 
-def add_runs(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the run whose results are read."""
+    parser.add_argument("run", help="the folder of a run, such as runs/quickstart, a run's name, or its suite")
+    add_runs(parser, "where a run is looked for by its name")
+
+
+def add_runs(parser: argparse.ArgumentParser, what: str = "where results go") -> None:
     """Add the option for the results folder."""
-    parser.add_argument("--runs", default="runs", metavar="FOLDER", help="where results go (default: runs)")
+    parser.add_argument(
+        "--runs", metavar="FOLDER", help=f"{what} (default: that of the run, if one is named; else runs)"
+    )
+
+
+def add_into(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the option for a folder in place of the run's, whose disk may be full or read-only."""
+    parser.add_argument("--into", metavar="FOLDER", help=f"write {what} into this folder instead of the run's")
 
 
 def count(text: str) -> int:
@@ -68,8 +83,14 @@ def console(width_when_piped: int = 160):
     """Return the rich console that results are printed to."""
     from rich.console import Console
 
+    class Ours(Console):
+        """A console that leaves a reader that has ended, as `head` does, to the caller: rich would exit at once."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     # labels such as object:pizza must not be read as markup or emoji codes
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
+    return Ours(file=sys.stdout, width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
 
 
 def warn(line: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from harness.commands import arguments
 from harness.core.errors import ExitCode
@@ -14,7 +13,7 @@ SUMMARY = "set a defense of a run beside others: differences, intervals, correct
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("folder", help="the folder of a run, such as runs/quickstart")
+    arguments.add_run(parser)
     parser.add_argument("--defense", required=True, metavar="LABEL", help="the defense, as the suite labels it")
     parser.add_argument(
         "--baseline", required=True, action="append", metavar="LABEL", dest="baselines",
@@ -25,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @collection_paused()
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
+    from harness.commands import named
     from harness.results import comparison
 
-    lines = comparison.make(Path(given.folder), given.defense, given.baselines)
+    lines = comparison.make(named.run(given.run, given.runs), given.defense, given.baselines)
     comparison.show(lines, arguments.console())
     return ExitCode.DONE

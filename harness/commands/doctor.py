@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.commands import arguments
+from harness.core import machine
+from harness.core.counted import counted
 from harness.core.errors import ExitCode, one_line
 
 SUMMARY = "check this installation: packages, testbed, device, Ray"
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
-    return run(Path(given.runs))
+    return run(Path(given.runs or "runs"))
 
 
 def run(runs: Path) -> ExitCode:
@@ -89,8 +91,7 @@ def _device() -> Check:
     except ImportError as error:
         yield "error", f"torch cannot be imported: {one_line(error)}"
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "ok", f"{cores} CPU cores"
+    yield "ok", counted(machine.cores(), "CPU core")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             yield "ok", f"GPU {index}: {torch.cuda.get_device_name(index)}"

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.core import registry
+from harness.commands import named
+from harness.core import disk, registry
 from harness.core.errors import UserMistake, one_line
 from harness.plan import Plan, make
 from harness.store.store import Store
+from harness.suite import resolved
 from harness.suite.loaded import LoadedSuite
-from harness.suite.loading import find, load
+from harness.suite.loading import load
 
 if TYPE_CHECKING:
     from harness.analysis.leaderboard import Gates
@@ -42,16 +44,23 @@ class Opened:
 
         return Gates(**self.loaded.suite.gates.model_dump())
 
-    def make_folder(self) -> None:
-        """Create the run's folder. Raises UserMistake if it is not writable."""
+    def make_folder(self, *, for_tables: bool = False) -> None:
+        """Create the run's folder. Raises UserMistake if it is not writable.
+
+        `for_tables`: nothing else is written, so the store may be on a disk that is read alone.
+        """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.store.root.mkdir(exist_ok=True)
-            for folder in (self.folder, self.store.root):
+            for folder in (self.folder,) if for_tables else (self.folder, self.store.root):
+                folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
                     pass
         except OSError as error:
-            raise UserMistake(f"--runs {self.folder.parent}: cannot be written: {one_line(error.strerror)}") from None
+            if disk.is_full(error):
+                raise
+            is_elsewhere = self.folder.parent != self.store.root.parent
+            where = f"--into {self.folder}" if is_elsewhere else f"--runs {self.folder.parent}"
+            hint = "; write the tables to another folder with --into" if for_tables and not is_elsewhere else ""
+            raise UserMistake(f"{where}: cannot be written: {one_line(error.strerror)}{hint}") from None
 
     def made_by_other_code(self, committed: Collection[str]) -> list[str]:
         """Return the keys of the committed stages that other code made than the code that is here."""
@@ -66,32 +75,32 @@ class Opened:
 
 
 def open_suite(
-    suite: str, overrides: Sequence[str] = (), *, plugins: Sequence[str] = (), runs: str = "runs"
+    suite: str,
+    overrides: Sequence[str] = (),
+    *,
+    plugins: Sequence[str] = (),
+    runs: str | None = None,
+    into: str | None = None,
 ) -> Opened:
-    """Read, check and plan a suite: a file, or the name of a bundled one.
+    """Read, check and plan a suite: a file, the name of a bundled one, the folder of a run, or a run's name.
 
-    `overrides` are key=value, as for --set. Raises UserMistake with all mistakes.
+    `overrides` are key=value, as for --set. `runs`: the results folder; None: that of the run that is named, else
+    "runs". `into`: a folder for the tables, in place of the run's. Raises UserMistake with all mistakes.
     """
-    folder = _runs_folder(runs)
+    found = named.suite(suite, runs)
     registry.load_plugins(plugins)
-    loaded = load(find(suite), overrides)
+    try:
+        loaded = load(found.suite, overrides)
+    except UserMistake as mistake:
+        missing = resolved.plugins(found.suite) if found.is_run and not plugins else []
+        if not missing:
+            raise
+        again = " ".join(f"--plugin {one_line(file, 300)}" for file in missing)
+        raise UserMistake([*mistake.messages, f"{one_line(found.suite)}: this run was made with {again}"]) from None
     return Opened(
         loaded=loaded,
         plan=make(loaded),
-        store=Store(folder / "store"),
-        folder=folder / loaded.suite.name,
+        store=Store(found.runs / "store"),
+        folder=Path(into) if into is not None else found.runs / loaded.suite.name,
         plugins=tuple(str(Path(path).resolve()) for path in plugins),
     )
-
-
-def _runs_folder(given: str) -> Path:
-    """Return the results folder. Raises UserMistake if it cannot exist."""
-    try:
-        path = Path(given)
-        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
-    except (OSError, ValueError) as error:
-        raise UserMistake(f"--runs {one_line(given)}: {one_line(getattr(error, 'strerror', None) or error)}") from None
-    if not nearest.is_dir():
-        what = "is a file" if nearest == path else f"'{one_line(nearest)}' is a file"
-        raise UserMistake(f"--runs {one_line(given)}: {what}; name a folder")
-    return path

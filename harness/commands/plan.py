@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from harness.commands import arguments
 from harness.core.errors import ExitCode, UserMistake
@@ -25,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bare number such as 0.05 is in each metric's own unit",
     )  # fmt: skip
     parser.add_argument(
-        "--pilot", metavar="FOLDER",
-        help="with --power: the folder of the pilot run, of two seeds and two defenses or more (default: this suite's)",
+        "--pilot", metavar="RUN",
+        help="with --power: the pilot run, by its folder, name or suite, of two seeds and two defenses or more "
+        "(default: this suite's)",
     )  # fmt: skip
     parser.add_argument(
         "--between", nargs=2, metavar="LABEL",
@@ -48,9 +48,10 @@ def main(given: argparse.Namespace) -> ExitCode:
 
         show(opened, arguments.console(), given.tflops)
         return ExitCode.DONE
+    from harness.commands import named
     from harness.results import power
 
-    pilot = Path(given.pilot) if given.pilot is not None else None
+    pilot = named.run(given.pilot, given.runs, "--pilot") if given.pilot is not None else None
     question = power.Question(*given.power, pilot, tuple(given.between) if given.between else None)
     power.show(opened.plan, len(opened.loaded.suite.seeds), question, opened.folder, arguments.console())
     return ExitCode.DONE

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import statistics
+import contextlib
 from typing import TYPE_CHECKING
 
 from harness.commands.opened import Opened
@@ -13,11 +12,14 @@ from harness.core.counted import counted
 from harness.executors.progress import format_seconds
 from harness.model.source import has_sd1_shape
 from harness.plan import cost
-from harness.store.layout import RECORD
 from harness.suite import fetching
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+MOST_RECORDS = 2000
+"""Records of a kind that are read for an estimate."""
+
 
 def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
     """Print the stages by kind: requested, shared, done, and the remaining work in passes and time.
@@ -27,12 +29,12 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
     from rich.table import Table
 
     plan, committed = opened.plan, opened.committed()
-    rates = _rates(opened)
+    pace = _pace(opened)
     trials = counted(len(plan.measurements), "trial")
     table = Table(title=f"{plan.suite} on {opened.source.name}: {trials}", title_justify="left")
     for header in ("stage", "in the grid", "after sharing", "done", "to do", "UNet passes to do", "estimate"):
         table.add_column(header, justify="left" if header == "stage" else "right")
-    total_seconds, is_known = 0.0, True
+    total_seconds, n_unknown = 0.0, 0
     asked = cost.asked(plan)
     for kind in kinds_in_order():
         stages = {k: s for k, s in plan.stages.items() if s.kind == kind}
@@ -40,12 +42,12 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
             continue
         to_do = {k: s for k, s in stages.items() if k not in committed}
         work = sum(s.work for s in to_do.values())
-        seconds = _estimate(kind, to_do, rates)
-        is_known &= seconds is not None
-        total_seconds += seconds or 0.0
+        known = [seconds for s in to_do.values() if (seconds := pace.seconds(s)) is not None]
+        total_seconds += sum(known)
+        n_unknown += len(to_do) - len(known)
         table.add_row(
             kind, str(asked[kind]), str(len(stages)), str(len(stages) - len(to_do)), str(len(to_do)), f"{work:,.0f}",
-            format_seconds(seconds) if seconds is not None else "unknown",
+            _estimate(known, len(to_do)),
         )  # fmt: skip
     console.print(table)
     console.print(
@@ -64,18 +66,16 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
     )
     for line in fetched.lines(fetching.of_suite(opened.loaded)):
         console.print(line, highlight=False)
-    if is_known:
+    basis = "from stages done here of the same kind, method, model, device and about the same work"
+    if total_seconds:
+        less = f" without {counted(n_unknown, 'stage')} of which none was done here" if n_unknown else ""
         console.print(
-            f"estimate: {format_seconds(total_seconds)} of stage time, from stages done here; divide by the number "
-            "of workers",
+            f"estimate: {format_seconds(total_seconds)} of stage time{less}, {basis}; divide by the number of workers",
             highlight=False,
         )
-    else:
-        console.print(
-            "no estimate yet: learned from finished stages",
-            highlight=False,
-        )
-    if tflops is not None or not is_known:
+    elif n_unknown:
+        console.print(f"no estimate yet: learned {basis}", highlight=False)
+    if tflops is not None or n_unknown:
         to_do = sum(stage.work for key, stage in plan.stages.items() if key not in committed)
         _show_gpu_hours(opened, to_do, tflops, console)
 
@@ -98,31 +98,19 @@ def _show_gpu_hours(opened: Opened, passes: float, tflops: float | None, console
     )
 
 
-def _rates(opened: Opened, limit: int = 40) -> dict[str, tuple[float, float]]:
-    """Return kind -> (seconds per pass, seconds per stage), medians over records in the store for this model."""
-    rates = {}
-    for kind in {s.kind for s in opened.plan.stages.values()}:
-        per_pass, per_stage = [], []
-        for key in sorted(opened.store.committed(kind))[:limit]:
-            path = opened.store.path(kind, key) / RECORD
-            if not path.exists():
-                continue
-            record = json.loads(path.read_text("utf-8"))
-            if record["identity"]["model"] not in ({}, dict(opened.source.identity)):
-                continue
-            per_stage.append(record["seconds"])
-            if record["work"] > 0:
-                per_pass.append(record["seconds"] / record["work"])
-        if per_stage:
-            rates[kind] = (statistics.median(per_pass) if per_pass else 0.0, statistics.median(per_stage))
-    return rates
+def _pace(opened: Opened) -> cost.Pace:
+    """Return how long finished stages in this store took, for kinds of which something is to do."""
+    pace = cost.Pace(on_gpu=opened.loaded.suite.resources.gpus > 0)
+    for kind in {stage.kind for stage in opened.plan.stages.values()}:
+        for key in sorted(opened.store.committed(kind))[:MOST_RECORDS]:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or of another program
+                pace.learn(opened.store.record(kind, key))
+    return pace
 
 
-def _estimate(kind: str, to_do: dict, rates: dict[str, tuple[float, float]]) -> float | None:
-    """Return the seconds that the remaining stages need; None if no stage of this kind was done here before."""
-    if not to_do:
-        return 0.0
-    if kind not in rates:
-        return None
-    per_pass, per_stage = rates[kind]
-    return sum(per_pass * s.work if s.work > 0 and per_pass > 0 else per_stage for s in to_do.values())
+def _estimate(known: list[float], to_do: int) -> str:
+    """Return the table's cell for stages of which some have a known time."""
+    if not known and to_do:
+        return "unknown"
+    more = f" + {to_do - len(known)} unknown" if len(known) < to_do else ""
+    return f"{format_seconds(sum(known))}{more}"

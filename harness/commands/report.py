@@ -15,7 +15,8 @@ SUMMARY = "make the page of a run: leaderboard, curves, images, provenance"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("folder", help="the folder of a run, such as runs/quickstart")
+    arguments.add_run(parser)
+    arguments.add_into(parser, "the page (in a folder `report`)")
     parser.add_argument(
         "--prompts", type=arguments.count, default=3, metavar="N",
         help="prompts that an image sheet shows (default: 3)",
@@ -25,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
+    from harness.commands import named
     from harness.report import page
 
     registry.load_plugins(given.plugins)
-    made = page.make(Path(given.folder), given.prompts)
+    into = Path(given.into) if given.into is not None else None
+    made = page.make(named.run(given.run, given.runs), given.prompts, into)
     print(
         f"written: {one_line(made.page, 1000)} ({counted(made.sheets, 'image sheet')}, {counted(made.images, 'image')})"
     )

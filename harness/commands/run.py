@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from harness.commands import arguments
-from harness.core.errors import ExitCode
+from harness.core.errors import ExitCode, UserMistake
 
 SUMMARY = "run the missing stages of a suite, then show its leaderboard"
 EXECUTORS = ("ray", "serial")
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is recorded, also failures; never: run everything anew; only-cached: run nothing, show what is committed; "
         "stale=redo: run anew what other code made, and what reads it",
     )  # fmt: skip
+    arguments.add_into(parser, "the tables (with --cache only-cached)")
     parser.add_argument("--track", action="store_true", help="write training curves for TensorBoard (extra: tracking)")
     parser.add_argument("--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one")
 
@@ -33,6 +34,10 @@ def main(given: argparse.Namespace) -> ExitCode:
     from harness.commands.opened import open_suite
     from harness.commands.running import RunOptions, run
 
-    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    if given.into is not None and given.cache != "only-cached":
+        raise UserMistake("--into: requires --cache only-cached; the results of a run go to --runs")
+    opened = open_suite(
+        given.suite, given.overrides, plugins=given.plugins, runs=given.runs, into=given.into
+    )
     options = RunOptions(given.executor, given.cache, given.track, given.ray_address)
     return run(opened, options, arguments.console())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections import Counter
@@ -14,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from harness.commands.opened import Opened
 from harness.commands.written import are_written, finish, write_resolved, write_tables
 from harness.contracts.stage import kinds_in_order
+from harness.core import disk, streams, termination
 from harness.core.counted import counted
-from harness.core.errors import ExitCode, UserMistake
+from harness.core.errors import ExitCode, UserMistake, one_line
 from harness.executors.events import EventLog
 from harness.executors.walk import Summary, Walk
 from harness.stages import code, tracking
 from harness.stages.workplace import Workplace
+from harness.store.store import WORK_DAYS
 from harness.suite import fetching
 from harness.suite.preflight import preflight
 
@@ -41,10 +42,10 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
     committed = opened.committed()
     recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
     if options.cache == "only-cached":
-        opened.make_folder()
+        opened.make_folder(for_tables=True)
         finish(opened, console)
+        write_resolved(opened)
         return ExitCode.DONE
-    _forget_others(opened, recorded_failures)
     other = opened.made_by_other_code(committed)
     redo = _redone(opened, options, committed, other)
     done = committed - redo
@@ -56,7 +57,7 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
             finish(opened, console)
             return _show_failures(opened, walk.summary(), console)
         if not are_written(opened):
-            opened.make_folder()
+            opened.make_folder(for_tables=True)
             write_tables(opened)
             write_resolved(opened)
         show_other_code(opened, other, console)
@@ -70,6 +71,11 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
     show_other_code(opened, sorted(set(other) - redo), console)
     opened.make_folder()
     opened.store.sweep()
+    if dropped := opened.store.sweep_work():
+        console.print(
+            f"removed the saved state of {counted(dropped, 'unfinished stage')}, untouched for {WORK_DAYS} days",
+            highlight=False,
+        )
     write_resolved(opened)
     return _walked(opened, options, walk, redo, console)
 
@@ -123,11 +129,19 @@ def _walked(
         highlight=False,
     )
     started = time.monotonic()
-    with Progress(walk, console) as progress:
+    with termination.as_interrupt(), Progress(walk, console) as progress:
 
         def listen(event: str, data: dict[str, Any]) -> None:
-            events(event, data)
-            progress(event, data)
+            try:
+                events(event, data)
+                progress(event, data)
+            except BrokenPipeError:  # the reader of our output has ended, as `head` does: so do we
+                streams.silence()
+                raise KeyboardInterrupt from None
+            except OSError as error:
+                if not disk.is_full(error):
+                    raise
+                walk.stop(str(error))
 
         if options.executor == "ray":
             from harness.executors import ray_tune
@@ -137,7 +151,10 @@ def _walked(
             from harness.executors import serial
 
             summary = serial.run(walk, workplace, listen)
-    events("run_ended", {"done": summary.done, "failed": len(summary.failed), "blocked": len(summary.blocked)})
+    with disk.tolerated():
+        events("run_ended", {"done": summary.done, "failed": len(summary.failed), "blocked": len(summary.blocked)})
+    if summary.stopped and not summary.is_interrupted:
+        return _show_stopped(opened, walk, summary, console)
     if summary.is_interrupted:
         write_tables(opened)
         console.print(
@@ -187,13 +204,6 @@ def _check_devices(opened: Opened) -> None:
         )
 
 
-def _forget_others(opened: Opened, recorded: dict[str, Path]) -> None:
-    """Remove the failures of stages that are no longer in the plan, such as those of a plug-in before an edit."""
-    for key in recorded.keys() - opened.plan.stages.keys():
-        with contextlib.suppress(OSError):
-            recorded.pop(key).unlink(missing_ok=True)
-
-
 def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:
     """Mark units whose stages failed in an earlier run as failed, without another try (--cache always)."""
     for index in sorted(walk.missing):
@@ -201,6 +211,19 @@ def _fail_as_before(walk: Walk, recorded: dict[str, Path]) -> None:
         if broken and index not in walk.blocked:
             walk.fail(index, json.loads(broken[0].read_text("utf-8"))["error"])
     walk.ready = type(walk.ready)(i for i in walk.ready if i not in walk.failed and i not in walk.blocked)
+
+
+def _show_stopped(opened: Opened, walk: Walk, summary: Summary, console: Console) -> ExitCode:
+    """Say that a full disk ended the run. The tables are not written: they would not fit either."""
+    console.print(
+        f"stopped, a disk is full: {one_line(summary.stopped, 300)}. {summary.done} of {counted(walk.total, 'unit')} "
+        f"are done and kept in {opened.store.root}; free some space, then continue with the same command.",
+        style="red",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return ExitCode.DISK_FULL
 
 
 def _show_failures(opened: Opened, summary: Summary, console: Console) -> ExitCode:

@@ -15,6 +15,7 @@ SUMMARY = "write and show the tables from what is committed"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     arguments.add_suite(parser)
+    arguments.add_into(parser, "the tables")
     parser.add_argument(
         "--with-paper", action="store_true",
         help="also write papers' printed numbers of the same tasks and defenses, in a separate table",
@@ -29,8 +30,10 @@ def main(given: argparse.Namespace) -> ExitCode:
     from harness.commands.written import show, write_resolved, write_tables
     from harness.results import papers
 
-    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
-    opened.make_folder()
+    opened = open_suite(
+        given.suite, given.overrides, plugins=given.plugins, runs=given.runs, into=given.into
+    )
+    opened.make_folder(for_tables=True)
     beside = papers.beside(opened.loaded.suite, arguments.warn) if given.with_paper else []
     written = write_tables(opened, beside)
     write_resolved(opened)

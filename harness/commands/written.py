@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands import arguments
@@ -46,10 +45,6 @@ def show(opened: Opened, written: Written, console: Console) -> None:
 
 def write_resolved(opened: Opened) -> None:
     """Write the resolved suite, including defaults and overrides."""
-    import yaml
+    from harness.suite import resolved
 
-    from harness.results.folder import RESOLVED
-
-    described = opened.loaded.suite.model_dump(mode="json")
-    text = f"# resolved from {Path(opened.loaded.source.name).name}, with defaults and overrides\n"
-    write_text(opened.folder / RESOLVED, text + yaml.safe_dump(described, sort_keys=False))
+    write_text(opened.folder / resolved.RESOLVED, resolved.text(opened.loaded, opened.folder, opened.plugins))

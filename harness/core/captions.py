@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import random
 from pathlib import Path
+
+from harness.core.paths import SUITES
 
 
 def path(name: str) -> Path:
     """Return the file of a list; `name` is a bundled list, else a path."""
-    bundled = Path(str(importlib.resources.files("suites"))) / f"{name}.txt"
+    bundled = SUITES / f"{name}.txt"
     return bundled if bundled.is_file() else Path(name)
 
 

@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     DONE = 0
     TRIALS_FAILED = 1
     USER_MISTAKE = 2
+    DISK_FULL = 5
     INTERRUPTED = 130
 
 

@@ -27,6 +27,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def open_to_others(folder: Path, like: Path) -> None:
+    """Give the files of a folder, at any depth, the rights of `like`, a file made with the user's umask.
+
+    Libraries such as safetensors write files that only their owner can read. Rights are added, never taken.
+    """
+    rights = like.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            continue
+        mode = path.stat().st_mode & 0o7777
+        wanted = mode | rights | ((rights & 0o444) >> 2 if path.is_dir() else 0)  # to read a folder is to enter it
+        if wanted != mode:
+            path.chmod(wanted)
+
+
 def is_alive(pid: int) -> bool:
     """Return whether a process of this machine is alive."""
     try:

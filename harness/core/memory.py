@@ -10,17 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness.core import machine
 from harness.core.files import write_json
-
-
-def cache_folder() -> Path | None:
-    """Return the program's folder for files that can be made again; None if the user has no home."""
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return None
-    return root / "immunitybench"
-
 
 _GRAIN_NS = 2_000_000_000
 """Two edits within the clock's grain of a file system have one time; FAT has the coarsest, two seconds."""
@@ -35,8 +26,8 @@ class Memory:
     """JSON values computed from files; a value counts while size and modification time of its file are the same."""
 
     def __init__(self, name: str):
-        folder = cache_folder()
-        self.file = None if folder is None else folder / name
+        cache = machine.user_cache()
+        self.file = cache / "immunitybench" / name if cache else None
         self.is_changed = False
         self.known: dict[str, list] = {}
         if self.file is not None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+PACKAGES = Path(__file__).resolve().parents[2]
+"""Where the bundled packages are: harness, defenses, attacks, metrics and suites."""
+SUITES = PACKAGES / "suites"
 ROOT = Path(__file__).resolve().parents[1] / "testbed"
 GENERATOR = ROOT / "generator"
 CLIP = ROOT / "evaluators" / "clip"

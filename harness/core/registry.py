@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
-from harness.core import code
+from harness.core import code, paths
 from harness.core.errors import UserMistake, did_you_mean, one_line
 from harness.core.identity import digest_of_json
 
@@ -195,7 +196,7 @@ def load() -> None:
         return
     _is_loaded = True
     for package_name in PACKAGES:
-        package = importlib.import_module(package_name)
+        package = _bundled(package_name)
         for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
             importlib.import_module(module.name)
     for group in GROUPS:
@@ -209,7 +210,27 @@ def load() -> None:
                 ) from error
 
 
-def load_plugins(paths: Sequence[str | Path], *, is_worker: bool = False) -> None:
+def _bundled(name: str) -> ModuleType:
+    """Import a bundled package: the one beside `harness`, whatever the working folder holds under that name.
+
+    Raises UserMistake where a program of the user's has imported another one.
+    """
+    sys.path.insert(0, str(paths.PACKAGES))
+    try:
+        package = importlib.import_module(name)
+    finally:
+        sys.path.remove(str(paths.PACKAGES))
+    found = [Path(place).resolve() for place in getattr(package, "__path__", ())]
+    if paths.PACKAGES.joinpath(*name.split(".")) not in found:
+        other = getattr(package, "__file__", None) or ", ".join(map(str, found)) or "built in"
+        raise UserMistake(
+            f"the package '{name}' of ImmunityBench is hidden by {one_line(other, 300)}, which this program imported; "
+            "rename that one"
+        )
+    return package
+
+
+def load_plugins(files: Sequence[str | Path], *, is_worker: bool = False) -> None:
     """Import each `--plugin` file; its methods register themselves. An edited file is imported again.
 
     `is_worker`: a file that this process imported is not looked at again, so that all stages of a run have one code.
@@ -218,7 +239,7 @@ def load_plugins(paths: Sequence[str | Path], *, is_worker: bool = False) -> Non
     """
     load()
     mistakes: list[str] = []
-    for given in paths:
+    for given in files:
         try:
             _load_plugin(Path(given), is_worker)
         except UserMistake as mistake:

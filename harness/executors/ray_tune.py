@@ -12,16 +12,18 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.contracts.stage import from_json, to_json
+from harness.core import disk, machine, termination
+from harness.core.counted import counted
 from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
-from harness.core.files import is_alive, write_json
+from harness.core.files import write_json
 from harness.executors import outcome
 from harness.executors.events import Listener
+from harness.executors.scratch import own_scratch
 from harness.executors.walk import Summary, Walk
 from harness.stages.execution import execute_unit
 from harness.stages.workplace import Workplace
@@ -37,13 +39,10 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         from ray import tune
     except ImportError:
         raise UserMistake("Ray is not installed; install ray[tune] or add --executor serial") from None
-    for left in workplace.run_folder.glob("ray-*"):
-        if not is_alive(int(left.name.removeprefix("ray-"))):
-            shutil.rmtree(left, ignore_errors=True)
-    scratch = workplace.run_folder / f"ray-{os.getpid()}"
-    scratch.mkdir(parents=True, exist_ok=True)
     with _environment(), contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(own_scratch(workplace.run_folder))
         _start(ray, address, workplace)
+        stack.enter_context(termination.as_interrupt())  # after init, which sets a handler of Ray's
         stack.callback(ray.shutdown)
         stack.enter_context(_errors_to(workplace.run_folder / "logs" / "ray.log"))  # after init, which drops handlers
         searcher = _make_searcher(walk, listen, scratch)
@@ -74,8 +73,11 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
             tuner.fit()
         except KeyboardInterrupt:
             is_interrupted = True
-    shutil.rmtree(scratch, ignore_errors=True)
-    if not is_interrupted and not walk.is_finished:
+        except Exception as error:
+            if not disk.is_full(error):
+                raise
+            walk.stop(one_line(error, 300))  # Tune could not write to its scratch folder
+    if not is_interrupted and not walk.stopped and not walk.is_finished:
         walk.abandon("Ray Tune ended before it was done; is the cluster large enough for resources.cpus and gpus?")
     return walk.summary(is_interrupted=is_interrupted)
 
@@ -91,13 +93,13 @@ def _start(ray, address: str | None, workplace: Workplace) -> None:
         "configure_logging": False,
     }
     if address is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = machine.cores()
         workers = workplace.sharding.workers
         if cores < workplace.cpus * workers:
             shared = f" and resources.workers {workers}" if workers > 1 else ""
             fitting = max(1, cores // workers)
             raise UserMistake(
-                f"resources.cpus is {workplace.cpus}{shared}, but this machine has {cores} cores; use "
+                f"resources.cpus is {workplace.cpus}{shared}, but a run may use {counted(cores, 'core')} here; use "
                 f"--set resources.cpus={fitting}{' --set resources.workers=1' if fitting * workers > cores else ''}"
             )
         options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from harness.core import disk
 from harness.plan.graph import Plan, Unit
 
 
@@ -18,6 +19,7 @@ class Summary:
     failed: tuple[tuple[str, str], ...] = ()  # (unit name, message); unit names may repeat
     blocked: tuple[tuple[str, str], ...] = ()  # (unit name, name of the failed unit that it needs)
     is_interrupted: bool = False
+    stopped: str = ""  # why no further units were handed out, although some were ready
 
 
 class Walk:
@@ -33,6 +35,7 @@ class Walk:
         self.done: set[int] = set()
         self.failed: dict[int, str] = {}
         self.blocked: dict[int, int] = {}
+        self.stopped = ""
         self.owner = owner = {k: i for i, unit in enumerate(plan.units) for k in unit.stages}
         self._remade: set[str] = set()
         cached = {i for i, unit in enumerate(plan.units) if all(is_done(k) for k in unit.stages)}
@@ -49,12 +52,14 @@ class Walk:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every unit is done, failed or blocked."""
+        """Whether every unit is done, failed or blocked, or none is handed out any more and none is running."""
+        if self.stopped and not self.running:
+            return True
         return len(self.done) + len(self.failed) + len(self.blocked) == self.total
 
     def take(self) -> int | None:
         """Return the index of a ready unit and mark it running, or None when none is ready."""
-        if not self.ready:
+        if not self.ready or self.stopped:
             return None
         index = self.ready.popleft()
         self.running.add(index)
@@ -74,9 +79,11 @@ class Walk:
                 self.ready.append(dependent)
 
     def fail(self, index: int, message: str) -> list[int]:
-        """Mark a unit failed; return the units that it blocks."""
+        """Mark a unit failed; return the units that it blocks. On a full disk no further units are handed out."""
         self.running.discard(index)
         self.failed[index] = message
+        if disk.is_full(message):  # each of the others would train on, and then fail when it saves
+            self.stop(message)
         newly: list[int] = []
         stack = list(self.dependents.get(index, ()))
         while stack:
@@ -115,6 +122,10 @@ class Walk:
             self.ready.append(index)
         return True
 
+    def stop(self, why: str) -> None:
+        """Hand out no further units; those that are running may end."""
+        self.stopped = self.stopped or why
+
     def abandon(self, message: str) -> None:
         """Mark everything that is not done as failed, when the executor cannot continue."""
         for index in set(self.missing) - self.done - self.failed.keys() - self.blocked.keys():
@@ -129,4 +140,5 @@ class Walk:
             failed=tuple((self.unit(i).name, m) for i, m in self.failed.items()),
             blocked=tuple((self.unit(i).name, self.unit(j).name) for i, j in self.blocked.items()),
             is_interrupted=is_interrupted,
+            stopped=self.stopped,
         )

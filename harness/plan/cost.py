@@ -6,9 +6,14 @@ a number that a test counts (tests/ml/test_cost.py).
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from harness.core import registry
+from harness.core.identity import Stage
 from harness.plan.graph import Plan
 
 SD1_UNET_FLOPS = 803_273_441_280
@@ -63,3 +68,42 @@ def asked(plan: Plan) -> Counter[str]:
 def gpu_hours(passes: float, tflops: float) -> float:
     """Return the GPU-hours of `passes` passes of the SD 1.x UNet at a sustained throughput."""
     return passes * SD1_UNET_FLOPS / (tflops * 1e12) / 3600
+
+
+NEAR = 2.0
+"""A stage's time is taken from stages whose work is at most so many times more or less, in proportion to the work."""
+
+
+@dataclass
+class Pace:
+    """How long stages take, learned from records of finished ones.
+
+    A time is taken only from stages of the same kind, method, model, precision and device, and about the same work: a
+    stage of a few passes is mostly start-up, so it says nothing about one of a thousand.
+    """
+
+    on_gpu: bool
+    """Whether the stages to be estimated run on a GPU."""
+    _times: dict[tuple[Any, ...], list[tuple[float, float]]] = field(default_factory=dict)
+
+    def learn(self, record: Mapping[str, Any]) -> None:
+        """Learn from the record of a finished stage. Raises KeyError, TypeError or ValueError for a damaged one."""
+        if (record["provenance"]["device"] != "cpu") != self.on_gpu:
+            return
+        of = record["identity"]
+        like = (of["kind"], of["component"], tuple(sorted(of["model"].items())), of["precision"])
+        self._times.setdefault(like, []).append((float(record["work"]), float(record["seconds"])))
+
+    def seconds(self, stage: Stage) -> float | None:
+        """Return how long a stage will take: the median over finished ones like it; None if there are none."""
+        like = (stage.kind, stage.component, tuple(sorted(stage.model.items())), stage.precision)
+        times = self._times.get(like, ())
+        if stage.work <= 0:
+            near = [seconds for work, seconds in times if work <= 0]
+        else:
+            near = [
+                seconds * stage.work / work
+                for work, seconds in times
+                if work > 0 and max(work / stage.work, stage.work / work) <= NEAR
+            ]
+        return statistics.median(near) if near else None

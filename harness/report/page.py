@@ -17,6 +17,7 @@ from harness import report
 from harness.analysis.curves import curves
 from harness.analysis.definitions import BY_NAME
 from harness.analysis.leaderboard import by_concept, leaderboard
+from harness.core import disk
 from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
 from harness.core.version import __version__
@@ -45,13 +46,17 @@ class Made:
     left_out: int
 
 
-def make(path: Path, prompts: int = sheets.PROMPTS) -> Made:
-    """Make the report of a run folder, replacing an older one. Raises UserMistake if it cannot be made."""
+def make(path: Path, prompts: int = sheets.PROMPTS, into: Path | None = None) -> Made:
+    """Make the report of a run folder, replacing an older one. Raises UserMistake if it cannot be made.
+
+    It is made in `into`, or else in the run folder.
+    """
     run = run_folder.read(path)
     if not run.rows:
         raise UserMistake(f"{one_line(path)}: no rows yet; run some stages of the suite first")
-    final = path / FOLDER
-    temporary = path / f".{FOLDER}.{uuid.uuid4().hex[:8]}"
+    place = path if into is None else into
+    final = place / FOLDER
+    temporary = place / f".{FOLDER}.{uuid.uuid4().hex[:8]}"
     try:
         for name in ("figures", "images", "data"):
             (temporary / name).mkdir(parents=True)
@@ -59,7 +64,10 @@ def make(path: Path, prompts: int = sheets.PROMPTS) -> Made:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     except OSError as error:
-        raise UserMistake(f"{one_line(final)}: cannot be written: {one_line(error.strerror or error)}") from None
+        if disk.is_full(error):
+            raise
+        hint = "; write it to another folder with --into" if into is None else ""
+        raise UserMistake(f"{one_line(final)}: cannot be written: {one_line(error.strerror or error)}{hint}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Made(final / "index.html", *made)

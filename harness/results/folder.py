@@ -9,10 +9,8 @@ from typing import Any
 import yaml
 
 from harness.core.errors import UserMistake, one_line
-from harness.results.tables import STATE
-
-RESOLVED = "suite.resolved.yaml"
-"""The suite including defaults and overrides."""
+from harness.results import tables
+from harness.suite.resolved import RESOLVED
 
 
 def read_suite(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -34,15 +32,17 @@ def read_suite(folder: Path) -> tuple[str, dict[str, Any]]:
 def is_whole(folder: Path) -> bool:
     """Return whether the tables contain every row of the plan."""
     try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))["is_whole"] is True
+        return json.loads((folder / tables.STATE).read_text(encoding="utf-8"))["is_whole"] is True
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def failures(folder: Path) -> list[tuple[str, str]]:
-    """Return (stage, error) of the stages that failed in the last run."""
-    found = []
-    for file in sorted((folder / "failures").glob("*.json")):
+    """Return (stage, error) of the stages that failed in the last run; not of stages of other grids of that name."""
+    found, others = [], tables.others(folder)
+    for file in sorted((folder / tables.FAILURES).glob("*.json")):
+        if file.stem in others:
+            continue
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             found.append((str(record["label"]), str(record["error"])))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.core.errors import UserMistake, did_you_mean, one_line
 from harness.results import folder as run_folder
+from harness.results.cells import from_cell
 from harness.results.rows import read_rows
 from harness.store.layout import step_folder
 from harness.store.store import Store
@@ -79,7 +80,8 @@ class LoadedRun:
         except (OSError, ValueError) as error:
             raise UserMistake(f"{one_line(path)}: {one_line(error)}; write it anew with `table`") from None
         words = [column for column in made if pd.api.types.is_string_dtype(made[column])]
-        return made.fillna(dict.fromkeys(words, ""))
+        made = made.fillna(dict.fromkeys(words, ""))
+        return made.assign(**{column: made[column].map(from_cell) for column in words})
 
     @cached_property
     def leaderboard(self) -> DataFrame:

@@ -7,14 +7,17 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from harness.results.cells import from_cell
+
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Return the lines of a CSV file as text; [] if it is missing or cannot be read."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+            lines = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error):
         return []
+    return [{name: from_cell(cell) if isinstance(cell, str) else cell for name, cell in line.items()} for line in lines]
 
 
 def mean_of(lines: Iterable[Mapping[str, str]], column: str) -> float | None:

@@ -1,8 +1,8 @@
 """Rows: one value per trial, step, prompt and metric, as a DataFrame; from committed score stages, to and from files.
 
 Text columns are categorical, in order of first appearance. Only `prompt_index` may be missing (for a metric on whole
-sets); a label that some rows lack is the empty string there. `rows.csv` is for people and `read_rows`; `rows.parquet`
-has the same table for other programs.
+sets); a label that some rows lack is the empty string there. `rows.csv` is for people and `read_rows`, its texts marked
+as `cells` has it; `rows.parquet` has the same table for other programs, with all texts as they are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from harness.core import registry
 from harness.core.errors import UserMistake, one_line
 from harness.core.files import write_text
 from harness.plan.graph import Plan
+from harness.results.cells import from_cell, to_cell
 from harness.store.layout import SCORES
 from harness.store.store import Damaged, Store
 
@@ -247,7 +248,7 @@ def _csv_texts(rows: DataFrame) -> Iterator[Any]:
     import pyarrow
     from pyarrow import compute
 
-    yield (",".join(_quoted(name) for name in rows.columns) + "\n").encode()
+    yield (",".join(_quoted(to_cell(name)) for name in rows.columns) + "\n").encode()
     if not len(rows):
         return
     codes = {name: _codes(rows[name]) for name in rows.columns if name not in ("prompt_index", "value")}
@@ -292,7 +293,8 @@ def _texts(column: Series, known: dict[str, Any]) -> pyarrow.Array:
 
     if hasattr(column, "cat"):
         if column.name not in known:
-            known[column.name] = pyarrow.array([_quoted(_cell(text)) for text in column.cat.categories], type="string")
+            words = [_quoted(to_cell(text)) for text in column.cat.categories]
+            known[column.name] = pyarrow.array(words, type="string")
         return known[column.name].take(pyarrow.array(column.cat.codes.to_numpy()))
     numbers = pyarrow.array(column)
     if not pyarrow.types.is_floating(numbers.type):
@@ -313,7 +315,10 @@ def _quoted(cell: Any) -> str:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Write lines as a CSV file: floats in full precision, booleans in lower case, undefined values empty."""
+    """Write lines as a CSV file: floats in full precision, booleans in lower case, undefined values empty.
+
+    Text that a spreadsheet would read as a formula is marked as text (`cells`).
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -326,6 +331,8 @@ def _cell(value: Any) -> Any:
         return "true" if value else "false"
     if value is None or value != value:
         return ""
+    if isinstance(value, str):
+        return to_cell(value)
     return repr(float(value)) if isinstance(value, float) else value
 
 
@@ -423,6 +430,13 @@ def _typed(table: pyarrow.Table) -> DataFrame:
 
     index = table["prompt_index"]
     rows = table.drop_columns("prompt_index").unify_dictionaries().to_pandas()
+    rows = rows.rename(columns=from_cell)
+    for name in rows.columns:
+        if hasattr(rows[name], "cat") and any(text.startswith("'") for text in rows[name].cat.categories):
+            words = [from_cell(text) for text in rows[name].cat.categories]
+            known = list(dict.fromkeys(words))  # another program may have written one text in two ways
+            codes = [known.index(word) for word in words]
+            rows[name] = pd.Categorical.from_codes(np.append(codes, -1)[rows[name].cat.codes], known)
     is_weak = rows["is_weak"].cat
     rows["is_weak"] = np.append(is_weak.categories == "true", False)[is_weak.codes]
     values = index.fill_null(0).to_numpy().copy()

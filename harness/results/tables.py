@@ -34,6 +34,8 @@ from harness.store.store import Store
 
 STATE = "tables.json"
 """The file that records what the folder's tables were made from, the written files, and failed diagnostics."""
+FAILURES = "failures"
+"""The folder of the records of stages that failed: KIND-KEY.json."""
 VERSION = 14
 """Increased when the same rows give different tables or figures."""
 RESERVED = frozenset({"paper_rows", "report"})
@@ -82,9 +84,24 @@ def write(
     files += _write_own(diagnostics, run, general, {Path(name).stem for name in files} | RESERVED)
     _remove_old(folder, files)
     failed = {name: asdict(failure) for name, failure in diagnostics.failures.items()}
-    state = {"of": _fingerprint(plan, model_name, gates), "is_whole": is_whole, "files": files, "failed": failed}
+    state = {
+        "of": _fingerprint(plan, model_name, gates),
+        "is_whole": is_whole,
+        "files": files,
+        "failed": failed,
+        "others": _failures_of_others(plan, folder),
+    }
     write_json(folder / STATE, state)
     return Written(shown, files)
+
+
+def _failures_of_others(plan: Plan, folder: Path) -> list[str]:
+    """Return the names of recorded failures of stages that this plan does not have, such as those of a larger grid.
+
+    They are kept: the larger grid may be asked about again. Readers of the folder leave them out.
+    """
+    own = {f"{stage.kind}-{key}" for key, stage in plan.stages.items()}
+    return sorted(file.stem for file in (folder / FAILURES).glob("*.json") if file.stem not in own)
 
 
 def _of_tasks(run: RunResults) -> tuple[list[Table | Figure], list[Section]]:
@@ -205,6 +222,12 @@ def failures(folder: Path) -> list[tuple[str, str]]:
     if not isinstance(failed, dict):
         return []
     return [(str(name), str(each.get("error") if isinstance(each, dict) else each)) for name, each in failed.items()]
+
+
+def others(folder: Path) -> frozenset[str]:
+    """Return the names of recorded failures that are not those of the run that the tables show."""
+    listed = _state(folder).get("others")
+    return frozenset(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else frozenset()
 
 
 def _state(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from harness.core import registry
+from harness.core import disk, registry
 from harness.core.errors import InputsLost, StageFailure, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage, describe
@@ -54,18 +54,21 @@ def execute(
         except Exception as error:
             log.exception("stage failed: %s", stage.label)
             _forget_model()
-            failure.parent.mkdir(parents=True, exist_ok=True)
-            write_json(
-                failure,
-                {
-                    "key": key,
-                    "kind": stage.kind,
-                    "label": stage.label,
-                    "error": f"{type(error).__name__}: {one_line(error, 500)}",
-                    "traceback": traceback.format_exc(),
-                    "time": time.time(),
-                },
-            )
+            store.clean_failed(work_folder)
+            where = traceback.format_exc()
+            with disk.tolerated():  # the failure may be that the disk is full
+                failure.parent.mkdir(parents=True, exist_ok=True)
+                write_json(
+                    failure,
+                    {
+                        "key": key,
+                        "kind": stage.kind,
+                        "label": stage.label,
+                        "error": f"{type(error).__name__}: {one_line(error, 500)}",
+                        "traceback": where,
+                        "time": time.time(),
+                    },
+                )
             raise StageFailure(f"{stage.label}: {type(error).__name__}: {one_line(error)}") from error
     failure.unlink(missing_ok=True)
     _forget_model(further_alone=True)
@@ -116,6 +119,12 @@ def execute_unit(
             done += execute(key, stage, workplace, report)
         except StageFailure as failure:
             failed[key] = str(failure)
+            if disk.is_full(failure):
+                break  # the others would train, and then fail when they save
+        except OSError as error:  # at the log or the lock, before anything was done
+            if not disk.is_full(error):
+                raise
+            raise StageFailure(f"{stage.label}: {type(error).__name__}: {one_line(error)}") from error
     checkpoints.thin(stages, store, workplace.keep_checkpoint_mb)
     if failed:
         raise StageFailure("; ".join(message for message in failed.values() if message))

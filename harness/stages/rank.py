@@ -12,6 +12,9 @@ import traceback
 
 def main() -> None:
     """Read the stage from standard input, do this process's part, and report the outcome."""
+    from harness.core import streams
+
+    streams.prepare()  # what a method prints must not fail here and nowhere else
     described, workplace, work_folder = pickle.load(sys.stdin.buffer)
     rank = int(os.environ["RANK"])
     threading.Thread(target=_end_with_parent, daemon=True).start()

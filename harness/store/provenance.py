@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 import time
@@ -12,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from harness.core import machine
 from harness.core.counted import counted
 
 PACKAGES = (
@@ -38,7 +38,7 @@ def describe() -> dict[str, Any]:
         "git": checkout(Path(__file__).resolve().parents[2]),
         "packages": packages,
         "python": platform.python_version(),
-        "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"system": platform.system(), "processor": _processor(), "cores": machine.cores()},
     }
 
 

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -19,12 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.errors import UserMistake, one_line
-from harness.core.files import is_alive, sync_folder, write_json
+from harness.core.files import is_alive, open_to_others, sync_folder, write_json
+from harness.core.locks import is_older, locked, try_locked
+from harness.core.machine import host
 from harness.store import contents
 from harness.store.layout import RECORD
 
 DAMAGED = ".damaged"
 """The folder of a store for damaged stages."""
+SAVED_STATE = "state.json"
+"""The file that `harness.model.run.Run.save_state` writes last: a training can go on from there."""
+WORK_DAYS = 60
+"""Saved states of stages are kept for so long after they were last written."""
 
 
 class Damaged(UserMistake):
@@ -134,17 +139,27 @@ class Store:
     def locked_work_folder(self, kind: str, key: str) -> Iterator[Path]:
         """Hold the stage's work folder for this process alone; a second process waits here.
 
-        The folder survives a kill (its files are what a stage resumes from) and is removed by `commit`.
+        The folder survives a kill (its files are what a stage resumes from) and is removed by `commit`. The file of
+        the lock is removed when the block ends, however it ends.
         """
-        import fcntl
-
         folder = self.root / ".work" / f"{kind}-{key}"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_path = folder.with_suffix(".lock")
-        with open(lock_path, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            folder.mkdir(parents=True, exist_ok=True)  # another process may have committed and removed it
-            yield folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_suffix(".lock")):
+            folder.mkdir(exist_ok=True)
+            try:
+                yield folder
+            finally:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # if it is empty: there is nothing to resume from
+
+    def clean_failed(self, work_folder: Path) -> None:
+        """Remove the work folder of a stage that failed, unless it holds the saved state of a training.
+
+        The caller holds its lock. A training that ran out of memory, for one, goes on from its state with other
+        settings; everything else that a failed stage left is of no use.
+        """
+        if not any(work_folder.rglob(SAVED_STATE)):
+            shutil.rmtree(work_folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def writing(self, kind: str, key: str, *, replace: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -155,13 +170,14 @@ class Store:
         """
         parent = self.root / kind
         parent.mkdir(parents=True, exist_ok=True)
-        folder = parent / f".{key}.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        folder = parent / f".{key}.{host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         folder.mkdir()
         record: dict[str, Any] = {}
         try:
             yield folder, record
             # written last: a record means that all other files are there
             write_json(folder / RECORD, contents.sealed(folder, record))
+            open_to_others(folder, like=folder / RECORD)
             sync_folder(folder)
             final = self.path(kind, key)
             if final.exists() and (replace or not self.has(kind, key)):
@@ -182,14 +198,27 @@ class Store:
         for folder in self.root.glob("*/.*"):
             parts = folder.name.split(".")  # "", key, host, pid, random
             is_old = folder.name.startswith(".old.")
-            is_ours = len(parts) == 5 and parts[2] == _host() and parts[3].isascii() and parts[3].isdigit()
+            is_ours = len(parts) == 5 and parts[2] == host() and parts[3].isascii() and parts[3].isdigit()
             is_orphan = is_ours and not is_alive(int(parts[3]))
             if folder.is_dir() and (is_old or is_orphan):
                 shutil.rmtree(folder, ignore_errors=True)
                 removed += 1
         return removed
 
+    def sweep_work(self, days: float = WORK_DAYS) -> int:
+        """Remove locks that no process holds, and work folders that nothing has touched for `days`.
 
-def _host() -> str:
-    """Return a short name of this machine without dots."""
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+        Return how many folders were removed.
+        """
+        removed = 0
+        for lock in self.root.glob(".work/*.lock"):
+            with try_locked(lock):
+                pass  # the file goes with the lock
+        for folder in self.root.glob(".work/*"):
+            if folder.suffix == ".lock" or not folder.is_dir():
+                continue
+            with try_locked(folder.with_suffix(".lock")) as is_free:
+                if is_free and is_older(folder, days):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    removed += 1
+        return removed

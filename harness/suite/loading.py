@@ -9,13 +9,12 @@ All mistakes are collected and reported at once, each with file, line, key, valu
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.core.errors import UserMistake, did_you_mean, one_line
-from harness.core.paths import path_from
+from harness.core.paths import SUITES, path_from
 from harness.suite import yaml_source
 from harness.suite.loaded import LoadedSuite, Mistake
 
@@ -38,8 +37,7 @@ def find(name: str) -> Path:
 
 def bundled_suites() -> list[Path]:
     """Return the suites that ship with the package."""
-    folder = Path(str(importlib.resources.files("suites")))
-    return sorted(folder.glob("*.yaml"))
+    return sorted(SUITES.glob("*.yaml"))
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:

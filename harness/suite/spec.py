@@ -22,7 +22,17 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from harness.core.errors import one_line
 from harness.core.sharding import Sharding
@@ -108,6 +118,12 @@ class MethodSpec(Strict):
             raise ValueError("the key 'method' is missing; give the name of a method")
         own.setdefault("name", own["method"])
         return {**own, "parameters": rest}
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the entry as a suite has it: parameters beside the other keys."""
+        whole = serialized(self)
+        return {**{key: value for key, value in whole.items() if key != "parameters"}, **whole["parameters"]}
 
 
 class DefenseSpec(MethodSpec):

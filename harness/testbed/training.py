@@ -3,13 +3,14 @@ import argparse
 import copy
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from harness.core import machine
 
 SEED = 20240
 
@@ -21,7 +22,7 @@ def parser(description: str, steps: int, batch: int, rate: float) -> argparse.Ar
     options.add_argument("--steps", type=int, default=steps)
     options.add_argument("--batch", type=int, default=batch)
     options.add_argument("--rate", type=float, default=rate, help="peak learning rate")
-    options.add_argument("--threads", type=int, default=os.cpu_count())
+    options.add_argument("--threads", type=int, default=machine.cores())
     options.add_argument("--save-minutes", type=float, default=3.0)
     options.add_argument("--compile", action="store_true", help="compile the model (needs a C++ compiler)")
     return options

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from harness.core import machine
 from harness.core.sharding import Sharding
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run, World
@@ -397,6 +398,7 @@ class ProcessGroup(World):
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[ProcessGroup]:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+    machine.use_own_extensions()
     import deepspeed
 
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -181,6 +181,7 @@ def test_plugin_that_raises_fails_its_own_trials_and_no_others(suite_file, tmp_p
     assert {line["defense"] for line in _leaderboard(runs)} == {"none"}
     failures = [json.loads(p.read_text()) for p in (runs / "tiny" / "failures").glob("*.json")]
     assert failures and all("cannot shrink" in f["error"] and "Traceback" in f["traceback"] for f in failures)
+    assert list((runs / "store" / ".work").iterdir()) == [], "locks or work of failed stages were left behind"
     forget_plugins()
     assert main(["status", *map(str, arguments), "--plugin", str(broken)]) == ExitCode.TRIALS_FAILED
     assert "cannot shrink" in capsys.readouterr().out
@@ -339,9 +340,10 @@ def test_run_killed_at_random_moments_ends_with_the_rows_of_an_undisturbed_one(f
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("executor", ["serial", "ray"])
-def test_interrupt_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, executor):
-    """Ctrl-C: exit code 130, finished stages kept, one line on what to do."""
+def test_interrupt_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, executor, number):
+    """Ctrl-C, or a batch system's SIGTERM: exit code 130, finished stages and tables kept, a line on what to do."""
     suite, _ = finished
     runs = tmp_path / "runs"
     process = subprocess.Popen(
@@ -356,11 +358,12 @@ def test_interrupt_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, execut
     )
     while process.poll() is None and not list(runs.glob("store/*/*/record.json")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate()
 
     assert process.returncode == ExitCode.INTERRUPTED
-    assert "same command" in output and "Traceback" not in output
+    assert "same command" in output and "Traceback" not in output and "***" not in output
+    assert (runs / "tiny" / "leaderboard.csv").is_file()
     assert list(runs.glob("store/*/*/record.json"))
 
 
