@@ -22,7 +22,8 @@ from defenses.freezing.masks import Mask, as_large
 from harness.contracts.table import Section
 
 if TYPE_CHECKING:
-    from harness.analysis.compare import Compared, Key
+    from harness.analysis.compare import Compared
+    from harness.analysis.pairing import Key
     from harness.analysis.measurements import Measurements
 
 OWN_COLUMNS = ("family", "is_together", "frozen", "frozen_random", "parameters", "parameters_random")
