@@ -54,9 +54,9 @@ _HEADERS = (
 
 def columns() -> tuple[str, ...]:
     """Return the columns of masks_against_random.csv."""
-    from harness.analysis.compare import COLUMNS
+    from harness.analysis.compare import TEST_COLUMNS
 
-    return (*OWN_COLUMNS, *COLUMNS)
+    return (*OWN_COLUMNS, *TEST_COLUMNS)
 
 
 @dataclass(frozen=True)

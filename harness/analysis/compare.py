@@ -9,9 +9,12 @@
                    of the first step of Holm's correction.
     retained_by    the same on innocent concepts with reversed sign; above 0: they are learned better.
     verdict        stronger | weaker: p_corrected below 0.05; unclear: no significant difference; not tested: one seed.
+    valid_*, utility_*  whether the leaderboard's line of each side counts, and what is left of its utility. A verdict is
+                   about the difference alone; it is no result where a side does not count.
 
 Worst case: the score of the most successful attack on each of the two, which may be different attacks. They are chosen
-again in every bootstrap sample, so that the interval covers this choice. An attack that some target lacks is left out.
+again in every bootstrap sample, so that the interval covers this choice. It is of the attacks that count on both sides,
+as in the leaderboard; where none does, of all. An attack that some target lacks is left out.
 """
 
 from __future__ import annotations
@@ -21,17 +24,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness.analysis.leaderboard import Gates, line_of
 from harness.analysis.measurements import Measurements, measured
 from harness.analysis.pairing import Key, paired_cells
+from harness.analysis.reached import of_targets
 from harness.analysis.statistics import Estimate, estimate, holm
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COLUMNS = (
+TEST_COLUMNS = (
     "task", "metric", "step", "attack", "attacker", "defense", "baseline", "n_targets", "n_seeds", "n_prompts",
     "reached_defense", "reached_baseline", "reached_none", "stronger_by", "low", "high", "covers", "p", "p_corrected",
     "detectable", "n_innocents", "retained_by", "retained_low", "retained_high", "retained_p", "verdict", "unit",
+)  # fmt: skip
+"""Columns of a test."""
+COLUMNS = (
+    *TEST_COLUMNS, "valid_defense", "valid_baseline", "utility_defense", "utility_baseline", "reason_defense",
+    "reason_baseline",
 )  # fmt: skip
 WORST = "worst case"
 LEVEL = 0.05
@@ -43,11 +53,16 @@ Compared = tuple[dict[str, Any], Estimate]
 
 
 def compare(
-    rows: DataFrame | Measurements, defense: str, baselines: Sequence[str], draws: int = 1000
+    rows: DataFrame | Measurements,
+    defense: str,
+    baselines: Sequence[str],
+    draws: int = 1000,
+    gates: Gates | None = None,
 ) -> list[dict[str, Any]]:
     """Return a line for each baseline, task, metric, step and attack, and the worst case over attacks.
 
-    Tasks that lack one of the two are left out. Raises ValueError for an unknown defense and names the known ones.
+    `gates`: the suite's; None: the usual ones. Tasks that lack one of the two are left out. Raises ValueError for an
+    unknown defense and names the known ones.
     """
     table = measured(rows)
     known = list(dict.fromkeys(name for of in table.defenses.values() for name in of))
@@ -62,17 +77,38 @@ def compare(
             if defense in table.defenses[task] and baseline in table.defenses[task]:
                 families.setdefault((task, metric, step), []).append(key)
         for keys in families.values():
-            lines += _family(table, keys, defense, baseline, draws)
+            lines += _family(table, keys, defense, baseline, draws, gates or Gates())
     return lines
 
 
-def _family(table: Measurements, keys: Sequence[Key], defense: str, baseline: str, draws: int) -> list[dict[str, Any]]:
+def _family(
+    table: Measurements, keys: Sequence[Key], defense: str, baseline: str, draws: int, gates: Gates
+) -> list[dict[str, Any]]:
     """Return the lines of the attacks of one task, metric and step, and their worst case, corrected together."""
     sides = ((defense,), (baseline,))
-    compared = [found for key in keys if (found := compare_sides(table, [key], sides, draws))]
-    if len(compared) > 1 and (worst := compare_sides(table, keys, sides, draws)):
-        compared.append(worst)
+    own = {key: [line_of(table, key, side, gates) for side in (defense, baseline)] for key in keys}
+    compared, counting = [], []
+    for key in keys:
+        if found := compare_sides(table, [key], sides, draws):
+            compared.append((found[0] | _counted([own[key]]), found[1]))
+            counting.append(key)
+    if len(compared) > 1:
+        chosen = [key for key in counting if all(line and line["valid"] for line in own[key])]
+        if found := compare_sides(table, chosen or keys, sides, draws, is_worst=True):
+            compared.append((found[0] | _counted([own[key] for key in chosen or keys]), found[1]))
     return judge(compared)
+
+
+def _counted(own: Sequence[Sequence[Mapping[str, Any] | None]]) -> dict[str, Any]:
+    """Return the columns on whether both sides count, from the leaderboard's lines of both under each attack."""
+    found: dict[str, Any] = {}
+    for side, lines in zip(("defense", "baseline"), zip(*own, strict=True), strict=True):
+        missing = "not measured against an undefended model"
+        reasons = [missing if line is None else of_targets(line["reason"]) for line in lines]
+        found[f"valid_{side}"] = all(line is not None and line["valid"] for line in lines)
+        found[f"utility_{side}"] = next((line["utility"] for line in lines if line is not None), None)
+        found[f"reason_{side}"] = "; ".join(dict.fromkeys(filter(None, reasons)))
+    return found
 
 
 def judge(compared: Sequence[Compared]) -> list[dict[str, Any]]:
@@ -85,12 +121,15 @@ def judge(compared: Sequence[Compared]) -> list[dict[str, Any]]:
     return [line for line, _ in compared]
 
 
-def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws: int = 1000) -> Compared | None:
+def compare_sides(
+    table: Measurements, keys: Sequence[Key], sides: Sides, draws: int = 1000, is_worst: bool | None = None
+) -> Compared | None:
     """Return the line of an attack, or of the worst case of several; None where the sides share no target.
 
-    A side of several defenses counts with their mean. `judge` adds the columns that depend on the other tests.
+    `is_worst`: whether it is a worst case, though it may be of a single attack; None: of several. A side of several defenses counts with their mean. `judge` adds the columns that depend on the other tests.
     """
     task, attack, attacker, metric, step = keys[0]
+    is_worst = len(keys) > 1 if is_worst is None else is_worst
     sign = table.sign(metric)
     statistic = gap_of_greatest(len(keys), sign)
     cells, seeds = paired_cells(table, keys, sides, "target")
@@ -98,7 +137,7 @@ def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws:
         return None
     found = estimate(cells, statistic, draws=draws)
     # innocents are compared for single attacks only: they have no worst case
-    innocents, _ = paired_cells(table, keys, sides, "innocent") if len(keys) == 1 else ([], 0)
+    innocents, _ = paired_cells(table, keys, sides, "innocent") if not is_worst else ([], 0)
     kept = estimate(innocents, statistic, draws=draws) if innocents else None
     reached = [closest(cells, side, len(keys), sign) for side in (0, 1)]
     none = table.undefended[task]
@@ -108,8 +147,8 @@ def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws:
         "task": task,
         "metric": metric,
         "step": step,
-        "attack": attack if len(keys) == 1 else WORST,
-        "attacker": attacker if len(keys) == 1 else "",
+        "attack": WORST if is_worst else attack,
+        "attacker": "" if is_worst else attacker,
         "defense": " + ".join(sides[0]),
         "baseline": " + ".join(sides[1]),
         "n_targets": len(cells),

@@ -288,6 +288,11 @@ class _Attacked:
         return [f"incomplete: {known} of {wanted} trials on {role}s"] if known < wanted else []
 
 
+def line_of(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict[str, Any] | None:
+    """Return the line of a defense in a group (see `leaderboard`); None: it shares no target with an undefended model."""
+    return None if table.undefended[group[0]] is None else _line(table, group, defense, gates)
+
+
 def _line(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict[str, Any] | None:
     """Return one line, or None when defense and undefended model share no target."""
     task, attack, attacker, metric, step = group

@@ -33,14 +33,16 @@ def attack_verdicts(lines: Sequence[Line]) -> list[AttackVerdict]:
         own = [line for line in bare if (line["task"], line["attack"]) == (task, attack)]
         last = max(line["step"] for line in own)
         failed = tuple(
-            f"{line['metric']}: {_of_targets(line)}" for line in own if line["step"] == last and not line["valid"]
+            f"{line['metric']}: {of_targets(line['reason'])}" for line in own if line["step"] == last and not line["valid"]
         )
         found.append(AttackVerdict(task, attack, not failed, failed))
     return found
 
 
-def _of_targets(line: Line) -> str:
-    return "; ".join(text for text in line["reason"].split("; ") if not text.startswith("innocent "))
+def of_targets(reason: str) -> str:
+    """Return those parts of a line's reason that concern `valid`, not those on innocents."""
+    parts = reason.split("; ")
+    return "; ".join(part for part in parts if not part.startswith("innocent ") and not part.endswith(" on innocents"))
 
 
 def weak_defenses(lines: Sequence[Line]) -> list[str]:
