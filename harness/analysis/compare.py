@@ -40,7 +40,7 @@ TEST_COLUMNS = (
 )  # fmt: skip
 """Columns of a test."""
 COLUMNS = (
-    *TEST_COLUMNS, "valid_defense", "valid_baseline", "utility_defense", "utility_baseline", "reason_defense",
+    *TEST_COLUMNS, "valid_defense", "utility_defense", "reason_defense", "valid_baseline", "utility_baseline",
     "reason_baseline",
 )  # fmt: skip
 WORST = "worst case"

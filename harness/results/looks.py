@@ -1,8 +1,7 @@
-"""The look of defenses in figures: a colour that a defense keeps in every run, as far as the others leave it free.
+"""The look of defenses in figures: each keeps its colour in every run.
 
-The undefended model and the bundled methods have fixed colours. Any other label prefers the colours in an order that its
-digest gives, and gets the first one that is free, so the result does not depend on the order in the run. With more
-defenses than colours, lines and markers differ too.
+The undefended model and the bundled methods have fixed colours; any other label has the colour that its digest gives.
+Where two defenses of a figure have one colour, the second has another line and marker.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ COLOURS = (
     "#882255", "#999933", "#332288", "#44AA99",
 )  # fmt: skip
 FIXED = (
-    "none", "imma", "uce", "mima", "freezeasguard", "random_freeze", "esd", "mixed_finetune", "joint", "merged",
-    "freeze_component",
+    "none", "imma", "uce", "mima", "freezeasguard", "random_freeze", "esd", "freeze_component", "joint", "merged",
 )  # fmt: skip
 """Labels with a colour of COLOURS each, in its order: the bundled methods under their own names."""
 LINES, MARKS = ("-", "--", ":", "-."), "osD^"
-"""Line and marker of the first dozen of defenses, of the second dozen, and so on."""
+"""Line and marker of the first defense of a colour, of the second, and so on."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Look:
     place: int = 0
     """Index of the colour in the palette."""
     again: int = 0
-    """How many defenses before this one have the same colour."""
+    """How many other defenses of the figure have the same colour and come first."""
 
     @property
     def line(self) -> str:
@@ -43,29 +41,26 @@ class Look:
     @property
     def mark(self) -> str:
         """The marker of matplotlib."""
-        return MARKS[self.again % len(MARKS)]
+        return MARKS[(self.again + self.again // len(LINES)) % len(MARKS)]
 
 
 def looks(defenses: Iterable[str], colours: Sequence[str] = COLOURS) -> dict[str, Look]:
-    """Return a look for each defense, all different for up to four times as many as there are colours.
+    """Return a look for each defense, in their order; up to 16 defenses of one colour differ in line or marker.
 
-    The look does not depend on the order of the defenses; the result is in their order.
+    The look does not depend on the order. Bundled methods come before other labels of their colour.
     """
     given = list(dict.fromkeys(defenses))
-    used = dict.fromkeys(range(len(colours)), 0)
+    used = [0] * len(colours)
     found: dict[str, Look] = {}
     for name in sorted(given, key=lambda name: (name not in FIXED, name)):
-        preferred = _preferred(name, len(colours))
-        place = min(preferred, key=lambda index: (used[index], preferred.index(index)))
+        place = _place(name, len(colours))
         found[name] = Look(colours[place], place, used[place])
         used[place] += 1
     return {name: found[name] for name in given}
 
 
-def _preferred(name: str, count: int) -> list[int]:
-    """Return the indices of the colours, the preferred one first; black is left to the undefended model."""
+def _place(name: str, count: int) -> int:
+    """Return the index of a defense's colour; the first one, black, is left to the undefended model."""
     if name in FIXED:
-        first = FIXED.index(name) % count
-        return [first, *(index for index in range(count) if index != first)]
-    digest = {index: hashlib.sha256(f"{name}\0{index}".encode()).digest() for index in range(count)}
-    return [*sorted(range(1, count), key=digest.__getitem__), 0]
+        return FIXED.index(name) % count
+    return 1 + int.from_bytes(hashlib.blake2b(name.encode()).digest(), "big") % (count - 1)
