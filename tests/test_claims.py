@@ -20,8 +20,15 @@ from tests.test_leaderboard import before, floor, real, row
 PROMPTS, STEP = 6, 10
 
 
-def rows(reached: dict[str, float], *, innocent: dict[str, float] | None = None, seeds: int = 3, noise: float = 0.002,
-         attacks: tuple[str, ...] = ("lora",), step: int = STEP, equal: dict[str, str] | None = None) -> list[dict]:  # fmt: skip
+def rows(
+    reached: dict[str, float],
+    *,
+    innocent: dict[str, float] | None = None,
+    seeds: int = 3,
+    noise: float = 0.002,
+    attacks: tuple[str, ...] = ("lora",),
+    equal: dict[str, str] | None = None,
+) -> list[dict]:
     """Return rows of defenses on which attacks reach so much (innocents: 0.6 where nothing else is given), with noise.
 
     `equal`: a defense -> another one whose values it has.
@@ -39,7 +46,7 @@ def rows(reached: dict[str, float], *, innocent: dict[str, float] | None = None,
         for seed, prompt in itertools.product(range(seeds), range(PROMPTS)):
             where = {**about, "role": role, "concept": concept, "seed": seed, "prompt_index": prompt}
             made = row if attack else before
-            shown = {"attack": attack, "step": step} if attack else {}
+            shown = {"attack": attack, "step": STEP} if attack else {}
             found.append(made(float(values[seed, prompt]) if attack else 0.1, **where, **shown))
     for defense, seed in itertools.product(reached, range(seeds)):
         about = {"defense": defense, "method": "none" if defense == "none" else "imma", "seed": seed}

@@ -23,8 +23,8 @@ from harness.contracts.table import Section
 
 if TYPE_CHECKING:
     from harness.analysis.compare import Compared
-    from harness.analysis.pairing import Key
     from harness.analysis.measurements import Measurements
+    from harness.analysis.pairing import Key
 
 OWN_COLUMNS = ("family", "is_together", "frozen", "frozen_random", "parameters", "parameters_random")
 """Columns of masks_against_random.csv before those of a comparison."""
@@ -207,9 +207,9 @@ def _agreement(overlaps: Sequence[dict[str, Any]]) -> Section:
 
 
 def _texts(line: dict[str, Any]) -> list[str]:
-    from harness.results.comparison import cells
+    from harness.results.comparison import SHOWN_OF_TEST, cells
 
-    attack, step, _, random, own, *rest = cells(line)
+    attack, step, _, random, own, *rest = cells(line, SHOWN_OF_TEST)
     shares = [f"{100 * line[name]:.1f}" for name in ("frozen", "frozen_random", "parameters", "parameters_random")]
     return [*shares, attack, step, random, own, *rest]
 

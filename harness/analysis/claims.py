@@ -227,7 +227,7 @@ class _Group:
         return lambda means: (sign * means).reshape(len(means), -1, attacks).mean(axis=2)
 
     def _tested(self, attacks: Sequence[tuple[str, str]], names: list[str], role: str, statistic) -> _Block:
-        """Return the tests of all pairs of defenses, uncorrected; without a second seed or defense nothing is tested."""
+        """Return the tests of all pairs of defenses, not yet corrected; without a second seed or defense none."""
         if len(names) < 2 or not attacks:
             return _Block()
         cells, seeds = paired_cells(self.table, self._keys(attacks), [(name,) for name in names], role)

@@ -9,8 +9,9 @@
                    of the first step of Holm's correction.
     retained_by    the same on innocent concepts with reversed sign; above 0: they are learned better.
     verdict        stronger | weaker: p_corrected below 0.05; unclear: no significant difference; not tested: one seed.
-    valid_*, utility_*  whether the leaderboard's line of each side counts, and what is left of its utility. A verdict is
-                   about the difference alone; it is no result where a side does not count.
+    valid_*        whether the leaderboard's line of each side counts. A verdict is about the difference alone; it is no
+                   result where a side does not count. `reason_*` says why.
+    utility_*      what is left of each side's utility.
 
 Worst case: the score of the most successful attack on each of the two, which may be different attacks. They are chosen
 again in every bootstrap sample, so that the interval covers this choice. It is of the attacks that count on both sides,
@@ -126,7 +127,8 @@ def compare_sides(
 ) -> Compared | None:
     """Return the line of an attack, or of the worst case of several; None where the sides share no target.
 
-    `is_worst`: whether it is a worst case, though it may be of a single attack; None: of several. A side of several defenses counts with their mean. `judge` adds the columns that depend on the other tests.
+    `is_worst`: whether it is a worst case, though it may be of a single attack; None: of several. A side of several
+    defenses counts with their mean. `judge` adds the columns that depend on the other tests.
     """
     task, attack, attacker, metric, step = keys[0]
     is_worst = len(keys) > 1 if is_worst is None else is_worst

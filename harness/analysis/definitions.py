@@ -204,9 +204,8 @@ GAPS = (
         "recovery", "recovery",
         "sum over seeds of (M_defense - M_before) / sum over seeds of (M_none - M_before), mean over targets",
         "Which share of the undefended attack's gain the attack has on the defended model. 0: it gained nothing; 1: as "
-        "much as without a defense; above 1: more than without one, a claim only where SGR's whole interval is below 0; "
-        "below 0: worse than never attacked. Empty where the undefended attack gains "
-        "nothing on some target.",
+        "much as without a defense; above 1: more than without one, a claim only where SGR's whole interval is below "
+        "0; below 0: worse than never attacked. Empty where the undefended attack gains nothing on some target.",
         OURS,
     ),
     Definition(
@@ -283,9 +282,9 @@ VERDICTS = (
     ),
     Definition(
         "rank_low", "rank, least", "1 + number of defenses that are significantly stronger",
-        "The best rank that chance leaves possible among the defenses whose lines are valid, the undefended model among "
-        "them, under one attack or in the worst case. Each pair is tested as compare tests it (`stronger_by`, `p`, below "
-        "0.05); Holm's correction is over all pairs, attacks, the worst case and innocents of a task, metric and step. "
+        "The best rank that chance leaves possible among the defenses whose lines are valid, with the undefended model,"
+        " under one attack or in the worst case. Each pair is tested as compare tests it (`stronger_by`, p below 0.05); "
+        "Holm's correction is over all pairs, attacks, the worst case and innocents of a task, metric and step. "
         "Shown as `tie 1–3` where it differs from rank_high: chance explains the order, and the defenses are tied. "
         "Empty for one seed, and for lines that are not valid or have nothing to be ranked against.",
         RANKS,
@@ -386,8 +385,8 @@ COMPARISON = (
     Definition("retained_p", "p of innocents", "as p", "Not corrected, and no claim.", OURS),
     Definition(
         "valid_defense", "valid, defense", "",
-        "`valid` of the defense under the attack; of the worst case: under each attack that it is chosen from. Where it "
-        "is false, the difference is no result.",
+        "`valid` of the defense under the attack; of the worst case: under each attack that it is chosen from. Where "
+        "it is false, the difference is no result.",
         OURS,
     ),
     Definition("valid_baseline", "valid, baseline", "", "The same of the baseline.", OURS),
@@ -430,9 +429,9 @@ READINGS = (
         "interval_over_seeds_and_prompts", "95 % interval over seeds and prompts",
         "value +- sqrt(t(n_seeds - 1)^2 V_seeds + t(n_prompts - n_targets)^2 V_prompts), variances by a bootstrap, t "
         "at a level calibrated to hold 95 % (two seeds: at 95 %)",
-        "Of `compare` and of worst_case.csv. Covers other seeds and other evaluation prompts of the same kind, for these concepts. Where a "
-        "concept has one value a seed (a distance between sets of images), it covers seeds only, as `covers` states. "
-        "Empty for one seed.",
+        "Of `compare` and worst_case.csv. Covers other seeds and other evaluation prompts of the same kind, for "
+        "these concepts. Where a concept has one value a seed (a distance between sets of images), it covers seeds only, "
+        "as `covers` states. Empty for one seed.",
         "Efron and Tibshirani (1993); Owen (2007) for crossed factors; Rao and Wu (1988); Zou and Donner (2008); "
         "Beran (1987)",
     ),

@@ -289,7 +289,7 @@ class _Attacked:
 
 
 def line_of(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict[str, Any] | None:
-    """Return the line of a defense in a group (see `leaderboard`); None: it shares no target with an undefended model."""
+    """Return the line of a defense in a group of `leaderboard`; None: it shares no target with an undefended model."""
     return None if table.undefended[group[0]] is None else _line(table, group, defense, gates)
 
 

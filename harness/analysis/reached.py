@@ -1,4 +1,4 @@
-"""What attacks reach on the undefended model: whether each attack works, and where one exceeds real images. No files."""
+"""What attacks reach: whether each works on the undefended model, and where one exceeds real images. No files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def attack_verdicts(lines: Sequence[Line]) -> list[AttackVerdict]:
         own = [line for line in bare if (line["task"], line["attack"]) == (task, attack)]
         last = max(line["step"] for line in own)
         failed = tuple(
-            f"{line['metric']}: {of_targets(line['reason'])}" for line in own if line["step"] == last and not line["valid"]
+            f"{line['metric']}: {of_targets(line['reason'])}"
+            for line in own
+            if line["step"] == last and not line["valid"]
         )
         found.append(AttackVerdict(task, attack, not failed, failed))
     return found

@@ -21,7 +21,7 @@ from harness.results.rows import read_rows, write_csv
 SIDES = ("defense", "baseline")
 LONGEST_STEM = 120
 """Letters of a file name before its digest and ending."""
-SHOWN = (
+SHOWN_OF_TEST = (
     ("attack", "attack"),
     ("step", "step"),
     ("reached_none", "undefended"),
@@ -33,16 +33,17 @@ SHOWN = (
     ("p_corrected", "p corrected"),
     ("retained_by", "innocents better by"),
     ("verdict", "verdict"),
-    ("valid", "valid"),
-    ("utility", "utility"),
 )
+"""Shown columns of a test."""
+SHOWN = (*SHOWN_OF_TEST, ("valid", "valid"), ("utility", "utility"))
 """Shown columns. valid and utility: of the defense, then of the baseline."""
 LEGEND = (
     "stronger by: how much less the attack reaches on the defense than on the baseline, mean over targets; above 0 "
     "the defense protects more. 95 %: covers chance in seeds and prompts (seeds: in seeds only) for these concepts; "
     "paired by concept, prompt and seed. p corrected: Holm over the attacks and the worst case of a task, metric and "
-    "step. unclear: no significant difference; in brackets the least difference that is detectable at 80 % power. valid, "
-    "utility: of the defense / of the baseline, as in the leaderboard; where one is not valid, a difference is no result."
+    "step. unclear: no significant difference; in brackets the least difference that is detectable at 80 % power. "
+    "valid, utility: of the defense / of the baseline, as in the leaderboard; where one is not valid, a difference is "
+    "no result."
 )
 
 
@@ -158,10 +159,10 @@ def _p(value: float | None) -> str:
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def cells(line: dict[str, Any]) -> list[str]:
+def cells(line: dict[str, Any], shown: Sequence[tuple[str, str]] = SHOWN) -> list[str]:
     """Return the displayed cells of a line as text."""
     texts = []
-    for column, _ in SHOWN:
+    for column, _ in shown:
         value = line.get(column)
         if column == "interval":
             known = line["low"] is not None

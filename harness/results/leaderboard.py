@@ -32,8 +32,9 @@ TEXT = frozenset({"defense", "attack", "attacker"})
 """Text columns."""
 WORST_LEGEND = (
     "For each defense and step the attack that comes closest to the targets, of those that count. 95 %: covers chance "
-    "in seeds and prompts, and the choice of the attacks. undefended: what the closest attack on the undefended model reaches, whichever that is. An adaptive "
-    "attacker's line holds the number of probes that the attack was tuned with, on each released model by itself."
+    "in seeds and prompts, and the choice of the attacks. undefended: what the closest attack on the undefended model "
+    "reaches, whichever that is. An adaptive attacker's line holds the number of probes that the attack was tuned "
+    "with, on each released model by itself."
 )
 SOON_LEGEND = (
     "Steps until the attack is half way from the undefended model before it to real images; in brackets how far it is "
@@ -51,9 +52,9 @@ LEGEND = (
     "python -m harness.results.definitions."
 )
 CONCEPTS_LEGEND = (
-    "SGR of each concept, with its 95 % interval by Student's t over seeds; one seed has none. An interval that holds 0 "
-    "is a tie with the undefended model. Whether a line counts, and the ranks of defenses, are in leaderboard.md; scores "
-    "and recovery in concepts.csv."
+    "SGR of each concept, with its 95 % interval by Student's t over seeds; one seed has none. An interval that holds "
+    "0 is a tie with the undefended model. Whether a line counts, and the ranks of defenses, are in leaderboard.md; "
+    "scores and recovery in concepts.csv."
 )
 NO_ROWS = Section(text=("No rows yet.",))
 

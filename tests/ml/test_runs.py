@@ -196,7 +196,10 @@ def test_plugin_that_raises_fails_its_own_trials_and_no_others(suite_file, tmp_p
 @pytest.mark.parametrize(
     ("body", "changes", "message"),
     [
-        ("pass", "ThreatModel()", "shrink changes 'unet.conv_out.weight', but its threat model declares to change nothing"),
+        (
+            "pass", "ThreatModel()",
+            "shrink changes 'unet.conv_out.weight', but its threat model declares to change nothing",
+        ),
         (
             "name = next(n for n in model.parameters() if n.startswith('vae.'))",
             "ThreatModel(changes=('unet.attention',))",
