@@ -283,8 +283,8 @@ VERDICTS = (
     Definition(
         "rank_low", "rank, least", "1 + number of defenses that are significantly stronger",
         "The best rank that chance leaves possible among the defenses whose lines are valid, with the undefended model,"
-        " under one attack or in the worst case. Each pair is tested as compare tests it (`stronger_by`, p below 0.05); "
-        "Holm's correction is over all pairs, attacks, the worst case and innocents of a task, metric and step. "
+        " under one attack or in the worst case. Each pair is tested as compare tests it (`stronger_by`, p below 0.05);"
+        " Holm's correction is over all pairs, attacks, the worst case and innocents of a task, metric and step. "
         "Shown as `tie 1–3` where it differs from rank_high: chance explains the order, and the defenses are tied. "
         "Empty for one seed, and for lines that are not valid or have nothing to be ranked against.",
         RANKS,
@@ -430,8 +430,8 @@ READINGS = (
         "value +- sqrt(t(n_seeds - 1)^2 V_seeds + t(n_prompts - n_targets)^2 V_prompts), variances by a bootstrap, t "
         "at a level calibrated to hold 95 % (two seeds: at 95 %)",
         "Of `compare` and worst_case.csv. Covers other seeds and other evaluation prompts of the same kind, for "
-        "these concepts. Where a concept has one value a seed (a distance between sets of images), it covers seeds only, "
-        "as `covers` states. Empty for one seed.",
+        "these concepts. Where a concept has one value a seed (a distance between sets of images), it covers seeds only,"
+        " as `covers` states. Empty for one seed.",
         "Efron and Tibshirani (1993); Owen (2007) for crossed factors; Rao and Wu (1988); Zou and Donner (2008); "
         "Beran (1987)",
     ),
