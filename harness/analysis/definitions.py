@@ -430,8 +430,8 @@ READINGS = (
         "value +- sqrt(t(n_seeds - 1)^2 V_seeds + t(n_prompts - n_targets)^2 V_prompts), variances by a bootstrap, t "
         "at a level calibrated to hold 95 % (two seeds: at 95 %)",
         "Of `compare` and worst_case.csv. Covers other seeds and other evaluation prompts of the same kind, for "
-        "these concepts. Where a concept has one value a seed (a distance between sets of images), it covers seeds only,"
-        " as `covers` states. Empty for one seed.",
+        "these concepts. Where a concept has one value a seed (a distance between sets of images), it covers seeds "
+        "only, as `covers` states. Empty for one seed.",
         "Efron and Tibshirani (1993); Owen (2007) for crossed factors; Rao and Wu (1988); Zou and Donner (2008); "
         "Beran (1987)",
     ),
