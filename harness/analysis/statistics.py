@@ -265,12 +265,9 @@ def resample(cells: Sequence[np.ndarray], *, draws: int = DRAWS, seed: int = 0) 
     if min(prompts) < 2:
         return Resampled(value, by_seeds, None, None, seeds, beyond)
     by_prompts, by_cells = np.zeros((2, draws, len(value)))
-    for x, weights, chosen in zip(cells, drawn.prompts, drawn.cells, strict=True):
-        count = x.shape[1]
+    for x, weights, shares in zip(cells, drawn.prompts, _cell_shares(seed, draws, seeds, prompts), strict=True):
         by_prompts += weights @ x.mean(axis=2).T
-        flat = _residuals(x).reshape(len(value), count * seeds)
-        places = np.moveaxis(chosen, 1, 0).reshape(draws, count * seeds)
-        by_cells += x.mean(axis=(1, 2)) + _counts(places, count * seeds) @ flat.T
+        by_cells += x.mean(axis=(1, 2)) + shares @ _residuals(x).reshape(len(value), -1).T
     return Resampled(value, by_seeds, by_prompts / len(cells), by_cells / len(cells), seeds, beyond)
 
 
@@ -284,6 +281,13 @@ def _counts(chosen: np.ndarray, of: int) -> np.ndarray:
     draws, each = chosen.shape
     places = (np.arange(draws)[:, None] * of + chosen).ravel()
     return np.bincount(places, minlength=draws * of).reshape(draws, of) / each
+
+
+@functools.lru_cache(maxsize=4)
+def _cell_shares(seed: int, draws: int, seeds: int, prompts: tuple[int, ...]) -> list[np.ndarray]:
+    """Return, per concept, how often each of its cells was drawn, as a share: [draws, prompts * seeds]."""
+    drawn = _drawn(seed, draws, seeds, prompts).cells
+    return [_counts(np.moveaxis(of, 1, 0).reshape(draws, -1), len(of) * seeds) for of in drawn]
 
 
 def _averaged(cells: Sequence[np.ndarray]) -> np.ndarray:
