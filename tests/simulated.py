@@ -83,3 +83,23 @@ def claims(run: Run, runs: int, seed: int, stronger_by: float = 0.0, draws: int 
         wrong = {"stronger", "weaker"} & {*said.values(), *((worst, first) if is_same else ())}
         false += bool(wrong) or first == "weaker"
     return false / runs, true / runs
+
+
+def ranked_apart(run: Run, runs: int, seed: int, draws: int = 300) -> float:
+    """Return the share of so many simulated leaderboards of three equal defenses in which any two are not tied.
+
+    Under an attack, or in the worst case. All lines are taken as valid: there are no real images.
+    """
+    from harness.analysis.claims import claims as claimed
+    from harness.analysis.leaderboard import Gates, leaderboard
+    from harness.analysis.measurements import Measurements
+
+    source = np.random.default_rng(seed)
+    apart = 0
+    for _ in range(runs):
+        rows = run.rows(source)
+        rows += [{**r, "defense": "none", "method": "none"} for r in run.rows(source) if r["defense"] == "mine"]
+        table = Measurements(frame_of(rows))
+        found = claimed(table, [{**line, "valid": True} for line in leaderboard(table, Gates())], draws)
+        apart += any((line["rank_low"], line["rank_high"]) != (1, 3) for line in [*found.lines, *found.worst])
+    return apart / runs

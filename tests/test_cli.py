@@ -155,7 +155,7 @@ def test_table_writes_what_is_committed(project):
     lines = read_lines(project)
     assert tuple(lines[0]) == COLUMNS
     assert {line["defense"] for line in lines} == {"none", "uce", "imma"}
-    assert (folder / "leaderboard.md").read_text().startswith("### ")
+    assert (folder / "leaderboard.md").read_text().startswith("## In short\n\n- ")
     assert len((folder / "rows.csv").read_text().splitlines()) > len(lines)
 
 

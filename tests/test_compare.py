@@ -8,6 +8,7 @@ from scipy import stats
 
 from harness.analysis.compare import COLUMNS, WORST, compare
 from tests.frames import frame_of
+from tests.test_claims import rows as claims_rows
 from tests.test_leaderboard import row
 
 
@@ -177,6 +178,19 @@ def test_the_worst_case_is_of_the_closest_attack_on_either_side():
     assert worst["reached_baseline"] == pytest.approx(0.5 + 0.01 * noise(2).mean())
     assert worst["stronger_by"] == pytest.approx(worst["reached_baseline"] - worst["reached_defense"])
     assert [line["verdict"] for line in lines] == ["stronger", "weaker", "weaker"]
+
+
+def test_the_worst_case_is_of_attacks_that_count_on_both_sides():
+    """As in the leaderboard; an attack that fails on the undefended model is no worst case."""
+    made = claims_rows({"none": 0.6, "mine": 0.2, "theirs": 0.4}, attacks=("lora", "ti", "db"))
+    fails = {("none", "db"): 0.1, ("mine", "db"): 0.7}
+    made = [
+        {**r, "value": fails.get((r["defense"], r["attack"]), r["value"])} if r["role"] == "target" else r for r in made
+    ]
+    worst = only(compare(frame_of(made), "mine", ["theirs"]), WORST)
+
+    assert worst["reached_defense"] == pytest.approx(0.2, abs=0.01) and worst["valid_defense"]
+    assert not only(compare(frame_of(made), "mine", ["theirs"]), "db")["valid_defense"]
 
 
 def test_p_values_are_corrected_within_a_task_metric_and_step():

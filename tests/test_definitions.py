@@ -19,6 +19,7 @@ from tests.conftest import run_python
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "definitions.md"
 NOT_COLUMNS = {
     "direction_higher", "direction_lower", "direction_none", "interval_over_seeds", "interval_over_seeds_and_prompts",
+    "front", "shown_step",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.analysis.compare import LEVEL
-from tests.simulated import Run, claims
+from tests.simulated import Run, claims, ranked_apart
 
 KINDS = {
     "seeds": Run(by_prompt=0.1, by_cell=0.2),
@@ -23,6 +23,12 @@ def test_one_defense_under_two_names_is_not_reported_apart(kind):
     false, _ = claims(KINDS[kind], 200, seed=0)
 
     assert false <= LEVEL
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_defenses_are_not_ranked_apart(kind):
+    """All pairs of three, under three attacks and in the worst case: in no more than 5 % of 100 leaderboards."""
+    assert ranked_apart(KINDS[kind], 100, seed=0) <= LEVEL
 
 
 def test_a_difference_that_should_be_found_is_found():

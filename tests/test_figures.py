@@ -7,9 +7,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from harness.analysis.measurements import Measurements
+from harness.core import registry
 from harness.report import drawings
 from harness.results.figures import _grid, _panel, recovery_curves
-from harness.results.looks import COLOURS, looks
+from harness.results.looks import COLOURS, FIXED, looks
 from tests.frames import frame_of
 
 
@@ -83,12 +84,31 @@ def test_metrics_without_a_direction_are_not_drawn(tmp_path):
 
 
 def test_defenses_look_different_where_there_are_more_than_colours():
-    """Up to four times as many; the first dozen differ by colour alone."""
+    """Those of one colour differ in line or marker; bundled methods differ by colour alone."""
     many = looks([f"defense {i}" for i in range(4 * len(COLOURS))])
+    bundled = looks(FIXED)
 
-    assert len(set(many.values())) == len(many)
-    assert {(look.line, look.mark) for look in list(many.values())[: len(COLOURS)]} == {("-", "o")}
-    assert len({look.colour for look in list(many.values())[: len(COLOURS)]}) == len(COLOURS)
+    assert len({(look.colour, look.line, look.mark) for look in many.values()}) == len(many)
+    assert len({look.colour for look in bundled.values()}) == len(bundled)
+    assert {(look.line, look.mark) for look in bundled.values()} == {("-", "o")}
+
+
+def test_a_defense_keeps_its_colour_across_runs():
+    """Whatever else is in the run, and in whatever order; black is the undefended model's."""
+    names = ["none", "imma", "uce", "mine", "theirs", *(f"defense {i}" for i in range(20))]
+    whole, turned = looks(names), looks(names[::-1])
+
+    assert turned == whole and list(turned) == names[::-1]
+    assert all(looks(["none", name])[name].colour == look.colour for name, look in whole.items())
+    assert [name for name, look in whole.items() if look.colour == COLOURS[0]] == ["none"]
+
+
+def test_bundled_defenses_have_a_fixed_colour():
+    """A new method gets a line in the table."""
+    found = registry.names("defense")
+    bundled = {name for name in found if registry.get("defense", name).__module__.startswith("defenses.")}
+
+    assert bundled == set(FIXED)
 
 
 @pytest.mark.parametrize("count", [2, 12, 28])

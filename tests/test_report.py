@@ -14,7 +14,7 @@ import yaml
 
 from defenses.freezing import against_random as masks_against_random
 from defenses.freezing import masks
-from harness.analysis.front import front
+from harness.analysis.claims import claims
 from harness.analysis.leaderboard import leaderboard
 from harness.cli import main
 from harness.core.errors import ExitCode
@@ -67,41 +67,91 @@ def run_of(folder: Path):
     return run, leaderboard(run.table, run.gates)
 
 
-def test_front_holds_what_nothing_beats():
-    """By hand: b is beaten by a; d equals c; e is worse than all."""
-    points = {"a": (1.0, 3.0), "b": (1.0, 2.0), "c": (2.0, 1.0), "d": (2.0, 1.0), "e": (0.0, 0.0)}
-
-    assert front(points) == ["a", "c", "d"]
-    assert front({}) == []
+def headline_of(folder: Path, task: str = "relearning", metric: str = "clip", **changes):
+    """Return the headline of a task and metric; `changes`: attack -> values that its lines get."""
+    run, lines = run_of(folder)
+    changed = [line | changes.get(line["attack"], {}) for line in lines]
+    found = {(each.task, each.metric): each for each in claims(run.table, changed).headlines}
+    return found[task, metric]
 
 
 def test_in_short_names_the_closest_attack_and_what_it_costs(folder):
-    """LoRA reaches 0.1 + gain; innocents learn alike on every defense, so only the stronger is on the front."""
-    _, lines = run_of(folder)
-
-    found = {line.defense: line for line in views.in_short(lines, "relearning", "clip")}
+    """LoRA reaches 0.1 + gain; innocents learn alike on every defense, and the gaps are the same in both seeds."""
+    found = {line.defense: line for line in views.in_short(headline_of(folder))}
 
     offset = 0.005 + 0.0015  # means over two seeds and four prompts
     assert {name: line.attack for name, line in found.items()} == dict.fromkeys(("none", "mine", "theirs"), "lora")
     assert found["mine"].defended == pytest.approx(0.2 + offset)
     assert found["mine"].undefended == pytest.approx(0.7 + offset)
-    assert found["mine"].sgr == pytest.approx(0.5 / (0.7 + offset), abs=1e-4)
-    assert found["mine"].retention == pytest.approx(1.0)
-    assert [name for name, line in found.items() if line.on_front] == ["mine"]
+    assert found["mine"].sgr.value == pytest.approx(0.5 / (0.7 + offset), abs=1e-4)
+    assert found["mine"].sgr.low < found["mine"].sgr.value < found["mine"].sgr.high
+    assert found["mine"].retention.value == pytest.approx(1.0)
+    assert {name: line.rank for name, line in found.items()} == {"mine": "1", "theirs": "2", "none": "3"}
+    assert [name for name, line in found.items() if line.is_starred] == ["mine"]
 
 
 def test_retention_is_of_attacks_that_count_on_innocents(folder):
     """An attack that teaches the innocent nothing on the undefended model says nothing of what is kept."""
-    _, lines = run_of(folder)
-    changed = [
-        line | ({"innocent_valid": False, "innocent_sgr": 5.0} if line["attack"] == "dreambooth" else {})
-        for line in lines
-    ]
+    failed = {"innocent_valid": False}
+    found = headline_of(folder, dreambooth=failed | {"innocent_sgr": 5.0})
 
-    (mine,) = (line for line in views.in_short(changed, "relearning", "clip") if line.defense == "mine")
+    (mine,) = (line for line in views.in_short(found) if line.defense == "mine")
 
-    assert mine.retention == pytest.approx(1.0)
-    assert views.plane_of([line | {"innocent_valid": False} for line in lines], "relearning", "clip").points == []
+    assert mine.retention.value == pytest.approx(1.0)
+    assert views.plane_of(headline_of(folder, lora=failed, dreambooth=failed)).points == []
+
+
+def equal(folder: Path, apart: float = 0.0) -> Path:
+    """Make a run folder in which theirs is mine under another name, or differs by so much more noise; return it."""
+    made = make(folder)
+    with open(made / "rows.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    place = ("attack", "concept", "seed", "step", "prompt_index", "metric")
+    mine = {tuple(row[name] for name in place): row["value"] for row in rows if row["defense"] == "mine"}
+    for index, row in enumerate(rows):
+        if row["defense"] == "theirs":
+            noise = apart * (-1) ** (index % 2 + int(row["seed"]))
+            row["value"] = str(float(mine[tuple(row[name] for name in place)]) + noise)
+    write_csv(made / "rows.csv", rows, COLUMNS)
+    return made
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.01])
+def test_two_equal_defenses_show_a_tie_and_no_star(tmp_path, apart):
+    """In short and below the plane; both are clearly stronger than the undefended model."""
+    made = equal(tmp_path, apart)
+    page.make(made)
+    found = {line.defense: line for line in views.in_short(headline_of(made))}
+    text = (made / "report" / "index.html").read_text(encoding="utf-8")
+
+    assert {name: line.rank for name, line in found.items()} == {"mine": "tie 1–2", "theirs": "tie 1–2", "none": "3"}
+    assert not any(line.is_starred for line in found.values())
+    assert "★</th>" not in text and "On the front beyond chance: " not in text
+    assert "tie 1–2" in text and "Ties: " in text
+
+
+def test_in_short_shows_intervals_and_the_step_with_its_reason(folder):
+    """Beside SGR and retention; a leaderboard line has its ranks too."""
+    text = read(folder).text
+
+    assert "clip, after step 40: the last step at which all 2 attacks were read" in text
+    assert re.search(r"mine ★lora0\.2070\.707\+70\.8[0-9.]+ to [0-9.]+1100\.0[0-9.]+ to [0-9.]+front", text)
+
+
+def test_the_plane_draws_the_intervals(folder, tmp_path):
+    """An error bar each way for the worst case of a defense, none for the undefended model, and the star."""
+    own = views.plane_of(headline_of(folder, "relearning", "clip"))
+    bare = views.Plane(own.task, own.metric, own.step, own.why, [
+        views.Point(p.defense, p.attack, views.Interval(p.retention.value), views.Interval(p.immunity.value), p.valid)
+        for p in own.points
+    ])  # fmt: skip
+    colours = drawings.palette(["none", "mine", "theirs"])
+    drawings.plane(tmp_path / "own.svg", own, colours)
+    drawings.plane(tmp_path / "bare.svg", bare, colours)
+    whole, without = ((tmp_path / name).read_text() for name in ("own.svg", "bare.svg"))
+
+    assert whole.count("LineCollection") - without.count("LineCollection") == 4  # mine and theirs, both ways
+    assert "on the front beyond chance" in whole and "on the front beyond chance" not in without
 
 
 def test_reasons_that_differ_in_numbers_are_one(folder):
@@ -188,12 +238,12 @@ def test_ledger_counts_each_stage_once(tmp_path):
 
 def test_figures_follow_the_colour_scheme_and_repeat(folder, tmp_path):
     """Every placeholder is a variable with a light and a dark value; the same curves give the same bytes."""
-    run, lines = run_of(folder)
+    run, _ = run_of(folder)
     colours = drawings.palette(["none", "mine", "theirs"])
     curve = views.concept_curves(run.table)[0]
     for name in ("a.svg", "b.svg"):
         drawings.recovery(tmp_path / name, curve, colours)
-    drawings.plane(tmp_path / "plane.svg", views.planes(lines)[0], colours)
+    drawings.plane(tmp_path / "plane.svg", views.plane_of(headline_of(folder)), colours)
 
     for name in ("a.svg", "plane.svg"):
         text = (tmp_path / name).read_text()

@@ -22,8 +22,9 @@ from defenses.freezing.masks import Mask, as_large
 from harness.contracts.table import Section
 
 if TYPE_CHECKING:
-    from harness.analysis.compare import Compared, Key
+    from harness.analysis.compare import Compared
     from harness.analysis.measurements import Measurements
+    from harness.analysis.pairing import Key
 
 OWN_COLUMNS = ("family", "is_together", "frozen", "frozen_random", "parameters", "parameters_random")
 """Columns of masks_against_random.csv before those of a comparison."""
@@ -53,9 +54,9 @@ _HEADERS = (
 
 def columns() -> tuple[str, ...]:
     """Return the columns of masks_against_random.csv."""
-    from harness.analysis.compare import COLUMNS
+    from harness.analysis.compare import TEST_COLUMNS
 
-    return (*OWN_COLUMNS, *COLUMNS)
+    return (*OWN_COLUMNS, *TEST_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,9 @@ def _agreement(overlaps: Sequence[dict[str, Any]]) -> Section:
 
 
 def _texts(line: dict[str, Any]) -> list[str]:
-    from harness.results.comparison import cells
+    from harness.results.comparison import SHOWN_OF_TEST, cells
 
-    attack, step, _, random, own, *rest = cells(line)
+    attack, step, _, random, own, *rest = cells(line, SHOWN_OF_TEST)
     shares = [f"{100 * line[name]:.1f}" for name in ("frozen", "frozen_random", "parameters", "parameters_random")]
     return [*shares, attack, step, random, own, *rest]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.results.looks import COLOURS
+from harness.results.looks import looks as defense_looks
 
 MARKERS = "osD^vP*X"
 _GREY = "#777777"
@@ -39,8 +39,8 @@ def plot(overlaps: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, A
     metrics = list(dict.fromkeys(line["metric"] for line in singles))
     names = list(dict.fromkeys(line["family"] for line in singles))
     looks = {
-        name: {"color": COLOURS[1 + i % (len(COLOURS) - 1)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(names)
+        name: {"color": look.colour, "marker": MARKERS[i % len(MARKERS)]}
+        for i, (name, look) in enumerate(defense_looks(names).items())
     }
     width = 2 + len(metrics)
     figure = Figure(figsize=(2.5 * width, 0.8 + 2.1 * len(rows)), layout="constrained")

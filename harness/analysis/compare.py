@@ -9,9 +9,13 @@
                    of the first step of Holm's correction.
     retained_by    the same on innocent concepts with reversed sign; above 0: they are learned better.
     verdict        stronger | weaker: p_corrected below 0.05; unclear: no significant difference; not tested: one seed.
+    valid_*        whether the leaderboard's line of each side counts. A verdict is about the difference alone; it is no
+                   result where a side does not count. `reason_*` says why.
+    utility_*      what is left of each side's utility.
 
 Worst case: the score of the most successful attack on each of the two, which may be different attacks. They are chosen
-again in every bootstrap sample, so that the interval covers this choice. An attack that some target lacks is left out.
+again in every bootstrap sample, so that the interval covers this choice. It is of the attacks that count on both sides,
+as in the leaderboard; where none does, of all. An attack that some target lacks is left out.
 """
 
 from __future__ import annotations
@@ -21,22 +25,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.analysis.measurements import Cell, Measurements, measured
+from harness.analysis.leaderboard import Gates, line_of
+from harness.analysis.measurements import Measurements, measured
+from harness.analysis.pairing import Key, paired_cells
+from harness.analysis.reached import of_targets
 from harness.analysis.statistics import Estimate, estimate, holm
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COLUMNS = (
+TEST_COLUMNS = (
     "task", "metric", "step", "attack", "attacker", "defense", "baseline", "n_targets", "n_seeds", "n_prompts",
     "reached_defense", "reached_baseline", "reached_none", "stronger_by", "low", "high", "covers", "p", "p_corrected",
     "detectable", "n_innocents", "retained_by", "retained_low", "retained_high", "retained_p", "verdict", "unit",
 )  # fmt: skip
+"""Columns of a test."""
+COLUMNS = (
+    *TEST_COLUMNS, "valid_defense", "utility_defense", "reason_defense", "valid_baseline", "utility_baseline",
+    "reason_baseline",
+)  # fmt: skip
 WORST = "worst case"
 LEVEL = 0.05
 
-Key = tuple[str, str, str, str, int]
-"""(task, attack, attacker, metric, step)."""
 Sides = tuple[Sequence[str], Sequence[str]]
 """Names of the defenses of each side."""
 Compared = tuple[dict[str, Any], Estimate]
@@ -44,11 +54,16 @@ Compared = tuple[dict[str, Any], Estimate]
 
 
 def compare(
-    rows: DataFrame | Measurements, defense: str, baselines: Sequence[str], draws: int = 1000
+    rows: DataFrame | Measurements,
+    defense: str,
+    baselines: Sequence[str],
+    draws: int = 1000,
+    gates: Gates | None = None,
 ) -> list[dict[str, Any]]:
     """Return a line for each baseline, task, metric, step and attack, and the worst case over attacks.
 
-    Tasks that lack one of the two are left out. Raises ValueError for an unknown defense and names the known ones.
+    `gates`: the suite's; None: the usual ones. Tasks that lack one of the two are left out. Raises ValueError for an
+    unknown defense and names the known ones.
     """
     table = measured(rows)
     known = list(dict.fromkeys(name for of in table.defenses.values() for name in of))
@@ -63,17 +78,38 @@ def compare(
             if defense in table.defenses[task] and baseline in table.defenses[task]:
                 families.setdefault((task, metric, step), []).append(key)
         for keys in families.values():
-            lines += _family(table, keys, defense, baseline, draws)
+            lines += _family(table, keys, defense, baseline, draws, gates or Gates())
     return lines
 
 
-def _family(table: Measurements, keys: Sequence[Key], defense: str, baseline: str, draws: int) -> list[dict[str, Any]]:
+def _family(
+    table: Measurements, keys: Sequence[Key], defense: str, baseline: str, draws: int, gates: Gates
+) -> list[dict[str, Any]]:
     """Return the lines of the attacks of one task, metric and step, and their worst case, corrected together."""
     sides = ((defense,), (baseline,))
-    compared = [found for key in keys if (found := compare_sides(table, [key], sides, draws))]
-    if len(compared) > 1 and (worst := compare_sides(table, keys, sides, draws)):
-        compared.append(worst)
+    own = {key: [line_of(table, key, side, gates) for side in (defense, baseline)] for key in keys}
+    compared, counting = [], []
+    for key in keys:
+        if found := compare_sides(table, [key], sides, draws):
+            compared.append((found[0] | _counted([own[key]]), found[1]))
+            counting.append(key)
+    if len(compared) > 1:
+        chosen = [key for key in counting if all(line and line["valid"] for line in own[key])]
+        if found := compare_sides(table, chosen or keys, sides, draws, is_worst=True):
+            compared.append((found[0] | _counted([own[key] for key in chosen or keys]), found[1]))
     return judge(compared)
+
+
+def _counted(own: Sequence[Sequence[Mapping[str, Any] | None]]) -> dict[str, Any]:
+    """Return the columns on whether both sides count, from the leaderboard's lines of both under each attack."""
+    found: dict[str, Any] = {}
+    for side, lines in zip(("defense", "baseline"), zip(*own, strict=True), strict=True):
+        missing = "not measured against an undefended model"
+        reasons = [missing if line is None else of_targets(line["reason"]) for line in lines]
+        found[f"valid_{side}"] = all(line is not None and line["valid"] for line in lines)
+        found[f"utility_{side}"] = next((line["utility"] for line in lines if line is not None), None)
+        found[f"reason_{side}"] = "; ".join(dict.fromkeys(filter(None, reasons)))
+    return found
 
 
 def judge(compared: Sequence[Compared]) -> list[dict[str, Any]]:
@@ -86,12 +122,16 @@ def judge(compared: Sequence[Compared]) -> list[dict[str, Any]]:
     return [line for line, _ in compared]
 
 
-def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws: int = 1000) -> Compared | None:
+def compare_sides(
+    table: Measurements, keys: Sequence[Key], sides: Sides, draws: int = 1000, is_worst: bool | None = None
+) -> Compared | None:
     """Return the line of an attack, or of the worst case of several; None where the sides share no target.
 
-    A side of several defenses counts with their mean. `judge` adds the columns that depend on the other tests.
+    `is_worst`: whether it is a worst case, though it may be of a single attack; None: of several. A side of several
+    defenses counts with their mean. `judge` adds the columns that depend on the other tests.
     """
     task, attack, attacker, metric, step = keys[0]
+    is_worst = len(keys) > 1 if is_worst is None else is_worst
     sign = table.sign(metric)
     statistic = gap_of_greatest(len(keys), sign)
     cells, seeds = paired_cells(table, keys, sides, "target")
@@ -99,7 +139,7 @@ def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws:
         return None
     found = estimate(cells, statistic, draws=draws)
     # innocents are compared for single attacks only: they have no worst case
-    innocents, _ = paired_cells(table, keys, sides, "innocent") if len(keys) == 1 else ([], 0)
+    innocents, _ = paired_cells(table, keys, sides, "innocent") if not is_worst else ([], 0)
     kept = estimate(innocents, statistic, draws=draws) if innocents else None
     reached = [closest(cells, side, len(keys), sign) for side in (0, 1)]
     none = table.undefended[task]
@@ -109,8 +149,8 @@ def compare_sides(table: Measurements, keys: Sequence[Key], sides: Sides, draws:
         "task": task,
         "metric": metric,
         "step": step,
-        "attack": attack if len(keys) == 1 else WORST,
-        "attacker": attacker if len(keys) == 1 else "",
+        "attack": WORST if is_worst else attack,
+        "attacker": "" if is_worst else attacker,
         "defense": " + ".join(sides[0]),
         "baseline": " + ".join(sides[1]),
         "n_targets": len(cells),
@@ -150,54 +190,6 @@ def _verdict(line: Mapping[str, Any]) -> str:
     if line["p_corrected"] >= LEVEL:
         return "unclear"
     return "stronger" if line["stronger_by"] > 0 else "weaker"
-
-
-def paired_cells(
-    table: Measurements, keys: Sequence[Key], sides: Sequence[Sequence[str]], role: str
-) -> tuple[list[np.ndarray], int]:
-    """Return (one array [sides x attacks, prompts, seeds] per concept, number of seeds); sides follow one another.
-
-    Only concepts and seeds that were measured in every attack, on all sides, with the same number of prompts. For an
-    unfinished run, the seeds are those that keep most of it. Several defenses of a side are averaged.
-    """
-    found = [
-        table.values(task, defense, attack, attacker, metric, step, role)
-        for side in sides
-        for defense in side
-        for task, attack, attacker, metric, step in keys
-    ]
-    ends = np.cumsum([len(side) for side in sides])[:-1]
-    if not all(found):
-        return [], 0
-    shared = set.intersection(*(set(values) for values in found))
-    by_cell: dict[Cell, set[int]] = {}
-    for protected, concept, seed in shared:
-        by_cell.setdefault((protected, concept), set()).add(seed)
-    order = [cell for cell in dict.fromkeys(trial[:2] for trial in found[0]) if cell in by_cell]
-    if not order:
-        return [], 0
-    seeds = _seeds_kept(list(by_cell.values()))
-    arrays = []
-    for cell in order:
-        listed = [[values[(*cell, seed)] for seed in seeds] for values in found if set(seeds) <= by_cell[cell]]
-        lengths = {len(values) for of in listed for values in of}
-        if listed and len(lengths) == 1:
-            values = np.asarray(listed, dtype=float).swapaxes(1, 2)
-            by_defense = values.reshape(-1, len(keys), *values.shape[1:])
-            arrays.append(np.concatenate([of_side.mean(axis=0) for of_side in np.split(by_defense, ends)]))
-    return arrays, len(seeds)
-
-
-def _seeds_kept(by_concept: Sequence[set[int]]) -> list[int]:
-    """Return the seeds that maximize seeds x concepts that have all of them; on a tie, the choice with most seeds."""
-    choices: set[frozenset[int]] = set()  # every intersection of the concepts' seeds
-    for own in {frozenset(own) for own in by_concept}:
-        choices |= {own} | {own & other for other in choices}
-
-    def kept(seeds: frozenset[int]) -> tuple:
-        return len(seeds) * sum(seeds <= own for own in by_concept), len(seeds), sorted(seeds)
-
-    return sorted(max(choices, key=kept))
 
 
 def gap_of_greatest(attacks: int, sign: int) -> Callable[[np.ndarray], np.ndarray]:

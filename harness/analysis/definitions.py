@@ -127,7 +127,8 @@ SCORES = (
     ),
     Definition(
         "target_real", "real images", "mean over targets of M_real",
-        "What real images of the targets score that the attack was trained on: about the most that can be reached.",
+        "What real images of the targets score that the attack was trained on: a reference, not a limit. Real images "
+        "differ from each other, so an attack whose images show what these have in common can score better.",
         OURS,
     ),
     Definition(
@@ -171,12 +172,13 @@ GAPS = (
     ),
     Definition(
         "sgr_low", "SGR, lower limit", "sgr - t(n - 1) s / sqrt(n), of the values of n seeds",
-        "Lower limit of the 95 % interval: see interval_over_seeds. Empty in worst_case.csv.",
+        "Lower limit of the 95 % interval: see interval_over_seeds; in worst_case.csv "
+        "interval_over_seeds_and_prompts, which covers the choice of the closest attacks too.",
         STUDENT,
     ),
     Definition(
         "sgr_high", "SGR, upper limit", "sgr + t(n - 1) s / sqrt(n), of the values of n seeds",
-        "Upper limit of the 95 % interval: see interval_over_seeds. Empty in worst_case.csv.",
+        "Upper limit of the 95 % interval: as sgr_low.",
         STUDENT,
     ),
     Definition(
@@ -202,8 +204,8 @@ GAPS = (
         "recovery", "recovery",
         "sum over seeds of (M_defense - M_before) / sum over seeds of (M_none - M_before), mean over targets",
         "Which share of the undefended attack's gain the attack has on the defended model. 0: it gained nothing; 1: as "
-        "much as without a defense; below 0: worse than never attacked. Empty where the undefended attack gains "
-        "nothing on some target.",
+        "much as without a defense; above 1: more than without one, a claim only where SGR's whole interval is below "
+        "0; below 0: worse than never attacked. Empty where the undefended attack gains nothing on some target.",
         OURS,
     ),
     Definition(
@@ -257,6 +259,9 @@ CURVES = (
 )  # fmt: skip
 """Columns on whole trajectories."""
 
+RANKS = (
+    "Mogstad, Romano, Shaikh and Wilhelm (2024), of ranks by simultaneous tests of pairs; Holm (1979)"
+)
 VERDICTS = (
     Definition(
         "valid", "valid", "",
@@ -274,6 +279,35 @@ VERDICTS = (
     ),
     Definition(
         "reason", "reason", "", "Why a line is not valid, on targets or on innocents. Empty: valid on both.", OURS
+    ),
+    Definition(
+        "rank_low", "rank, least", "1 + number of defenses that are significantly stronger",
+        "The best rank that chance leaves possible among the defenses whose lines are valid, with the undefended model,"
+        " under one attack or in the worst case. Each pair is tested as compare tests it (`stronger_by`, p below 0.05);"
+        " Holm's correction is over all pairs, attacks, the worst case and innocents of a task, metric and step. "
+        "Shown as `tie 1–3` where it differs from rank_high: chance explains the order, and the defenses are tied. "
+        "Empty for one seed, and for lines that are not valid or have nothing to be ranked against.",
+        RANKS,
+    ),
+    Definition(
+        "rank_high", "rank, greatest", "number of ranked defenses - number of defenses that are significantly weaker",
+        "The worst rank that chance leaves possible: as rank_low. All ranks of a step hold together in 95 % of runs "
+        "or more.",
+        RANKS,
+    ),
+    Definition(
+        "front", "front", "",
+        "Report, immunity and retention: `front` (★): by the tests of rank_low, with innocents' scores as the second "
+        "quantity, significantly better than each other defense in immunity or in retention; `dominated`: another "
+        "defense is significantly better in both; `tie`: chance explains the difference to some defense, so neither is "
+        "claimed.",
+        OURS,
+    ),
+    Definition(
+        "shown_step", "step of the headline", "",
+        "`In short` shows one step for each task and metric: the last one of those at which most attacks were read, "
+        "because a worst case over attacks is of the attacks that were read at its step. The reason is beside it.",
+        OURS,
     ),
     Definition(
         "verdict", "verdict", "",
@@ -349,6 +383,17 @@ COMPARISON = (
     Definition("retained_low", "innocents better by, lower limit", "", "As low.", OURS),
     Definition("retained_high", "innocents better by, upper limit", "", "As high.", OURS),
     Definition("retained_p", "p of innocents", "as p", "Not corrected, and no claim.", OURS),
+    Definition(
+        "valid_defense", "valid, defense", "",
+        "`valid` of the defense under the attack; of the worst case: under each attack that it is chosen from. Where "
+        "it is false, the difference is no result.",
+        OURS,
+    ),
+    Definition("valid_baseline", "valid, baseline", "", "The same of the baseline.", OURS),
+    Definition("utility_defense", "utility, defense", "as utility", "`utility` of the defense by this metric.", OURS),
+    Definition("utility_baseline", "utility, baseline", "as utility", "The same of the baseline.", OURS),
+    Definition("reason_defense", "reason, defense", "", "Why valid_defense is false.", OURS),
+    Definition("reason_baseline", "reason, baseline", "", "Why valid_baseline is false.", OURS),
 )  # fmt: skip
 """Columns that compare two defenses."""
 
@@ -384,9 +429,9 @@ READINGS = (
         "interval_over_seeds_and_prompts", "95 % interval over seeds and prompts",
         "value +- sqrt(t(n_seeds - 1)^2 V_seeds + t(n_prompts - n_targets)^2 V_prompts), variances by a bootstrap, t "
         "at a level calibrated to hold 95 % (two seeds: at 95 %)",
-        "Of `compare`. Covers other seeds and other evaluation prompts of the same kind, for these concepts. Where a "
-        "concept has one value a seed (a distance between sets of images), it covers seeds only, as `covers` states. "
-        "Empty for one seed.",
+        "Of `compare` and worst_case.csv. Covers other seeds and other evaluation prompts of the same kind, for "
+        "these concepts. Where a concept has one value a seed (a distance between sets of images), it covers seeds "
+        "only, as `covers` states. Empty for one seed.",
         "Efron and Tibshirani (1993); Owen (2007) for crossed factors; Rao and Wu (1988); Zou and Donner (2008); "
         "Beran (1987)",
     ),

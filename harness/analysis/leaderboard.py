@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 COLUMNS = (
     "suite", "model", "task", "defense", "method", "profile", "is_weak", "attack", "attacker", "n_probes", "metric",
     "step", "n_targets", "n_innocents", "n_seeds", "target_original", "target_before", "target_none", "target_defended",
-    "target_real", "sgr", "sgr_low", "sgr_high", "innocent_none", "innocent_defended", "innocent_sgr",
-    "innocent_sgr_low", "innocent_sgr_high", "relative_gap", "recovery", "utility", "nearest_training",
-    "nearest_training_real", "valid", "innocent_valid", "reason", "direction", "unit", "backbone",
+    "target_real", "sgr", "sgr_low", "sgr_high", "rank_low", "rank_high", "innocent_none", "innocent_defended",
+    "innocent_sgr", "innocent_sgr_low", "innocent_sgr_high", "relative_gap", "recovery", "utility",
+    "nearest_training", "nearest_training_real", "valid", "innocent_valid", "reason", "direction", "unit", "backbone",
 )  # fmt: skip
 
 
@@ -67,6 +67,8 @@ class Gates:
 
 def leaderboard(rows: DataFrame | Measurements, gates: Gates) -> list[dict[str, Any]]:
     """Return the lines of the leaderboard, best protection of a group first; groups in the order of the rows.
+
+    The order is no claim: `harness.analysis.claims` says which part of it chance explains, and fills in the ranks.
 
     A group is (task, attack, attacker, metric, step). Groups without rows of the defense `none` are left out: they
     have no baseline for a gap.
@@ -286,6 +288,11 @@ class _Attacked:
         return [f"incomplete: {known} of {wanted} trials on {role}s"] if known < wanted else []
 
 
+def line_of(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict[str, Any] | None:
+    """Return the line of a defense in a group of `leaderboard`; None: it shares no target with an undefended model."""
+    return None if table.undefended[group[0]] is None else _line(table, group, defense, gates)
+
+
 def _line(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict[str, Any] | None:
     """Return one line, or None when defense and undefended model share no target."""
     task, attack, attacker, metric, step = group
@@ -324,6 +331,8 @@ def _line(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict
         "sgr": target["sgr"],
         "sgr_low": target["low"],
         "sgr_high": target["high"],
+        "rank_low": None,  # ranks are tested for all defenses together: `harness.analysis.claims`
+        "rank_high": None,
         "innocent_none": innocent["none"],
         "innocent_defended": innocent["defended"],
         "innocent_sgr": innocent["sgr"],

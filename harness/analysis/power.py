@@ -30,8 +30,9 @@ from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from harness.analysis.compare import LEVEL, WORST, Key, closest, gap_of_greatest, paired_cells
+from harness.analysis.compare import LEVEL, WORST, closest, gap_of_greatest
 from harness.analysis.measurements import Measurements, measured
+from harness.analysis.pairing import Key, paired_cells
 from harness.analysis.statistics import Estimate, estimate
 
 if TYPE_CHECKING:

@@ -202,6 +202,94 @@ def _drawn(seed: int, draws: int, seeds: int, prompts: tuple[int, ...]) -> _Draw
     return _Drawn(of_seeds, of_prompts, of_cells)
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """Means of several quantities over concepts, prompts and seeds: as measured, and in the bootstrap samples.
+
+    The samples are those of `estimate`, so a difference of two functions of these means has the same variances as
+    there; but all pairs of many defenses share one resampling.
+    """
+
+    value: np.ndarray  # [quantities]
+    by_seeds: np.ndarray | None  # [draws, quantities]; None: fewer than two seeds
+    by_prompts: np.ndarray | None  # None: a concept has fewer than two prompts
+    by_cells: np.ndarray | None
+    seeds: int
+    prompts: int  # prompts beyond the first of each concept
+
+    def estimate(self, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+        """Return the estimate of a function of the means: [draws, quantities] -> [draws]."""
+        values, of_seeds, of_prompts = self.differences(lambda means: statistic(means)[:, None], [(0, None)])
+        seeds = None if of_seeds is None else float(of_seeds[0])
+        prompts = None if of_prompts is None else float(of_prompts[0])
+        return Estimate(float(values[0]), seeds, prompts, self.seeds, self.prompts)
+
+    def differences(
+        self, statistic: Callable[[np.ndarray], np.ndarray], pairs: Sequence[tuple[int, int | None]]
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Return (values, variances from seeds, additional variances from prompts), one each for every pair.
+
+        `statistic`: [draws, quantities] -> [draws, columns]. A pair names two columns, of which the second is
+        subtracted from the first; None: nothing is subtracted.
+        """
+        if self.by_seeds is None:
+            return _between(statistic(self.value[None]), pairs)[0], None, None
+        made = [_between(statistic(means), pairs) for means in (self.value[None], self.by_seeds)]
+        values, of_seeds = made[0][0], np.var(made[1], axis=0, ddof=1)
+        if self.by_prompts is None:
+            return values, of_seeds, None
+        both, own = (
+            np.var(_between(statistic(means), pairs), axis=0, ddof=1) for means in (self.by_prompts, self.by_cells)
+        )
+        return values, of_seeds, np.maximum(both - own, 0.0)
+
+    def p_values(self, values: np.ndarray, of_seeds: np.ndarray | None, of_prompts: np.ndarray | None) -> np.ndarray:
+        """Return `Estimate.p_value` of each difference; NaN for one seed."""
+        if of_seeds is None:
+            return np.full(len(values), np.nan)
+        prompts = np.zeros_like(of_seeds) if of_prompts is None else of_prompts
+        return _p_values(np.abs(values), (self.seeds - 1, of_seeds), (max(self.prompts, 1), prompts))
+
+
+def resample(cells: Sequence[np.ndarray], *, draws: int = DRAWS, seed: int = 0) -> Resampled:
+    """Resample measurements once for all functions of their means; arguments as of `estimate`."""
+    seeds, prompts = cells[0].shape[2], tuple(x.shape[1] for x in cells)
+    beyond = sum(count - 1 for count in prompts)
+    means = _averaged(cells)[0]  # [concepts, quantities, seeds]
+    value = means.mean(axis=(0, 2))
+    if seeds < 2:
+        return Resampled(value, None, None, None, seeds, beyond)
+    drawn = _drawn(seed, draws, seeds, prompts)
+    over_concepts = means.mean(axis=0)
+    by_seeds = _counts(drawn.seeds, seeds) @ over_concepts.T
+    if min(prompts) < 2:
+        return Resampled(value, by_seeds, None, None, seeds, beyond)
+    by_prompts, by_cells = np.zeros((2, draws, len(value)))
+    for x, weights, shares in zip(cells, drawn.prompts, _cell_shares(seed, draws, seeds, prompts), strict=True):
+        by_prompts += weights @ x.mean(axis=2).T
+        by_cells += x.mean(axis=(1, 2)) + shares @ _residuals(x).reshape(len(value), -1).T
+    return Resampled(value, by_seeds, by_prompts / len(cells), by_cells / len(cells), seeds, beyond)
+
+
+def _between(columns: np.ndarray, pairs: Sequence[tuple[int, int | None]]) -> np.ndarray:
+    """Return the difference of each pair of columns, [draws, pairs]."""
+    return np.stack([columns[:, a] - (0.0 if b is None else columns[:, b]) for a, b in pairs], axis=1)
+
+
+def _counts(chosen: np.ndarray, of: int) -> np.ndarray:
+    """Return how often each of `of` indices was chosen in every draw, as a share: [draws, of]."""
+    draws, each = chosen.shape
+    places = (np.arange(draws)[:, None] * of + chosen).ravel()
+    return np.bincount(places, minlength=draws * of).reshape(draws, of) / each
+
+
+@functools.lru_cache(maxsize=4)
+def _cell_shares(seed: int, draws: int, seeds: int, prompts: tuple[int, ...]) -> list[np.ndarray]:
+    """Return, per concept, how often each of its cells was drawn, as a share: [draws, prompts * seeds]."""
+    drawn = _drawn(seed, draws, seeds, prompts).cells
+    return [_counts(np.moveaxis(of, 1, 0).reshape(draws, -1), len(of) * seeds) for of in drawn]
+
+
 def _averaged(cells: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([x.mean(axis=1) for x in cells])[None]
 
@@ -221,17 +309,37 @@ def _over_cells(cells: Sequence[np.ndarray], statistic: Statistic, drawn: _Drawn
     draws, (quantities, _, seeds) = len(drawn.seeds), cells[0].shape
     means = np.empty((draws, len(cells), quantities, seeds))
     for place, (x, chosen) in enumerate(zip(cells, drawn.cells, strict=True)):
-        prompts = x.shape[1]
-        by_seed, by_prompt = x.mean(axis=1, keepdims=True), x.mean(axis=2, keepdims=True)
-        left = x - by_seed - by_prompt + x.mean(axis=(1, 2), keepdims=True)
-        left = left * math.sqrt(prompts * seeds / ((prompts - 1) * (seeds - 1)))
-        flat = left.reshape(quantities, prompts * seeds)
+        prompts, by_seed = x.shape[1], x.mean(axis=1, keepdims=True)
+        flat = _residuals(x).reshape(quantities, prompts * seeds)
         noise = flat.take(chosen[0], axis=1)  # [quantities, draws, seeds]
         for places in chosen[1:]:  # one prompt at a time, to save memory
             noise += flat.take(places, axis=1)
         noise /= prompts
         np.add(by_seed[:, 0][None], np.moveaxis(noise, 1, 0), out=means[:, place])
     return float(np.var(statistic(means), ddof=1))
+
+
+def _residuals(x: np.ndarray) -> np.ndarray:
+    """Return what is left of [quantities, prompts, seeds] without seed and prompt effects, at its unbiased size."""
+    prompts, seeds = x.shape[1:]
+    by_seed, by_prompt = x.mean(axis=1, keepdims=True), x.mean(axis=2, keepdims=True)
+    left = x - by_seed - by_prompt + x.mean(axis=(1, 2), keepdims=True)
+    return left * math.sqrt(prompts * seeds / ((prompts - 1) * (seeds - 1)))
+
+
+def _p_values(sizes: np.ndarray, *parts: tuple[int, np.ndarray]) -> np.ndarray:
+    """Return the least p of each size at which limits of parts (degrees of freedom, variances) exclude zero."""
+    from scipy.special import stdtrit
+
+    total = sum(variances for _, variances in parts)
+    low, high = np.full(len(sizes), -40.0), np.zeros(len(sizes))  # bounds of ln p
+    for _ in range(60):
+        middle = (low + high) / 2
+        tails = np.exp(middle) / 2
+        reach = np.sqrt(sum(stdtrit(degrees, tails) ** 2 * variances for degrees, variances in parts))
+        is_inside = reach > sizes
+        low, high = np.where(is_inside, middle, low), np.where(is_inside, high, middle)
+    return np.where(total > 0.0, np.exp(high), np.where(sizes == 0.0, 1.0, 0.0))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

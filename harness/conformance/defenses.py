@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from harness.model.pipeline import DiffusionModel
     from harness.model.run import Run
 
-HONOURED = {"frozen": "frozen", "adaptation": "adaptation_hooks", "sampling": "sampling_hooks"}
-"""Attribute of a `Protection` -> entry that `ThreatModel.must_honour` must have if the attribute is not empty."""
-
 
 def gives_the_same_bits_for_the_same_seed(defense: Defense, setting: Setting) -> None:
     """Two runs release bit-identical results, independent of the process's global random state."""
@@ -83,31 +80,24 @@ def puts_the_model_back(defense: Defense, setting: Setting) -> None:
 
 def releases_what_it_declares(defense: Defense, setting: Setting) -> None:
     """Changed tensors are covered by `threat_model.changes`; everything attackers must obey is in `must_honour`."""
-    from harness.conformance.declared import covered
+    from harness.training.declared import covered, undeclared
 
-    model = setting.model()
-    released = protected(defense, setting, model=model).protection
     known = setting.model().parameters()
     try:
-        declared = covered(known, defense.threat_model.changes)
+        covered(known, defense.threat_model.changes)
     except ValueError as error:
         fail(defense, f"declares what cannot be checked: {error}")
-    changes = ", ".join(defense.threat_model.changes) or "nothing"
-    for component in released.components:
-        if component not in defense.threat_model.changes:
-            fail(defense, f"releases another {component}, but its threat model declares to change {changes}")
+    released = protected(defense, setting).protection
     for name, tensor in released.tensors.items():
         is_of_another = name.partition(".")[0] in released.components
         if not is_of_another and (name not in known or known[name].shape != tensor.shape):
             fail(defense, f"releases '{name}' of shape {tuple(tensor.shape)}, which does not fit the model")
-        if not is_of_another and name not in declared:
-            fail(defense, f"releases '{name}', but its threat model declares to change {changes}")
     unknown = sorted(released.frozen - known.keys())
     if unknown:
         fail(defense, f"freezes '{unknown[0]}', which the model does not have")
-    for attribute, word in HONOURED.items():
-        if getattr(released, attribute) and word not in defense.threat_model.must_honour:
-            fail(defense, f"releases '{attribute}', but `must_honour` of its threat model lacks '{word}'")
+    said = undeclared(released, defense.threat_model, known)
+    if said:
+        fail(defense, said)
     for kind in ("adaptation", "sampling"):
         make_hooks(f"{kind}_hook", getattr(released, kind))
 

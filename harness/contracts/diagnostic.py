@@ -31,6 +31,7 @@ from harness.contracts.method import Method
 from harness.contracts.table import Figure, Table
 
 if TYPE_CHECKING:
+    from harness.analysis.claims import Claims
     from harness.analysis.definitions import Definition
     from harness.analysis.measurements import Measurements
     from harness.analysis.paper_rows import PaperRow
@@ -85,6 +86,10 @@ class MeasuredRun(Protocol):
     @property
     def leaderboard(self) -> Sequence[Mapping[str, Any]]:
         """The lines of leaderboard.csv."""
+
+    @property
+    def claims(self) -> Claims:
+        """The leaderboard and the worst case with their ranks, and the headlines."""
 
     @property
     def costs(self) -> Sequence[Mapping[str, Any]]:

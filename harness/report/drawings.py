@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report.views import ConceptCurves, CurvePoint, Plane
+from harness.report.views import ConceptCurves, CurvePoint, Interval, Plane
 from harness.results.looks import COLOURS, Look, looks
 
 DARK = (
@@ -82,7 +82,11 @@ def _panel(axis, curves: ConceptCurves, by_defense: Mapping[str, Sequence[CurveP
 
 
 def plane(path: Path, shown: Plane, own: Mapping[str, Look]) -> None:
-    """Draw immunity over retention: a colour per defense; small markers: attacks; large: worst case; and the front."""
+    """Draw immunity over retention, with 95 % intervals: a colour per defense; small: attacks; large: worst case.
+
+    Hollow markers do not count. A star is drawn around a defense that is on the front beyond chance; two or more are
+    joined.
+    """
     figure, axes = _figure(1, 1, 5.0, 3.6)
     axis = axes[0][0]
     attacks = list(dict.fromkeys(p.attack for p in shown.points if p.attack))
@@ -94,23 +98,30 @@ def plane(path: Path, shown: Plane, own: Mapping[str, Look]) -> None:
         marker = look.mark if is_large else MARKERS[attacks.index(point.attack) % len(MARKERS)]
         face = look.colour if point.valid else "none"
         size, alpha = (90, 1.0) if is_large else (22, 0.6)
+        x, y = 100 * point.retention.value, 100 * point.immunity.value
+        if is_large:  # those of single attacks would hide them; they are in the leaderboard
+            axis.errorbar(
+                [x], [y], xerr=_reach(point.retention), yerr=_reach(point.immunity), fmt="none", ecolor=look.colour,
+                elinewidth=0.9, alpha=0.55, capsize=2.5, zorder=1,
+            )  # fmt: skip
         axis.scatter(
-            100 * point.retention, 100 * point.immunity, s=size, marker=marker, facecolors=face,
-            edgecolors=look.colour, linewidths=1.2, alpha=alpha, zorder=3 if is_worst else 2,
+            x, y, s=size, marker=marker, facecolors=face, edgecolors=look.colour, linewidths=1.2, alpha=alpha,
+            zorder=3 if is_worst else 2,
         )  # fmt: skip
     whole = {p.defense: p for p in shown.points if p.defense in shown.front and not (has_worst and p.attack)}
-    ordered = sorted(whole.values(), key=lambda p: p.retention)
-    if len(ordered) > 1:
-        axis.step(
-            [100 * p.retention for p in ordered], [100 * p.immunity for p in ordered], where="pre", color=FAINT,
-            lw=1, ls="--", zorder=1, label="Pareto front",
-        )  # fmt: skip
+    ordered = sorted(whole.values(), key=lambda p: p.retention.value)
+    if ordered:
+        places = [100 * p.retention.value for p in ordered], [100 * p.immunity.value for p in ordered]
+        label = "on the front beyond chance"
+        axis.scatter(*places, s=240, marker="*", facecolors="none", edgecolors=INK, zorder=4, label=label)
+        if len(ordered) > 1:
+            axis.step(*places, where="pre", color=FAINT, lw=1, ls="--", zorder=1)
     for defense in dict.fromkeys(p.defense for p in shown.points):
         axis.scatter([], [], color=own[defense].colour, marker=own[defense].mark, s=40, label=defense)
     for attack in attacks if has_worst else ():
         marker = MARKERS[attacks.index(attack) % len(MARKERS)]
         axis.scatter([], [], color=FAINT, marker=marker, s=22, label=attack)
-    axis.set_title(shown.metric, fontsize=9, color=INK)
+    axis.set_title(f"{shown.metric}, after step {shown.step}", fontsize=9, color=INK)
     axis.axvline(100, color=FAINT, lw=0.7)
     axis.axhline(0, color=FAINT, lw=0.7)
     axis.set_xlabel("retention: what innocents keep, %", fontsize=8, color=INK)
@@ -119,6 +130,13 @@ def plane(path: Path, shown: Plane, own: Mapping[str, Look]) -> None:
     handles, labels = axis.get_legend_handles_labels()
     _legend(figure, dict(zip(labels, handles, strict=True)))
     _save(figure, path)
+
+
+def _reach(of: Interval) -> list[list[float]] | None:
+    """Return an interval's error bar in percent, from the value downwards and upwards; None: there is no interval."""
+    if of.low is None or of.high is None:
+        return None
+    return [[100 * (of.value - of.low)], [100 * (of.high - of.value)]]
 
 
 def _figure(rows: int, per_row: int, width_in: float, height_in: float):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import report
+from harness.analysis.claims import Claims, claims
 from harness.analysis.curves import curves
 from harness.analysis.definitions import BY_NAME
 from harness.analysis.leaderboard import by_concept, leaderboard
@@ -24,6 +25,7 @@ from harness.core.version import __version__
 from harness.report import costs, drawings, own_sections, records, run_folder, sheets, views
 from harness.results import definitions, tables
 from harness.results.folder import RESOLVED
+from harness.results.headline import above_notes, attack_sentences
 from harness.results.leaderboard import SOON_LEGEND, soon_text
 from harness.results.reading import read_table
 
@@ -74,7 +76,8 @@ def make(path: Path, prompts: int = sheets.PROMPTS, into: Path | None = None) ->
 
 
 def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, int, int]:
-    lines = leaderboard(run.table, run.gates)
+    found = claims(run.table, leaderboard(run.table, run.gates))
+    lines = found.lines
     defenses = list(dict.fromkeys(name for known in run.table.defenses.values() for name in known))
     looks = drawings.palette(defenses)
     gallery = sheets.Gallery(folder / "images")
@@ -96,12 +99,10 @@ def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, i
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "lines": lines,
         "metrics": list(run.table.about),
-        "defenses": [
-            {"name": name, "again": index // len(drawings.COLOURS), "colour": index % len(drawings.COLOURS)}
-            for index, name in enumerate(defenses)
-        ],
+        "defenses": [{"name": name, "again": look.again, "colour": look.place} for name, look in looks.items()],
         "columns": views.columns({name: _said(name) for name in BY_NAME}),
-        "tasks": _tasks(run, lines, curves(run.table), by_concept(run.table), shown, folder / "figures", looks),
+        "tasks": _tasks(run, found, curves(run.table), by_concept(run.table), shown, folder / "figures", looks),
+        "attacks_verdict": attack_sentences(lines),
         "sheets_left_out": left_out,
         "failures": run.failures,
         "records": records.summary(run.store, run.scores),
@@ -152,26 +153,35 @@ def _said(name: str) -> str:
     return f"{found.formula}. {found.meaning}" if found.formula else found.meaning
 
 
-def _tasks(run, lines, soon, concepts, shown, figures: Path, looks) -> list[dict[str, Any]]:
+def _tasks(run, claimed: Claims, soon, concepts, shown, figures: Path, looks) -> list[dict[str, Any]]:
     """Return the sections of each task; draw their figures."""
-    planes, drawn = views.planes(lines), views.concept_curves(run.table)
+    lines, drawn = claimed.lines, views.concept_curves(run.table)
     found = []
     for place, task in enumerate(views.tasks(lines)):
         own = [line for line in lines if line["task"] == task]
+        headlines = [headline for headline in claimed.headlines if headline.task == task]
+        planes = [plane for headline in headlines if (plane := views.plane_of(headline)).points]
         found.append(
             {
                 "id": f"task-{place}",
                 "name": task,
                 "setting": run.suite.get("tasks", {}).get(task, {}),
-                "short": [(metric, views.in_short(lines, task, metric)) for metric in run.table.about],
+                "short": [
+                    (headline, views.in_short(headline), above_notes(headline.lines)) for headline in headlines
+                ],
                 "lines": [views.table_line(line) for line in own],
                 "filters": [(name, views.distinct(own, name)) for name in ("metric", "attack", "attacker", "step")],
-                "last_step": max(line["step"] for line in own),
+                "shown_step": headlines[0].step if headlines else max(line["step"] for line in own),
+                "above": [
+                    (metric, note)
+                    for metric in views.distinct(own, "metric")
+                    for note in above_notes([line for line in own if line["metric"] == metric])
+                ],
                 "reasons": views.reasons(lines, task),
                 "soon": _soon([line for line in soon if line["task"] == task]),
                 "planes": [
                     (plane, _draw(drawings.plane, figures, f"plane-{place}-{i}", plane, looks))
-                    for i, plane in enumerate(p for p in planes if p.task == task)
+                    for i, plane in enumerate(planes)
                 ],
                 "concepts": _concepts(
                     [c for c in drawn if c.task == task], [c for c in concepts if c["task"] == task], figures, place,

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.analysis.front import front
-from harness.analysis.leaderboard import interval, worst_case
+from harness.analysis.claims import FRONT, Headline, Standing
+from harness.analysis.leaderboard import interval
 from harness.analysis.measurements import Measurements, Trial
+from harness.results.headline import rank_text
 from harness.results.leaderboard import SHOWN, TEXT, cells
 
 Line = Mapping[str, Any]
@@ -44,7 +45,10 @@ class TableLine:
 
 def columns(definitions: Mapping[str, str]) -> list[Column]:
     """Return the columns of the leaderboard: those of leaderboard.md, the metric, and the validity for innocents."""
-    listed = [Column(name, header, name in TEXT, definitions.get(name, "")) for name, header in SHOWN]
+    defined = {"interval": "sgr_low", "rank": "rank_low"}
+    listed = [
+        Column(name, header, name in TEXT, definitions.get(defined.get(name, name), "")) for name, header in SHOWN
+    ]  # fmt: skip
     listed.insert(3, Column("metric", "metric", True, definitions.get("metric", "")))
     return listed
 
@@ -59,6 +63,8 @@ def table_line(line: Line) -> TableLine:
 
 
 def _order(line: Line, column: str) -> str:
+    if column == "rank":
+        return "" if line["rank_low"] is None else str(line["rank_low"] + line["rank_high"])
     value = line["sgr_low"] if column == "interval" else line[column]
     if column == "interval" and line["method"] == "none":
         value = None
@@ -78,8 +84,17 @@ def distinct(lines: Iterable[Line], column: str) -> list[Any]:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval; without one (a single seed) the limits are None."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
 class InShort:
-    """A defense in one line: the closest attack at the last step, and the cost of the defense."""
+    """A defense in one line: the closest attack at the shown step, and the cost of the defense."""
 
     defense: str
     attack: str
@@ -88,12 +103,17 @@ class InShort:
     undefended: float | None
     defended: float
     real: float | None
-    sgr: float | None
-    retention: float | None
+    sgr: Interval | None
+    rank: str
+    rank_order: int | None
+    """What ranks are sorted by."""
+    retention: Interval | None
     utility: float | None
     valid: bool
-    on_front: bool
-    """Among the defenses other than `none`."""
+    place: str
+    """See `harness.analysis.claims`."""
+    is_starred: bool
+    """Whether it is on the front beyond chance, and not the undefended model."""
 
 
 @dataclass(frozen=True)
@@ -102,93 +122,100 @@ class Point:
 
     defense: str
     attack: str  # "": the worst case
-    retention: float
-    immunity: float
+    retention: Interval
+    immunity: Interval
     valid: bool
 
 
 @dataclass
 class Plane:
-    """A task and one metric at the last step."""
+    """A task and one metric at the shown step."""
 
     task: str
     metric: str
     step: int
+    why: str
     points: list[Point] = field(default_factory=list)
-    front: list[str] = field(default_factory=list)
-    """Defenses that no valid defense exceeds in both."""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """Place (see `harness.analysis.claims`) -> defenses."""
+
+    @property
+    def front(self) -> list[str]:
+        """The defenses that are on the front beyond chance."""
+        return self.places.get(FRONT, [])
 
 
-def planes(lines: Sequence[Line]) -> list[Plane]:
-    """Return a plane for each task and metric measured on innocents, at the last step."""
-    made = []
-    for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in lines):
-        plane = plane_of(lines, task, metric)
-        if plane.points:
-            made.append(plane)
-    return made
-
-
-def plane_of(lines: Sequence[Line], task: str, metric: str) -> Plane:
-    """Return the plane of a task and metric at the last step.
+def plane_of(headline: Headline) -> Plane:
+    """Return the plane of a task and metric; without points where no innocents count.
 
     Immunity: SGR on targets; for the worst case, that of the closest attack. Retention: 1 - SGR on innocents, mean over
     the attacks that are valid on innocents (not those that learn nothing on the undefended model).
     """
-    last = _at_last_step(lines, task, metric)
-    plane = Plane(task, metric, last[0]["step"])
-    worst = {line["defense"]: line for line in closest(last)}
-    for defense in distinct(last, "defense"):
-        own = [line for line in last if line["defense"] == defense]
-        kept = [line for line in own if line["innocent_valid"] and line["sgr"] is not None]
-        if own[0]["is_weak"] or not kept:
-            continue
+    plane = Plane(headline.task, headline.metric, headline.step, headline.why)
+    has_worst = len(distinct(headline.lines, "attack")) > 1
+    for standing in headline.standings:
+        defense = standing.line["defense"]
+        if standing.place:
+            plane.places.setdefault(standing.place, []).append(defense)
         plane.points += [
-            Point(defense, line["attack"], 1 - line["innocent_sgr"], line["sgr"], line["valid"]) for line in kept
+            Point(defense, line["attack"], _kept(line), _sgr(line), line["valid"])
+            for line in headline.lines
+            if line["defense"] == defense and line["innocent_valid"] and line["sgr"] is not None
         ]
-        if len(distinct(last, "attack")) > 1 and worst[defense]["sgr"] is not None:
-            retention = math.fsum(1 - line["innocent_sgr"] for line in kept) / len(kept)
-            plane.points.append(Point(defense, "", retention, worst[defense]["sgr"], worst[defense]["valid"]))
-    whole = [p for p in plane.points if not p.attack] or plane.points
-    plane.front = front({p.defense: (p.retention, p.immunity) for p in whole if p.valid})
+        retention, immunity = _retention(standing), _sgr(standing.line)
+        if has_worst and retention and immunity:
+            plane.points.append(Point(defense, "", retention, immunity, standing.line["valid"]))
     return plane
 
 
-def closest(lines: Sequence[Line]) -> list[Line]:
-    """Return the line of each defense's closest attack; if there is a single attack, its own lines."""
-    return worst_case(lines) or [line for line in lines if not line["is_weak"]]
+def _sgr(line: Line) -> Interval | None:
+    """Return the SGR of a line; the undefended model's is 0 by definition, and has no interval."""
+    if line["sgr"] is None:
+        return None
+    return Interval(line["sgr"]) if line["method"] == "none" else Interval(*(line[f"sgr{end}"] for end in ENDS))
 
 
-def in_short(lines: Sequence[Line], task: str, metric: str) -> list[InShort]:
-    """Return a line for each defense of a task, the best valid protection first."""
-    last = _at_last_step(lines, task, metric)
-    if not last:
-        return []
-    plane = plane_of(lines, task, metric)
-    retained = {p.defense: p.retention for p in plane.points}  # that of the worst case, if any, since it is last
-    return [
-        InShort(
-            defense=line["defense"],
-            attack=line["attack"],
-            attacker=line["attacker"],
-            before=line["target_before"],
-            undefended=line["target_none"],
-            defended=line["target_defended"],
-            real=line["target_real"],
-            sgr=line["sgr"],
-            retention=retained.get(line["defense"]),
-            utility=line["utility"],
-            valid=line["valid"],
-            on_front=line["defense"] in plane.front and line["method"] != "none",
-        )
-        for line in closest(last)
-    ]
+def _kept(line: Line) -> Interval:
+    value, low, high = (line[f"innocent_sgr{end}"] for end in ENDS)
+    has_none = low is None or line["method"] == "none"
+    return Interval(1 - value) if has_none else Interval(1 - value, 1 - high, 1 - low)
 
 
-def _at_last_step(lines: Sequence[Line], task: str, metric: str) -> list[Line]:
-    own = [line for line in lines if (line["task"], line["metric"]) == (task, metric)]
-    last = max((line["step"] for line in own), default=None)
-    return [line for line in own if line["step"] == last]
+def _retention(standing: Standing) -> Interval | None:
+    if standing.retention is None:
+        return None
+    if standing.line["method"] == "none":
+        return Interval(standing.retention)
+    return Interval(standing.retention, standing.retention_low, standing.retention_high)
+
+
+ENDS = ("", "_low", "_high")
+
+
+def in_short(headline: Headline) -> list[InShort]:
+    """Return a line for each defense of a headline, the best valid protection first."""
+    return [_in_short(standing) for standing in headline.standings]
+
+
+def _in_short(standing: Standing) -> InShort:
+    line = standing.line
+    return InShort(
+        defense=line["defense"],
+        attack=line["attack"],
+        attacker=line["attacker"],
+        before=line["target_before"],
+        undefended=line["target_none"],
+        defended=line["target_defended"],
+        real=line["target_real"],
+        sgr=_sgr(line),
+        rank=rank_text(line),
+        rank_order=None if line["rank_low"] is None else line["rank_low"] + line["rank_high"],
+        retention=_retention(standing),
+        utility=line["utility"],
+        valid=line["valid"],
+        place=standing.place,
+        is_starred=standing.place == FRONT and line["method"] != "none",
+    )
 
 
 @dataclass(frozen=True)

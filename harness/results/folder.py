@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from harness.analysis.leaderboard import Gates
 from harness.core.errors import UserMistake, one_line
 from harness.results import tables
 from harness.suite.resolved import RESOLVED
@@ -49,3 +51,17 @@ def failures(folder: Path) -> list[tuple[str, str]]:
         except (OSError, ValueError, KeyError, TypeError):
             found.append((file.stem, "its record cannot be read"))
     return found
+
+
+def read_gates(folder: Path) -> Gates:
+    """Return the gates of a run's suite. Raises UserMistake where there are none."""
+    return gates_of(read_suite(folder)[1], folder)
+
+
+def gates_of(suite: Mapping[str, Any], folder: Path) -> Gates:
+    """Return the gates of a resolved suite. Raises UserMistake, which names the folder, where there are none."""
+    try:
+        return Gates(**suite["gates"])
+    except (KeyError, TypeError):
+        what = "no gates in it; write it anew with `table`"
+        raise UserMistake(f"{one_line(folder / RESOLVED)}: {what}") from None

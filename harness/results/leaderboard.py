@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from harness.analysis.leaderboard import worst_case
 from harness.contracts.table import Section
 from harness.core.counted import counted
 from harness.results import console as terminal
+from harness.results.headline import above_notes, rank_text
 
 SHOWN = (
     ("defense", "defense"),
@@ -21,6 +20,7 @@ SHOWN = (
     ("target_defended", "defended"),
     ("sgr", "SGR %"),
     ("interval", "95 %"),
+    ("rank", "rank"),
     ("innocent_sgr", "innocent SGR %"),
     ("relative_gap", "RSGR (our reading) %"),
     ("recovery", "recovery"),
@@ -31,9 +31,10 @@ SHOWN = (
 TEXT = frozenset({"defense", "attack", "attacker"})
 """Text columns."""
 WORST_LEGEND = (
-    "For each defense and step the attack that comes closest to the targets, of those that count; best protection "
-    "first. undefended: what the closest attack on the undefended model reaches, whichever that is. An adaptive "
-    "attacker's line holds the number of probes that the attack was tuned with, on each released model by itself."
+    "For each defense and step the attack that comes closest to the targets, of those that count. 95 %: covers chance "
+    "in seeds and prompts, and the choice of the attacks. undefended: what the closest attack on the undefended model "
+    "reaches, whichever that is. An adaptive attacker's line holds the number of probes that the attack was tuned "
+    "with, on each released model by itself."
 )
 SOON_LEGEND = (
     "Steps until the attack is half way from the undefended model before it to real images; in brackets how far it is "
@@ -45,23 +46,33 @@ LEGEND = (
     "difference; the papers' own formula was not found, so it is not to be set beside theirs. "
     "recovery: the defended attack's gain over the undefended one's. utility: the released model's score before any "
     "attack over the undefended model's, both above what images of another concept score. 95 %: Student t over seeds; "
-    "covers chance in defense, attack and sampling for these concepts and prompts. Every column: "
+    "covers chance in defense, attack and sampling for these concepts and prompts. rank: of the defenses that count, "
+    "by paired tests of all pairs, corrected together (Holm); tie 1–3: chance explains the order, any rank from 1 to 3 "
+    "is possible. One seed has neither interval nor rank. Every column: "
     "python -m harness.results.definitions."
 )
 CONCEPTS_LEGEND = (
-    "SGR of each concept, with its 95 % interval by Student's t over seeds. Whether a line counts is in "
-    "leaderboard.md; scores and recovery in concepts.csv."
+    "SGR of each concept, with its 95 % interval by Student's t over seeds; one seed has none. An interval that holds "
+    "0 is a tie with the undefended model. Whether a line counts, and the ranks of defenses, are in leaderboard.md; "
+    "scores and recovery in concepts.csv."
 )
 NO_ROWS = Section(text=("No rows yet.",))
 
 
 def sections(
-    lines: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]] = (), soon: Sequence[dict[str, Any]] = ()
+    lines: Sequence[dict[str, Any]],
+    worst: Sequence[dict[str, Any]] = (),
+    soon: Sequence[dict[str, Any]] = (),
+    short: Section | None = None,
 ) -> list[Section]:
-    """Return leaderboard.md: a table for each task and metric; then the worst case, and how soon attacks recover."""
+    """Return leaderboard.md: in short; a table for each task and metric; the worst case, and how soon attacks recover.
+
+    `short`: the section of `harness.results.headline`.
+    """
     if not lines:
         return [NO_ROWS]
-    found = _by_metric(lines)
+    found = [short] if short else []
+    found += _by_metric(lines)
     if worst:
         found += [Section("Worst case over attacks", (WORST_LEGEND,)), *_by_metric(worst, with_notes=False)]
     if soon:
@@ -69,20 +80,21 @@ def sections(
     return [*found, Section(text=(LEGEND,))]
 
 
-def shown(lines: Sequence[dict[str, Any]]) -> list[Section]:
-    """Return the sections for the terminal: the leaderboard, and the worst case if there are several attacks."""
+def shown(
+    lines: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]] = (), short: Section | None = None
+) -> list[Section]:
+    """Return the sections for the terminal: the leaderboard, the worst case if there is one, and last what is short."""
     if not lines:
         return [NO_ROWS]
-    found, worst = _by_metric(lines), worst_case(lines)
+    found = _by_metric(lines, before_reason="not valid: ")
     if worst:
         heading, legend = Section("Worst case over attacks"), Section(text=(WORST_LEGEND,))
         found += [heading, *_by_metric(worst, with_notes=False), legend]
-    reasons = [replace(each, notes=tuple(f"not valid: {note}" for note in each.notes or ())) for each in found]
-    return [*reasons, Section(text=(LEGEND,))]
+    return [*found, Section(text=(LEGEND,)), *([short] if short else [])]
 
 
-def _by_metric(lines: Sequence[dict[str, Any]], with_notes: bool = True) -> list[Section]:
-    """Return a table for each task, metric and unit, in the order of the lines."""
+def _by_metric(lines: Sequence[dict[str, Any]], with_notes: bool = True, before_reason: str = "") -> list[Section]:
+    """Return a table for each task, metric and unit, in the order of the lines; notes: reasons, and what is unusual."""
     grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in lines:
         grouped.setdefault((line["task"], line["metric"], line["unit"]), []).append(line)
@@ -92,7 +104,7 @@ def _by_metric(lines: Sequence[dict[str, Any]], with_notes: bool = True) -> list
             headers=tuple(header for _, header in SHOWN),
             rows=[cells(line) for line in group],
             alignments="".join("l" if column in TEXT else "r" for column, _ in SHOWN),
-            notes=tuple(_notes(group)) if with_notes else (),
+            notes=(*(before_reason + note for note in _notes(group)), *above_notes(group)) if with_notes else (),
             level=3,
             faint=frozenset(place for place, line in enumerate(group) if not line["valid"]),
             ends=terminal.ends_of_groups([line["step"] for line in group]),
@@ -117,6 +129,8 @@ def cells(line: dict[str, Any]) -> list[str]:
             low, high = line["sgr_low"], line["sgr_high"]
             is_known = low is not None and line["method"] != "none"
             texts.append(f"{100 * low:.0f} to {100 * high:.0f}" if is_known else "–")
+        elif column == "rank":
+            texts.append(rank_text(line))
         elif column in ("sgr", "innocent_sgr", "relative_gap"):
             texts.append("–" if line[column] is None else f"{100 * line[column]:+.1f}")
         elif column == "defense":

@@ -110,7 +110,7 @@ class LoadedRun:
         from harness.analysis import compare
 
         try:
-            lines = compare.compare(self.rows, defense, [baseline])
+            lines = compare.compare(self.rows, defense, [baseline], gates=run_folder.gates_of(self.suite, self.folder))
         except ValueError as error:
             raise UserMistake(f"{one_line(self.folder)}: {one_line(error)}") from None
         return pd.DataFrame(lines, columns=list(compare.COLUMNS))

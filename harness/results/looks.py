@@ -1,8 +1,13 @@
-"""The look of defenses in figures: one colour each; with more defenses than colours, also other lines and markers."""
+"""The look of defenses in figures: each keeps its colour in every run.
+
+The undefended model and the bundled methods have fixed colours; any other label has the colour that its digest gives.
+Where two defenses of a figure have one colour, the second has another line and marker.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # Okabe and Ito's palette, which is safe for colour-blind readers, then four colours of Tol's muted palette
@@ -10,8 +15,12 @@ COLOURS = (
     "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442",
     "#882255", "#999933", "#332288", "#44AA99",
 )  # fmt: skip
+FIXED = (
+    "none", "imma", "uce", "mima", "freezeasguard", "random_freeze", "esd", "freeze_component", "joint", "merged",
+)  # fmt: skip
+"""Labels with a colour of COLOURS each, in its order: the bundled methods under their own names."""
 LINES, MARKS = ("-", "--", ":", "-."), "osD^"
-"""Line and marker of the first dozen of defenses, of the second dozen, and so on."""
+"""Line and marker of the first defense of a colour, of the second, and so on."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +28,39 @@ class Look:
     """Colour, line and marker of a defense."""
 
     colour: str
-    line: str = "-"
-    mark: str = "o"
+    place: int = 0
+    """Index of the colour in the palette."""
+    again: int = 0
+    """How many other defenses of the figure have the same colour and come first."""
+
+    @property
+    def line(self) -> str:
+        """The line style of matplotlib."""
+        return LINES[self.again % len(LINES)]
+
+    @property
+    def mark(self) -> str:
+        """The marker of matplotlib."""
+        return MARKS[(self.again + self.again // len(LINES)) % len(MARKS)]
 
 
-def looks(defenses: Sequence[str], colours: Sequence[str] = COLOURS) -> dict[str, Look]:
-    """Return a look for each defense, all different for up to four times as many as there are colours."""
-    found = {}
-    for index, defense in enumerate(defenses):
-        again, place = divmod(index, len(colours))
-        found[defense] = Look(colours[place], LINES[again % len(LINES)], MARKS[again % len(MARKS)])
-    return found
+def looks(defenses: Iterable[str], colours: Sequence[str] = COLOURS) -> dict[str, Look]:
+    """Return a look for each defense, in their order; up to 16 defenses of one colour differ in line or marker.
+
+    The look does not depend on the order. Bundled methods come before other labels of their colour.
+    """
+    given = list(dict.fromkeys(defenses))
+    used = [0] * len(colours)
+    found: dict[str, Look] = {}
+    for name in sorted(given, key=lambda name: (name not in FIXED, name)):
+        place = _place(name, len(colours))
+        found[name] = Look(colours[place], place, used[place])
+        used[place] += 1
+    return {name: found[name] for name in given}
+
+
+def _place(name: str, count: int) -> int:
+    """Return the index of a defense's colour; the first one, black, is left to the undefended model."""
+    if name in FIXED:
+        return FIXED.index(name) % count
+    return 1 + int.from_bytes(hashlib.blake2b(name.encode()).digest(), "big") % (count - 1)

@@ -21,6 +21,8 @@ from harness.suite.spec import DEFAULT_TASK
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from harness.analysis.claims import Claims
+
 
 @dataclass(frozen=True)
 class RunResults:
@@ -47,9 +49,16 @@ class RunResults:
         return Measurements(self.rows_of(DEFAULT_TASK))
 
     @cached_property
+    def claims(self) -> Claims:
+        """The leaderboard and the worst case with their ranks, and the headlines."""
+        from harness.analysis.claims import claims
+
+        return claims(self.measurements, leaderboard(self.measurements, self.gates))
+
+    @property
     def leaderboard(self) -> list[dict[str, Any]]:
         """The lines of leaderboard.csv."""
-        return leaderboard(self.measurements, self.gates)
+        return self.claims.lines
 
     @cached_property
     def adaptations(self) -> Mapping[str, Mapping[str, Any]]:

@@ -65,14 +65,17 @@ class Protect(StageKind):
 
             with work.run.ledger.phase("load"):
                 work.run.prepared = Protection.load(work.input(PREPARED)).tensors
+        from harness.training.declared import covered
+
         model, _ = work.state()
         known = {name: p.shape for name, p in model.parameters().items()}
+        covered(known, defense.threat_model.changes)  # before any training: a wrong entry raises
         returned = defense.protect(model, targets, preserved, work.run)
         # copied immediately: a defense may return the model's own tensors, which are reset before the next stage
         tensors = {name: t.detach().to("cpu", copy=True) for name, t in returned.tensors.items()}
         protection = replace(returned, tensors=tensors)
-        _require_declared(defense, protection)
         _require_fitting(defense, protection, known)
+        _require_declared(defense, protection, known)
         work.run.ledger.numbers["changed_tensors"] = len(protection.tensors)
         work.run.ledger.numbers["frozen_tensors"] = len(protection.frozen)
         if work.run.world.rank == 0:
@@ -123,15 +126,13 @@ def _concepts(parameters: ProtectParameters, work: StageAtWork, role: str) -> li
     ]
 
 
-def _require_declared(defense: Defense, protection: Protection) -> None:
+def _require_declared(defense: Defense, protection: Protection, known: Mapping[str, torch.Size]) -> None:
     """Raise ValueError if a protection contains anything that the method's threat model does not declare."""
-    model = defense.threat_model
-    if (protection.tensors or protection.components) and not model.changes:
-        raise ValueError(f"{defense.name} changed weights, but its threat_model names none under `changes`")
-    released = {"frozen": "frozen", "adaptation": "adaptation_hooks", "sampling": "sampling_hooks"}
-    for attribute, word in released.items():
-        if getattr(protection, attribute) and not model.changes and word not in model.must_honour:
-            raise ValueError(f"{defense.name} released '{attribute}', but threat_model.must_honour lacks '{word}'")
+    from harness.training.declared import undeclared
+
+    said = undeclared(protection, defense.threat_model, known)
+    if said:
+        raise ValueError(f"{defense.name} {said}")
 
 
 def _require_fitting(defense: Defense, protection: Protection, known: Mapping[str, torch.Size]) -> None:

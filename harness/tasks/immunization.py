@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.analysis.curves import COLUMNS as CURVE_COLUMNS
 from harness.analysis.curves import curves
-from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, by_concept, worst_case
+from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, by_concept
 from harness.contracts.defense import Defense
 from harness.contracts.state import ModelState
 from harness.contracts.table import Figure, Section, Table
@@ -23,7 +23,7 @@ from harness.core.concept import Concept
 from harness.core.identity import Input
 from harness.core.registry import register
 from harness.plan.builder import Builder, cycled
-from harness.results import leaderboard
+from harness.results import headline, leaderboard
 from harness.results.figures import recovery_curves
 from harness.stages.adapt import AdaptParameters, AttackerKnows, Judge, ProbeParameters, SpentBudget
 from harness.suite.loaded import LoadedSuite, Mistake
@@ -69,9 +69,10 @@ class Immunization(Task):
 
     def tables(self, run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
         """Yield the leaderboard, its worst case, how soon attacks recover, single concepts, and recovery curves."""
-        lines, measured = run.leaderboard, run.measurements
-        worst, soon, concepts = worst_case(lines), curves(measured), by_concept(measured)
-        yield Table("leaderboard", COLUMNS, lines, leaderboard.sections(lines, worst, soon))
+        found, measured = run.claims, run.measurements
+        lines, worst, soon, concepts = found.lines, found.worst, curves(measured), by_concept(measured)
+        short = headline.section(found.headlines, lines)
+        yield Table("leaderboard", COLUMNS, lines, leaderboard.sections(lines, worst, soon, short))
         yield Table("worst_case", COLUMNS, worst)
         yield Table("curves", CURVE_COLUMNS, soon)
         yield Table("concepts", CONCEPT_COLUMNS, concepts, leaderboard.concept_sections(concepts))
@@ -79,8 +80,10 @@ class Immunization(Task):
             yield Figure(f"recovery_{role}", partial(recovery_curves, measured, role=role))
 
     def shown(self, made: Sequence[Table | Figure]) -> list[Section]:
-        """Return the sections of the leaderboard and of its worst case."""
-        return leaderboard.shown(made[0].lines)
+        """Return the sections of the leaderboard and of its worst case, then what is short."""
+        main, worst = made[:2]
+        short = next((section for section in main.sections if section.title == headline.TITLE), None)
+        return leaderboard.shown(main.lines, worst.lines, short)
 
     def plan(self, name: str, spec: ImmunizationSpec, build: Builder) -> Iterator[Measurement]:
         """Yield the measurements, one protected set after the other."""

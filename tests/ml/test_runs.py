@@ -197,10 +197,22 @@ def test_plugin_that_raises_fails_its_own_trials_and_no_others(suite_file, tmp_p
 @pytest.mark.parametrize(
     ("body", "changes", "message"),
     [
-        ("pass", "ThreatModel()", "shrink changed weights, but its threat_model names none under `changes`"),
+        (
+            "pass", "ThreatModel()",
+            "shrink changes 'unet.conv_out.weight', but its threat model declares to change nothing",
+        ),
+        (
+            "name = next(n for n in model.parameters() if n.startswith('vae.'))",
+            "ThreatModel(changes=('unet.attention',))",
+            "but its threat model declares to change unet.attention",
+        ),
+        (
+            "raise RuntimeError('after the check')", "ThreatModel(changes=('unet.attentoin',))",
+            "'unet.attentoin' under `changes` of the threat model names nothing in this model",
+        ),
         (
             "return Protection(frozen=frozenset([name]))", "ThreatModel()",
-            "shrink released 'frozen', but threat_model.must_honour lacks 'frozen'",
+            "shrink releases 'frozen', but `must_honour` of its threat model lacks 'frozen'",
         ),
     ],
 )  # fmt: skip
