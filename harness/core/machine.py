@@ -122,7 +122,7 @@ def use_own_extensions() -> None:
 
 
 def replace_missing_home() -> None:
-    """Give libraries that keep a cache in the user's home another place, if the user has none; matplotlib warns else."""
+    """Give libraries that keep a cache in the user's home another place, if the user has none."""
     if user_cache() is None:
         os.environ.setdefault("MPLCONFIGDIR", str(_own_temporary() / "matplotlib"))
 
