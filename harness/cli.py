@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from harness.core import disk, streams, termination
+from harness.core import disk, machine, streams, termination
 from harness.core.errors import ExitCode, UserMistake, one_line
 from harness.core.version import __version__
 
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises SystemExit for --help and for arguments that cannot be read, as argparse does.
     """
     streams.prepare()
+    machine.replace_missing_home()
     try:
         with termination.as_interrupt():
             given = _parser().parse_args(arguments)

@@ -94,6 +94,19 @@ def test_digest_of_a_folder_needs_no_home(homeless, tmp_path):
     assert machine.extensions_folder().is_absolute()
 
 
+def test_the_command_line_needs_no_home(homeless, monkeypatch, tmp_path, capsys):
+    """Libraries that would look for one get another place."""
+    from harness import cli
+
+    monkeypatch.setenv("MPLCONFIGDIR", "")
+    monkeypatch.delenv("MPLCONFIGDIR")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    assert cli.main(["validate", "smoke"]) == 0
+    assert capsys.readouterr().err == ""
+    assert os.environ["MPLCONFIGDIR"].startswith(str(tmp_path))
+
+
 def test_each_environment_has_its_own_folder_of_extensions(monkeypatch, tmp_path):
     """Two environments of a user do not compile in turn; what the user sets is kept."""
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)

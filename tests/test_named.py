@@ -111,6 +111,14 @@ def test_a_run_that_is_not_there_is_reported(project, run, given, words):
     assert words.format(runs=project.runs) in line
 
 
+def test_merge_takes_the_folder_of_a_run(project, run):
+    """All stages of its results folder."""
+    outcome = project.cli("merge", str(run), "--into", str(project.folder / "merged"))
+
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"{len(project.plan().stages)} stages copied into ")
+
+
 def test_a_copy_in_the_folder_of_its_run_gives_the_same_plan(project, run, monkeypatch):
     """Relative paths of the suite still lead to the same images and model, also when all of it is moved."""
     before = open_suite(str(project.suite), runs=str(project.runs)).plan

@@ -11,6 +11,7 @@ import pytest
 from harness.analysis.measurements import Measurements
 from harness.core.errors import UserMistake
 from harness.results import rows as module
+from harness.results.cells import from_cell, to_cell
 from harness.results.loaded_run import LoadedRun
 from harness.results.reading import read_table
 from harness.results.rows import COLUMNS, frame, read_rows, write_csv, write_rows
@@ -211,6 +212,19 @@ def test_no_label_is_a_formula_in_a_spreadsheet(tmp_path, label):
     assert (row["value"], line["value"]) == ("0.5", "-0.5")
     assert read_rows(tmp_path)["defense"].tolist() == [label]
     assert read_table(tmp_path / "table.csv") == [{"defense": label, "value": "-0.5"}]
+
+
+@pytest.mark.parametrize("text", ["-1", "+1e-3", "-.5", "-1..1", "-1.5..2", "-inf..inf", "-1..inf", "a-b", "'x"])
+def test_numbers_and_ranges_are_left_alone(text):
+    """No spreadsheet computes anything of them."""
+    assert to_cell(text) == text == from_cell(text)
+
+
+@pytest.mark.parametrize("text", ["-1..1+1", "-inf", "-1..=1", "--1", "-1.", "=1", "-1\n"])
+def test_what_only_begins_like_a_number_is_marked(text):
+    """And read back."""
+    assert to_cell(text) == f"'{text}"
+    assert from_cell(to_cell(text)) == text
 
 
 def test_a_table_in_a_notebook_has_the_labels_of_the_suite(tmp_path):

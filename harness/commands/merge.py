@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from harness.core import disk
 from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake, one_line
 
@@ -12,17 +13,23 @@ SUMMARY = "copy the stages of several results folders into one; a stage with two
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("sources", nargs="+", metavar="FOLDER", help="a results folder (runs), or a store")
+    parser.add_argument(
+        "sources", nargs="+", metavar="FOLDER",
+        help="a results folder (runs), a store, or the folder of a run, for all stages of its results folder",
+    )  # fmt: skip
     parser.add_argument("--into", default="runs", metavar="FOLDER", help="the results folder to fill (default: runs)")
 
 
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
+    from harness.commands import named
     from harness.store import merging
 
     try:
-        merged = merging.merge(given.sources, given.into)
+        merged = merging.merge([named.results_of(source) for source in given.sources], given.into)
     except OSError as error:
+        if disk.is_full(error):
+            raise
         raise UserMistake(f"--into {one_line(given.into)}: {one_line(error.strerror or error)}") from None
     print(f"{counted(merged.copied, 'stage')} copied into {one_line(given.into)}, {merged.known} were there already")
     return ExitCode.DONE

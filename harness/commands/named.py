@@ -76,6 +76,12 @@ def _run(given: str, runs: str | None) -> Path:
     raise UserMistake(_nothing(given, below))
 
 
+def results_of(given: str) -> str:
+    """Return the results folder of a run, if `given` is the folder of one; otherwise `given`."""
+    folder = _folder_of_run(given)
+    return given if folder is None else str(folder.parent)
+
+
 def results_folder(given: str) -> Path:
     """Return the results folder. Raises UserMistake if it cannot exist."""
     try:

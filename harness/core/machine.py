@@ -121,6 +121,12 @@ def use_own_extensions() -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
 
 
+def replace_missing_home() -> None:
+    """Give libraries that keep a cache in the user's home another place, if the user has none."""
+    if user_cache() is None:
+        os.environ.setdefault("MPLCONFIGDIR", str(_own_temporary() / "matplotlib"))
+
+
 def _own_temporary() -> Path:
     """Return a temporary folder that is kept between runs and that no other user of this machine could have made."""
     path = Path(tempfile.gettempdir()) / f"immunitybench-{os.getuid()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from harness.core import disk
 from harness.executors.walk import Walk
 
 
@@ -74,7 +75,8 @@ class Progress:
                 self.bar.update(self.task, total=self.walk.total)
         elif event == "unit_failed":
             self.done_work += self.work_by_name.get(data["unit"], 0.0)
-            self.console.print(f"failed: {data['message']}", style="red", markup=False, highlight=False)
+            if not disk.is_full(data["message"]):  # which ends the run, and is said once, at its end
+                self.console.print(f"failed: {data['message']}", style="red", markup=False, highlight=False)
 
 
 def format_seconds(seconds: float) -> str:

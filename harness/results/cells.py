@@ -2,7 +2,7 @@
 
 A text that begins with =, +, - or @ (or with a tab or carriage return) gets an apostrophe in front, as spreadsheets
 mark text; so does one that begins with apostrophes before such a sign, so that every text is read back unchanged.
-Numbers are left alone, also as text.
+Numbers and ranges of numbers such as -1..1 are left alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_ONE = r"[+-]?(\d+(\.\d+)?|\.\d+)([eE][+-]?\d+)?"
+_NUMBER = re.compile(rf"{_ONE}|({_ONE}|-inf)\.\.({_ONE}|inf)")
 
 
 def to_cell(text: str) -> str:

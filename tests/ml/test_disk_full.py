@@ -37,7 +37,8 @@ def test_full_disk_stops_the_run_in_one_line_and_the_next_run_goes_on(suite_file
 
     assert code == ExitCode.DISK_FULL
     assert "Traceback" not in printed.out + printed.err
-    (line,) = [line for line in printed.out.splitlines() if line.startswith("stopped, a disk is full: ")]
+    (line,) = [line for line in printed.out.splitlines() if "No space left" in line]
+    assert line.startswith("stopped, a disk is full: ")
     assert "No space left on device" in line and "same command" in line
     assert next(commits) <= 5, "further units were handed out"
     assert len(kept) == 3 and all(json.loads(path.read_text())["key"] for path in kept)
