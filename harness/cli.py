@@ -16,7 +16,8 @@ examples:
   python -m harness run quickstart
   python -m harness plan quickstart
   python -m harness run my_suite.yaml --plugin my_defense.py --set seeds=3
-exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 130 interrupted
+exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 130 interrupted; of `status` also 3 a run is in
+progress, 4 not finished and nothing runs
 """
 VERBS = ("run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "list", "doctor")
 """Modules of `harness.commands`, in the order of the help."""

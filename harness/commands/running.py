@@ -15,7 +15,7 @@ from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake
 from harness.executors.events import EventLog
 from harness.executors.walk import Summary, Walk
-from harness.stages import tracking
+from harness.stages import heartbeat, tracking
 from harness.stages.workplace import Workplace
 from harness.suite import fetching
 from harness.suite.preflight import preflight
@@ -93,7 +93,8 @@ def _walked(
         highlight=False,
     )
     started = time.monotonic()
-    with Progress(walk, console) as progress:
+    heartbeat.sweep(opened.folder)
+    with heartbeat.of_run(opened.folder, opened.plan.suite), Progress(walk, console) as progress:
 
         def listen(event: str, data: dict[str, Any]) -> None:
             events(event, data)
@@ -137,6 +138,7 @@ def _workplace(opened: Opened, options: RunOptions, redo: frozenset[str]) -> Wor
         is_tracked=options.is_tracked,
         sharding=resources.sharding(),
         keep_checkpoint_mb=resources.keep_checkpoint_mb,
+        stage_timeout_s=resources.stage_timeout_s,
     )
 
 

@@ -1,0 +1,102 @@
+"""A process that does units for a `Keeper`: `python -m harness.executors.worker`. It keeps models loaded between units.
+
+It reads units from standard input and writes what happens as lines of JSON to standard output. It ends when its
+standard input closes, which means that the keeper ended.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import pickle
+import queue
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+from harness.stages import pulse
+
+PROGRESS_S = 0.2
+
+
+def main() -> None:
+    """Do the units that arrive, one after another, until the keeper ends."""
+    told = os.dup(1)
+    os.dup2(2, 1)  # standard output is for the keeper; libraries print too
+    units: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(units,), daemon=True).start()
+
+    def say(event: str, **data: Any) -> None:
+        _write(told, event, data)
+
+    pulse.keep_beating(lambda: say("beat"))
+    while True:
+        _do(units.get(), say)
+
+
+def _read(units: queue.SimpleQueue) -> None:
+    """Queue the units; end at once when the keeper has ended, whatever the method is doing."""
+    try:
+        while True:
+            units.put(pickle.load(sys.stdin.buffer))
+    finally:  # no more units, or half of one
+        os._exit(1)
+
+
+def _write(told: int, event: str, data: dict[str, Any]) -> None:
+    line = json.dumps({"event": event, **data}) + "\n"
+    with _writing:
+        view = memoryview(line.encode())
+        while view:
+            view = view[os.write(told, view) :]
+
+
+_writing = threading.Lock()
+
+
+def _do(unit: tuple, say) -> None:
+    from harness.contracts.stage import from_json
+    from harness.core import registry
+    from harness.core.errors import StageFailure, one_line
+    from harness.stages.execution import execute_unit, log_path
+
+    described, workplace, failed = unit
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= PROGRESS_S:
+            last = now
+            say("progress", done=done, total=total)
+
+    def started(key: str) -> None:
+        _print_to(log_path(workplace.run_folder, stages[key].kind, key))
+        say("stage", key=key)
+
+    try:
+        registry.load_plugins(workplace.plugins)
+        stages = {key: from_json(plain) for key, plain in described}
+        execute_unit(stages, workplace, report, started, failed)
+    except StageFailure as failure:
+        say("failed", message=str(failure))
+    except BaseException as error:
+        say("broken", message=f"{type(error).__name__}: {one_line(error, 500)}", traceback=traceback.format_exc())
+    else:
+        say("done")
+
+
+def _print_to(path) -> None:
+    """Send what libraries print, and the last words of a crash, to the log of the stage."""
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.enable(file=2)
+
+
+if __name__ == "__main__":
+    main()
