@@ -57,7 +57,7 @@ def show(opened: Opened, console: Console) -> ExitCode:
         if (path := failure_path(opened.folder, stage.kind, key)).exists() and key not in committed
     ]
     for failure in failures:
-        console.print(f"failed: {failure['label']}: {failure['error']}", style="red", highlight=False, markup=False)
+        _print(console, f"failed: {failure['label']}: {failure['error']}", style="red")
     is_running = _show_running(opened, committed, console)
     if is_running:
         return ExitCode.RUNNING
@@ -99,5 +99,5 @@ def _ago(then: float) -> str:
     return format_seconds(max(0.0, time.time() - then))
 
 
-def _print(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+def _print(console: Console, line: str, style: str | None = None) -> None:
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -21,10 +21,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.core.counted import counted
 from harness.core.errors import StageFailure
-from harness.stages import deaths, heartbeat
+from harness.stages import deaths, heartbeat, pulse
 from harness.stages.execution import log_path, record_failure
-from harness.stages.pulse import SILENT_S, Clock, Pulse
+from harness.stages.pulse import Clock, Pulse
 from harness.stages.workplace import Workplace
 
 RETRIES = 1
@@ -33,11 +34,11 @@ _LOOK_S = 0.5
 
 
 class _Ended(Exception):
-    """The process ended, or was ended, in the middle of a stage."""
+    """The process is of no more use; `details` go to the record of the failure."""
 
-    def __init__(self, message: str, *, is_final: bool = False, **details: Any):
+    def __init__(self, message: str, *, is_death: bool = False, **details: Any):
         super().__init__(message)
-        self.is_final = is_final  # trying again is of no use
+        self.is_death = is_death  # by itself; it may be tried again
         self.details = details
 
 
@@ -72,11 +73,12 @@ class Keeper:
                 self.close()
                 kind, label = stages[key]["kind"], stages[key]["label"]
                 heartbeat.path_of(workplace.run_folder, kind, key).unlink(missing_ok=True)
-                if not ended.is_final and dead[key] <= RETRIES:
+                if ended.is_death and dead[key] <= RETRIES:
                     with open(log_path(workplace.run_folder, kind, key), "a", encoding="utf-8") as log:
-                        log.write(f"{ended}; tried once more\n")
+                        log.write(f"its worker died: {ended}; tried once more\n")
                     continue
-                failure = record_failure(workplace.run_folder, kind, key, label, str(ended), **ended.details)
+                message = f"its worker died {counted(dead[key], 'time')}: {ended}" if ended.is_death else str(ended)
+                failure = record_failure(workplace.run_folder, kind, key, label, message, **ended.details)
                 if not self._stage or set(stages) <= failed.keys() | {key}:
                     raise failure from None  # no stage was begun, or none is left
                 failed[key] = str(failure)
@@ -117,7 +119,7 @@ class Keeper:
                 case {"event": "failed", "message": message}:
                     raise StageFailure(message)
                 case {"event": "broken", "message": message, "traceback": where}:
-                    raise _Ended(message, is_final=True, traceback=where)
+                    raise _Ended(message, traceback=where)
                 case {"event": "ended"}:
                     raise self._died(stages, workplace)
             if self._stage and workplace.stage_timeout_s and now - began > workplace.stage_timeout_s:
@@ -125,13 +127,13 @@ class Keeper:
                 raise _Ended(
                     f"did not end within resources.stage_timeout_s ({workplace.stage_timeout_s:g} s); "
                     "what it saved is kept: a greater value lets it go on",
-                    is_final=True,
                     log=self._end_of_log(stages, workplace),
                 )
             if self._pulse.is_silent():
                 self._end()
                 raise _Ended(
-                    f"its worker died: silent for {SILENT_S:.0f} s, neither answering nor using its CPU (stopped?)",
+                    f"it was silent for {pulse.SILENT_S:g} s: no answer, and no use of its CPU (stopped?)",
+                    is_death=True,
                     log=self._end_of_log(stages, workplace),
                 )
 
@@ -163,8 +165,8 @@ class Keeper:
         code = self._process.wait()
         lines = self._end_of_log(stages, workplace)
         name = {"signal": signal.Signals(-code).name} if -code in set(signal.Signals) else {"exit_code": code}
-        words = f"its worker died: {deaths.cause(code, self._oom_kills)}; {deaths.in_words(lines)}"
-        return _Ended(words, log=lines, **name)
+        words = f"it {deaths.cause(code, self._oom_kills)}; {deaths.in_words(lines)}"
+        return _Ended(words, is_death=True, log=lines, **name)
 
     def _end_of_log(self, stages: Mapping[str, dict[str, Any]], workplace: Workplace) -> list[str]:
         logs = workplace.run_folder / "logs"

@@ -2,8 +2,8 @@
 
 A Searcher returns units whose inputs are committed, returns None while none is ready, and ends when all units are done.
 Units do not wait for each other otherwise; each worker has a process that keeps the model loaded between units
-(`reuse_actors`, `Keeper`). Ray is started on loopback without its dashboard unless an address is given. Runs resume from
-the store, so Tune's own experiment state is discarded.
+(`reuse_actors`, `Keeper`). Ray is started on loopback without its dashboard unless an address is given. Runs resume
+from the store, so Tune's own experiment state is discarded.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def _require_room(ray, walk: Walk, workplace: Workplace, address: str | None) ->
     names = ("CPU", "GPU")
     there = sorted({", ".join(f"{node.get(name, 0):g} {name}" for name in names) for node in nodes})
     where = f"--ray-address {address}" if address else "this machine"
+    asked = ", ".join(f"{value:g} {name}" for name, value in wanted.items())
     raise UserMistake(
-        f"{where}: a unit wants {', '.join(f'{value:g} {name}' for name, value in wanted.items())} on one node, but the "
-        f"nodes have {' | '.join(there[:5]) or 'nothing'}; change resources.cpus, resources.gpus or resources.workers, "
-        "or add a node"
+        f"{where}: a unit wants {asked} on one node, but the nodes have {' | '.join(there[:5]) or 'nothing'}; change "
+        "resources.cpus, resources.gpus or resources.workers, or add a node"
     )
 
 

@@ -1,7 +1,7 @@
 """The serial executor: all units one after another. For debugging, tests, and use without Ray.
 
-They are done in this process, unless the suite limits the time of a stage: a method that never returns can only be ended
-with its process, so `resources.stage_timeout_s` gives the stages a process apart.
+They are done in this process, unless the suite limits the time of a stage: a method that never returns can only be
+ended with its process, so `resources.stage_timeout_s` gives the stages a process apart.
 """
 
 from __future__ import annotations

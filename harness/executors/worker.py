@@ -77,6 +77,8 @@ def _do(unit: tuple, say) -> None:
         _print_to(log_path(workplace.run_folder, stages[key].kind, key))
         say("stage", key=key)
 
+    import harness.model.pipeline  # noqa: F401  before the first stage: its time limit does not include these imports
+
     try:
         registry.load_plugins(workplace.plugins)
         stages = {key: from_json(plain) for key, plain in described}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ LESS_MEMORY = (
     "try a smaller resources.micro_batch_size, resources.gradient_checkpointing=true, or resources.zero_stage with "
     "resources.offload=cpu; for drawing images a smaller sampling.batch_size"
 )
-END_LINES = 20
+END_LINES = 50
 
 
 class ProcessDied(RuntimeError):
@@ -60,15 +61,19 @@ def cause(code: int, oom_kills_before: int) -> str:
 
 
 def end_of(logs: Sequence[Path]) -> list[str]:
-    """Return the last lines of the first of these logs that holds anything."""
+    """Return the last lines of the first of these logs that holds anything, without blank ones."""
     for log in logs:
         with contextlib.suppress(OSError):
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            if lines:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            # the last line of Python's report of a crash lists modules
+            if lines := [line for line in lines if line.strip() and not line.startswith("Extension modules:")]:
                 return lines[-END_LINES:]
     return []
 
 
 def in_words(lines: Sequence[str]) -> str:
-    """Return the last line of a log for a message, or that there is none."""
+    """Return the end of a log for a message: where it crashed, else the last line."""
+    for line, following in itertools.pairwise(lines):
+        if line.startswith("Current thread"):
+            return f"it crashed in {one_line(following, 200)}"
     return f"its log ends with: {one_line(lines[-1], 200)}" if lines else "it printed nothing"

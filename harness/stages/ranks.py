@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness.contracts.stage import to_json
 from harness.core import rank_environment
-from harness.stages import deaths
-from harness.stages.pulse import SILENT_S, Pulse
+from harness.core.counted import counted
+from harness.stages import deaths, pulse
+from harness.stages.pulse import Pulse
 
 if TYPE_CHECKING:
     from harness.core.identity import Stage
@@ -58,7 +59,7 @@ def run(
             break
         except deaths.ProcessDied as died:
             if attempt == RETRIES:
-                raise
+                raise deaths.ProcessDied(f"{died}; it died {counted(attempt + 1, 'time')}") from None
             log.warning("%s; tried once more", died)
     for item in (work_folder / RELEASED).iterdir():
         shutil.move(item, folder / item.name)
@@ -101,11 +102,11 @@ def _attempt(stage: Stage, workplace: Workplace, work_folder: Path, report: Call
                 process.stdin.close()
 
 
-def _listen(pipe, pulse: Pulse, report: Callable[[int, int], None]) -> None:
+def _listen(pipe, watched: Pulse, report: Callable[[int, int], None]) -> None:
     """Note the beats of a process, and report the progress that the first one prints."""
     with pipe:
         for line in pipe:
-            pulse.beat()
+            watched.beat()
             try:
                 done, total = map(int, line.split())
             except ValueError:
@@ -123,10 +124,10 @@ def _wait(
             raise _failure(processes, work_folder, logs, oom_kills_before)
         if all(code == 0 for code in codes):
             return
-        for rank, pulse in enumerate(pulses):
-            if codes[rank] is None and pulse.is_silent():
+        for rank, watched in enumerate(pulses):
+            if codes[rank] is None and watched.is_silent():
                 raise deaths.ProcessDied(
-                    f"process {rank} was silent for {SILENT_S:.0f} s: it neither answered nor used its CPU (stopped?)"
+                    f"process {rank} was silent for {pulse.SILENT_S:g} s: no answer, and no use of its CPU (stopped?)"
                 )
         time.sleep(0.05)
 
