@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from harness.core.identity import Stage
 from harness.executors import loopback, ray_tune
 from harness.executors.walk import Walk
 from harness.plan.graph import Plan, Unit
-from harness.stages import deaths, pulse
+from harness.stages import deaths, execution, heartbeat, pulse
 
 
 @pytest.fixture
@@ -155,3 +156,34 @@ def test_what_no_node_of_a_cluster_can_meet_is_refused_at_start(workers, gpus, i
         return
     with pytest.raises(UserMistake, match=r"^--ray-address host:6379: .*the nodes have 8 CPU, 2 GPU; change resources"):
         ray_tune._require_room(ray, walk_of(workers), place, "host:6379")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("Task was killed due to the node running low on memory.", "killed for lack of memory by Ray's memory monitor"),
+        ("The actor's node has died.", "with Ray's process: The actor's node has died."),
+    ],
+)
+def test_a_ray_worker_that_died_is_a_failure_of_the_stage_in_progress(tmp_path, error, words):
+    """Which its heartbeat names; with the reason that Ray gives and the end of the log."""
+    stages = {
+        name * 32: Stage("sample", "x@1", {}, {}, {}, {}, None, "fp32", label=f"draw {name}") for name in ("a", "b")
+    }
+    place = SimpleNamespace(store=tmp_path / "store", run_folder=tmp_path)
+    left = heartbeat.path_of(tmp_path, "sample", "b" * 32)
+    with heartbeat.of_stage(tmp_path, "b" * 32, stages["b" * 32]):
+        written = left.read_bytes()
+    left.write_bytes(written)  # as a killed process leaves it
+    log = execution.log_path(tmp_path, "sample", "b" * 32)
+    log.parent.mkdir()
+    log.write_text("step 3\n", encoding="utf-8")
+
+    message = ray_tune._died(stages, place, RuntimeError(error))
+
+    (recorded,) = (json.loads(path.read_text("utf-8")) for path in (tmp_path / "failures").glob("*.json"))
+    assert recorded["label"] == "draw b"
+    assert recorded["log"] == ["step 3"]
+    assert words in recorded["error"]
+    assert ("micro_batch_size" in recorded["error"]) == ("memory" in words)
+    assert message.startswith("draw b: its worker died")
