@@ -7,14 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from harness.core.errors import UserMistake
 from harness.core.identity import Stage
 from harness.executors import loopback, ray_tune
 from harness.executors.walk import Walk
+from harness.executors.worker import end_when_stopped
 from harness.plan.graph import Plan, Unit
 from harness.stages import deaths, execution, heartbeat, pulse
 
@@ -67,6 +70,28 @@ def test_a_process_that_computes_without_answering_is_not_silent(clock, monkeypa
 def test_time_in_which_the_watcher_was_stopped_does_not_count(clock, idle):
     """Ctrl-Z stops both; neither is to blame."""
     assert not watched(clock, idle.pid, 3, lambda _: setattr(clock, "seconds", clock.seconds + 10_000))
+
+
+def test_a_stopped_worker_of_ray_is_ended_unless_the_whole_run_is_stopped(monkeypatch):
+    """Ctrl-Z stops its raylet too."""
+    monkeypatch.setattr(pulse, "SILENT_S", 0.5)
+    command = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    with subprocess.Popen(command) as process, subprocess.Popen(command) as overseer:
+        try:
+            for each in (process, overseer):
+                each.send_signal(signal.SIGSTOP)
+            watching = threading.Thread(
+                target=end_when_stopped, args=(psutil.Process(process.pid), psutil.Process(overseer.pid)), daemon=True
+            )
+            watching.start()
+            watching.join(2)
+            assert watching.is_alive()
+            overseer.send_signal(signal.SIGCONT)
+            watching.join(60)
+            assert process.wait(60) == -signal.SIGKILL
+        finally:
+            process.kill()
+            overseer.kill()
 
 
 @pytest.mark.parametrize(

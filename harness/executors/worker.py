@@ -6,6 +6,7 @@ standard input closes, which means that the keeper ended.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -15,9 +16,12 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.stages import pulse
+
+if TYPE_CHECKING:
+    import psutil
 
 PROGRESS_S = 0.2
 
@@ -33,6 +37,7 @@ def main() -> None:
         _write(told, event, data)
 
     pulse.keep_beating(lambda: say("beat"))
+    threading.Thread(target=_guard_ray_worker, daemon=True).start()
     while True:
         _do(units.get(), say)
 
@@ -44,6 +49,34 @@ def _read(units: queue.SimpleQueue) -> None:
             units.put(pickle.load(sys.stdin.buffer))
     finally:  # no more units, or half of one
         os._exit(1)
+
+
+def _guard_ray_worker() -> None:
+    """End the keeper when it is a worker of Ray that is stopped: Ray would wait for it for ever."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        keeper = psutil.Process(os.getppid())
+        if keeper.name().startswith("ray::"):
+            end_when_stopped(keeper, keeper.parent())
+
+
+def end_when_stopped(process: psutil.Process, overseer: psutil.Process) -> None:
+    """Wait until a process is stopped for SILENT_S while its overseer is not, then kill it.
+
+    When both are stopped, somebody stopped the whole run (Ctrl-Z) and will let it go on. Raises psutil.Error when one
+    is gone.
+    """
+    clock = pulse.Clock()
+    since = 0.0
+    while True:
+        now = clock.tick()
+        if process.status() != "stopped" or overseer.status() == "stopped":
+            since = now
+        elif now - since >= pulse.SILENT_S:
+            process.kill()
+            return
+        time.sleep(0.5)
 
 
 def _write(told: int, event: str, data: dict[str, Any]) -> None:
