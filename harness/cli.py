@@ -18,7 +18,7 @@ examples:
   python -m harness plan quickstart
   python -m harness run my_suite.yaml --plugin my_defense.py --set seeds=3
 exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 5 a disk is full,
-130 interrupted (Ctrl-C, SIGTERM)
+130 interrupted (Ctrl-C, SIGTERM); of `status` also 3 a run is in progress, 4 not finished and nothing runs
 """
 VERBS = (
     "run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "verify", "list", "doctor",

@@ -12,6 +12,7 @@ import pytest
 
 from harness import cli
 from harness.analysis.leaderboard import COLUMNS
+from harness.core.errors import ExitCode
 from harness.core.identity import describe
 from harness.stages import code
 from harness.store.store import Store
@@ -101,7 +102,7 @@ def test_looking_writes_nothing(project, verb):
     """Only `run` and `table` make folders."""
     outcome = project.cli(verb, *arguments(project))
 
-    assert outcome.code == 0
+    assert outcome.code == (ExitCode.UNFINISHED if verb == "status" else ExitCode.DONE)
     assert not project.runs.exists()
 
 
@@ -117,14 +118,17 @@ def test_plan_tells_what_is_done_and_what_sharing_saves(project):
     assert any(cell.strip() == "1" for cell in rows[0].split("│"))
 
 
-@pytest.mark.parametrize(("but", "words"), [(0, "finished"), (1, "not finished; `run` goes on")])
-def test_status_tells_whether_a_suite_is_finished(project, but, words):
-    """From the store alone."""
+@pytest.mark.parametrize(
+    ("but", "words", "code"),
+    [(0, "finished", ExitCode.DONE), (1, "not finished, and nothing runs; `run` goes on", ExitCode.UNFINISHED)],
+)
+def test_status_tells_whether_a_suite_is_finished(project, but, words, code):
+    """From the store alone; a script can see the difference."""
     commit_all(project, but=but)
 
     outcome = project.cli("status", *arguments(project))
 
-    assert outcome.code == 0
+    assert outcome.code == code
     assert outcome.out.splitlines()[-1] == words
 
 

@@ -18,7 +18,7 @@ from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake, one_line
 from harness.executors.events import EventLog
 from harness.executors.walk import Summary, Walk
-from harness.stages import code, tracking
+from harness.stages import code, heartbeat, tracking
 from harness.stages.workplace import Workplace
 from harness.store.store import WORK_DAYS
 from harness.suite import fetching
@@ -129,7 +129,12 @@ def _walked(
         highlight=False,
     )
     started = time.monotonic()
-    with termination.as_interrupt(), Progress(walk, console) as progress:
+    heartbeat.sweep(opened.folder)
+    with (
+        termination.as_interrupt(),
+        heartbeat.of_run(opened.folder, opened.plan.suite),
+        Progress(walk, console) as progress,
+    ):
 
         def listen(event: str, data: dict[str, Any]) -> None:
             try:
@@ -184,6 +189,7 @@ def _workplace(opened: Opened, options: RunOptions, redo: frozenset[str]) -> Wor
         is_tracked=options.is_tracked,
         sharding=resources.sharding(),
         keep_checkpoint_mb=resources.keep_checkpoint_mb,
+        stage_timeout_s=resources.stage_timeout_s,
     )
 
 

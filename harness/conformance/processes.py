@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import pickle
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness.conformance.setting import Setting
 from harness.conformance.verdict import NotApplicable, fail
 from harness.contracts.protection import Protection
+from harness.core import rank_environment
 from harness.core.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -60,7 +59,8 @@ def _shared(method: Any, setting: Setting) -> Path:
     (folder / "made").mkdir()
     job = pickle.dumps((setting, folder)) + pickle.dumps(method)  # the method is read after importing plug-ins
     logs = [folder / f"process{rank}.log" for rank in range(SHARING.workers)]
-    environment = _environment()
+    (folder / "group").mkdir()
+    environment = rank_environment.of_group(SHARING.workers, 1, folder / "group")
     processes: list[subprocess.Popen] = []
     try:
         for rank, log in enumerate(logs):
@@ -97,23 +97,3 @@ def _first_failure(processes: list[subprocess.Popen]) -> int | None:
         if all(code == 0 for code in codes):
             return None
         time.sleep(0.05)
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment variables shared by the processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    root = str(Path(__file__).resolve().parents[2])
-    return {
-        **os.environ,
-        "WORLD_SIZE": str(SHARING.workers),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"),
-        "OMP_NUM_THREADS": "1",
-        # DeepSpeed compiles its CPU communication and looks for ninja there
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "DS_SKIP_CUDA_CHECK": "1",
-    }

@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
     DONE = 0
     TRIALS_FAILED = 1
     USER_MISTAKE = 2
+    RUNNING = 3  # of `status` only, like the next
+    UNFINISHED = 4
     DISK_FULL = 5
     INTERRUPTED = 130
 

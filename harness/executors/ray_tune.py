@@ -1,9 +1,9 @@
 """The Ray executor: Ray Tune walks the plan, with one unit per trial.
 
 A Searcher returns units whose inputs are committed, returns None while none is ready, and ends when all units are done.
-Units do not wait for each other otherwise; workers keep the model loaded between units (`reuse_actors`). Ray is started
-on loopback without its dashboard unless an address is given. Runs resume from the store, so Tune's own experiment state
-is discarded.
+Units do not wait for each other otherwise; each worker has a process that keeps the model loaded between units
+(`reuse_actors`, `Keeper`). Ray is started on loopback without its dashboard unless an address is given. Runs resume
+from the store, so Tune's own experiment state is discarded.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.contracts.stage import from_json, to_json
+from harness.contracts.stage import to_json
 from harness.core import disk, machine, termination
 from harness.core.counted import counted
 from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
 from harness.core.files import write_json
-from harness.executors import outcome
+from harness.core.identity import Stage
+from harness.executors import loopback, outcome
 from harness.executors.events import Listener
+from harness.executors.keeper import Keeper
 from harness.executors.scratch import own_scratch
 from harness.executors.walk import Summary, Walk
-from harness.stages.execution import execute_unit
+from harness.stages import deaths, heartbeat
+from harness.stages.execution import log_path, not_committed, record_failure
 from harness.stages.workplace import Workplace
 
 _LONE_RETRIES = 1
-"""Number of retries of a unit after its worker died (not after its method raised)."""
+"""Number of retries of a unit after its Ray worker died, such as with its machine. `Keeper` counts those of methods."""
 
 
 def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | None = None) -> Summary:
@@ -41,24 +44,28 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         raise UserMistake("Ray is not installed; install ray[tune] or add --executor serial") from None
     with _environment(), contextlib.ExitStack() as stack:
         scratch = stack.enter_context(own_scratch(workplace.run_folder))
-        _start(ray, address, workplace)
+        _start(ray, address, workplace, stack)
         stack.enter_context(termination.as_interrupt())  # after init, which sets a handler of Ray's
-        stack.callback(ray.shutdown)
         stack.enter_context(_errors_to(workplace.run_folder / "logs" / "ray.log"))  # after init, which drops handlers
-        searcher = _make_searcher(walk, listen, scratch)
+        _require_room(ray, walk, workplace, address)
+        searcher = _make_searcher(walk, listen, scratch, workplace)
 
         def resources(config: Mapping[str, Any]):
-            workers = config.get("workers", 1)  # on one node: started by the stage's worker
-            bundle = {"CPU": workplace.cpus * workers, "GPU": workplace.gpus * workers}
-            return tune.PlacementGroupFactory([{name: value for name, value in bundle.items() if value}])
+            return tune.PlacementGroupFactory([_wanted(workplace, config.get("workers", 1))])
 
         trainable = tune.with_resources(
-            tune.with_parameters(_do_unit, scratch=str(scratch), workplace=workplace), resources
+            tune.with_parameters(_do_unit, scratch=str(scratch), workplace=workplace, is_private=address is None),
+            resources,
         )
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=searcher, metric="done", mode="max", num_samples=-1, reuse_actors=True
+                search_alg=searcher,
+                scheduler=_make_scheduler(searcher),
+                metric="done",
+                mode="max",
+                num_samples=-1,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="units",
@@ -82,8 +89,32 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
     return walk.summary(is_interrupted=is_interrupted)
 
 
-def _start(ray, address: str | None, workplace: Workplace) -> None:
-    """Start a private Ray on loopback, or join the cluster at `address`."""
+def _wanted(workplace: Workplace, workers: int) -> dict[str, float]:
+    """Return what a unit wants of one node; its processes are started by its Ray worker."""
+    bundle = {"CPU": workplace.cpus * workers, "GPU": workplace.gpus * workers}
+    return {name: value for name, value in bundle.items() if value}
+
+
+def _require_room(ray, walk: Walk, workplace: Workplace, address: str | None) -> None:
+    """Raise UserMistake if a unit wants more than any node has: Ray would wait for such a node for ever."""
+    units = [walk.unit(index) for index in walk.missing]
+    workers = max((walk.plan.stages[key].workers for unit in units for key in unit.stages), default=1)
+    wanted = _wanted(workplace, workers)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
+        return
+    names = ("CPU", "GPU")
+    there = sorted({", ".join(f"{node.get(name, 0):g} {name}" for name in names) for node in nodes})
+    where = f"--ray-address {address}" if address else "this machine"
+    asked = ", ".join(f"{value:g} {name}" for name, value in wanted.items())
+    raise UserMistake(
+        f"{where}: a unit wants {asked} on one node, but the nodes have {' | '.join(there[:5]) or 'nothing'}; change "
+        "resources.cpus, resources.gpus or resources.workers, or add a node"
+    )
+
+
+def _start(ray, address: str | None, workplace: Workplace, stack: contextlib.ExitStack) -> None:
+    """Start a private Ray on loopback, or join the cluster at `address`; it ends with the stack."""
     threads = {name: str(workplace.cpus) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
@@ -105,13 +136,31 @@ def _start(ray, address: str | None, workplace: Workplace) -> None:
         options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
     else:
         options["address"] = address
+    if address is None:
+        stack.enter_context(loopback.only())
     try:
-        ray.init(**options)
+        with _quiet():
+            ray.init(**options)
     except Exception as error:
         raise UserMistake(
             f"Ray cannot be started{f' at {address}' if address else ''}: {type(error).__name__}: {one_line(error)}; "
             "try --executor serial"
         ) from error
+    stack.callback(ray.shutdown)
+    if address is None:
+        loopback.require()
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Drop what Ray says while it starts, such as how to switch its authentication off."""
+    ray_log = logging.getLogger("ray")
+    before = ray_log.level
+    ray_log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray_log.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -158,17 +207,20 @@ def _unit_file(scratch: Path, index: int) -> Path:
     return scratch / f"unit-{index}.json"
 
 
-def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> None:
-    """Do one unit in a worker. A method's exception is a result, reported to the searcher; a dead worker is retried."""
+_keeper = Keeper()
+"""The keeper of this Ray worker: its process outlives the units."""
+
+
+def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace, is_private: bool) -> None:
+    """Do one unit in a worker. A failure of a stage is a result, reported to the searcher."""
     from ray import tune
 
-    from harness.core import registry
-
-    registry.load_plugins(workplace.plugins, is_worker=True)
     try:
+        if is_private:
+            loopback.require()
         unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
-        execute_unit({key: from_json(plain) for key, plain in unit}, workplace)
-    except StageFailure as failure:
+        _keeper.do(dict(unit), workplace)
+    except (StageFailure, UserMistake) as failure:
         tune.report({"done": 0, "failure": str(failure), "lost": ""})
     except InputsLost as lost:
         tune.report({"done": 0, "failure": "", "lost": json.dumps([lost.keys, lost.messages])})
@@ -176,7 +228,34 @@ def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> N
         tune.report({"done": 1, "failure": "", "lost": ""})
 
 
-def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
+def _make_scheduler(searcher):
+    """Return a scheduler that hands the error of a trial to the searcher, which is called next without it."""
+    from ray.tune.schedulers import FIFOScheduler
+
+    class ErrorsToSearcher(FIFOScheduler):
+        """Runs trials in order."""
+
+        def on_trial_error(self, tune_controller, trial):
+            searcher.errors[trial.trial_id] = trial.get_error()
+
+    return ErrorsToSearcher()
+
+
+def _died(stages: Mapping[str, Stage], workplace: Workplace, error: Exception | None) -> str:
+    """Record that the Ray worker of a unit died; return the message."""
+    at_work = {beat.key for beat in heartbeat.read(workplace.run_folder)} & stages.keys()
+    key = next(iter(at_work or not_committed(stages, workplace) or stages))
+    words = one_line(error, 500) if error else "Ray gave no reason"
+    if any(name in words for name in ("OutOfMemory", "low on memory", "out of memory")):
+        words = f"killed for lack of memory by Ray's memory monitor; {deaths.LESS_MEMORY} ({words})"
+    stage = stages[key]
+    heartbeat.path_of(workplace.run_folder, stage.kind, key).unlink(missing_ok=True)
+    lines = deaths.end_of([log_path(workplace.run_folder, stage.kind, key)])
+    message = f"its worker died, with Ray's process: {words}; {deaths.in_words(lines)}"
+    return str(record_failure(workplace.run_folder, stage.kind, key, stage.label, message, log=lines))
+
+
+def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workplace):
     """Return the Searcher over the walk; defined in a function, since its base class needs Ray."""
     from ray.tune.search import Searcher
 
@@ -186,6 +265,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
         def __init__(self):
             super().__init__(metric="done", mode="max")
             self.units: dict[str, int] = {}
+            self.errors: dict[str, Exception | None] = {}
 
         def set_search_properties(self, metric, mode, config, **spec):
             return True
@@ -206,10 +286,10 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
             index = self.units.pop(trial_id, None)
             if index is None:
                 return
-            name = walk.unit(index).name
             message = (result or {}).get("failure", "")
-            if error or result is None:
-                message = message or f"{name}: its worker died; see its log and ray.log in the logs folder"
+            if not message and (error or result is None):
+                stages = {key: walk.plan.stages[key] for key in walk.unit(index).stages}
+                message = _died(stages, workplace, self.errors.pop(trial_id, None))
             if message:
                 outcome.failed(walk, index, message, listen)
             elif result["lost"]:

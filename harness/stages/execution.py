@@ -13,13 +13,15 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from harness.core import disk, registry
 from harness.core.errors import InputsLost, StageFailure, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage, describe
 from harness.model.run import Run
-from harness.stages import checkpoints, code
+from harness.stages import checkpoints, code, deaths, heartbeat
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
@@ -28,49 +30,52 @@ from harness.store.store import Damaged, Store
 
 log = logging.getLogger("immunitybench")
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+"""Words in the errors of allocators, of main memory and of GPUs."""
+
 
 def execute(
-    key: str, stage: Stage, workplace: Workplace, report: Callable[[int, int], None] = lambda done, total: None
+    key: str,
+    stage: Stage,
+    workplace: Workplace,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    started: Callable[[str], None] = lambda key: None,
 ) -> bool:
-    """Do one stage and commit it; return whether there was something to do.
+    """Do one stage and commit it; return whether there was something to do. `started` is called with its key before.
 
-    Raises StageFailure after recording what went wrong in the run's failures folder, and InputsLost if a stage that it
-    reads is damaged; that one is set aside. KeyboardInterrupt passes through.
+    Raises StageFailure after recording what went wrong in the run's failures folder, also when a method calls
+    `sys.exit`, and InputsLost if a stage that it reads is damaged; that one is set aside. KeyboardInterrupt passes
+    through.
     """
     store = Store(workplace.store)
     redo = key in workplace.redo
     if not redo and store.has(stage.kind, key):
         return False
-    failure = failure_path(workplace.run_folder, stage.kind, key)
     with (
-        _logged(workplace.run_folder / "logs" / f"{stage.kind}-{key}.log"),
+        _logged(log_path(workplace.run_folder, stage.kind, key)),
         store.locked_work_folder(stage.kind, key) as work_folder,
     ):
         if not redo and store.has(stage.kind, key):  # another process did it while this one waited for the lock
             return False
         _require_inputs(stage, store)
+        started(key)
         try:
-            _execute_locked(key, stage, workplace, store, work_folder, report, redo)
-        except Exception as error:
+            with heartbeat.of_stage(workplace.run_folder, key, stage) as heart:
+
+                def progressed(done: int, total: int) -> None:
+                    heart.progress(done, total)
+                    report(done, total)
+
+                _execute_locked(key, stage, workplace, store, work_folder, progressed, redo)
+        except (Exception, SystemExit) as error:
             log.exception("stage failed: %s", stage.label)
             _forget_model()
             store.clean_failed(work_folder)
             where = traceback.format_exc()
-            with disk.tolerated():  # the failure may be that the disk is full
-                failure.parent.mkdir(parents=True, exist_ok=True)
-                write_json(
-                    failure,
-                    {
-                        "key": key,
-                        "kind": stage.kind,
-                        "label": stage.label,
-                        "error": f"{type(error).__name__}: {one_line(error, 500)}",
-                        "traceback": where,
-                        "time": time.time(),
-                    },
-                )
-            raise StageFailure(f"{stage.label}: {type(error).__name__}: {one_line(error)}") from error
-    failure.unlink(missing_ok=True)
+            raise record_failure(
+                workplace.run_folder, stage.kind, key, stage.label, in_words(error), traceback=where
+            ) from error
+    failure_path(workplace.run_folder, stage.kind, key).unlink(missing_ok=True)
     _forget_model(further_alone=True)
     return True
 
@@ -92,6 +97,25 @@ def _require_inputs(stage: Stage, store: Store) -> None:
         raise InputsLost(list(lost), list(lost.values()))
 
 
+def in_words(error: BaseException) -> str:
+    """Return an exception as one line, with what to try when memory ran out."""
+    words = f"{type(error).__name__}: {one_line(error, 500)}"
+    if isinstance(error, SystemExit):
+        return f"SystemExit: the method ended the program with exit code {one_line(error.code or 0, 60)}"
+    ran_out = isinstance(error, MemoryError) or any(known in words.lower() for known in OUT_OF_MEMORY)
+    return f"{words}; {deaths.LESS_MEMORY}" if ran_out and deaths.LESS_MEMORY not in words else words
+
+
+def record_failure(run_folder: Path, kind: str, key: str, label: str, error: str, **details: Any) -> StageFailure:
+    """Record a stage's failure in the run's failures folder; return it as an exception. `details` are JSON values."""
+    path = failure_path(run_folder, kind, key)
+    described = {"key": key, "kind": kind, "label": label, "error": error, "time": time.time()}
+    with disk.tolerated():  # the failure may be that the disk is full
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**described, **details})
+    return StageFailure(f"{label}: {one_line(error, 1000)}")
+
+
 def _forget_model(*, further_alone: bool = False) -> None:
     """Drop the cached models, since a method that raised may have changed them."""
     models = sys.modules.get("harness.model.pipeline")
@@ -100,23 +124,29 @@ def _forget_model(*, further_alone: bool = False) -> None:
 
 
 def execute_unit(
-    stages: Mapping[str, Stage], workplace: Workplace, report: Callable[[int, int], None] = lambda done, total: None
+    stages: Mapping[str, Stage],
+    workplace: Workplace,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    started: Callable[[str], None] = lambda key: None,
+    failed_before: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Do the stages of a unit in order, each committed separately; return how many had to be done.
 
-    If a stage fails, the stages of the unit that do not need it still run. Raises StageFailure at the end if any
-    failed, and InputsLost at once if a stage that one of them reads must be made anew.
+    If a stage fails, or failed before (key -> message), the stages of the unit that do not need it still run. Raises
+    StageFailure at the end if any failed, and InputsLost at once if a stage that one of them reads must be made anew.
     """
     store = Store(workplace.store)
     workplace = replace(workplace, redo=workplace.redo | checkpoints.gone_but_needed(stages, store))
     done = 0
-    failed: dict[str, str] = {}
+    failed = dict(failed_before)
     for key, stage in stages.items():
+        if key in failed_before:
+            continue
         if failed.keys() & {read.key for read in stage.inputs.values()}:
             failed[key] = ""
             continue
         try:
-            done += execute(key, stage, workplace, report)
+            done += execute(key, stage, workplace, report, started)
         except StageFailure as failure:
             failed[key] = str(failure)
             if disk.is_full(failure):
@@ -131,9 +161,20 @@ def execute_unit(
     return done
 
 
+def not_committed(stages: Mapping[str, Stage], workplace: Workplace) -> list[str]:
+    """Return the keys of the stages that are not in the store, in order."""
+    store = Store(workplace.store)
+    return [key for key, stage in stages.items() if not store.has(stage.kind, key)]
+
+
 def failure_path(run_folder: Path, kind: str, key: str) -> Path:
     """Return the path for the record of a stage's failure; failures are never part of the store."""
     return run_folder / "failures" / f"{kind}-{key}.json"
+
+
+def log_path(run_folder: Path, kind: str, key: str) -> Path:
+    """Return the path of a stage's log."""
+    return run_folder / "logs" / f"{kind}-{key}.log"
 
 
 def _execute_locked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import pickle
@@ -9,17 +10,23 @@ import sys
 import threading
 import traceback
 
+from harness.stages import pulse
+
 
 def main() -> None:
     """Read the stage from standard input, do this process's part, and report the outcome."""
     from harness.core import streams
 
     streams.prepare()  # what a method prints must not fail here and nowhere else
+    faulthandler.enable()
+    told = os.dup(1)
+    os.dup2(2, 1)  # libraries print too
+    pulse.keep_beating(lambda: os.write(told, b"beat\n"))
     described, workplace, work_folder = pickle.load(sys.stdin.buffer)
     rank = int(os.environ["RANK"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _work(described, workplace, work_folder, rank)
+        _work(described, workplace, work_folder, rank, told)
     except BaseException as error:
         from harness.core.errors import one_line
 
@@ -29,6 +36,7 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(1)  # immediately: others may wait forever in a collective call
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
 
 
@@ -39,7 +47,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(described, workplace, work_folder, rank: int) -> None:
+def _work(described, workplace, work_folder, rank: int, told: int) -> None:
     import torch
 
     from harness.contracts.stage import from_json
@@ -54,14 +62,12 @@ def _work(described, workplace, work_folder, rank: int) -> None:
 
     registry.load_plugins(workplace.plugins, is_worker=True)
     stage = from_json(described)
-    printed = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)  # libraries print too
-    os.dup2(2, 1)
     device = prepare_device(workplace, int(os.environ["LOCAL_RANK"]))
     folder = work_folder / ranks.RELEASED
     if rank == 0:
         folder.mkdir()
     with sharding.joined(device) as world:
-        report = (lambda done, total: print(done, total, file=printed)) if rank == 0 else lambda done, total: None
+        report = (lambda done, total: os.write(told, b"%d %d\n" % (done, total))) if rank == 0 else lambda *_: None
         run = Run(
             stage.seed,
             device,

@@ -1,32 +1,46 @@
 """Run a stage in several processes: start them, watch them, and make sure that all end.
 
-The processes run on this machine, each with RANK, LOCAL_RANK, WORLD_SIZE and a port on loopback set here. Under Ray the
-stage's worker reserves the cores and GPUs of all of them, so they need not be Ray workers. Each process has a pipe to
-its parent and ends when the parent ends, for any reason. If one fails, the others are ended, and its error becomes the
-stage's.
+The processes run on this machine, each with RANK, LOCAL_RANK and WORLD_SIZE set here; they meet in a file and talk on
+loopback. Under Ray the stage's worker reserves the cores and GPUs of all of them, so they need not be Ray workers. Each
+process has a pipe to its parent and ends when the parent ends, for any reason.
+
+If one fails or dies, the others are ended at once; if one is silent (see `pulse`), after SILENT_S. An error of a method
+becomes the stage's. A death is tried once more, from the last saved state.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts.stage import to_json
+from harness.core import rank_environment
+from harness.core.counted import counted
+from harness.stages import deaths, pulse
+from harness.stages.pulse import Pulse
 
 if TYPE_CHECKING:
     from harness.core.identity import Stage
     from harness.stages.workplace import Workplace
 
 RELEASED, OUTCOME = "released", "outcome.json"
+RETRIES = 1
+"""How often the processes are started again after one of them died (not after its method raised)."""
+CAUSE_S = 5.0
+"""Seconds to wait for the process that broke the connection of another one."""
+BROKEN_CONNECTION = ("connection closed by peer", "connection reset", "gloo", "nccl", "disterror", "distbackenderror")
+
+log = logging.getLogger("immunitybench")
 
 
 def run(
@@ -34,92 +48,114 @@ def run(
 ) -> dict[str, Any]:
     """Do a stage in `workplace.sharding.workers` processes; fill `folder`; return their combined ledger.
 
-    Raises RuntimeError with the error of the first process that failed.
+    Raises RuntimeError with the error of the first process that failed, ProcessDied if one died twice.
     """
-    workers = workplace.sharding.workers
-    logs = [workplace.run_folder / "logs" / f"{work_folder.name}.process{rank}.log" for rank in range(workers)]
-    shutil.rmtree(work_folder / RELEASED, ignore_errors=True)
-    for old in (*work_folder.glob("rank*.json"), work_folder / OUTCOME):
-        old.unlink(missing_ok=True)
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(workers),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"),
-        "OMP_NUM_THREADS": str(workplace.cpus),
-        # DeepSpeed compiles its CPU communication and looks for ninja there
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
-        ),
-        "DS_SKIP_CUDA_CHECK": "1",
-    }
-    processes: list[subprocess.Popen] = []
-    try:
-        for rank in range(workers):
-            with open(logs[rank], "w", encoding="utf-8") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "harness.stages.rank"],
-                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                        stderr=log,
-                    )
-                )
-            pickle.dump((to_json(stage), workplace, work_folder), processes[-1].stdin)
-            processes[-1].stdin.flush()
-        threading.Thread(target=_forward, args=(processes[0].stdout, report), daemon=True).start()
-        _wait(processes, work_folder, logs)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-        for process in processes:
-            process.wait()
-            process.stdin.close()
-            if process.stdout:
-                process.stdout.close()
+    for attempt in range(RETRIES + 1):
+        shutil.rmtree(work_folder / RELEASED, ignore_errors=True)
+        for old in (*work_folder.glob("rank*.json"), work_folder / OUTCOME):
+            old.unlink(missing_ok=True)
+        try:
+            _attempt(stage, workplace, work_folder, report)
+            break
+        except deaths.ProcessDied as died:
+            if attempt == RETRIES:
+                raise deaths.ProcessDied(f"{died}; it died {counted(attempt + 1, 'time')}") from None
+            log.warning("%s; tried once more", died)
     for item in (work_folder / RELEASED).iterdir():
         shutil.move(item, folder / item.name)
     return json.loads((work_folder / OUTCOME).read_text(encoding="utf-8"))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _forward(pipe, report: Callable[[int, int], None]) -> None:
-    """Report the progress that the first process prints."""
-    for line in pipe:
+def _attempt(stage: Stage, workplace: Workplace, work_folder: Path, report: Callable[[int, int], None]) -> None:
+    workers = workplace.sharding.workers
+    logs = [workplace.run_folder / "logs" / f"{work_folder.name}.process{rank}.log" for rank in range(workers)]
+    processes: list[subprocess.Popen] = []
+    pulses: list[Pulse] = []
+    oom_kills_before = deaths.oom_kills()
+    with tempfile.TemporaryDirectory(prefix="immunitybench-") as group:
+        environment = rank_environment.of_group(workers, workplace.cpus, Path(group))
         try:
-            done, total = map(int, line.split())
-        except ValueError:
-            continue
-        report(done, total)
+            for rank in range(workers):
+                with open(logs[rank], "w", encoding="utf-8") as output:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "harness.stages.rank"],
+                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=output,
+                    )
+                processes.append(process)
+                pulses.append(Pulse(process.pid))
+                try:
+                    pickle.dump((to_json(stage), workplace, work_folder), process.stdin)
+                    process.stdin.flush()
+                except BrokenPipeError:
+                    pass  # it died at once; `_wait` says how
+                threading.Thread(target=_listen, args=(process.stdout, pulses[rank], report), daemon=True).start()
+            _wait(processes, pulses, work_folder, logs, oom_kills_before)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+            for process in processes:
+                process.wait()
+                process.stdin.close()
 
 
-def _wait(processes: list[subprocess.Popen], work_folder: Path, logs: list[Path]) -> None:
-    """Wait until all succeeded; raise RuntimeError as soon as one fails."""
-    running = dict(enumerate(processes))
-    while running:
-        for rank, process in list(running.items()):
+def _listen(pipe, watched: Pulse, report: Callable[[int, int], None]) -> None:
+    """Note the beats of a process, and report the progress that the first one prints."""
+    with pipe:
+        for line in pipe:
+            watched.beat()
             try:
-                code = process.wait(timeout=0.05)
-            except subprocess.TimeoutExpired:
+                done, total = map(int, line.split())
+            except ValueError:
                 continue
-            del running[rank]
-            if code != 0:
-                raise RuntimeError(_error(rank, code, work_folder, logs[rank]))
+            report(done, total)
 
 
-def _error(rank: int, code: int, work_folder: Path, log: Path) -> str:
-    """Return the error of a failed process, or the end of its output."""
-    recorded = work_folder / f"rank{rank}.json"
-    if recorded.exists():
-        return f"process {rank}: {json.loads(recorded.read_text(encoding='utf-8'))['error']}"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"process {rank} ended with code {code}: {lines[-1] if lines else 'it printed nothing'}"
+def _wait(
+    processes: list[subprocess.Popen], pulses: list[Pulse], work_folder: Path, logs: list[Path], oom_kills_before: int
+) -> None:
+    """Wait until all succeeded. Raises RuntimeError or ProcessDied as soon as one fails, dies, or is silent."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes):
+            raise _failure(processes, work_folder, logs, oom_kills_before)
+        if all(code == 0 for code in codes):
+            return
+        for rank, watched in enumerate(pulses):
+            if codes[rank] is None and watched.is_silent():
+                raise deaths.ProcessDied(
+                    f"process {rank} was silent for {pulse.SILENT_S:g} s: no answer, and no use of its CPU (stopped?)"
+                )
+        time.sleep(0.05)
+
+
+def _failure(
+    processes: list[subprocess.Popen], work_folder: Path, logs: list[Path], oom_kills_before: int
+) -> RuntimeError:
+    """Return what made the processes fail: an error of a method, else a death, else a broken connection."""
+    deadline = time.monotonic() + CAUSE_S
+    while True:
+        broken = ""
+        died: dict[int, int] = {}
+        for rank, process in enumerate(processes):
+            code = process.poll()
+            if not code:
+                continue
+            recorded = work_folder / f"rank{rank}.json"
+            if not recorded.exists():
+                died[rank] = code
+                continue
+            error = f"process {rank}: {json.loads(recorded.read_text(encoding='utf-8'))['error']}"
+            if not any(words in error.lower() for words in BROKEN_CONNECTION):
+                return RuntimeError(error)
+            broken = broken or error
+        if died:
+            rank, code = next(iter(died.items()))
+            ending = deaths.in_words(deaths.end_of([logs[rank]]))
+            return deaths.ProcessDied(f"process {rank} {deaths.cause(code, oom_kills_before)}; {ending}")
+        if time.monotonic() > deadline:
+            return RuntimeError(broken)
+        time.sleep(0.05)

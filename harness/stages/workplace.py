@@ -29,6 +29,7 @@ class Workplace:
     sharding: Sharding = field(default_factory=Sharding)  # for stages that several processes can share
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     keep_checkpoint_mb: float | None = None  # larger adapted models are deleted after drawing
+    stage_timeout_s: float | None = None  # a stage that takes longer is ended; needs a process apart (`Keeper`)
 
 
 def prepare_device(workplace: Workplace, local_rank: int = 0):

@@ -328,6 +328,8 @@ class ResourcesSpec(Strict):
     keep_checkpoint_mb: Annotated[float, Field(ge=0)] | None = 512.0
     """A larger adapted model is deleted once its images are drawn, and made again if it is needed later: a fine-tuned
     UNet of SD 1.x takes 3.4 GB at each step that is read. None: all are kept."""
+    stage_timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
+    """A stage that takes more seconds in one run is ended and fails; what it saved is kept. None: no limit."""
 
     @model_validator(mode="after")
     def _offload_is_zero(self) -> ResourcesSpec:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.core import machine
+from harness.core.rank_environment import RENDEZVOUS
 from harness.core.sharding import Sharding
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run, World
@@ -397,11 +400,21 @@ class ProcessGroup(World):
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[ProcessGroup]:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+    """Join the group that `core.rank_environment` describes, with RANK and LOCAL_RANK in the environment.
+
+    PyTorch's group is made first, from a file, and DeepSpeed takes it over: neither opens a port to other machines.
+    """
     machine.use_own_extensions()
     import deepspeed
 
     backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        # states that wait in main memory are exchanged too
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else backend,
+        init_method=Path(os.environ[RENDEZVOUS]).absolute().as_uri(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     try:
         yield ProcessGroup()

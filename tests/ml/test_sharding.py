@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.core import rank_environment
 from tests.ml.sharded_defenses import MASKS, OFFLOADED, STAGES, cases
 
 ROOT = Path(__file__).parents[2]
@@ -25,23 +25,19 @@ def _environment(**changes) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def everything(tiny_folder):
+def everything(tiny_folder, tmp_path_factory):
     """The folder with what every case released, alone and at each stage."""
     (tiny_folder / "captions.txt").write_text(
         "a dog on a beach\nan old house\ntwo cups\na red car in the snow\n", "utf-8"
     )
     command = [sys.executable, "-m", "tests.ml.sharded_defenses", str(tiny_folder)]
     subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    group = rank_environment.of_group(2, 1, tmp_path_factory.mktemp("group"))
     processes = [
         subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-            ),
+            env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
