@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,15 +43,15 @@ def of_folder(path: Path, suffixes: frozenset[str] | None = SUFFIXES) -> str:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"folder '{path}' does not exist")
-    memory = _Memory()
+    memory = Memory()
     files = sorted(p for p in path.rglob("*") if (suffixes is None or p.suffix in suffixes) and p.is_file())
     digests = {p.relative_to(path).as_posix(): memory.digest(p) for p in files}
     memory.save()
     return digest_of_json(digests)[:40]
 
 
-class _Memory:
-    """Digests by path, size and modification time, kept in the user's cache folder."""
+class Memory:
+    """What was found in files, by path, size and modification time: digests above all. In the user's cache folder."""
 
     def __init__(self) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -63,14 +64,20 @@ class _Memory:
         self.is_changed = False
 
     def digest(self, path: Path) -> str:
+        """Return the digest of a file's content."""
+        return self.recall(path, "", digest_of_file)
+
+    def recall(self, path: Path, what: str, find: Callable[[Path], str]) -> str:
+        """Return what `find` gives for a file, from memory if it was found before; `what` names the question."""
         stat = path.stat()
-        entry = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        entry = f"{what}{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
         if entry not in self.known:
-            self.known[entry] = digest_of_file(path)
+            self.known[entry] = find(path)
             self.is_changed = True
         return self.known[entry]
 
     def save(self) -> None:
+        """Keep what was found for the next process."""
         if not self.is_changed:
             return
         try:
