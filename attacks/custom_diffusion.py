@@ -28,7 +28,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from harness.contracts.attack import Attack, Checkpoint, UsualBudget
+from harness.contracts.attack import Attack, Checkpoint, NewWord, UsualBudget
 from harness.core.registry import register
 from harness.core.search import Choice, around
 from harness.training.recipe import LearningRate, PriorImages, PriorWeight, WeightOptimization
@@ -74,6 +74,11 @@ class CustomDiffusion(Attack):
     def called(cls, parameters, words):
         """Return the concept's name with the modifier instead of its identifier."""
         return words.with_identifier(parameters.modifier)
+
+    @classmethod
+    def new_words(cls, parameters):
+        """Return the modifier."""
+        return {"modifier": NewWord(parameters.modifier)}
 
     @classmethod
     def prior_images(cls, parameters):

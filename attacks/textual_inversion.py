@@ -21,9 +21,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harness.contracts.attack import Attack, Checkpoint, UsualBudget
+from harness.contracts.attack import Attack, Checkpoint, NewWord, UsualBudget
 from harness.core.registry import register
 from harness.core.search import Choice, around
+from harness.core.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from harness.training.recipe import LearningRate, Optimization
 
 
@@ -74,6 +75,19 @@ class TextualInversion(Attack):
         return parameters.placeholder
 
     @classmethod
+    def new_words(cls, parameters):
+        """Return the new word with the number of its vectors."""
+        return {"placeholder": NewWord(parameters.placeholder, parameters.vectors)}
+
+    @classmethod
+    def training_texts(cls, parameters, kind, captions):
+        """Return the templates for the kind of concept, or the captions."""
+        if parameters.prompts == "captions":
+            return captions
+        chosen = OBJECT_TEMPLATES if kind == "object" else STYLE_TEMPLATES
+        return tuple(template.replace("{}", parameters.placeholder) for template in chosen)
+
+    @classmethod
     def search_space(cls, parameters):
         """Vary the rate, the number of vectors, and the training prompts."""
         return {
@@ -85,14 +99,13 @@ class TextualInversion(Attack):
     def adapt(self, model, concept, protection, budget, run):
         """Yield the word's embeddings at each step of the budget."""
         from harness.training import adaptation
-        from harness.training.token_embedding import OBJECT_TEMPLATES, STYLE_TEMPLATES, LearnedWord, save
+        from harness.training.token_embedding import LearnedWord, save
 
         p = self.parameters
         word = LearnedWord(model, p.begin_as or concept.words.class_word or concept.kind, p.vectors, p.placeholder)
         templates = ()
         if p.prompts == "templates":
-            chosen = OBJECT_TEMPLATES if concept.kind == "object" else STYLE_TEMPLATES
-            templates = tuple(template.replace("{}", p.placeholder) for template in chosen)
+            templates = self.training_texts(p, concept.kind, concept.captions)
         for step, weights in adaptation.adapt(
             model, concept, protection, budget, run, {"word": word.vectors}, p.recipe(), text=word, templates=templates
         ):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from harness import cli, plan, suite
 from harness.core import digests
+from tests import tiny
 
 SUITE = """\
 name: small
@@ -47,9 +48,20 @@ def write_model(folder: Path, *, weights: bytes = b"weights", class_name: str = 
     """Write a folder that passes for a diffusers model as long as nobody loads it; return it."""
     for component in ("unet", "vae", "text_encoder"):
         (folder / component).mkdir(parents=True)
-        (folder / component / "model.safetensors").write_bytes(weights)
+        write_weights(folder / component / "model.safetensors", weights)
+    for name, config in (("unet/config", {}), ("scheduler/scheduler_config", {"prediction_type": "epsilon"})):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
+    tiny.write_tokenizer(folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": class_name}), encoding="utf-8")
     return folder
+
+
+def write_weights(path: Path, content: bytes = b"weights") -> None:
+    """Write a safetensors file with a tensor of these bytes."""
+    entry = {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}
+    header = json.dumps({"tensor": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content)
 
 
 def write_images(folder: Path, count: int = 6) -> Path:
@@ -209,7 +221,6 @@ def small_setting(tmp_path_factory):
     from harness.conformance.setting import Setting
     from harness.model.source import resolve_model
     from harness.suite.spec import ModelSpec
-    from tests import tiny
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("conformance")

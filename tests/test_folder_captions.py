@@ -79,7 +79,7 @@ def test_prompts_of_the_suite_come_before_them(purse, project):
         ("file_name,text\n0.png,a\n0.png,b\n", "metadata.csv:3: '0.png' has a caption already"),
         ('file_name,text\n0.png,"a\nb"\n', "'text' must be one line of at most 1000 characters"),
         (f"file_name,text\n0.png,{'a' * 1001}\n", "'text' must be one line of at most 1000 characters"),
-        (b"file_name,text\n0.png,\xff\n", "metadata.csv: cannot be read: "),
+        (b"file_name,text\n0.png,\xff\n", "metadata.csv:2: cannot be read: is not UTF-8; save it as UTF-8"),
     ],
 )
 def test_bad_captions_are_reported(project, text, message):

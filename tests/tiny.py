@@ -12,18 +12,26 @@ from pathlib import Path
 TOKENS = 77
 
 
-def save_tokenizer(folder: Path, length: int = TOKENS) -> int:
-    """Write a character-level CLIP tokenizer into `folder`; return its number of tokens."""
+def write_tokenizer(folder: Path, length: int = TOKENS) -> int:
+    """Write the files of a character-level CLIP tokenizer into `folder`; return its number of tokens."""
     letters = list(string.ascii_lowercase + string.digits + string.punctuation)
     words = letters + [c + "</w>" for c in letters]
     vocabulary = {w: i for i, w in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return len(vocabulary)
+
+
+def save_tokenizer(folder: Path, length: int = TOKENS) -> int:
+    """Write a character-level CLIP tokenizer into `folder` as transformers saves it; return its number of tokens."""
+    size = write_tokenizer(folder, length)
     from transformers import CLIPTokenizer
 
-    CLIPTokenizer.from_pretrained(folder, model_max_length=length).save_pretrained(folder)
-    return len(vocabulary)
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return size
 
 
 def save_pipeline(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:

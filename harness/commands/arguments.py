@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 
 from harness.core.errors import one_line
 
@@ -91,6 +92,12 @@ def console(width_when_piped: int = 160):
 
     # labels such as object:pizza must not be read as markup or emoji codes
     return Ours(file=sys.stdout, width=None if sys.stdout.isatty() else width_when_piped, markup=False, emoji=False)
+
+
+def note(lines: Iterable[str]) -> None:
+    """Print what was ignored, changed, cut or assumed of the user's input."""
+    for line in lines:
+        print(f"note: {one_line(line, 1000)}", file=sys.stderr)
 
 
 def warn(line: str) -> None:

@@ -43,6 +43,7 @@ def main(given: argparse.Namespace) -> ExitCode:
     from harness.commands.opened import open_suite
 
     opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    arguments.note(opened.loaded.notices)
     if given.power is None:
         from harness.commands.planning import show
 

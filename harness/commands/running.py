@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands import arguments
 from harness.commands.opened import Opened
 from harness.commands.written import are_written, finish, write_resolved, write_tables
 from harness.contracts.stage import kinds_in_order
@@ -39,6 +40,7 @@ class RunOptions:
 
 def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
     """Run the missing stages and show the tables."""
+    arguments.note(opened.loaded.notices)
     committed = opened.committed()
     recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
     if options.cache == "only-cached":

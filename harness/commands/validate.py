@@ -23,6 +23,7 @@ def main(given: argparse.Namespace) -> ExitCode:
     from harness.suite import fetching
 
     opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    arguments.note(opened.loaded.notices)
     plan = opened.plan
     print(
         f"{one_line(given.suite)}: valid; {counted(len(plan.measurements), 'trial')}, "

@@ -6,7 +6,7 @@ step it saves files that diffusers loads without our code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,14 @@ class UsualBudget:
 
 
 @dataclass(frozen=True)
+class NewWord:
+    """A word that an attack adds to the tokenizer."""
+
+    text: str  # as it is written in captions and prompts
+    tokens: int = 1  # how many it is read as
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The adapted model at one step of the trajectory."""
 
@@ -92,6 +100,19 @@ class Attack(Method):
     def called(cls, parameters: Any, words: Words) -> str:
         """Return the attack's name for the concept in captions and evaluation prompts."""
         return words.name
+
+    @classmethod
+    def new_words(cls, parameters: Any) -> Mapping[str, NewWord]:
+        """Return the words that it adds to the tokenizer, by the parameter that sets each; {}: none.
+
+        Before compute a suite is refused in which the tokenizer has one already, or cuts one off a text.
+        """
+        return {}
+
+    @classmethod
+    def training_texts(cls, parameters: Any, kind: str, captions: Sequence[str]) -> Sequence[str]:
+        """Return the texts that it trains under, from the attack's captions in its own words."""
+        return captions
 
     @classmethod
     def prior_images(cls, parameters: Any) -> int:

@@ -33,14 +33,14 @@ def is_cached(fetched: Fetched) -> bool | None:
         return fetched.file.exists()
     if not fetched.parts:
         return None
-    folder = _snapshot(fetched.id, fetched.revision)
+    folder = snapshot(fetched.id, fetched.revision)
     # exists() follows the cache's links: a half-fetched file does not exist
     return folder is not None and all(
         any(file.exists() for pattern in part for file in folder.glob(pattern)) for part in fetched.parts
     )
 
 
-def _snapshot(repository: str, revision: str | None) -> Path | None:
+def snapshot(repository: str, revision: str | None) -> Path | None:
     """Return the folder of a revision in the hub's cache, by the cache's documented layout."""
     from huggingface_hub import constants
 

@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+_LETTER = "[^\\W\\u0e00-\\u0eff\\u1000-\\u109f\\u1780-\\u17ff\\u2e80-\\ud7ff\\uf900-\\ufaff\\uff66-\\uff9f\\U00020000-\\U0003ffff]"
+"""A character that continues a word; not in scripts without spaces, where words follow each other directly."""
+
+
+def found_in(name: str, text: str) -> bool:
+    """Return whether a text holds a name as whole words, in upper or lower case."""
+    return _whole(name).search(text) is not None
+
+
+def replaced(text: str, name: str, by: str) -> str:
+    """Return a text with a name replaced where it is whole words: "car" is neither in "carpet" nor in "car-park".
+
+    Case does not count: the text encoders' tokenizers put everything in lower case. A plural is another word.
+    """
+    return _whole(name).sub(lambda _: by, text)
+
+
+def _whole(name: str) -> re.Pattern[str]:
+    inside = f"(?:{_LETTER}|-)"
+    return re.compile(f"(?<!{inside}){re.escape(name)}(?!{inside})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -14,8 +36,12 @@ class Words:
     class_word: str = ""  # what kind of thing it is, "object"
 
     def renamed(self, text: str, called: str) -> str:
-        """Return a text with the name replaced."""
-        return text if called == self.name else text.replace(self.name, called)
+        """Return a text with the name replaced, where it is whole words."""
+        return text if called == self.name else replaced(text, self.name, called)
+
+    def are_in(self, text: str) -> bool:
+        """Return whether a text holds the name as whole words, in upper or lower case."""
+        return found_in(self.name, text)
 
     def with_identifier(self, token: str) -> str:
         """Return the name with another identifier; if it has none, the new one goes before the name."""

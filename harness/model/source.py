@@ -12,11 +12,12 @@ from harness.core import digests
 from harness.core.errors import UserMistake, one_line
 from harness.core.fetched import Fetched
 from harness.core.paths import path_from
+from harness.model import model_files
+from harness.model.model_files import COMPONENTS
 
 TESTBED = "testbed"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
-_COMPONENTS = ("unet", "vae", "text_encoder")
 
 SD1_PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 """Numbers of weights of the components of SD 1.x that are loaded."""
@@ -61,6 +62,12 @@ def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
             raise UserMistake(f"{where}: model: the embedded testbed is damaged: {one_line(error)}") from None
         return ModelSource({"source": "testbed", "revision": revision}, str(paths.GENERATOR))
     path = path_from(spec.id, relative_to)
+    if path is not None and (path.is_file() or spec.id.lower().endswith(model_files.SINGLE)):
+        what = "is a file" if path.is_file() else "is the name of a file"
+        raise UserMistake(
+            f"{where}: model: '{one_line(spec.id)}' {what}; give a diffusers folder: "
+            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...) makes one"
+        )
     looks_like_path = spec.id.startswith((".", "/", "~")) or (path is not None and path.is_dir())
     if looks_like_path:
         _check_folder(path, spec.id, spec.variant, where)
@@ -100,7 +107,7 @@ def fetches(source: ModelSource) -> list[Fetched]:
     names = ("model", "diffusion_pytorch_model", "*-of-*")
     if source.variant:
         names = (f"*.{source.variant}", f"*.{source.variant}-*")
-    parts = [("model_index.json",), *(tuple(f"{c}/{name}.safetensors" for name in names) for c in _COMPONENTS)]
+    parts = [("model_index.json",), *(tuple(f"{c}/{name}.safetensors" for name in names) for c in COMPONENTS)]
     bytes_each = {None: 4, "fp16": 2}.get(source.variant)
     is_known = source.location in SD1_IDS and bytes_each
     size = sum(SD1_PARAMETERS.values()) * bytes_each if is_known else None
@@ -108,29 +115,10 @@ def fetches(source: ModelSource) -> list[Fetched]:
 
 
 def _check_folder(path: Path | None, given: str, variant: str | None, where: str) -> None:
-    """Refuse a folder that is not a diffusers model, or whose weights are not safetensors."""
+    """Refuse a folder that cannot be loaded as a diffusers model."""
     given = one_line(given)
     if path is None or not path.is_dir():
         raise UserMistake(f"{where}: model: folder '{given}' does not exist")
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise UserMistake(f"{where}: model: folder '{given}' has no model_index.json; give a diffusers folder")
-    try:
-        class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError):
-        raise UserMistake(f"{where}: model: '{given}/model_index.json' is not valid JSON") from None
-    if class_name != "StableDiffusionPipeline":
-        raise UserMistake(
-            f"{where}: model: folder '{given}' holds a {one_line(class_name, 60)}; only StableDiffusionPipeline "
-            "is supported"
-        )
-    for component in _COMPONENTS:
-        files = list((path / component).glob("*.safetensors"))
-        if variant:
-            files = [f for f in files if f".{variant}." in f.name or f".{variant}-" in f.name]
-        if not files:
-            wanted = f" of variant '{variant}'" if variant else ""
-            raise UserMistake(
-                f"{where}: model: '{given}/{component}' holds no safetensors weights{wanted}; pickled weights are "
-                "not loaded: save the model with safe_serialization=True"
-            )
+    found = list(model_files.mistakes(path, variant))
+    if found:
+        raise UserMistake([f"{where}: model: folder '{given}' {what}" for what in found])

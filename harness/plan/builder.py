@@ -149,6 +149,7 @@ class Builder:
                     "source": concept.source,
                     "folder": concept.folder,
                     "images": {s: list(concept.images[s]) for s in SPLITS},
+                    "digests": {s: list(concept.files.get(s, ())) for s in SPLITS},
                 },
             )
         self._images[name] = k

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from harness.contracts.stage import StageKind
 from harness.core.concept import SPLITS
 from harness.core.described import optional
+from harness.core.errors import UserMistake, one_line
 from harness.core.registry import register
 from harness.core.sampling import Sampling
 from harness.stages.work import StageAtWork
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagesParameters:
-    """Either prompts and sampling, or the number of images to copy; their paths are in the stage's `local`."""
+    """Either prompts and sampling, or the number of images to copy; their paths and digests are in the stage's `local`."""
 
     prompts: Mapping[str, tuple[str, ...]] | None = optional()  # split -> one prompt per image
     sampling: Sampling | None = optional()
@@ -74,7 +75,10 @@ def _known(work: StageAtWork, split: str) -> Iterator[Image]:
 
         yield from images.read(local["images"][split])
         return
-    from PIL import Image
+    from harness.core import pictures
 
-    for name in local["images"][split]:
-        yield Image.open(Path(local["folder"]) / name).convert("RGB")
+    for name, digest in zip(local["images"][split], local["digests"][split], strict=True):
+        picture = pictures.opened(Path(local["folder"]) / name)
+        if picture.digest != digest:  # the key of this stage is that of the pixels which were checked
+            raise UserMistake(f"'{one_line(name)}' was changed after the suite was read; run it again")
+        yield picture.image

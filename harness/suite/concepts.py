@@ -19,15 +19,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from harness.core.concept import CLASS_PROMPTS, SPLITS, Concept, Evaluation
+from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
-from harness.core.identity import digest_of_file, digest_of_json
+from harness.core.identity import digest_of_json
 from harness.core.paths import TESTBED, path_from
-from harness.core.words import Words
-from harness.suite import folder_captions
+from harness.core.words import Words, replaced
+from harness.suite import image_folder
+from harness.suite.folder_captions import Captions
 from harness.suite.loaded import LoadedSuite
 from harness.suite.spec import ConceptSpec
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
@@ -92,7 +92,6 @@ def _where(loaded: LoadedSuite, name: str) -> str:
 
 def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     """Resolve a concept that the suite describes."""
-    where = loaded.source.where(("concepts", name))
     of = "a photo of" if spec.kind == "object" else "an artwork of"
     default, named = f"{of} {spec.label}", f"{of} {spec.attack_name or spec.label}"
     images: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
@@ -106,21 +105,22 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
             prompts[split] = tuple(asked[i % len(asked)] for i in range(spec.generate.per_split))
     else:
         path = path_from(spec.folder, loaded.folder)
-        images, files = _read_folder(path, spec, where, name)
+        images, files, kept = _read_folder(path, spec, loaded, name)
         digest = digest_of_json({split: list(of_split) for split, of_split in files.items()})
         folder = str(path)
-        kept = _kept_captions(path, images, where, name)
     captions = {}
     for split, given in (("defense", spec.defense_captions), ("attack", spec.attack_captions)):
         count = len(images[split]) or len(prompts[split])
         asked = given or kept.get(split) or list(prompts[split]) or [default if split == "defense" else named]
         captions[split] = tuple(asked[i % len(asked)] for i in range(count))
+        _say_unused(loaded, name, f"{split}_captions", given, count, kept)
+    _say_unused(loaded, name, "evaluation_prompts", spec.evaluation_prompts, None, kept)
     asked = spec.evaluation_prompts or kept.get("reference") or [named]
     probes = spec.probe_prompts or [f"a picture of {spec.attack_name or spec.label}"]
 
     def plain(text: str) -> str:
         """Return an attacker's text in plain words."""
-        return text.replace(spec.attack_name, spec.label) if spec.attack_name else text
+        return replaced(text, spec.attack_name, spec.label) if spec.attack_name else text
 
     described = spec.descriptions or [plain(text) for text in asked]
     evaluations = tuple(Evaluation(p, d) for p, d in zip(asked, described, strict=True))
@@ -148,37 +148,58 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
     )
 
 
+def _say_unused(
+    loaded: LoadedSuite, name: str, key: str, given: Sequence[str] | None, count: int | None, kept: Mapping
+) -> None:
+    """Add a notice where texts of the suite take the place of captions in the folder, or are more than the images."""
+    where = loaded.source.where(("concepts", name, key))
+    if given and kept:
+        loaded.notices.append(f"{where}: concept '{name}': {key} of the suite are used, not the folder's captions")
+    if given and count is not None and len(given) > count:
+        what = f"{len(given) - count} of {len(given)} {key} are not used"
+        loaded.notices.append(f"{where}: concept '{name}': {what}: the split has {counted(count, 'image')}")
+
+
 def _read_folder(
-    path: Path | None, spec: ConceptSpec, where: str, name: str
-) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, str]]]:
-    """Return (file names by split, the same by digest). Duplicated content is refused: splits must be disjoint."""
+    path: Path | None, spec: ConceptSpec, loaded: LoadedSuite, name: str
+) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, str]], dict[str, list[str]]]:
+    """Return (file names, file names by digest of their pixels, captions), each by split; {} without captions.
+
+    Raises UserMistake for what cannot be read, and for one picture in two files: splits must be disjoint. What is
+    ignored and changed is added to the suite's notices.
+    """
+    about = f"{loaded.source.where(('concepts', name))}: concept '{name}'"
     if path is None or not path.is_dir():
         raise UserMistake(
-            f"{where}: concept '{name}': folder '{one_line(spec.folder)}' does not exist; put its "
-            "images there, or correct the path"
+            f"{about}: folder '{one_line(spec.folder)}' does not exist; put its images there, or correct the path"
         )
-    files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    sizes = _sizes(spec, len(files))
-    if min(sizes.values()) < 1 or sum(sizes.values()) > len(files):
+    folder = image_folder.scan(path, about)
+    sizes = _sizes(spec, len(folder.images))
+    if min(sizes.values()) < 1 or sum(sizes.values()) > len(folder.images):
         each, whole = {max(size, 1) for size in sizes.values()}, sum(sizes.values())
         need = f"{len(SPLITS)} splits need {each.pop()} each" if len(each) == 1 else f"its splits need {whole}"
+        ignored = f" (ignored: {folder.ignored})" if folder.ignored else ""
         raise UserMistake(
-            f"{where}: concept '{name}': folder '{one_line(spec.folder)}' holds {len(files)} images, but "
+            f"{about}: folder '{one_line(spec.folder)}' holds {len(folder.images)} images{ignored}, but "
             f"{need}; add images or lower per_split"
         )
-    images = _dealt(files, sizes)
-    for file in (f for s in SPLITS for f in images[s]):
-        if not _is_image(path / file):
-            raise UserMistake(f"{where}: concept '{name}': '{one_line(file)}' is no image; repair or remove it")
+    images = _dealt(folder.images, sizes)
+    looked = image_folder.look(path, (f for s in SPLITS for f in images[s]), about)
     found: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for split in SPLITS:
         for file in images[split]:
-            digest = digest_of_file(path / file)
+            digest = looked.digests[file]
             twin = next((of_split[digest] for of_split in found.values() if digest in of_split), None)
             if twin is not None:
-                raise UserMistake(f"{where}: concept '{name}': '{file}' and '{twin}' are the same image; remove one")
+                what = f"'{one_line(file)}' and '{one_line(twin)}' are the same image"
+                raise UserMistake(f"{about}: {what}; remove one")
             found[split][digest] = file
-    return images, found
+    captions = _kept_captions(folder.captions, images, about)
+    unused = folder.images[sum(sizes.values()) :]
+    lines = [f"ignored: {folder.ignored}"] if folder.ignored else []
+    lines += [f"{counted(len(unused), 'image')} in no split: from '{one_line(unused[0])}'"] if unused else []
+    loaded.notices += [f"{about}: {line}" for line in (*lines, *looked.notices, *folder.captions.notices)]
+    return images, found, captions
 
 
 def _sizes(spec: ConceptSpec, count: int) -> dict[str, int]:
@@ -202,28 +223,19 @@ def _dealt(files: Sequence[str], sizes: Mapping[str, int]) -> dict[str, tuple[st
 
 
 def _kept_captions(
-    path: Path, images: Mapping[str, tuple[str, ...]], where: str, name: str
+    captions: Captions, images: Mapping[str, tuple[str, ...]], about: str
 ) -> dict[str, list[str]]:
     """Return the captions beside a folder's images, by split; {} where there are none."""
-    known = folder_captions.read(path)
-    if not known:
+    if not captions.text:
         return {}
-    missing = next((file for split in SPLITS for file in images[split] if file not in known), None)
+    missing = next((file for split in SPLITS for file in images[split] if captions.of(file) is None), None)
     if missing is not None:
-        raise UserMistake(f"{where}: concept '{name}': the folder's captions hold none of '{one_line(missing)}'")
-    return {split: [known[file] for file in images[split]] for split in SPLITS}
-
-
-def _is_image(path: Path) -> bool:
-    """Return whether the file is an image, judged by header and checksums; its pixels are not decoded."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
-    return True
+        named = one_line(next(iter(captions.text)), 60)
+        hint = f"{captions.source} names '{named}', ...: give file names as they are, without a folder"
+        if captions.source not in captions.read:
+            hint = f"there are {captions.source}: add '{one_line(Path(missing).stem)}.txt', or remove the others"
+        raise UserMistake(f"{about}: the folder's captions hold none of '{one_line(missing)}'; {hint}")
+    return {split: [captions.of(file) for file in images[split]] for split in SPLITS}
 
 
 def _from_testbed(name: str, loaded: LoadedSuite) -> Concept:

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.core.concept import Concept
 from harness.model.source import ModelSource
+from harness.model.tokens import Tokens
 from harness.suite import yaml_source
 from harness.suite.spec import METHOD_SECTIONS, AttackSpec, DefenseSpec, MethodSpec, Suite
 
@@ -25,6 +26,9 @@ class LoadedSuite:
         self.broken: frozenset[str] = frozenset()  # sections that could not be read in full; empty once loaded
         self.concepts: dict[str, Concept] = {}
         self.model: ModelSource | None = None  # None while there are mistakes
+        self.tokens: Tokens | None = None  # the model's tokenizer; None where this machine does not have it yet
+        self.notices: list[str] = []
+        """What was ignored, changed, cut or assumed of the user's files and texts, one line each."""
 
     def methods(self) -> list[tuple[tuple[str | int, ...], str, MethodSpec | None]]:
         """Return (path, kind, method) of every method of the suite; None where its entry is wrong."""

@@ -43,7 +43,8 @@ def bundled_suites() -> list[Path]:
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
     """Read and check a suite. Raises UserMistake with every mistake that can be found before compute."""
     from harness.model.source import resolve_model
-    from harness.suite import checks, concepts, form
+    from harness.model.tokens import Tokens
+    from harness.suite import checks, concepts, form, texts
 
     source = yaml_source.read(path)
     if source.data is None:
@@ -60,17 +61,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
     loaded = LoadedSuite(suite, source, path.resolve().parent)
     loaded.broken = broken
     mistakes += checks.before_concepts(loaded)
+    if suite.model is not None:
+        try:
+            loaded.model = resolve_model(suite.model, source.where(("model",)), loaded.folder)
+            loaded.tokens = Tokens.of(loaded.model)
+        except UserMistake as mistake:
+            messages += mistake.messages
     try:
         loaded.concepts = concepts.resolve_all(loaded)
+        mistakes += texts.check(loaded)
         mistakes += checks.after_concepts(loaded)
     except UserMistake as mistake:
         messages += mistake.messages
     messages += _lines(source, mistakes)
-    if suite.model is not None:
-        try:
-            loaded.model = resolve_model(suite.model, source.where(("model",)), loaded.folder)
-        except UserMistake as mistake:
-            messages += mistake.messages
     if messages:
         raise UserMistake(_in_file_order(messages))
     return loaded

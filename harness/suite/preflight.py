@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from harness.core.errors import UserMistake, one_line
+from harness.model import model_files
 from harness.model.source import ModelSource
 
 
@@ -19,13 +23,34 @@ def preflight(source: ModelSource) -> None:
         except ValueError as error:
             raise UserMistake(f"the embedded testbed is damaged: {one_line(error)}; install it again") from None
     elif source.identity["source"] == "hub":
-        from huggingface_hub import hf_hub_download
+        _check_hub(source)
 
-        try:
-            hf_hub_download(source.location, "model_index.json", revision=source.revision)
-        except Exception as error:  # the hub's client raises many types; all mean the same here
-            raise UserMistake(
-                f"model '{source.location}' at revision {source.revision} cannot be downloaded: "
-                f"{type(error).__name__}: {one_line(error, 120)}; download it to a folder and name "
-                "the folder, or check the network"
-            ) from None
+
+def _check_hub(source: ModelSource) -> None:
+    """Fetch the small files of a hub model and list its others: what cannot be loaded is not fetched."""
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    called = f"model '{source.location}' at revision {source.revision}"
+    try:
+        hf_hub_download(source.location, "model_index.json", revision=source.revision)
+        configs = [
+            json.loads(
+                Path(hf_hub_download(source.location, name, revision=source.revision)).read_text(encoding="utf-8")
+            )
+            for name in ("scheduler/scheduler_config.json", "unet/config.json")
+        ]
+        names = []
+        if not constants.HF_HUB_OFFLINE:
+            names = HfApi().list_repo_files(source.location, revision=source.revision)
+    except Exception as error:  # the hub's client raises many types; all mean the same here
+        raise UserMistake(
+            f"{called} cannot be downloaded: {type(error).__name__}: {one_line(error, 120)}; download it to a folder "
+            "and name the folder, or check the network"
+        ) from None
+    wrong = list(model_files.settings(*configs))
+    for component in model_files.COMPONENTS if names else ():
+        own = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
+        what = model_files.weights(component, own, source.variant)
+        wrong += [what] if what is not None else []
+    if wrong:
+        raise UserMistake([f"{called} {what}" for what in wrong])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from harness.core import registry
+from harness.core import registry, search
 from harness.core.counted import counted
 from harness.core.errors import one_line
 from harness.suite.checks import asked, twice
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.suite.spec import AttackSpec
+from harness.suite.texts import equal, same_text
 from harness.tasks.immunization_form import ImmunizationSpec
 
 Entries = Mapping[str, ImmunizationSpec]
@@ -164,21 +166,73 @@ def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             concept = loaded.concepts.get(name)
             if concept is None:
                 continue
+            hook = "called"
             try:
-                renames = cls.called(values, concept.words) != concept.words.name
+                called = cls.called(values, concept.words)
+                captions = [concept.words.renamed(text, called) for text in concept.captions["attack"]]
+                hook = "training_texts"
+                trained = tuple(cls.training_texts(values, concept.kind, captions))
+                hook = "new_words"
+                words = _new_words(cls, values, attack)
             except Exception as error:
-                failed = f"`called` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"
+                failed = f"`{hook}` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"
                 mistakes.append((("attacks", index), failed))
                 break
+            renames = called != concept.words.name
             asked = [*concept.evaluations, *(concept.probes if attack.search is not None else ())]
             texts = [*concept.captions["attack"], *(e.prompt for e in asked)] if renames else []
-            nameless = next((text for text in texts if concept.words.name not in text), None)
+            nameless = next((text for text in texts if not concept.words.are_in(text)), None)
             if nameless is not None:
                 what = f"{attack.method} puts a new word for '{one_line(concept.words.name, 60)}', which is not"
                 how = "; set 'attack_name' of the concept to its name in the captions"
                 mistakes.append(
-                    (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}'{how}")
+                    (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}' as whole words{how}")
                 )
+                continue
+            prompts = [concept.words.renamed(e.prompt, called) for e in asked]
+            mistakes += _cut_words(loaded, index, name, words, prompts, trained)
+        mistakes += _known_words(loaded, index)
+    return mistakes
+
+
+def _new_words(cls: type, values: Any, attack: AttackSpec) -> dict[str, int]:
+    """Return the words that an attack adds -> their tokens, the most that its search may choose."""
+    vectors = attack.search is not None and search.as_json(
+        search.given(attack.search.space) or cls.search_space(values)
+    ).get("vectors", {}).get("values")
+    return {word.text: max(word.tokens, *(vectors or (0,))) for word in cls.new_words(values).values()}
+
+
+def _cut_words(
+    loaded: LoadedSuite, index: int, name: str, words: Mapping[str, int], prompts: Sequence[str], trained: Sequence[str]
+) -> list[Mistake]:
+    """Find texts whose learned word is beyond what the model reads: it would be learned, and never drawn."""
+    tokens = loaded.tokens
+    if tokens is None or not words:
+        return []
+    method = loaded.suite.attacks[index].method
+    for text in dict.fromkeys((*prompts, *trained)):
+        wanted = sum(text.count(word) * count for word, count in words.items())
+        if tokens.read(text, words).slots < wanted:
+            what = f"{method}: its word is beyond the {tokens.room} tokens that the model reads of '{one_line(text)}'"
+            fewer = ", or give it fewer vectors" if max(words.values()) > 1 else ""
+            return [(("attacks", index), f"{what} (concept '{name}'); put it nearer to the start{fewer}")]
+    alike = next((pair for texts in (prompts, trained) for pair in equal(tokens, texts, words)), None)
+    if alike is not None:
+        return [(("attacks", index), f"concept '{name}': {same_text(tokens, *alike)}")]
+    return []
+
+
+def _known_words(loaded: LoadedSuite, index: int) -> list[Mistake]:
+    """Find words of an attack that the model's tokenizer has already: diffusers cannot add them again."""
+    spec, values = loaded.suite.attacks[index], loaded.parameters["attacks", str(index)]
+    mistakes: list[Mistake] = []
+    for key, word in registry.get("attack", spec.method).new_words(values).items() if loaded.tokens else ():
+        forms = (word.text, *(f"{word.text}_{i}" for i in range(1, word.tokens)))
+        known = next((form for form in forms if loaded.tokens.knows(form)), None)
+        if known is not None:
+            what = f"the tokenizer of the model has '{known}' already; set '{key}' to another word"
+            mistakes.append((("attacks", index, key), what))
     return mistakes
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from harness.core.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from harness.model.run import Run
 from harness.training import token_embedding, words
 from harness.training.loop import StepOver, train
-from harness.training.token_embedding import OBJECT_TEMPLATES, STYLE_TEMPLATES, LearnedWord
+from harness.training.token_embedding import LearnedWord
 from harness.training.weights import Level, LocalWeights, grouped, installed
 
 
