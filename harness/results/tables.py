@@ -100,8 +100,8 @@ def _failures_of_others(plan: Plan, folder: Path) -> list[str]:
 
     They are kept: the larger grid may be asked about again. Readers of the folder leave them out.
     """
-    own = {f"{stage.kind}-{key}" for key, stage in plan.stages.items()}
-    return sorted(file.stem for file in (folder / FAILURES).glob("*.json") if file.stem not in own)
+    names = [file.stem for file in (folder / FAILURES).glob("*.json")]
+    return sorted(name for name in names if name.rpartition("-")[2] not in plan.stages)
 
 
 def _of_tasks(run: RunResults) -> tuple[list[Table | Figure], list[Section]]:
