@@ -15,9 +15,16 @@ Differences from the diffusers example (`train_custom_diffusion.py`): class imag
 README retrieves real ones); images are not rescaled at random with matching words in the prompt ("zoomed in"; as with
 the example's `--noaug`); keys and values of the start token, which every prompt has, get a gradient too; the modifier
 is initialized from the first token of `begin_as`; vocabulary rows are not trained and then restored; latents are
-encoded once. `scale_lr` is not an option: the default is 1e-5 times batch 2 times 2 for prior preservation. With
-safetensors the example loses the entries of self-attention, so its file cannot be loaded; here they are kept as empty
-tensors. An honest attacker does not train frozen projections.
+encoded once; images are resized by LANCZOS and cropped at the centre (there bilinear, and cropped at random unless
+`--center_crop`). `scale_lr` is not an option: the default is 1e-5 times batch 2 times 2 for prior preservation.
+
+The example's loss is four times ours. It divides a sum over the four latent channels by the sum of a mask of one
+channel: with a mask of ones, `(loss * mask).sum([1, 2, 3]) / mask.sum([1, 2, 3])` is four times the mean. Its weight 1
+of the class images and its clipping to norm 1 are therefore 0.25 each here. AdamW's epsilon of 1e-8 has the effect
+of 4e-8 there.
+
+With safetensors the example loses the entries of self-attention, so its file cannot be loaded; here they are kept as
+empty tensors. An honest attacker does not train frozen projections.
 """
 
 from __future__ import annotations
@@ -44,8 +51,9 @@ class Parameters(WeightOptimization):
     learning_rate: LearningRate = 4e-5
     flip: bool = True
     prior_weight: PriorWeight = 0.25
-    """Weight of the loss on class images. The example uses 1, but its concept loss is four times the mean: it divides a
-    sum over four latent channels by the size of a one-channel mask."""
+    """Weight of the loss on class images; 1 in the example, whose loss on the concept is four times ours."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 0.25
+    """Limit of the gradient's norm; 1 in the example, whose loss is four times ours. None: no clipping."""
     prior_images: PriorImages = 200
     modifier: Annotated[str, Field(pattern=r"^<[a-z0-9*_-]{1,30}>$")] = "<new1>"
     """The learned word."""
@@ -67,7 +75,7 @@ class CustomDiffusion(Attack):
     }
     presets = {
         # for the embedded testbed (docs/presets.md)
-        "testbed": {"learning_rate": 2e-3, "begin_as": "sk", "prior_weight": 1.0, "prior_images": 24},
+        "testbed": {"learning_rate": 2e-3, "begin_as": "sk", "prior_weight": 1.0, "clip_norm": 1.0, "prior_images": 24},
     }
 
     @classmethod

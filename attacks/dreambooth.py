@@ -6,7 +6,8 @@ trained) is saved for `from_pretrained`.
 
 Differences from the diffusers example (`train_dreambooth.py`): latents are encoded once (the posterior is still sampled
 at each step), text embeddings too unless the text encoder is trained; draws depend only on (seed, step); class images
-come from the base model with the suite's sampling settings, not from the attacked model. Differences from IMMA's attack
+come from the base model with the suite's sampling settings, not from the attacked model; images are resized by LANCZOS
+and cropped at the centre (there bilinear, and cropped at random unless `--center_crop`). Differences from IMMA's attack
 script (preset `imma`): fp32 weights. An honest attacker does not train frozen tensors.
 """
 

@@ -3,9 +3,11 @@
 The attack is `lora` with DreamBooth's settings: captions are the instance prompt, and the loss on class images drawn by
 the base model is added (`prior_weight`; Ruiz et al. 2023, Eq. 2).
 
-Differences from the diffusers example (`train_dreambooth_lora.py`): those of `lora`; `to_add_k`/`to_add_v`, which SD's
-UNet does not have, are not listed. Differences from IMMA's script: none in settings (preset `released`); its rate of
-5e-6 is a hundredth of the example's and adapts weakly, so immunity against it means little (papers' facts: imma.md).
+Differences from the diffusers example (`train_dreambooth_lora.py`): those of `lora` but for clipping, which this
+example does (its `params_to_optimize` is a list); its images are cropped at random unless `--center_crop`; `to_add_k`/
+`to_add_v`, which SD's UNet does not have, are not listed. Differences from IMMA's script: none in settings (preset
+`released`); its rate of 5e-6 is a hundredth of the example's and adapts weakly, so immunity against it means little
+(papers' facts: imma.md).
 """
 
 from __future__ import annotations

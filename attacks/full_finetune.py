@@ -4,9 +4,12 @@ AdamW at 1e-5, batch 4, 2000 steps, VAE and text encoder frozen (Huang et al., p
 the strongest attack if memory suffices, and the setting in which FreezeAsGuard freezes tensors; an honest attacker does
 not train those.
 
-Differences from the diffusers example (`train_text_to_image.py`): those of `dreambooth`; no EMA, no SNR weights.
-Differences from FreezeAsGuard's code: its optimizer step accumulates four batches of one image; here a step is one
-global batch of four.
+Differences from the diffusers example (`train_text_to_image.py`): those of `dreambooth`, but for
+the filter, which is the same; no EMA, no SNR weights.
+Differences from FreezeAsGuard's code (`target_trainer.py`, `innocent_trainer.py` with their scripts): its optimizer
+step accumulates four batches of one image; here a step is one global batch of four. Its images are resized bilinearly;
+it crops at the centre, as here. Both scripts mirror images at random, which the paper does not mention; so do the
+defaults here. Gradients are clipped to norm 1 in both.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from harness.training.recipe import LearningRate, PriorWeight
 
 @dataclass(frozen=True)
 class Parameters(dreambooth.Parameters):
-    """Defaults: those of FreezeAsGuard."""
+    """Defaults: those of FreezeAsGuard's scripts (`--learning_rate=1e-05 --max_grad_norm=1 --random_flip`)."""
 
     learning_rate: LearningRate = 1e-5
+    flip: bool = True
     prior_weight: PriorWeight = 0.0
 
 

@@ -1,13 +1,17 @@
 """LoRA: train low-rank adapters on the UNet's projections (Hu et al. 2022), as in diffusers' example script.
 
-The loss is the denoising loss over the attacker's images; AdamW, constant rate, gradients clipped to norm 1. peft makes
-the adapter; LoRA and DoRA are saved for `pipeline.load_lora_weights(folder)`. `variant` can also be LoHa, LoKr or OFT
-from peft's family; for these the adapted UNet is saved (`UNet2DConditionModel.from_pretrained`), since diffusers has no
-loader for their files.
+The loss is the denoising loss over the attacker's images; AdamW, constant rate, gradients clipped to norm 1 (preset
+`diffusers`: not clipped). peft makes the adapter; LoRA and DoRA are saved for `pipeline.load_lora_weights(folder)`.
+`variant` can also be LoHa, LoKr or OFT from peft's family; for these the adapted UNet is saved
+(`UNet2DConditionModel.from_pretrained`), since diffusers has no loader for their files.
 
 Differences from the diffusers example (`train_text_to_image_lora.py`): latents and text embeddings are encoded once
 (the posterior is still sampled at each step, for both flips), draws depend only on (seed, step), and images are drawn
-in shuffled epochs with batches of exactly the stated size; images are cropped at the centre, resized by LANCZOS.
+in shuffled epochs with batches of exactly the stated size; images are cropped at the centre, resized by LANCZOS (there
+cropped at random unless `--center_crop`; its default filter is the same). Without the preset `diffusers`, gradients are
+clipped to norm 1. The example has `--max_grad_norm` 1 but clips nothing: `lora_layers` is a `filter` object, which the
+optimizer has used up when `clip_grad_norm_` gets it (lines 563 and 930 at 58eb52c). The example before peft and IMMA's
+and MIMA's attack scripts, which come from it, pass `lora_layers.parameters()` and clip.
 Differences from IMMA's attack script: it casts base weights to fp16 and pickles the whole UNet; here base weights are
 fp32 (bf16 autocast if set in the suite) and only the adapter is saved.
 An honest attacker does not train tensors frozen by the publisher: their modules get no adapter.
@@ -29,7 +33,7 @@ from harness.training.recipe import LearningRate, PriorImages, PriorWeight, Weig
 
 @dataclass(frozen=True)
 class Parameters(WeightOptimization):
-    """Defaults: IMMA's attack script (rank 4, 1e-4, mirrored at random)."""
+    """Defaults: IMMA's attack script (rank 4, 1e-4, mirrored at random, gradients clipped to norm 1)."""
 
     learning_rate: LearningRate = 1e-4
     flip: bool = True
@@ -66,8 +70,8 @@ class Lora(Attack):
         "testbed": UsualBudget(120, 4),
     }
     presets = {
-        # diffusers' page on LoRA training; its cosine schedule is left out
-        "diffusers": {},
+        # diffusers' page on LoRA training; its cosine schedule is left out, and its --max_grad_norm has no effect
+        "diffusers": {"clip_norm": None},
         # IMMA's attack script (batch 1 in the suite's budget): mirrored at random
         "imma": {},
         # for the embedded testbed (docs/presets.md)

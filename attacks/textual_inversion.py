@@ -8,7 +8,8 @@ Saved for `pipeline.load_textual_inversion(folder, weight_name="learned_embeds.s
 
 Differences from the diffusers example (`textual_inversion.py`): vocabulary rows are not trained and then restored;
 vectors are initialized in turn from the tokens of a word, while the example allows only words of one token; latents are
-encoded once; batches have exactly the stated size; images are cropped at the centre. `scale_lr` is not an option:
+encoded once; batches have exactly the stated size; images are resized by LANCZOS and cropped at the centre (there
+resized to a square by BICUBIC, without regard to their shape unless `--center_crop`). `scale_lr` is not an option:
 presets state the product.
 Nothing that a publisher can freeze is trained, so an honest attacker differs only by the training hooks.
 """

@@ -30,9 +30,10 @@ preset uses this setting.
 Differences from the paper: its text does not give the optimizers; both levels use AdamW, as in the code.
 Differences from the released code: each level computes only the gradients that it needs (the code accumulates gradients
 in the whole UNet and never clears them); latents and text embeddings are encoded once; images are resized by LANCZOS
-and cropped at the centre (released: bilinear, random crop by default); `--reinitialize_lora`, which has no effect in
-the released code, is left out; DB+LoRA works (it cannot run in the released code); a smaller last batch of an epoch is
-filled from the next epoch.
+and cropped at the centre (released: bilinear, random crop by default); DreamBooth's loss on class images is
+part of the lower level alone (released: if switched on, both levels, so that the upper level unlearns the class too);
+`--reinitialize_lora`, which has no effect in the released code, is left out; DB+LoRA works (it cannot run in the
+released code); a smaller last batch of an epoch is filled from the next epoch.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Parameters(ByProfile):
     ascent_only: bool = False
     """No lower level: gradient ascent on the concept's loss."""
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 500
-    """Upper updates; the released run has 1000 iterations, half of them upper."""
+    """Upper updates. The released runs have 1000 iterations, half of them upper; but 400 with textual_inversion and the
+    five images of its script, since its index restarts in each epoch."""
     lower_steps: Annotated[int, Field(ge=1, le=100)] = 1
     """Lower updates per upper update."""
     hypergradient: Literal["first_order", "exact", "finite_difference"] = "first_order"
@@ -101,7 +103,8 @@ class Parameters(ByProfile):
     templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Prompts with {} for the new word; None: Textual Inversion's prompts for objects or styles."""
     prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """Weight of the loss on class images at the lower level; the released scripts do not use it."""
+    """Weight of the loss on class images at the lower level alone. The released scripts do not use it; their code would
+    add it at the upper level too, with the same negative sign as the concept's loss (`defend_dreambooth.py`)."""
     prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
     """Class images per concept, used if `prior_weight` is above zero; the default is DreamBooth's."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2

@@ -31,7 +31,8 @@ uses the words of all of them, or of templates (released: the class word in two 
 C_reg is a fixed list that ships with the suites (released: 200 captions drawn from a hub data set at every merge,
 `regularization: resample`), so Merge is factored once and not 32 times per step; it has a ridge and a rule for
 dependent words; losses use encoded images, with gradients only for the weights that a level trains; images are not
-rescaled at random.
+rescaled at random, and are resized by LANCZOS. The released script of personalization uses 2 class images a concept,
+that of re-learning 200; the default is 200 for both.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class Parameters(ByProfile):
     """Source of the prior images: the concept's class (papers and code), or the concepts that the task lists under
     `preserve` (added here, for class prompts that do not cover what must be preserved)."""
     prior_images: Annotated[int, Field(ge=1, le=10_000)] = 200
-    """Class images per concept, used if a prior weight is above zero."""
+    """Class images per concept, used if a prior weight is above zero. 200 as in `relearn_train.sh`; the released
+    `personalize_train.sh` has 2."""
     concept_key: Literal["instance", "class"] = "instance"
     concept_prompts: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] | None = None
     """Texts with {} for a concept's words: Merge constrains their tokens per concept. None: the captions of its images.

@@ -13,12 +13,14 @@ of the preserved texts, and v_i* = W0 c_guide,i ("replace") or that without its 
 Differences from the paper: its Eq. 7 has e = p = 1 and no lambda; scales and ridge are from the code.
 Differences from the released code: text is encoded once, M is shared by all matrices and solved in float64 (the code
 encodes for every matrix and inverts in float32); concepts are given as a list, so a name may contain a comma; the
-preserved texts are those of the suite, never an unseeded sample of artists; `guide_templates` puts the guide into the
+preserved texts are those of the suite, never an unseeded sample of artists, and erased texts are left out of them also
+if the suite lists them (the code filters only its own list of artists); `guide_templates` puts the guide into the
 concept's template (off by default: the code uses the guide alone).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -58,8 +60,11 @@ class Parameters:
     guide_templates: bool = False
     """Put the guide into the same templates (as in the 2025 code) instead of using it alone."""
     preserve: tuple[str, ...] = ()
-    """Texts to preserve; "" is always preserved too. Texts that name a target are left out (the released code leaves
-    out only equal names)."""
+    """Texts to preserve; "" is always preserved too."""
+    left_out: Literal["equal", "naming"] = "equal"
+    """Which of the texts to preserve are not preserved, without regard to case. equal: those that are erased, as in the
+    released code (`train_erase.py`: its list of artists without the `old_texts`). naming: also those that contain a
+    target's name as whole words, for lists of captions in which a target may occur."""
     preserve_concepts: bool = True
     """Also preserve the names of the task's preserved concepts. If false, tasks that differ only in these share the
     erased model."""
@@ -70,7 +75,7 @@ class Uce(Defense):
     """Unified Concept Editing (2023 code): cross-attention keys and values forget the concept's name."""
 
     name = "uce"
-    version = 1
+    version = 2
     threat_model = ThreatModel(changes=("unet.cross_attention_kv",))
     uses = frozenset({"targets", "preserved"})
     can_erase = True
@@ -83,6 +88,7 @@ class Uce(Defense):
             "guide": "thing",
             "guide_templates": True,
             "templates": ("{}", "a picture of {}", *(f"a picture of {{}} in {s} style" for s in _TESTBED_STYLES)),
+            "left_out": "naming",  # the captions below name styles, which may be targets
             "preserve": tuple(
                 f"a picture of {o} in {_TESTBED_STYLES[i % len(_TESTBED_STYLES)]} style"
                 for i, o in enumerate(COMMON_OBJECTS)
@@ -103,10 +109,12 @@ class Uce(Defense):
 
         p = self.parameters
         with run.ledger.phase("encode"):
-            slices = [_aligned(model, pair) for pair in self._pairs(targets)]
+            pairs = self._pairs(targets)
+            slices = [_aligned(model, pair) for pair in pairs]
             concept = torch.cat([old for old, _ in slices])
             named = [*p.preserve, *(c.phrase for c in preserved if p.preserve_concepts)]
-            texts = ["", *(t for t in named if not any(target.phrase in t for target in targets))]
+            erased = [text for text, _ in pairs]
+            texts = ["", *kept_texts(named, erased, [target.phrase for target in targets], p.left_out)]
             kept = model.encode_text(texts).double().flatten(0, 1)
         preserve_scale = p.preserve_scale or max(0.1, 1 / len(texts))
         with run.ledger.phase("solve"):
@@ -130,6 +138,18 @@ class Uce(Defense):
             for target in targets
             for template in p.templates
         ]
+
+
+def kept_texts(
+    texts: Sequence[str], erased: Sequence[str], names: Sequence[str], left_out: Literal["equal", "naming"]
+) -> list[str]:
+    """Return the texts to preserve without those that `left_out` excludes; `names` are those of the targets."""
+    gone = {text.casefold() for text in (*erased, *names)}
+    kept = [text for text in texts if text.casefold() not in gone]
+    if left_out == "naming":
+        named = [re.compile(rf"(?<!\w){re.escape(name.casefold())}(?!\w)") for name in names]
+        kept = [text for text in kept if not any(pattern.search(text.casefold()) for pattern in named)]
+    return kept
 
 
 def _aligned(model: DiffusionModel, pair: tuple[str, str]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from harness.core.registry import register
 from metrics.encoders import by_prompt, flat
 from metrics.open_clip_metric import OpenClipMetric
+from metrics.open_clip_tables import check_activation
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Parameters:
     """An open_clip model name, "hf-hub:…", "local-dir:…", or "testbed"."""
     pretrained: str | None = "openai"
     """An open_clip weight tag or a local safetensors file."""
+
+    def __post_init__(self) -> None:
+        """Reject weights that the backbone's activation does not fit."""
+        check_activation(self.backbone, self.pretrained)
 
 
 @register("metric")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.core.fetched import Fetched
+from metrics.open_clip_tables import check_activation
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +71,8 @@ _FILES = {
 """Weights (the first file that exists is used) and configuration in a hub repository."""
 OPEN_CLIP_HUB = {
     ("ViT-B-32-quickgelu", "openai"): ("timm/vit_base_patch32_clip_224.openai", 151_277_313),
-    ("ViT-B-32", "openai"): ("timm/vit_base_patch32_clip_224.openai", 151_277_313),
+    ("ViT-B-16-quickgelu", "openai"): ("timm/vit_base_patch16_clip_224.openai", 149_620_737),
     ("ViT-L-14-quickgelu", "openai"): ("timm/vit_large_patch14_clip_224.openai", 427_616_513),
-    ("ViT-L-14", "openai"): ("timm/vit_large_patch14_clip_224.openai", 427_616_513),
     ("ViT-L-14-336-quickgelu", "openai"): ("timm/vit_large_patch14_clip_336.openai", 427_944_193),
 }
 """Hub repository and size of open_clip's weights of a backbone; reading open_clip's own table needs torch."""
@@ -82,10 +82,14 @@ TIMM_SIZES = {"vit_small_patch16_224.dino": 4 * 21_665_664, "vit_small_patch14_d
 
 @lru_cache(maxsize=2)
 def clip(backbone: str, pretrained: str | None, device: torch.device):
-    """Return (model, image transform, tokenizer) of an open_clip model in fp32."""
+    """Return (model, image transform, tokenizer) of an open_clip model in fp32.
+
+    Raises ValueError for weights that the backbone's activation does not fit.
+    """
     import open_clip
     import torch
 
+    check_activation(backbone, pretrained)
     name = _location(backbone, "clip")
     model, transform = open_clip.create_model_from_pretrained(
         name, pretrained=pretrained, precision="fp32", device=device

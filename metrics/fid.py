@@ -4,6 +4,11 @@ FID needs many images. With few images it is far too large; the bias grows with 
 covariance of Inception's 2048 features cannot have full rank with fewer than 2049 images. Values are only comparable
 for equal numbers of images; for the few images of one trial prefer `kid`, which has no such bias. With Inception each
 value needs the square root of a 2048 x 2048 matrix: 17 seconds on one core.
+
+FreezeAsGuard's values are torchmetrics' (`evaluate_fid_topiq_target.py`: `FrechetInceptionDistance(normalize=True)`, on
+crops of 512 pixels at the centre). Its network has the same weights, but images are resized as TensorFlow 1 does,
+bilinearly, without antialiasing and with corners where they are; neither mode of clean-fid is that. `legacy_pytorch` is
+the nearer one.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ pairs, as in the published replication; the script compared by index, so it need
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.core.registry import register
@@ -75,6 +76,14 @@ class ClipImageImmaReleased(ClipImage):
         return encode_images(model.encode_image, preprocess(_side(model.visual.image_size)), images, device)
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """Default: the backbone of IMMA's tables; the preprocessing is its script's."""
+
+    backbone: str = "vit_small_patch16_224.dino"
+    """A timm model, "hf-hub:…", "local-dir:…", or "testbed"."""
+
+
 @register("metric")
 class SelfSupervisedImageImmaReleased(SelfSupervisedImage):
     """DINO similarity as IMMA's released script computes it: 64 x 64, with CLIP's mean and deviation."""
@@ -82,9 +91,13 @@ class SelfSupervisedImageImmaReleased(SelfSupervisedImage):
     name = "self_supervised_image_imma_released"
     version = 1
     encoder = "timm_imma_released@1"
+    encoder_parameters = ("backbone",)
+    Parameters = Encoder
+    presets = {"testbed": {"backbone": "testbed"}}
 
-    def about(self):
-        return {**super().about(), "preprocessing": "IMMA's script: 64x64, values in [0.5, 1], CLIP's mean"}
+    def preprocessing(self) -> str:
+        """Return a description of `encode`'s preprocessing."""
+        return "IMMA's script: 64x64, values in [0.5, 1], CLIP's mean"
 
     def encode(self, images, device):
         """Return unit vectors."""

@@ -5,7 +5,10 @@ pyiqa builds the network, but would unpickle the weights; they are read here wit
 file.
 
 "fr" is made for images of the same scene; generated and reference images do not show the same scene, so its values are
-low and small differences mean little. FreezeAsGuard reports it nevertheless.
+low and small differences mean little. FreezeAsGuard reports it nevertheless, by the weights of PIPAL instead of KADID
+(preset `freezeasguard`: pyiqa's `topiq_fr-pipal`). Differences from its script (`evaluate_fid_topiq_target.py`): there
+each drawn image is compared with the real image of its own caption, here with all references; there both are cropped to
+512 pixels, and the real image is passed in the place of the scored one.
 """
 
 from __future__ import annotations
@@ -28,15 +31,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REPOSITORY = "chaofengc/IQA-PyTorch-Weights"
-FILES = {"fr": "cfanet_fr_kadid_res50-2c4cc61d.pth", "nr": "cfanet_nr_koniq_res50-9a73138b.pth"}
-"""pyiqa's files for topiq_fr and topiq_nr in that hub repository."""
+FILES = {
+    "fr": "cfanet_fr_kadid_res50-2c4cc61d.pth",
+    "fr-pipal": "cfanet_fr_pipal_res50-69bbe5ba.pth",
+    "nr": "cfanet_nr_koniq_res50-9a73138b.pth",
+}
+"""pyiqa's files for topiq_fr, topiq_fr-pipal and topiq_nr in that hub repository."""
 
 
 @dataclass(frozen=True)
 class Parameters:
     """Defaults: those of pyiqa."""
 
-    variant: Literal["fr", "nr"] = "fr"
+    variant: Literal["fr", "fr-pipal", "nr"] = "fr"
     weights: str | None = None
     """A local safetensors file with the network's tensors; None: downloaded from the hub."""
     size: Annotated[int, Field(ge=64, le=4096)] | None = None
@@ -57,7 +64,10 @@ class Topiq(Metric):
     unit = "quality"
     range = (0.0, 1.0)
     Parameters = Parameters
-    presets = {"nr": {"variant": "nr"}}
+    presets = {
+        "nr": {"variant": "nr"},
+        "freezeasguard": {"variant": "fr-pipal"},  # its scripts: pyiqa.create_metric("topiq_fr-pipal")
+    }
 
     @classmethod
     def files(cls, parameters):

@@ -141,8 +141,8 @@ def test_suite_of_local_files_fetches_nothing(project, cache):
 ENCODERS = {
     "{method: clip_image, backbone: 'hf-hub:some/clip'}": f"{MUST}some/clip (size unknown)",
     "{method: clip_image, backbone: 'hf-hub:some/clip@abc'}": f"{MUST}some/clip at abc (size unknown)",
-    "{method: clip_text, backbone: RN50, pretrained: cc12m}":
-        "may have to be fetched: open_clip's RN50/cc12m (size unknown); cache location unknown",
+    "{method: clip_text, backbone: RN50-quickgelu, pretrained: cc12m}":
+        "may have to be fetched: open_clip's RN50-quickgelu/cc12m (size unknown); cache location unknown",
     "self_supervised_image": f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB)",
     "{method: self_supervised_image, backbone: 'hf-hub:some/vit'}": f"{MUST}some/vit (size unknown)",
     "{method: self_supervised_image, backbone: vit_tiny}":

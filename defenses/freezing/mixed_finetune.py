@@ -5,7 +5,8 @@ publisher's images of the illegal and the innocent domain together; 2000 steps, 
 rate, gradients clipped to norm 1. It is a separate stage, shared by all masks of the same concepts and seed.
 
 Differences from the released code: fp32 weights; latents and text embeddings are encoded once; a step is one global
-batch of four (released: four batches of one).
+batch of four (released: four batches of one); images are resized by LANCZOS (released: bilinear; cropped at the centre
+in both).
 """
 
 from __future__ import annotations

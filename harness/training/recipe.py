@@ -52,7 +52,8 @@ class WeightOptimization(Optimization):
     """Weight of the loss on class images (DreamBooth's prior preservation)."""
     prior_images: PriorImages
     """Number of class images, used if `prior_weight` is above zero."""
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Limit of the gradient's norm over all trained weights; None: no clipping."""
 
     def recipe(self) -> Recipe:
         """Return how weights are trained."""

@@ -127,3 +127,49 @@ def test_honest_attacker_runs_the_publishers_training_hooks(model, make_run, pur
     ups = [t for n, t in _tensors(saved[2]).items() if "lora_B" in n or "lora.up" in n]
 
     assert ups and all(not t.any() for t in ups)
+
+
+def test_preset_diffusers_clips_nothing_as_the_example(model, make_run, purse_files, tmp_path):
+    """The example gives `clip_grad_norm_` the filter that its optimizer used up: also a limit of 1e-3 has no effect."""
+    preset = dataclasses.replace(Parameters(), **Lora.presets["diffusers"])
+    trained = _with_filter(model, make_run(3), purse_files, limit=1e-3)
+    steps = {"steps": (6,), "learning_rate": 1e-2}
+    ours = _tensors(_adapt(model, make_run(3), purse_files, tmp_path, clip_norm=preset.clip_norm, **steps)[6])
+    clipped = _tensors(_adapt(model, make_run(3), purse_files, tmp_path / "clipped", clip_norm=1e-3, **steps)[6])
+    norm = torch.cat([t.flatten() for t in trained.values()]).norm()
+
+    assert preset.clip_norm is None
+    assert torch.cat([(trained[n] - ours[n]).flatten() for n in ours]).norm() < 1e-4 * norm
+    assert torch.cat([(clipped[n] - ours[n]).flatten() for n in ours]).norm() > 1e-3 * norm
+
+
+def _with_filter(model, run, files, limit):
+    """Train six steps with the example's own handling of `lora_layers`; return the adapter."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    from PIL import Image
+
+    from harness.training import diffusion
+
+    encoded = diffusion.encode_images(model, run, [Image.open(f) for f in files], ["a purse"] * 4, flip=True)
+    torch.manual_seed(run.seed_for("adapter"))
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets))
+    try:
+        lora_layers = filter(lambda p: p.requires_grad, model.unet.parameters())
+        optimizer = torch.optim.AdamW(lora_layers, lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+        scheduler = model.noise_scheduler()
+        for step in range(6):
+            batch = diffusion.draw(encoded, 2, 1000, seed=run.seed_for("noise"), step=step, device="cpu")
+            noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+            said = model.unet(noisy, batch.timesteps, batch.embeddings).sample
+            torch.nn.functional.mse_loss(said, batch.noise).backward()
+            torch.nn.utils.clip_grad_norm_(lora_layers, limit)
+            optimizer.step()
+            optimizer.zero_grad()
+        named = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.unet))
+        return {f"unet.{n}": t.detach().clone() for n, t in named.items()}
+    finally:
+        model.unet.unload_lora()
+        model.unet.requires_grad_(False)

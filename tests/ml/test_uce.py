@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.uce import Parameters, Uce, _aligned, _last_subject_token
+from defenses.uce import Parameters, Uce, _aligned, _last_subject_token, kept_texts
 from harness.contracts.defense import ProtectedConcept
 from harness.training.selection import select
 
@@ -153,3 +153,27 @@ def test_tensor_technique_treats_each_concept_by_itself(model, make_run):
             right += (target - (unit * target).sum() * unit).T @ concept
 
         assert (new.double() @ gram - right).norm() < 1e-5 * right.norm()
+
+
+@pytest.mark.parametrize(
+    ("left_out", "kept"),
+    [
+        ("equal", ["carpet", "a red car", "Carla", "a picture of car", "sports car"]),
+        ("naming", ["carpet", "Carla"]),
+    ],
+)
+def test_only_erased_texts_are_not_preserved(left_out, kept):
+    """The released code: `text.lower() not in old_texts_lower`. A target "car" says nothing about a carpet."""
+    texts = ["carpet", "Car", "CAR", "a red car", "Carla", "A photo of CAR", "a picture of car", "sports car"]
+
+    assert kept_texts(texts, ["car", "a photo of car"], ["car"], left_out) == kept
+
+
+def test_preserved_text_inside_which_a_targets_letters_occur_is_preserved(model, make_run):
+    """As with a target that shares no letters with it;"""
+    kept = _edit(model, make_run(), targets=("car",), preserve=("carpet",), preserve_scale=100.0)
+    gone = _edit(model, make_run(), targets=("car",), preserve=("CAR",), preserve_scale=100.0)
+    alone = _edit(model, make_run(), targets=("car",), preserve_scale=100.0)
+
+    assert all(torch.equal(gone[name], alone[name]) for name in alone)
+    assert any(not torch.equal(kept[name], alone[name]) for name in alone)
