@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Raised when a file is read to other pixels or described by other words, so that remembered digests are not used."""
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 """What Pillow may take a file for, whatever its name. Not among them: formats that start other programs, such as EPS."""
 MAX_PIXELS = 80_000_000
 """Below the size at which Pillow warns."""

@@ -213,7 +213,7 @@ def _cut_words(
     method = loaded.suite.attacks[index].method
     for text in dict.fromkeys((*prompts, *trained)):
         wanted = sum(text.count(word) * count for word, count in words.items())
-        if tokens.read(text, words).slots < wanted:
+        if not tokens.fits(text, words) and tokens.read(text, words).slots < wanted:
             what = f"{method}: its word is beyond the {tokens.room} tokens that the model reads of '{one_line(text)}'"
             fewer = ", or give it fewer vectors" if max(words.values()) > 1 else ""
             return [(("attacks", index), f"{what} (concept '{name}'); put it nearer to the start{fewer}")]
