@@ -242,10 +242,10 @@ def immunize(model: DiffusionModel, targets: Sequence[ProtectedConcept], p: Para
 @contextlib.contextmanager
 def _lower_level(model, targets: Sequence[ProtectedConcept], p: Parameters, run):
     """Yield (the simulated attack's trained parameters by name, the loss of both levels); undo the attack on exit."""
+    from harness.core.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
     from harness.training import lora
     from harness.training.concept_loss import ConceptLoss
     from harness.training.diffusion import encode_images
-    from harness.core.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
     from harness.training.token_embedding import LearnedWord
 
     images, captions, prior, prior_captions = (

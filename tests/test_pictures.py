@@ -215,8 +215,15 @@ def test_profile_is_said_unless_it_is_srgb(tmp_path):
     assert pictures.opened(tmp_path / "broken.png").changes == (pictures.PROFILE,)
 
 
-@pytest.mark.parametrize(("form", "words"), [("webp", "is animated: 2 frames"), ("png", "is animated: 2 frames"),
-                                             ("gif", "is animated: 2 frames"), ("tiff", "a document of 2 pages")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("webp", "is animated: 2 frames"),
+        ("png", "is animated: 2 frames"),
+        ("gif", "is animated: 2 frames"),
+        ("tiff", "a document of 2 pages"),
+    ],
+)
 def test_several_frames_are_refused(tmp_path, form, words):
     """None of them is the image."""
     drawing().save(tmp_path / f"a.{form}", save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT))])

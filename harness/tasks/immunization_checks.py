@@ -185,9 +185,8 @@ def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             if nameless is not None:
                 what = f"{attack.method} puts a new word for '{one_line(concept.words.name, 60)}', which is not"
                 how = "; set 'attack_name' of the concept to its name in the captions"
-                mistakes.append(
-                    (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}' as whole words{how}")
-                )
+                where = f"in '{one_line(nameless, 80)}' of concept '{name}' as whole words"
+                mistakes.append((("attacks", index), f"{what} {where}{how}"))
                 continue
             prompts = [concept.words.renamed(e.prompt, called) for e in asked]
             mistakes += _cut_words(loaded, index, name, words, prompts, trained)
