@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 
 import pytest
 
@@ -118,3 +119,214 @@ def test_images_are_still_thirds(project):
     assert {split: len(own) for split, own in loaded.concepts["purse"].images.items()} == {
         "defense": 2, "attack": 2, "reference": 2,
     }  # fmt: skip
+
+
+def beside(project, **texts: str | bytes) -> None:
+    """Write text files beside the purse's images: by default one each."""
+    for index in range(6):
+        content = texts.get(f"n{index}", f"purse, number {index}")
+        path = project.folder / "purse" / f"{index}.txt"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def said(project) -> list[str]:
+    """Return what `validate` says of the purse in a valid suite, without the place."""
+    project.write(project.edited(NO_PROMPTS))
+    outcome = project.validate()
+    assert outcome.code == 0, outcome.err
+    return [line.split("concept 'purse': ")[1] for line in outcome.errors]
+
+
+def refused(project) -> str:
+    """Return the one mistake that `validate` reports."""
+    project.write(project.edited(NO_PROMPTS))
+    outcome = project.validate()
+    assert outcome.code == 2 and len(outcome.errors) == 1, outcome.err
+    return outcome.errors[0]
+
+
+def test_text_files_beside_the_images_are_read(purse, project):
+    """The commonest layout of all."""
+    beside(project, n1="purse, number 1\r\n", n4="\ufeffpurse, number 4")
+    found = purse(NO_PROMPTS)
+
+    assert found.captions["attack"] == ("purse, number 1", "purse, number 4")
+    assert [e.prompt for e in found.evaluations] == ["purse, number 2", "purse, number 5"]
+    assert said(project) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "1.txt: is empty; write the image's caption into it"),
+        ("  \r\n\t", "1.txt: is empty"),
+        ("a purse\non a table", "1.txt: the caption must be one line"),
+        ("a" * 1001, "1.txt: the caption must be one line of at most 1000 characters"),
+        ("a purse".encode("utf-16"), "1.txt: is in UTF-16; save it as UTF-8"),
+        ("a pürse".encode("latin-1"), "1.txt:1: cannot be read: is not UTF-8; save it as UTF-8"),
+        ("a\0purse", "1.txt: the caption must be one line"),
+    ],
+)
+def test_bad_text_file_is_named(project, content, words):
+    """With what to do."""
+    beside(project, n1=content)
+
+    assert words in refused(project)
+
+
+def test_image_without_its_text_file_is_named(project):
+    """Nor is another caption made up."""
+    beside(project)
+    (project.folder / "purse" / "4.txt").unlink()
+
+    assert "the folder's captions hold none of '4.png'; there are text files beside the images: add '4.txt'" in refused(
+        project
+    )
+
+
+def test_two_kinds_of_captions_are_refused(project):
+    """Which would count?"""
+    captions(project)
+    beside(project)
+
+    assert "metadata.csv: 6 text files beside the images, such as '0.txt', may be captions too" in refused(project)
+
+
+def test_text_file_of_two_images_is_refused(project):
+    """`0.png` and `0.webp` have one stem."""
+    beside(project)
+    write_images(project.folder / "more", 1)
+    (project.folder / "more" / "0.png").rename(project.folder / "purse" / "0.webp")
+
+    assert "0.txt: may be of '0.png', '0.webp'; rename one image and its caption" in refused(project)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["metadata.json1", "captions.csv", "metadata.json", "prompts.txt", "0.caption", "labels.tsv", "train.parquet"],
+)
+def test_file_that_looks_like_captions_is_named(project, name):
+    """It is not read, and somebody took the trouble to write it."""
+    (project.folder / "purse" / name).write_text("x")
+
+    assert f"not read, though the name looks like captions: '{name}'" in said(project)[1]
+
+
+def test_name_of_the_file_is_read_in_either_case(purse, project):
+    """As Windows writes it."""
+    captions(project)
+    (project.folder / "purse" / "metadata.csv").rename(project.folder / "purse" / "Metadata.CSV")
+
+    assert purse(NO_PROMPTS).captions["attack"] == ("purse, number 1", "purse, number 4")
+
+
+def listed(project, text: str, name: str = "metadata.csv") -> None:
+    """Write a file of captions."""
+    (project.folder / "purse" / name).write_bytes(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file_name, text\n0.png, a\n", "metadata.csv:2: each image needs 'file_name' and 'text'; the header is "
+         "'file_name, text', to be: file_name,text"),
+        ("file_name;text\n0.png;a\n", "the header is 'file_name;text', to be"),
+        ("file_name\ttext\n0.png\ta\n", "the header is 'file_name text', to be"),
+        ("0.png,a purse\n1.png,a purse\n", "the header is '0.png,a purse', to be"),
+        ("File_Name,Text\n0.png,a\n", "the header is 'File_Name,Text', to be"),
+        ("file_name,text\n0.png,a purse, on a table\n", "metadata.csv:2: has 3 values, the header 2 names; put a text "
+         "that holds a comma into double quotes"),
+        ("file_name,text\n", "metadata.csv: holds no captions"),
+        ("", "metadata.csv: holds no captions"),
+        ('file_name,text\n0.png,"a" purse\n', "metadata.csv:2: cannot be read: "),
+        ('file_name,text\n0.png,"a purse\n1.png,a purse\n', "metadata.csv:"),
+    ],
+)  # fmt: skip
+def test_bad_list_is_reported_with_what_was_found(project, text, words):
+    """The header that it has, and the line."""
+    listed(project, text)
+
+    assert words in refused(project)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"file_name": "1.png", "caption": "a"}', "this line has 'file_name', 'caption'"),
+        ('["1.png", "a"]', "this line has no names"),
+        ('{"file_name": "1.png", "text": 7}', "this line has 'file_name', 'text'"),
+        ('{"file_name": "1.png", "text": "a"', "metadata.jsonl:2: cannot be read: "),
+        (r'{"file_name": "1.png", "text": "\ud83c"}', "metadata.jsonl:2: 'text' must be one line"),
+    ],
+)
+def test_bad_line_is_reported_with_what_was_found(project, line, words):
+    """Of metadata.jsonl."""
+    listed(project, '{"file_name": "0.png", "text": "a"}\n' + line, "metadata.jsonl")
+
+    assert words in refused(project)
+
+
+def test_names_with_a_folder_are_quoted(project):
+    """Against what the file holds, the mistake is plain."""
+    rows = [json.dumps({"file_name": f"images/{i}.png", "text": "a"}) for i in range(6)]
+    listed(project, "\n".join(rows), "metadata.jsonl")
+
+    assert (
+        "the folder's captions hold none of '0.png'; metadata.jsonl names 'images/0.png', ...: give file names as they "
+        "are, without a folder" in refused(project)
+    )
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("kind", ["csv", "txt"])
+def test_names_are_compared_composed(purse, project, form, kind):
+    """A Mac writes file names decomposed, an editor writes captions composed."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    folder, rows = project.folder / "purse", ["file_name,text"]
+    for index in range(6):
+        (folder / f"{index}.png").rename(folder / unicodedata.normalize(form, f"täsche {index}.png"))
+        rows.append(f"{unicodedata.normalize(other, f'täsche {index}.png')},purse {index}")
+        if kind == "txt":
+            (folder / unicodedata.normalize(other, f"täsche {index}.txt")).write_text(f"purse {index}")
+    if kind == "csv":
+        listed(project, "\n".join(rows))
+
+    assert purse(NO_PROMPTS).captions["attack"] == ("purse 1", "purse 4")
+
+
+def test_captions_of_absent_images_are_named(project):
+    """Files that were deleted, or forgotten."""
+    captions(project, names=[*range(6), 90, 91])
+
+    assert said(project) == ["metadata.csv: captions of 2 images that are not in the folder: '90.png', '91.png'"]
+
+
+def test_further_columns_are_named(project):
+    """They are not read."""
+    listed(project, "file_name,text,score\n" + "".join(f"{i}.png,purse {i},1\n" for i in range(6)))
+
+    assert said(project) == ["metadata.csv: not read: 'score'; only file_name and text are"]
+
+
+@pytest.mark.parametrize("text", ["a purse 👩‍🎨", "a\u00a0purse", "کیف‌ها", "a “purse”", "=1+1"])
+def test_joined_characters_are_text(purse, project, text):
+    """Emoji of several parts, no-break spaces and joiners are no control characters."""
+    beside(project, n1=text)
+
+    assert purse(NO_PROMPTS).captions["attack"][0] == text
+
+
+def test_captions_that_the_suite_replaces_are_said(project):
+    """The folder's are not used."""
+    captions(project)
+    project.write(project.edited())
+
+    assert project.validate().errors[0].endswith("evaluation_prompts of the suite are used, not the folder's captions")
+
+
+@pytest.mark.parametrize("ends", ["\r\n", "\r", "\n"])
+def test_line_ends_of_any_system_are_read(purse, project, ends):
+    """Of a CSV file."""
+    listed(project, ends.join(["file_name,text", *(f'{i}.png,"purse, number {i}"' for i in range(6))]))
+
+    assert purse(NO_PROMPTS).captions["attack"] == ("purse, number 1", "purse, number 4")

@@ -19,7 +19,7 @@ def read(name: str, count: int | None = None, seed: int | None = None) -> list[s
 
     Raises ValueError when the list is empty.
     """
-    captions = [line.strip() for line in path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    captions = [line.strip() for line in path(name).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not captions:
         raise ValueError(f"caption list '{name}' is empty")
     count = min(count or len(captions), len(captions))

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Raised when a file is read to other pixels or described by other words, so that remembered digests are not used."""
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF")
-"""What Pillow may take a file for, whatever its name. Not among them: formats that start other programs, such as EPS."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
+"""What Pillow may take a file for, whatever its name. Formats that start other programs, such as EPS, are left out."""
 MAX_PIXELS = 80_000_000
 """Below the size at which Pillow warns."""
 MAX_RATIO = 32
@@ -212,8 +212,17 @@ def _has_other_profile(image: Image) -> bool:
     return "srgb" not in named.lower()
 
 
-_SIGNATURES = {b"\xff\x0a": "JPEG XL", b"%PDF": "PDF", b"%!PS": "EPS", b"<svg": "SVG", b"<?xm": "SVG or XML",
-               b"8BPS": "Photoshop", b"<!DO": "a web page", b"<htm": "a web page", b"vers": "a Git LFS pointer"}  # fmt: skip
+_SIGNATURES = {
+    b"\xff\x0a": "JPEG XL",
+    b"%PDF": "PDF",
+    b"%!PS": "EPS",
+    b"<svg": "SVG",
+    b"<?xm": "SVG or XML",
+    b"8BPS": "Photoshop",
+    b"<!DO": "a web page",
+    b"<htm": "a web page",
+    b"version https://": "a Git LFS pointer",
+}
 _BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF", b"avis": "AVIF"}
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_LETTER = "[^\\W\\u0e00-\\u0eff\\u1000-\\u109f\\u1780-\\u17ff\\u2e80-\\ud7ff\\uf900-\\ufaff\\uff66-\\uff9f\\U00020000-\\U0003ffff]"
-"""A character that continues a word; not in scripts without spaces, where words follow each other directly."""
+_WITHOUT_SPACES = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+"""Scripts in which words follow each other directly: Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean."""
+_LETTER = rf"[^\W{_WITHOUT_SPACES}]"
+"""A character that continues a word."""
 
 
 def found_in(name: str, text: str) -> bool:

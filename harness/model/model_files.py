@@ -62,12 +62,12 @@ def weights(component: str, names: Sequence[str], variant: str | None) -> str | 
         wanted = f"none of variant '{variant}'" if variant else "none without a variant"
         return f"holds in '{component}' weights of variant {_quoted(variants)}, {wanted}; set 'variant: {variants[0]}'"
     if plain:
-        return f"holds in '{component}' no safetensors weights of variant '{variant}', but weights without a variant; remove 'variant'"
+        return f"holds in '{component}' weights without a variant, none of variant '{variant}'; remove 'variant'"
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         return (
-            f"holds in '{component}' pickled weights ('{one_line(pickled[0], 60)}'), which are not loaded: they can run "
-            "code; save the model with safe_serialization=True"
+            f"holds in '{component}' only '{one_line(pickled[0], 60)}': pickled weights are not loaded, since they can "
+            "run code; save the model with safe_serialization=True"
         )
     return f"holds in '{component}' no safetensors weights; fetch it again"
 

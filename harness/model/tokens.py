@@ -42,17 +42,18 @@ class Read:
 class Tokens:
     """The tokenizer in a folder."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, where: str = "model"):
         self.folder = folder
+        self.where = where  # begins messages
 
     @classmethod
-    def of(cls, source: ModelSource) -> Tokens | None:
+    def of(cls, source: ModelSource, where: str) -> Tokens | None:
         """Return the tokenizer of a model; None for a model of the hub that is not in the cache."""
         root: Path | None = Path(source.location)
         if source.identity["source"] == "hub":
             root = snapshot(source.location, source.revision)
         folder = root / "tokenizer" if root is not None else None
-        return cls(folder) if folder is not None and folder.is_dir() else None
+        return cls(folder, where) if folder is not None and folder.is_dir() else None
 
     @cached_property
     def room(self) -> int:
@@ -66,10 +67,12 @@ class Tokens:
         """Return whether a word is a token already: it cannot be learned as a new one."""
         return word in self._words
 
-    def fits(self, text: str) -> bool:
-        """Return whether all of a text is read."""
+    def fits(self, text: str, words: Mapping[str, int] | None = None) -> bool:
+        """Return whether all of a text is read; `words` as for `read`."""
+        learned = sum(text.count(word) * count for word, count in (words or {}).items())
         # no token is less than a byte, so that most texts need no tokenizer
-        return len(text.lower().encode("utf-8", "replace")) <= self.room or not self.read(text).unread
+        is_short = len(text.lower().encode("utf-8", "replace")) + learned <= self.room
+        return is_short or not self.read(text, words).unread
 
     def read(self, text: str, words: Mapping[str, int] | None = None) -> Read:
         """Return what of a text is read; `words`: learned words in it -> the number of their tokens."""
@@ -115,13 +118,23 @@ class Tokens:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         """The tokenizer itself. Raises UserMistake if its files cannot be loaded."""
-        from transformers import CLIPTokenizer
-
         try:
+            whole = self.folder / "tokenizer.json"
+            if whole.is_file():
+                from tokenizers import Tokenizer
+
+                built = Tokenizer.from_file(str(whole))
+                built.no_truncation()
+                built.no_padding()
+                return built
+            from transformers import CLIPTokenizer
+
             return CLIPTokenizer.from_pretrained(self.folder, local_files_only=True).backend_tokenizer
-        except Exception as error:  # the library raises many types; all mean the same here
+        except Exception as error:  # the libraries raise many types; all mean the same here
             what = f"{type(error).__name__}: {one_line(error, 120)}"
-            raise UserMistake(f"the tokenizer in '{one_line(self.folder)}' cannot be loaded: {what}") from None
+            raise UserMistake(
+                f"{self.where}: the tokenizer in '{one_line(self.folder)}' cannot be loaded: {what}"
+            ) from None
 
 
 def _parts(text: str, words: Mapping[str, int]) -> Iterable[tuple[str, int]]:

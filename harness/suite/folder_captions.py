@@ -26,8 +26,10 @@ BESIDE = ".txt"
 MAX_CHARACTERS = 1000
 SHOWN = 5
 """At most so many names are listed in a line."""
-_TABLES = {".csv", ".tsv", ".json", ".jsonl", ".json1", ".jsonlines", ".ndjson", ".parquet", ".xls", ".xlsx", ".caption",
-           ".captions", ".tags", ".yaml", ".yml"}  # fmt: skip
+_TABLES = {
+    *(".csv", ".tsv", ".json", ".json1", ".jsonl", ".jsonlines", ".ndjson", ".parquet", ".xls", ".xlsx"),
+    *(".caption", ".captions", ".tags"),
+}
 _WORDS = ("caption", "prompt", "metadata", "label", "descri")
 
 
@@ -137,7 +139,7 @@ def _rows(path: Path) -> Iterable[tuple[str, Mapping[str, object]]]:
                     )
                 yield where, row
         except csv.Error as error:
-            raise UserMistake(f"{path}:{reader.line_num}: cannot be read: {one_line(error)}") from None
+            raise UserMistake(f"{path}:{reader.reader.line_num}: cannot be read: {one_line(error)}") from None
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

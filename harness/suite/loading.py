@@ -63,8 +63,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
     mistakes += checks.before_concepts(loaded)
     if suite.model is not None:
         try:
-            loaded.model = resolve_model(suite.model, source.where(("model",)), loaded.folder)
-            loaded.tokens = Tokens.of(loaded.model)
+            where = source.where(("model",))
+            loaded.model = resolve_model(suite.model, where, loaded.folder)
+            loaded.tokens = Tokens.of(loaded.model, f"{where}: model")
         except UserMistake as mistake:
             messages += mistake.messages
     try:

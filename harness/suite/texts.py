@@ -62,7 +62,7 @@ def equal(
     """Yield pairs of different texts that are read as the same tokens because one is cut."""
     seen: dict[Sequence[int], tuple[str, bool]] = {}
     texts = list(dict.fromkeys(texts))
-    if words is None and all(tokens.fits(text) for text in texts):
+    if all(tokens.fits(text, words) for text in texts):
         return
     for text in texts:
         read = tokens.read(text, words)

@@ -185,9 +185,8 @@ def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
             if nameless is not None:
                 what = f"{attack.method} puts a new word for '{one_line(concept.words.name, 60)}', which is not"
                 how = "; set 'attack_name' of the concept to its name in the captions"
-                mistakes.append(
-                    (("attacks", index), f"{what} in '{one_line(nameless, 80)}' of concept '{name}' as whole words{how}")
-                )
+                where = f"in '{one_line(nameless, 80)}' of concept '{name}' as whole words"
+                mistakes.append((("attacks", index), f"{what} {where}{how}"))
                 continue
             prompts = [concept.words.renamed(e.prompt, called) for e in asked]
             mistakes += _cut_words(loaded, index, name, words, prompts, trained)
@@ -213,7 +212,7 @@ def _cut_words(
     method = loaded.suite.attacks[index].method
     for text in dict.fromkeys((*prompts, *trained)):
         wanted = sum(text.count(word) * count for word, count in words.items())
-        if tokens.read(text, words).slots < wanted:
+        if not tokens.fits(text, words) and tokens.read(text, words).slots < wanted:
             what = f"{method}: its word is beyond the {tokens.room} tokens that the model reads of '{one_line(text)}'"
             fewer = ", or give it fewer vectors" if max(words.values()) > 1 else ""
             return [(("attacks", index), f"{what} (concept '{name}'); put it nearer to the start{fewer}")]
