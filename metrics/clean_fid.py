@@ -17,6 +17,7 @@ from unittest import mock
 
 from harness.contracts.metric import Metric
 from harness.core.fetched import Fetched
+from harness.core.finite import require_finite
 from metrics import encoders, torchvision_files
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ class CleanFid(Metric):
             batch = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
             with torch.no_grad():
                 parts.append(extract(batch.to(device)).float().cpu())
-        return torch.cat(parts)
+        whole = torch.cat(parts)
+        require_finite(whole, "features of images", "check the extractor's weights")
+        return whole
 
     def sets(self, images: Sequence, references: Tensor, device: torch.device) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the features of all drawn images, and those of the references or a file's arrays to compare with."""

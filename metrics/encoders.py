@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.core.fetched import Fetched
+from harness.core.finite import require_finite
 from metrics.open_clip_tables import check_activation
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ def encode_images(encode, transform, images: Sequence[Image], device: torch.devi
         batch = torch.stack([transform(image) for image in images[start : start + BATCH_SIZE]])
         with torch.no_grad():
             vectors.append(encode(batch.to(device)).float())
-    return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
+    whole = torch.cat(vectors)
+    require_finite(whole, "features of images", "check its weights")
+    return torch.nn.functional.normalize(whole, dim=-1)
 
 
 def by_prompt(values: Tensor, images: Sequence[Sequence[Image]]) -> list[float]:

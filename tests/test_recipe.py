@@ -38,3 +38,23 @@ def test_class_images_are_weighed_as_the_attack_says():
     weights = {name: registry.get("attack", name).Parameters().recipe().prior_weight for name in ATTACKS[1:4]}
 
     assert weights == {"dreambooth": 1.0, "dreambooth_lora": 1.0, "full_finetune": 0.0}
+
+
+def test_gradients_are_clipped_as_the_official_programs_do():
+    """1.0 in IMMA's, FreezeAsGuard's and DreamBooth's; Custom Diffusion's at a quarter of its loss; the LoRA example's
+    `--max_grad_norm` has no effect."""
+    limits = {name: registry.get("attack", name).Parameters().clip_norm for name in ATTACKS[:-1]}
+    lora = registry.get("attack", "lora")
+
+    assert limits == {
+        "custom_diffusion": 0.25, "dreambooth": 1.0, "dreambooth_lora": 1.0, "full_finetune": 1.0, "lora": 1.0
+    }  # fmt: skip
+    assert dataclasses.replace(lora.Parameters(), **lora.presets["diffusers"]).recipe().clip_norm is None
+    assert registry.get("attack", "custom_diffusion").Parameters().prior_weight == 0.25
+
+
+def test_full_fine_tuning_mirrors_images_as_freezeasguards_scripts_do():
+    """`run_target_trainer.sh`: `--random_flip`; DreamBooth's example has no such option."""
+    flips = {name: registry.get("attack", name).Parameters().flip for name in ("full_finetune", "dreambooth")}
+
+    assert flips == {"full_finetune": True, "dreambooth": False}

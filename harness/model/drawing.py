@@ -16,11 +16,18 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from harness.core.finite import require_finite
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_ADVICE = (
+    "the weights diverged (lower the learning rate), or scheduler_config.json does not fit them (zero terminal SNR "
+    "needs v_prediction)"
+)
 
 
 @dataclass
@@ -101,7 +108,8 @@ def starting_latents(model: DiffusionModel, seeds: Sequence[int], like: Tensor) 
 def draw(drawing: Drawing, generators: Sequence[torch.Generator], watchers: Sequence[Watcher] = ()) -> list[Image]:
     """Take every denoising step of the pipeline's scheduler, whose timesteps are set; return the decoded images.
 
-    Raises ValueError when a watcher changed a shape. Every watcher that began is ended, even after a failure.
+    Raises ValueError when a watcher changed a shape, and FloatingPointError when latents or decoded images are not
+    finite, which the image processor would make black. Every watcher that began is ended, even after a failure.
     """
     pipeline = drawing.model.pipeline
     options = pipeline.prepare_extra_step_kwargs(list(generators), 0.0)
@@ -123,9 +131,12 @@ def draw(drawing: Drawing, generators: Sequence[torch.Generator], watchers: Sequ
         finally:
             for watcher in reversed(begun):
                 watcher.end(drawing)
+        # a value that is not finite stays so in all later steps, so the last latents show it
+        require_finite(drawing.latents, "latents of images", _ADVICE)
         decoded = pipeline.vae.decode(
             drawing.latents / pipeline.vae.config.scaling_factor, return_dict=False, generator=list(generators)
         )[0]
+        require_finite(decoded, "decoded images", "the VAE overflows; check its weights")
         return pipeline.image_processor.postprocess(decoded, output_type="pil", do_denormalize=[True] * len(decoded))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from harness.core import pictures, registry, search
 from harness.core.concept import PRIOR
 from harness.core.described import Described, as_json, optional
 from harness.core.files import sync_files, write_json
+from harness.core.finite import fault_of_files
 from harness.core.identity import Stage
 from harness.core.registry import register
 from harness.core.sampling import Sampling
@@ -148,11 +150,11 @@ class Probe(Attacking):
         own, captions, judged = _split(*_own(work, parameters), parameters.held_out, fold)
         try:
             saved = _trajectory(work, parameters, attack, own, captions)
+            score = _judged(work, parameters, attack, saved / step_folder(parameters.budget.steps[-1]), judged)
         except FloatingPointError as error:
             log.info("diverged: %s", error)
             write_json(work.folder / PROBE, {"values": values, "score": None})
             return
-        score = _judged(work, parameters, attack, saved / step_folder(parameters.budget.steps[-1]), judged)
         write_json(work.folder / PROBE, {"values": values, "score": score})
 
 
@@ -187,7 +189,10 @@ def _judged(
         attack.unload(model)
     with work.run.ledger.phase("score"):
         scored = metric.score(drawn, known, parameters.descriptions, work.run.device)
-    return (1 if metric.direction == "higher" else -1) * sum(scored) / len(scored)
+    score = (1 if metric.direction == "higher" else -1) * sum(scored) / len(scored)
+    if not math.isfinite(score):
+        raise FloatingPointError(f"{metric.name} of the probe's images is {score}")
+    return score
 
 
 def _probes(work: StageAtWork) -> list[search.Probe]:
@@ -246,8 +251,10 @@ def _trajectory(
     run.world.wait()  # before any process saves one
     budget = Budget(steps, parameters.budget.batch_size, parameters.attacker)
     for checkpoint in attack.adapt(model, concept, protection, budget, run):
-        if run.world.rank == 0:
-            _keep(checkpoint, saved)
+        found = _keep(checkpoint, saved) if run.world.rank == 0 else ""
+        if not run.world.all(not found):  # in every process: none waits for one that failed
+            what = f"the attack's weights at step {checkpoint.step} are not finite"
+            raise FloatingPointError(f"{what} ({found}): the training diverged; try a lower learning rate")
         run.world.wait()
     missing = [step for step in steps if not (saved / step_folder(step)).is_dir()]
     if missing:
@@ -255,13 +262,21 @@ def _trajectory(
     return saved
 
 
-def _keep(checkpoint: Checkpoint, saved: Path) -> None:
-    """Save a checkpoint into a folder of its step, whole or not at all."""
+def _keep(checkpoint: Checkpoint, saved: Path) -> str:
+    """Save a checkpoint into a folder of its step, whole or not at all.
+
+    Return what of it is not finite, and do not keep it then; "" if all is. No loss is computed after the last step, so
+    only the weights show that it diverged.
+    """
     final = saved / step_folder(checkpoint.step)
     temporary = saved / f".{final.name}"
     for folder in (temporary, final):
         shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir()
     checkpoint.save(temporary)
+    found = fault_of_files(temporary)
+    if found:
+        return found
     sync_files(temporary)  # before the state that is beyond this step is kept
     temporary.rename(final)
+    return ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from harness.contracts.stage import StageKind
 from harness.core import pictures, registry
 from harness.core.described import Described
+from harness.core.finite import require_finite
 from harness.core.registry import register
 from harness.stages.work import StageAtWork, made
 
@@ -47,6 +48,8 @@ class Features(StageKind):
             raise ValueError(f"the encoder of {metric.name!r} is not {work.stage.component}; run the command again")
         with work.run.ledger.phase("encode"):
             features = metric.encode(pictures.read(work.files("images", parameters.split)), work.run.device)
+        what = f"features of split {parameters.split} for {metric.name}"
+        require_finite(features, what, "check the encoder's weights and the images")
         save_file({FEATURES: features.detach().to("cpu").contiguous()}, work.folder / FILE, {"format": "pt"})
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,15 @@ from harness.contracts.stage import StageKind
 from harness.core.concept import SPLITS
 from harness.core.described import optional
 from harness.core.errors import UserMistake, one_line
+from harness.core.finite import NothingDrawn, described, flat_among
 from harness.core.registry import register
 from harness.core.sampling import Sampling
 from harness.stages.work import StageAtWork
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger("immunitybench")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,20 @@ def _draw(parameters: ImagesParameters, work: StageAtWork) -> None:
                 image.save(folder / f"{index:04d}.png")
                 done += 1
                 work.run.report(done, total)
+        _require_drawn(work, split, sorted(folder.iterdir()))
+
+
+def _require_drawn(work: StageAtWork, split: str, files: Sequence[Path]) -> None:
+    """Raise NothingDrawn if all images of a split are one flat colour; count those among others in the ledger."""
+    flat = flat_among(files)
+    if flat and len(flat) == len(files):
+        raise NothingDrawn(
+            f"all {len(files)} images of split {split} are one flat colour, {described(flat)}: the base model draws "
+            "nothing; check its VAE and scheduler_config.json, and 'sampling'"
+        )
+    if flat:
+        log.warning("%d of %d images of split %s are one flat colour", len(flat), len(files), split)
+        work.run.ledger.numbers["flat_images"] = work.run.ledger.numbers.get("flat_images", 0) + len(flat)
 
 
 def _known(work: StageAtWork, split: str) -> Iterator[Image]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.contracts.defense import Defense, ProtectedConcept
@@ -11,6 +12,7 @@ from harness.contracts.stage import StageKind
 from harness.core import registry
 from harness.core.concept import PRIOR
 from harness.core.described import Described, optional
+from harness.core.finite import fault, fault_of_files
 from harness.core.identity import Stage
 from harness.core.registry import register
 from harness.stages.work import StageAtWork
@@ -146,6 +148,10 @@ def _require_fitting(defense: Defense, protection: Protection, known: Mapping[st
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{defense.name} returned '{name}' with values that are not finite")
+    for name, component in protection.components.items():
+        found = fault_of_files(component) if isinstance(component, Path) else fault(component.state_dict())
+        if found:
+            raise ValueError(f"{defense.name} returned the component '{name}' with values that are not finite: {found}")
     unknown = sorted(name for name in protection.frozen - known.keys() if not (whole and name.startswith(whole)))
     if unknown:
         raise ValueError(f"{defense.name} froze '{unknown[0]}', which the model does not have")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness.contracts.hooks import make_hooks
 from harness.contracts.stage import StageKind
+from harness.contracts.state import ModelState
 from harness.core.described import optional
+from harness.core.finite import NothingDrawn, described, flat_among, flat_colour
 from harness.core.registry import register
 from harness.core.sampling import Sampling
 from harness.stages.work import StageAtWork, class_of
@@ -18,6 +21,10 @@ from harness.store.layout import CHECKPOINTS, step_folder
 
 if TYPE_CHECKING:
     from harness.contracts.protection import Protection
+    from harness.core.identity import Input
+    from harness.model.pipeline import DiffusionModel
+
+log = logging.getLogger("immunitybench")
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,12 @@ class Sample(StageKind):
         saved = work.run.folder / "images"
         saved.mkdir(exist_ok=True)
         total = len(parameters.steps) * len(parameters.prompts) * settings.images_per_prompt
-        done = 0
+        done = flat = 0
         for step in parameters.steps:
             final, temporary = saved / step_folder(step), saved / f".{step_folder(step)}"
             if final.is_dir():  # drawn before a kill
                 done += len(list(final.iterdir()))
+                flat += len(flat_among(final.iterdir()))
                 continue
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
@@ -83,8 +91,52 @@ class Sample(StageKind):
             finally:
                 if checkpoints is not None:
                     attack.unload(model)
+            colours = flat_among(sorted(temporary.iterdir()))
+            if colours and len(colours) == len(parameters.prompts) * settings.images_per_prompt:
+                _require_result(work, model, hooks, parameters, step, colours)
+            flat += len(colours)
             temporary.rename(final)
+        if flat:
+            log.warning("%d of %d images are one flat colour", flat, total)
+            work.run.ledger.numbers["flat_images"] = flat
         shutil.copytree(saved, work.folder / "images", copy_function=os.link)
+
+
+def _require_result(
+    work: StageAtWork, model: DiffusionModel, hooks: Sequence[Any], parameters: SampleParameters, step: int, colours
+) -> None:
+    """Raise NothingDrawn unless flat images are what a defense did: the defended model draws nothing without an attack.
+
+    `model` is the released model. Only after a step whose images are all flat: the releases' images are drawn again,
+    one a prompt.
+    """
+    from harness.model.sampling import sample
+
+    count = len(colours)
+    what = f"all {count} images at step {step} are one flat colour, {described(colours)}"
+    if not any(_defends(work, layer) for layer in ModelState.read(work.stage.inputs).layers):
+        cause = "the attack's training diverged" if step else "the undefended model draws nothing"
+        advice = "try a lower learning rate" if step else "check its scheduler_config.json, and the suite's 'sampling'"
+        raise NothingDrawn(f"{what}: {cause}; {advice}")
+    if step:
+        settings, seed = parameters.sampling, work.run.seed
+        drawn = sample(model, work.run, parameters.prompts, settings, images_per_prompt=1, seed=seed, hooks=hooks)
+        if any(flat_colour(image) is None for _, _, image in drawn):
+            raise NothingDrawn(
+                f"{what}, although the defended model draws others before the attack: the attack's training diverged; "
+                "try a lower learning rate"
+            )
+    log.warning("%s: the defended model draws nothing, also without an attack", what)
+
+
+def _defends(work: StageAtWork, layer: Input) -> bool:
+    """Return whether a layer is a defense that released anything."""
+    from harness.contracts.protection import Protection
+
+    if layer.kind != "immunize":
+        return False
+    found = Protection.load(work.store.path(layer.kind, layer.key))
+    return bool(found.tensors or found.components or found.frozen or found.adaptation or found.sampling)
 
 
 def sampling_hooks(protection: Protection, attacker: str) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from harness.core.finite import require_finite
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run
 
@@ -74,6 +75,8 @@ def encode_images(
             posteriors = [model.vae.encode(part.to(model.device)).latent_dist for part in batch.split(8)]
             means.append(torch.cat([p.mean.float() for p in posteriors]))
             deviations.append(torch.cat([p.std.float() for p in posteriors]))
+        for name, values in (("latents", means), ("deviations of latents", deviations)):
+            require_finite(torch.cat(values), f"{name} of training images", "check the VAE's weights")
         embeddings = text.ids(captions).to(model.device) if text else model.encode_text(captions).float()
     return EncodedImages(torch.stack(means), torch.stack(deviations), embeddings, model.vae.config.scaling_factor, text)
 

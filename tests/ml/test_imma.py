@@ -36,6 +36,34 @@ def test_levels_alternate_as_the_profile_says(profile, rounds, images, expected)
     assert "".join(level[0] for level in _levels(Parameters(profile=profile, rounds=rounds), images)) == expected
 
 
+def test_released_textual_inversion_has_fewer_upper_steps():
+    """1000 iterations over the five images of its script: 600 lower and 400 upper; the last epoch ends lower."""
+    levels = list(_levels(Parameters(profile="released", lower="textual_inversion", rounds=400), 5))
+
+    assert (levels.count("lower"), levels.count("upper")) == (599, 400)
+    assert levels[:5] == ["lower", "upper", "lower", "upper", "lower"]
+
+
+def test_class_images_are_part_of_the_lower_level_alone(model, make_run, purse_files, monkeypatch):
+    """The upper level has no term for the class: it does not unlearn it."""
+    from harness.training.concept_loss import ConceptLoss
+
+    asked = []
+    at = ConceptLoss.at
+
+    def seen(self, step, weight=1.0, prior_weight=0.0):
+        asked.append((weight, prior_weight))
+        return at(self, step, weight, prior_weight)
+
+    monkeypatch.setattr(ConceptLoss, "at", seen)
+    parameters = dataclasses.replace(Parameters(), lower="dreambooth", prior_weight=0.5, rounds=1)
+    captions = ("a purse",) * len(purse_files)
+    target = ProtectedConcept("object", "purse", captions, purse_files, ("a cat",) * len(purse_files), purse_files)
+    Imma(parameters).protect(model, [target], [], make_run())
+
+    assert asked == [(1.0, 0.5), (-1.0, 0.0)]
+
+
 def test_only_attention_projections_change(model, make_run, purse_files):
     """S is q, k, v and out of self- and cross-attention; nothing else may move."""
     before = {n: p.detach().clone() for n, p in model.parameters().items()}
