@@ -303,8 +303,9 @@ def test_tables_start_and_a_terminal_ends_with_what_is_short():
 
 def test_an_interval_is_not_broken_in_a_terminal():
     """Headers are, while there is space for what the columns hold."""
-    section = Section(headers=("defense", "a long header of some words", "95 %"), rows=[["mine", "0.1", "-26 to 50"]])
-    console = Console(width=40, record=True, file=io.StringIO())
+    headers = ("defense", "a longheader", "another", "95 %", "a fifthheader")
+    section = Section(headers=headers, rows=[["mine", "0.1", "0.2", "-26 to 50", "0.3"]])
+    console = Console(width=48, record=True, file=io.StringIO())
 
     show([section], console)
 
