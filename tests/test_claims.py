@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from harness.analysis.claims import DOMINATED, FRONT, ONE_SEED, TIE, claims, shown_step
 from harness.analysis.compare import compare
@@ -13,7 +15,10 @@ from harness.analysis.leaderboard import Gates, leaderboard
 from harness.analysis.measurements import Measurements
 from harness.analysis.pairing import paired_cells
 from harness.analysis.statistics import estimate, resample
+from harness.contracts.table import Section
 from harness.results import headline
+from harness.results import leaderboard as leaderboard_tables
+from harness.results.console import show
 from tests.frames import frame_of
 from tests.test_leaderboard import before, floor, real, row
 
@@ -275,3 +280,33 @@ def test_attack_unit_tests_end_in_a_verdict():
     assert line.startswith(f"verdict on attacks: 1 of 2 attacks work {where}; not: ti in t (clip: target dog: ")
     assert headline.section(failing.headlines, failing.lines).notes[-1] == line
     assert headline.attack_sentences(claimed(rows({"none": 0.6, "mine": 0.2})).lines) == []
+
+
+# -- in the terminal and in leaderboard.md ----------------------------------------------------------------------------
+
+
+def test_tables_start_and_a_terminal_ends_with_what_is_short():
+    """The verdict on attacks is the last line; ranks stand beside the intervals."""
+    found = claimed(weak(rows({"none": 0.6, "mine": 0.3, "gentle": 0.55})))
+    short = headline.section(found.headlines, found.lines)
+    page, terminal = (
+        leaderboard_tables.sections(found.lines, short=short), leaderboard_tables.shown(found.lines, short=short)
+    )  # fmt: skip
+
+    assert page[0] is terminal[-1] is short
+    assert short.notes[-1].startswith("verdict on attacks: 1 of 1 attack work")
+    table = page[1]
+    place = table.headers.index("rank")
+    assert table.headers[place - 1] == "95 %" and {row[place] for row in table.rows} == {"1", "2", "–"}
+    assert "nearest training image" in table.headers and "nearest training image" not in terminal[0].headers
+
+
+def test_an_interval_is_not_broken_in_a_terminal():
+    """Headers are, while there is space for what the columns hold."""
+    headers = ("defense", "a longheader", "another", "95 %", "a fifthheader")
+    section = Section(headers=headers, rows=[["mine", "0.1", "0.2", "-26 to 50", "0.3"]])
+    console = Console(width=48, record=True, file=io.StringIO())
+
+    show([section], console)
+
+    assert "-26 to 50" in console.export_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from harness.contracts.table import Section
@@ -90,6 +91,8 @@ def shown(
     if worst:
         heading, legend = Section("Worst case over attacks"), Section(text=(WORST_LEGEND,))
         found += [heading, *_by_metric(worst, with_notes=False), legend]
+    if all(line["nearest_training"] is None for line in lines):  # not measured: space for the intervals
+        found = [_without(section, dict(SHOWN)["nearest_training"]) for section in found]
     return [*found, Section(text=(LEGEND,)), *([short] if short else [])]
 
 
@@ -111,6 +114,21 @@ def _by_metric(lines: Sequence[dict[str, Any]], with_notes: bool = True, before_
         )
         for name, group in grouped.items()
     ]
+
+
+def _without(section: Section, header: str) -> Section:
+    """Return a section without a column."""
+    if header not in section.headers:
+        return section
+    place = section.headers.index(header)
+    rows = [[*row[:place], *row[place + 1 :]] for row in section.rows]
+    headers, letters = section.headers, section.alignments
+    return replace(
+        section,
+        headers=(*headers[:place], *headers[place + 1 :]),
+        rows=rows,
+        alignments=letters[:place] + letters[place + 1 :],
+    )
 
 
 def _title(task: str, metric: str, unit: str, lines: Sequence[dict[str, Any]]) -> str:
