@@ -58,7 +58,7 @@ def run(
     suite: str | Path,
     *,
     executor: Literal["ray", "serial"] = "ray",
-    cache: Literal["always", "never", "only-missing", "only-cached"] = "only-missing",
+    cache: Literal["always", "never", "only-missing", "only-cached", "stale=redo"] = "only-missing",
     runs: str | Path | None = None,
     plugins: Sequence[str | Path] = (),
     ray_address: str | None = None,

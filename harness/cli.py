@@ -20,7 +20,9 @@ examples:
 exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 5 a disk is full,
 130 interrupted (Ctrl-C, SIGTERM)
 """
-VERBS = ("run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "list", "doctor")
+VERBS = (
+    "run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "verify", "list", "doctor",
+)  # fmt: skip
 """Modules of `harness.commands`, in the order of the help."""
 WORKING = ("run", "check", "merge", "report")
 """Verbs that may have left work undone when they end with the reader of their output; the others only show."""
