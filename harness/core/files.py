@@ -27,12 +27,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def open_to_others(folder: Path, like: Path) -> None:
-    """Give the files of a folder, at any depth, the rights of `like`, a file made with the user's umask.
+def open_to_others(folder: Path) -> None:
+    """Give the files of a folder, at any depth, the rights that the user's umask gives to a new file.
 
     Libraries such as safetensors write files that only their owner can read. Rights are added, never taken.
     """
-    rights = like.stat().st_mode & 0o666
+    probe = folder / f".rights.{uuid.uuid4().hex[:8]}"  # asking for the umask would set it for all threads
+    probe.touch()
+    rights = probe.stat().st_mode & 0o666
+    probe.unlink()
     for path in folder.rglob("*"):
         if path.is_symlink():
             continue

@@ -175,9 +175,9 @@ class Store:
         record: dict[str, Any] = {}
         try:
             yield folder, record
+            open_to_others(folder)
             # written last: a record means that all other files are there
             write_json(folder / RECORD, contents.sealed(folder, record))
-            open_to_others(folder, like=folder / RECORD)
             sync_folder(folder)
             final = self.path(kind, key)
             if final.exists() and (replace or not self.has(kind, key)):
