@@ -13,7 +13,7 @@ from harness.commands.opened import Opened
 from harness.commands.written import are_written, finish, write_resolved, write_tables
 from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake
-from harness.executors.events import EventLog
+from harness.executors.events import EventLog, with_notices
 from harness.executors.walk import Summary, Walk
 from harness.stages import tracking
 from harness.stages.workplace import Workplace
@@ -99,14 +99,15 @@ def _walked(
             events(event, data)
             progress(event, data)
 
-        if options.executor == "ray":
-            from harness.executors import ray_tune
+        with with_notices(opened.folder, listen):
+            if options.executor == "ray":
+                from harness.executors import ray_tune
 
-            summary = ray_tune.run(walk, workplace, listen, address=options.ray_address)
-        else:
-            from harness.executors import serial
+                summary = ray_tune.run(walk, workplace, listen, address=options.ray_address)
+            else:
+                from harness.executors import serial
 
-            summary = serial.run(walk, workplace, listen)
+                summary = serial.run(walk, workplace, listen)
     events("run_ended", {"done": summary.done, "failed": len(summary.failed), "blocked": len(summary.blocked)})
     if summary.is_interrupted:
         write_tables(opened)

@@ -67,6 +67,8 @@ class Progress:
                 self.console.print(
                     f"[{finished}/{self.walk.total}] {data['unit']}  ({self._eta()})", markup=False, highlight=False
                 )
+        elif event == "notice":
+            self.console.print(f"note: {data['message']}", markup=False, highlight=False, soft_wrap=True)
         elif event == "unit_failed":
             self.done_work += self.work_by_name.get(data["unit"], 0.0)
             self.console.print(f"failed: {data['message']}", style="red", markup=False, highlight=False)

@@ -18,8 +18,9 @@ from harness.core import registry
 from harness.core.errors import StageFailure, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage, describe
+from harness.core.version import __version__
 from harness.model.run import Run
-from harness.stages import checkpoints
+from harness.stages import checkpoints, notices
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
@@ -127,12 +128,16 @@ def _execute_locked(
             report=report,
             track=track,
             checkpoint_interval_s=workplace.checkpoint_interval_s,
+            code=code_of(stage),
+            notify=lambda text: notify(stage, workplace, text),
+            started=started,
+            began=clock,
         )
         if _is_shared(stage, workplace):
             from harness.stages import ranks
 
             _forget_model()  # free memory for the models of the processes
-            ledger = ranks.run(stage, workplace, work_folder, folder, report)
+            ledger = ranks.run(stage, workplace, work_folder, folder, report, (started, clock))
         else:
             run.sharding = replace(workplace.sharding, workers=1, offload="none")
             registry.get("stage", stage.kind)(None).do(
@@ -141,14 +146,15 @@ def _execute_locked(
             run.ledger.peak_memory_bytes = peak_memory_bytes(device)
             ledger = run.ledger.as_json()
         scores.require(folder)
-        seconds = time.perf_counter() - clock
+        earlier = ledger["sittings"]
+        seconds = time.perf_counter() - clock + sum(each["seconds"] for each in earlier)
         record.update(
             identity=describe(stage),
             key=key,
             label=stage.label,
             work=stage.work,
             seconds=round(seconds, 4),
-            started=started,
+            started=earlier[0]["started"] if earlier else started,
             finished=time.time(),
             ledger=ledger,
             provenance={
@@ -160,6 +166,17 @@ def _execute_locked(
             },
         )
     log.info("done in %.1f s", seconds)
+
+
+def code_of(stage: Stage) -> str:
+    """Return what identifies the code that does a stage; a training state that other code saved is not continued."""
+    return f"{stage.component}, ImmunityBench {__version__}"
+
+
+def notify(stage: Stage, workplace: Workplace, text: str) -> None:
+    """Write one line about a stage to its log, and leave it for the user."""
+    log.warning("%s", text)
+    notices.say(workplace.run_folder, f"{stage.label}: {text}")
 
 
 def _is_shared(stage: Stage, workplace: Workplace) -> bool:

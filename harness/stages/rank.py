@@ -12,11 +12,11 @@ import traceback
 
 def main() -> None:
     """Read the stage from standard input, do this process's part, and report the outcome."""
-    described, workplace, work_folder = pickle.load(sys.stdin.buffer)
+    described, workplace, work_folder, begun = pickle.load(sys.stdin.buffer)
     rank = int(os.environ["RANK"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _work(described, workplace, work_folder, rank)
+        _work(described, workplace, work_folder, begun, rank)
     except BaseException as error:
         from harness.core.errors import one_line
 
@@ -36,7 +36,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(described, workplace, work_folder, rank: int) -> None:
+def _work(described, workplace, work_folder, begun: tuple[float, float], rank: int) -> None:
     import torch
 
     from harness.contracts.stage import from_json
@@ -44,6 +44,7 @@ def _work(described, workplace, work_folder, rank: int) -> None:
     from harness.core.files import write_json
     from harness.model.run import Run
     from harness.stages import ranks
+    from harness.stages.execution import code_of, notify
     from harness.stages.work import StageAtWork
     from harness.stages.workplace import peak_memory_bytes, prepare_device
     from harness.store.store import Store
@@ -68,6 +69,10 @@ def _work(described, workplace, work_folder, rank: int) -> None:
             sharding=workplace.sharding,
             world=world,
             checkpoint_interval_s=workplace.checkpoint_interval_s,
+            code=code_of(stage),
+            notify=lambda text: notify(stage, workplace, text),
+            started=begun[0],
+            began=begun[1],  # the clock is the machine's, so it is the same in both processes
         )
         work = StageAtWork(stage, workplace, Store(workplace.store), run, folder)
         registry.get("stage", stage.kind)(None).do(stage.parameters, work)

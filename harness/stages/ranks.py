@@ -30,9 +30,16 @@ RELEASED, OUTCOME = "released", "outcome.json"
 
 
 def run(
-    stage: Stage, workplace: Workplace, work_folder: Path, folder: Path, report: Callable[[int, int], None]
+    stage: Stage,
+    workplace: Workplace,
+    work_folder: Path,
+    folder: Path,
+    report: Callable[[int, int], None],
+    begun: tuple[float, float],
 ) -> dict[str, Any]:
     """Do a stage in `workplace.sharding.workers` processes; fill `folder`; return their combined ledger.
+
+    `begun`: `Run.started` and `Run.began`, since starting the processes is part of the stage's time.
 
     Raises RuntimeError with the error of the first process that failed.
     """
@@ -68,7 +75,7 @@ def run(
                         stderr=log,
                     )
                 )
-            pickle.dump((to_json(stage), workplace, work_folder), processes[-1].stdin)
+            pickle.dump((to_json(stage), workplace, work_folder, begun), processes[-1].stdin)
             processes[-1].stdin.flush()
         threading.Thread(target=_forward, args=(processes[0].stdout, report), daemon=True).start()
         _wait(processes, work_folder, logs)
