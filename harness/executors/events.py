@@ -27,8 +27,9 @@ def with_notices(run_folder: Path, listen: Listener) -> Iterator[None]:
         is_last = False
         while not is_last:
             is_last = is_over.wait(NOTICE_INTERVAL_S)
-            for message in notices.take(run_folder):
-                listen("notice", {"message": message})
+            with contextlib.suppress(OSError):  # a full disk is reported by whatever needs it
+                for message in notices.take(run_folder):
+                    listen("notice", {"message": message})
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -61,7 +61,7 @@ class Ledger:
     seconds: dict[str, float] = field(default_factory=dict)  # of this sitting, by phase: load, encode, train, save, ...
     peak_memory_bytes: int = 0  # of this sitting
     numbers: dict[str, float] = field(default_factory=dict)  # values that a method reports, such as a final loss
-    sittings: list[dict[str, Any]] = field(default_factory=list)  # the earlier ones; see `sitting`
+    sittings: list[dict[str, Any]] = field(default_factory=list)  # the earlier ones: start, seconds, phases, sharing
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -176,7 +176,8 @@ def code_of(stage: Stage) -> str:
 def notify(stage: Stage, workplace: Workplace, text: str) -> None:
     """Write one line about a stage to its log, and leave it for the user."""
     log.warning("%s", text)
-    notices.say(workplace.run_folder, f"{stage.label}: {text}")
+    with contextlib.suppress(OSError):  # the log has it
+        notices.say(workplace.run_folder, f"{stage.label}: {text}")
 
 
 def _is_shared(stage: Stage, workplace: Workplace) -> bool:

@@ -171,20 +171,22 @@ class MaskedWeights:
 
     def state(self) -> dict[str, Tensor]:
         """Return everything needed to resume, as whole tensors of each weight."""
-        flat: dict[str, Tensor] = {}
-        for name in self.names:
-            flat |= self._collected("theta", name, self.weights.read([name])[name])
-            flat |= self._collected("delta", name, self.delta[name])
-            for slot, kept in self._optimizer.state[self.delta[name]].items() if self._optimizer else ():
-                flat |= {f"user/{slot}/{name}": kept} if slot == STEP else self._collected(f"user/{slot}", name, kept)
+        flat = self._collected("theta", self.weights.read(self.names)) | self._collected("delta", self.delta)
+        slots = {name: self._optimizer.state[value] for name, value in self.delta.items()} if self._optimizer else {}
+        for slot in dict.fromkeys(slot for values in slots.values() for slot in values):
+            kept = {name: values[slot] for name, values in slots.items()}
+            if slot == STEP:
+                flat |= {f"user/{slot}/{name}": value for name, value in kept.items()}
+            else:
+                flat |= self._collected(f"user/{slot}", kept)
         return flat | self._small()
 
     def _small(self) -> dict[str, Tensor]:
         signal = self.signal
         return {"logits": self.logits, "signal": signal.running, "signal_count": torch.tensor(signal.count)}
 
-    def _collected(self, role: str, name: str, value: Tensor) -> dict[str, Tensor]:
-        return {f"{role}/{name}": whole for whole in self.weights.collected({name: value}).values()}
+    def _collected(self, role: str, values: Vector) -> dict[str, Tensor]:
+        return {f"{role}/{name}": whole for name, whole in self.weights.collected(values).items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,10 @@ from harness.training.weights import (
     relative_step,
     squared_norm,
 )
+
+BUCKET = 1 << 24
+"""Elements that are gathered together when a state is saved: few exchanges of a small model, and 64 MiB of a large
+one."""
 
 
 def spread(
@@ -355,19 +359,22 @@ class ZeroWeights:
     def state(self) -> dict[str, Tensor]:
         """Return weights and optimizer slots as whole tensors on the CPU of the first process, nothing in the others.
 
-        They are gathered one at a time: a process needs memory for one whole weight besides its own share, and the
-        first one main memory for all that is saved.
+        They are gathered in buckets: a process needs memory for one bucket (at least one whole weight) besides its own
+        share, and the first one main memory for all that is saved.
         """
         flat: dict[str, Tensor] = {}
-        for name in self.parameters:
-            flat |= {f"weight/{name}": value for name, value in self.collected(self.read([name])).items()}
-        shares = self._shares()
+        for names in self._buckets(self.parameters):
+            flat |= {f"weight/{name}": value for name, value in self.collected(self.read(names)).items()}
+        shares = {share.name: share for share in self._shares()}
         for level, slots in self._optimizer.slots.items():
-            for share in shares:
-                for slot, value in slots.get(share.owned, {}).items():
-                    whole = torch.as_tensor(value).clone() if slot == STEP else self._assembled(share, value)
-                    if self._run.world.rank == 0:
-                        flat[f"slot/{level}/{share.name}/{slot}"] = whole.to("cpu")
+            kept = {name: slots[share.owned] for name, share in shares.items() if share.owned in slots}
+            for slot in dict.fromkeys(slot for values in kept.values() for slot in values):
+                if slot == STEP:
+                    found = {name: torch.as_tensor(values[STEP]).clone() for name, values in kept.items()}
+                else:
+                    found = self._assembled({name: (shares[name], values[slot]) for name, values in kept.items()})
+                if self._run.world.rank == 0:
+                    flat |= {f"slot/{level}/{name}/{slot}": value for name, value in found.items()}
         return flat
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -394,13 +401,27 @@ class ZeroWeights:
         return {name: tuple(self._shapes[name]) for name in names}
 
     def collected(self, values: Mapping[str, Tensor]) -> Vector:
-        """Return a vector's whole tensors on the CPU of the first process, gathered one at a time."""
+        """Return a vector's whole tensors on the CPU of the first process, gathered in buckets."""
         flat = {}
-        for name, value in values.items():
-            whole = self._gathered({name: value.to(self.engine.device)})[name]
+        for names in self._buckets(values):
+            whole = self._gathered({name: values[name].to(self.engine.device) for name in names})
             if self._run.world.rank == 0:
-                flat[name] = whole.to("cpu")
+                flat |= {name: value.to("cpu") for name, value in whole.items()}
         return flat
+
+    def _buckets(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Yield names of weights in groups of at most BUCKET elements, or one larger weight."""
+        bucket: list[str] = []
+        size = 0
+        for name in names:
+            count = self._shapes[name].numel()
+            if bucket and size + count > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(name)
+            size += count
+        if bucket:
+            yield bucket
 
     def _shares(self) -> list[_Share]:
         """Return where each weight is in the tensors that this process's optimizer updates.
@@ -429,17 +450,22 @@ class ZeroWeights:
                 shares.append(_Share(name, owned, own.start, own.numel, of_whole.start))
         return shares
 
-    def _assembled(self, share: _Share, flat: Tensor) -> Tensor:
-        """Return the whole tensor of a slot in the first process, from the shares of all processes."""
-        piece = share.of(flat)
-        if self.stage == 0:
-            return piece.reshape(self._shapes[share.name])
-        if self.stage == 3:
-            return self._gathered({share.name: piece.to(self.engine.device)})[share.name]
-        whole = torch.zeros(self._shapes[share.name].numel(), dtype=flat.dtype, device=self.engine.device)
-        share.of_whole(whole).copy_(piece)
-        dist.reduce(whole, 0)
-        return whole.reshape(self._shapes[share.name])
+    def _assembled(self, slots: Mapping[str, tuple[_Share, Tensor]]) -> Vector:
+        """Return whole tensors of a slot on the CPU of the first process, from the shares of all processes."""
+        pieces = {name: share.of(value) for name, (share, value) in slots.items()}
+        if self.stage in (0, 3):
+            return {n: v.reshape(self._shapes[n]) for n, v in self.collected(pieces).items()}
+        flat: Vector = {}
+        for names in self._buckets(slots):
+            lengths = [self._shapes[name].numel() for name in names]
+            whole = torch.zeros(sum(lengths), dtype=pieces[names[0]].dtype, device=self.engine.device)
+            for name, part in zip(names, whole.split(lengths), strict=True):
+                slots[name][0].of_whole(part).copy_(pieces[name])
+            dist.reduce(whole, 0)  # each element is in one share, and zero elsewhere
+            if self._run.world.rank == 0:
+                for name, part in zip(names, whole.split(lengths), strict=True):
+                    flat[name] = part.reshape(self._shapes[name]).to("cpu", copy=True)
+        return flat
 
     def bytes_held(self) -> dict[str, int]:
         """Return the bytes of trained weights and of optimizer states in this process."""

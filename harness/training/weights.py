@@ -120,7 +120,7 @@ class Weights(Protocol):
     def collected(self, values: Mapping[str, Tensor]) -> Vector:
         """Return a vector's whole tensors in the first process, and nothing in the others, which take part.
 
-        Tensors may be the given ones, or lie on the CPU. Only one at a time is whole in the other processes.
+        Tensors may be the given ones, or copies on the CPU.
         """
 
     def whole(self, names: Sequence[str]) -> Vector:

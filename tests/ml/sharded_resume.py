@@ -1,7 +1,7 @@
-"""One process of `test_sharded_resume`: `python -m tests.ml.sharded_resume FOLDER save|continue`.
+"""One process of `test_sharded_resume`: `python -m tests.ml.sharded_resume FOLDER`, started as one and as two.
 
-"save" trains HALF the steps under each setting of this number of processes, and all steps undisturbed in one process;
-"continue" does the other half of all pairs whose second setting has this number. States are in
+It trains HALF the steps under each setting of this number of processes, and all steps undisturbed in one process. When
+all have done so, it does the other half of all pairs whose second setting has this number. States are in
 FOLDER/<learner>.<setting>, the end of a pair in FOLDER/<learner>.<from>.<to>.safetensors, the undisturbed one in
 FOLDER/<learner>.whole.safetensors, and what is different right after loading in FOLDER/wrong.<processes>.json.
 """
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -149,30 +150,38 @@ class Masked(Learner):
         return {"norm": 1.0}
 
 
-def main(folder: Path, what: str) -> None:
-    """Do all settings, or pairs, of this number of processes."""
+def main(folder: Path) -> None:
+    """Do all settings, then all pairs, of this number of processes."""
     torch.set_num_threads(1)
     count = int(os.environ["WORLD_SIZE"])
     wrong: dict[str, Sequence[str] | None] = {}
     with sharding.joined(torch.device("cpu")) as group:
-        for learner in LEARNERS:
-            if what == "save" and count == 1:  # first, as ZeRO 3 replaces a function of torch
-                _train(folder, f"{learner}.whole", learner, "none", World(), STEPS)
+        for learner in LEARNERS if count == 1 else ():  # first, as ZeRO 3 replaces a function of torch
+            _train(folder, f"{learner}.whole", learner, "none", World(), STEPS)
         for learner, pairs in LEARNERS.items():
-            for start in dict.fromkeys(start for start, _ in pairs) if what == "save" else ():
-                if SETTINGS[start].workers == count:
-                    _train(folder, f"{learner}.{start}", learner, start, _world(start, group), HALF)
-            for start, to in pairs if what == "continue" else ():
-                if SETTINGS[to].workers == count:
-                    name = f"{learner}.{start}.{to}"
-                    if group.rank == 0:
-                        shutil.copytree(folder / f"{learner}.{start}", folder / name)
-                    group.wait()
-                    wrong[name] = _train(folder, name, learner, to, _world(to, group), STEPS).wrong
-        if group.rank == 0 and what == "continue":
+            for start in dict.fromkeys(start for start, _ in pairs if SETTINGS[start].workers == count):
+                _train(folder, f"{learner}.{start}", learner, start, _world(start, group), HALF)
+        _wait_for_all(folder, group)
+        for learner, start, to in ((learner, *pair) for learner, pairs in LEARNERS.items() for pair in pairs):
+            if SETTINGS[to].workers == count:
+                name = f"{learner}.{start}.{to}"
+                if group.rank == 0:
+                    shutil.copytree(folder / f"{learner}.{start}", folder / name)
+                group.wait()
+                wrong[name] = _train(folder, name, learner, to, _world(to, group), STEPS).wrong
+        if group.rank == 0:
             (folder / f"wrong.{count}.json").write_text(json.dumps(wrong), encoding="utf-8")
         group.wait()
     os._exit(0)
+
+
+def _wait_for_all(folder: Path, group: World) -> None:
+    """Wait until one process and two processes have saved their states; the test ends all when one fails."""
+    if group.rank == 0:
+        (folder / f"saved.{group.size}").touch()
+        while not all((folder / f"saved.{count}").exists() for count in (1, 2)):
+            time.sleep(0.1)
+    group.wait()
 
 
 def _world(setting: str, group: World) -> World:
@@ -191,4 +200,4 @@ def _train(folder: Path, name: str, learner: str, setting: str, world: World, st
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))
