@@ -315,8 +315,11 @@ class _Learned:
 
     def load_state(self, state) -> None:
         """Restore what `state` returned."""
-        self.sums, self.count = state["sums"], int(state["mask_steps"])
+        from harness.model.saved_state import require
+
+        require(state, {"sums": self.sums.shape, "mask_steps": ()})
         self.masked.load_state(state)
+        self.sums, self.count = state["sums"], int(state["mask_steps"])
 
     def details(self, names: list[str], first: Tensor) -> dict[str, dict[str, float]]:
         """Return the details of each tensor, for mask.csv."""

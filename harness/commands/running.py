@@ -17,7 +17,7 @@ from harness.contracts.stage import kinds_in_order
 from harness.core import disk, streams, termination
 from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake, one_line
-from harness.executors.events import EventLog
+from harness.executors.events import EventLog, with_notices
 from harness.executors.walk import Summary, Walk
 from harness.stages import code, heartbeat, tracking
 from harness.stages.workplace import Workplace
@@ -150,14 +150,15 @@ def _walked(
                     raise
                 walk.stop(str(error))
 
-        if options.executor == "ray":
-            from harness.executors import ray_tune
+        with with_notices(opened.folder, listen):
+            if options.executor == "ray":
+                from harness.executors import ray_tune
 
-            summary = ray_tune.run(walk, workplace, listen, address=options.ray_address)
-        else:
-            from harness.executors import serial
+                summary = ray_tune.run(walk, workplace, listen, address=options.ray_address)
+            else:
+                from harness.executors import serial
 
-            summary = serial.run(walk, workplace, listen)
+                summary = serial.run(walk, workplace, listen)
     with disk.tolerated():
         events("run_ended", {"done": summary.done, "failed": len(summary.failed), "blocked": len(summary.blocked)})
     if summary.stopped and not summary.is_interrupted:

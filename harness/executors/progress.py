@@ -73,6 +73,8 @@ class Progress:
                 self.console.print(f"made anew: {message}", style="yellow", markup=False, highlight=False)
             if self.bar:
                 self.bar.update(self.task, total=self.walk.total)
+        elif event == "notice":
+            self.console.print(f"note: {data['message']}", markup=False, highlight=False, soft_wrap=True)
         elif event == "unit_failed":
             self.done_work += self.work_by_name.get(data["unit"], 0.0)
             if not disk.is_full(data["message"]):  # which ends the run, and is said once, at its end

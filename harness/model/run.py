@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from harness.core.seeds import mix
 from harness.core.sharding import Sharding
+from harness.model import saved_state
+from harness.model.saved_state import UnfitState
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger("immunitybench")
 CHECKPOINT_INTERVAL_S = 20.0
 
 
@@ -38,19 +40,28 @@ class World:
         """Return the mean over processes."""
         return value
 
+    def sum(self, value: float) -> float:
+        """Return the sum over processes."""
+        return value
+
     def wait(self) -> None:
         """Wait until every process has reached this call."""
 
 
 @dataclass
 class Ledger:
-    """The cost of a stage."""
+    """The cost of a stage, over all its sittings.
+
+    A sitting is the time from a start of the stage to its end or to the last state that was saved before a kill. Work
+    after that state is lost and done again, so it is not counted.
+    """
 
     forward_passes: float = 0.0  # UNet passes over one sample
     backward_passes: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase: load, encode, train, save, sample, score
-    peak_memory_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # of this sitting, by phase: load, encode, train, save, ...
+    peak_memory_bytes: int = 0  # of this sitting
     numbers: dict[str, float] = field(default_factory=dict)  # values that a method reports, such as a final loss
+    sittings: list[dict[str, Any]] = field(default_factory=list)  # the earlier ones: start, seconds, phases, sharing
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -62,13 +73,18 @@ class Ledger:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def as_json(self) -> dict[str, Any]:
-        """Return the ledger as JSON values."""
+        """Return the ledger as JSON values; "seconds" by phase are those of all sittings."""
+        seconds: dict[str, float] = {}
+        for phases in (*(each["phases"] for each in self.sittings), self.seconds):
+            for name, value in phases.items():
+                seconds[name] = seconds.get(name, 0.0) + value
         return {
             "forward_passes": self.forward_passes,
             "backward_passes": self.backward_passes,
-            "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
+            "seconds": {k: round(v, 4) for k, v in seconds.items()},
             "peak_memory_bytes": self.peak_memory_bytes,
             "numbers": self.numbers,
+            "sittings": self.sittings,
         }
 
 
@@ -88,7 +104,12 @@ class Run:
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     prepared: Mapping[str, torch.Tensor] = field(default_factory=dict)  # changed by the defense's `preparation`
     keeps_end: bool = False  # keep the state at the end too: for a part that others follow in the same stage
+    code: str = ""  # the code that does the stage; a state that other code saved is not used
+    notify: Callable[[str], None] = log.warning  # one line for the user, such as that a saved state was dropped
+    started: float = field(default_factory=time.time)  # start of this sitting, seconds since the epoch
+    began: float = field(default_factory=time.perf_counter)  # the same on the clock that measures durations
     _last_checkpoint: float = field(default_factory=time.monotonic)
+    _unused: tuple[float, float, list] | None = None  # the ledger's counts from before `load_state`
 
     def seed_for(self, *axes: str | int) -> int:
         """Return a seed for one purpose of this stage, such as ("noise", step). Raises ValueError without a seed."""
@@ -118,67 +139,69 @@ class Run:
     def save_state(self, step: int, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Save what is needed to continue from `step`, in place of the earlier state. Every process calls it.
 
-        Each process writes a file of its tensors. When all are on disk, the first process writes the pointer file that
-        names the step and the number of processes.
+        The tensors of the first process are saved: whole ones, that do not depend on how the stage is spread, so that
+        it can be continued with other settings. What the others pass is ignored.
         """
-        from safetensors.torch import save
-
-        header = json.dumps({"step": step, "numbers": dict(numbers), "ledger": self.ledger.as_json()})
-        file = self._state_file(step)
-        before = set(self.folder.glob(f"state.*.{self.world.rank}of*.safetensors")) - {file}
-        self._write(file, save({k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}, {"state": header}))
-        self.world.wait()
+        passes = {name: self.world.sum(getattr(self.ledger, name)) for name in ("forward_passes", "backward_passes")}
         if self.world.rank == 0:
-            self._write(self._state_pointer, json.dumps({"step": step, "workers": self.world.size}).encode())
+            sitting = {
+                "started": self.started,
+                "seconds": time.perf_counter() - self.began,
+                "phases": dict(self.ledger.seconds),
+                **self._setting(),
+            }
+            costs = {**passes, "sittings": [*self.ledger.sittings, sitting]}
+            header = saved_state.Header(step, dict(numbers), costs, {"code": self.code, **self._setting()})
+            saved_state.write(self.folder, header, tensors)
         self.world.wait()
-        for old in before:
-            old.unlink(missing_ok=True)
         self._last_checkpoint = time.monotonic()
 
-    @property
-    def _state_pointer(self) -> Path:
-        return self.folder / "state.json"
+    def _setting(self) -> dict[str, Any]:
+        """Return how the stage is spread here."""
+        spread = self.sharding
+        zero_stage = spread.zero_stage if spread.needs_deepspeed else 0
+        return {"workers": self.world.size, "zero_stage": zero_stage, "offload": spread.offload}
 
-    def _state_file(self, step: int) -> Path:
-        return self.folder / f"state.{step}.{self.world.rank}of{self.world.size}.safetensors"
+    def saved_step(self) -> int | None:
+        """Return the step of the saved state, or None if there is none; the state may still turn out to be damaged."""
+        return saved_state.step(self.folder)
 
-    def _write(self, path: Path, data: bytes) -> None:
-        temporary = path.with_name(f".{path.name}.writing")
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    def drop_state(self, why: str) -> None:
+        """Delete the saved state and say so in one line: the stage starts over. Every process calls it."""
+        self.world.wait()  # until all have read what made them drop it
+        if self.world.rank == 0:
+            saved_state.remove(self.folder)
+            self.notify(f"the saved training state is dropped and the stage starts over: {why}")
+        self.world.wait()
+        if self._unused is not None:
+            self.ledger.forward_passes, self.ledger.backward_passes, self.ledger.sittings = self._unused
+            self._unused = None
 
-    def drop_state(self) -> None:
-        """Forget the saved state: the stage starts over."""
-        self._state_pointer.unlink(missing_ok=True)
+    def load_state(self) -> tuple[int, Mapping[str, torch.Tensor], dict[str, Any]] | None:
+        """Return (step, tensors, numbers) of the last `save_state`, or None if there is none. Every process calls it.
 
-    def load_state(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Return (step, tensors, numbers) of the last `save_state`, or None when there is none.
-
-        Also None when another number of processes saved it, or the file of any process is damaged: starting over is
-        correct, only slower.
+        The tensors are whole, and are read from the file one at a time. A state that is damaged or that other code
+        saved is dropped, with one line for the user: starting over is correct, only slower.
         """
-        found = self._read_state()
+        found, why = None, ""
+        try:
+            # the first process reads the whole file to check it; the others need not do so again
+            found = saved_state.read(self.folder, is_checked=self.world.rank == 0)
+            if found is not None and found[0].made_by["code"] != self.code:
+                raise UnfitState(f"other code saved it ({found[0].made_by['code']}; now {self.code})")
+        except UnfitState as error:
+            found, why = None, str(error)
+        if not self.world.all(not why):
+            self.drop_state(why or "another process cannot read it")
+            return None
         if not self.world.all(found is not None):
             return None
         header, tensors = found
-        earlier = header["ledger"]
-        self.ledger.forward_passes = earlier["forward_passes"]
-        self.ledger.backward_passes = earlier["backward_passes"]
-        self.ledger.seconds = dict(earlier["seconds"])
-        return header["step"], tensors, header["numbers"]
-
-    def _read_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            pointer = json.loads(self._state_pointer.read_text(encoding="utf-8"))
-            if pointer["workers"] != self.world.size:
-                return None
-            with safe_open(self._state_file(pointer["step"]), "pt") as file:
-                header = json.loads(file.metadata()["state"])
-                return header, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-            return None
+        ledger = self.ledger
+        self._unused = ledger.forward_passes, ledger.backward_passes, ledger.sittings
+        is_first = self.world.rank == 0  # the costs of all processes are counted here
+        ledger.forward_passes = header.ledger["forward_passes"] if is_first else 0.0
+        ledger.backward_passes = header.ledger["backward_passes"] if is_first else 0.0
+        ledger.sittings = [dict(each) for each in header.ledger["sittings"]]
+        log.info("continues at step %d of a state saved by %s", header.step, dict(header.made_by))
+        return header.step, tensors, dict(header.numbers)

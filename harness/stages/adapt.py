@@ -245,9 +245,10 @@ def _trajectory(
     saved = run.folder / CHECKPOINTS  # survives a kill, like the training state
     saved.mkdir(exist_ok=True)
     steps = parameters.budget.steps
-    kept = run.load_state()
-    if kept is not None and any(step <= kept[0] and not (saved / step_folder(step)).is_dir() for step in steps):
-        run.drop_state()  # an earlier checkpoint is missing: start again to get it
+    kept = run.saved_step() or 0
+    missing = [step for step in steps if step <= kept and not (saved / step_folder(step)).is_dir()]
+    if run.world.decide(bool(missing)):
+        run.drop_state(f"the checkpoint of step {min(missing, default=0)} is missing and must be made again")
     run.world.wait()  # before any process saves one
     budget = Budget(steps, parameters.budget.batch_size, parameters.attacker)
     for checkpoint in attack.adapt(model, concept, protection, budget, run):

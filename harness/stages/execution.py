@@ -21,7 +21,7 @@ from harness.core.errors import InputsLost, StageFailure, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage, describe
 from harness.model.run import Run
-from harness.stages import checkpoints, code, deaths, heartbeat
+from harness.stages import checkpoints, code, deaths, heartbeat, notices
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
@@ -197,12 +197,16 @@ def _execute_locked(
             report=report,
             track=track,
             checkpoint_interval_s=workplace.checkpoint_interval_s,
+            code=made_by,
+            notify=lambda text: notify(stage, workplace, text),
+            started=started,
+            began=clock,
         )
         if _is_shared(stage, workplace):
             from harness.stages import ranks
 
             _forget_model()  # free memory for the models of the processes
-            ledger = ranks.run(stage, workplace, work_folder, folder, report)
+            ledger = ranks.run(stage, workplace, work_folder, folder, report, (started, clock))
         else:
             run.sharding = replace(workplace.sharding, workers=1, offload="none")
             registry.get("stage", stage.kind)(None).do(
@@ -211,7 +215,8 @@ def _execute_locked(
             run.ledger.peak_memory_bytes = peak_memory_bytes(device)
             ledger = run.ledger.as_json()
         scores.require(folder)
-        seconds = time.perf_counter() - clock
+        earlier = ledger["sittings"]
+        seconds = time.perf_counter() - clock + sum(each["seconds"] for each in earlier)
         record.update(
             identity=describe(stage),
             key=key,
@@ -220,7 +225,7 @@ def _execute_locked(
             spare=registry.get("stage", stage.kind).spare,
             work=stage.work,
             seconds=round(seconds, 4),
-            started=started,
+            started=earlier[0]["started"] if earlier else started,
             finished=time.time(),
             ledger=ledger,
             provenance={
@@ -232,6 +237,13 @@ def _execute_locked(
             },
         )
     log.info("done in %.1f s", seconds)
+
+
+def notify(stage: Stage, workplace: Workplace, text: str) -> None:
+    """Write one line about a stage to its log, and leave it for the user."""
+    log.warning("%s", text)
+    with contextlib.suppress(OSError):  # the log has it
+        notices.say(workplace.run_folder, f"{stage.label}: {text}")
 
 
 def _is_shared(stage: Stage, workplace: Workplace) -> bool:

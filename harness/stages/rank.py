@@ -22,11 +22,11 @@ def main() -> None:
     told = os.dup(1)
     os.dup2(2, 1)  # libraries print too
     pulse.keep_beating(lambda: os.write(told, b"beat\n"))
-    described, workplace, work_folder = pickle.load(sys.stdin.buffer)
+    described, workplace, work_folder, begun = pickle.load(sys.stdin.buffer)
     rank = int(os.environ["RANK"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _work(described, workplace, work_folder, rank, told)
+        _work(described, workplace, work_folder, begun, rank, told)
     except BaseException as error:
         from harness.core.errors import one_line
 
@@ -47,14 +47,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(described, workplace, work_folder, rank: int, told: int) -> None:
+def _work(described, workplace, work_folder, begun: tuple[float, float], rank: int, told: int) -> None:
     import torch
 
     from harness.contracts.stage import from_json
     from harness.core import registry
     from harness.core.files import write_json
     from harness.model.run import Run
-    from harness.stages import ranks
+    from harness.stages import code, ranks
+    from harness.stages.execution import notify
     from harness.stages.work import StageAtWork
     from harness.stages.workplace import peak_memory_bytes, prepare_device
     from harness.store.store import Store
@@ -77,6 +78,10 @@ def _work(described, workplace, work_folder, rank: int, told: int) -> None:
             sharding=workplace.sharding,
             world=world,
             checkpoint_interval_s=workplace.checkpoint_interval_s,
+            code=code.of_stage(stage),
+            notify=lambda text: notify(stage, workplace, text),
+            started=begun[0],
+            began=begun[1],  # the clock is the machine's, so it is the same in both processes
         )
         work = StageAtWork(stage, workplace, Store(workplace.store), run, folder)
         registry.get("stage", stage.kind)(None).do(stage.parameters, work)

@@ -44,9 +44,16 @@ log = logging.getLogger("immunitybench")
 
 
 def run(
-    stage: Stage, workplace: Workplace, work_folder: Path, folder: Path, report: Callable[[int, int], None]
+    stage: Stage,
+    workplace: Workplace,
+    work_folder: Path,
+    folder: Path,
+    report: Callable[[int, int], None],
+    begun: tuple[float, float],
 ) -> dict[str, Any]:
     """Do a stage in `workplace.sharding.workers` processes; fill `folder`; return their combined ledger.
+
+    `begun`: `Run.started` and `Run.began`, since starting the processes is part of the stage's time.
 
     Raises RuntimeError with the error of the first process that failed, ProcessDied if one died twice.
     """
@@ -55,7 +62,7 @@ def run(
         for old in (*work_folder.glob("rank*.json"), work_folder / OUTCOME):
             old.unlink(missing_ok=True)
         try:
-            _attempt(stage, workplace, work_folder, report)
+            _attempt(stage, workplace, work_folder, report, begun)
             break
         except deaths.ProcessDied as died:
             if attempt == RETRIES:
@@ -66,7 +73,13 @@ def run(
     return json.loads((work_folder / OUTCOME).read_text(encoding="utf-8"))
 
 
-def _attempt(stage: Stage, workplace: Workplace, work_folder: Path, report: Callable[[int, int], None]) -> None:
+def _attempt(
+    stage: Stage,
+    workplace: Workplace,
+    work_folder: Path,
+    report: Callable[[int, int], None],
+    begun: tuple[float, float],
+) -> None:
     workers = workplace.sharding.workers
     logs = [workplace.run_folder / "logs" / f"{work_folder.name}.process{rank}.log" for rank in range(workers)]
     processes: list[subprocess.Popen] = []
@@ -87,7 +100,7 @@ def _attempt(stage: Stage, workplace: Workplace, work_folder: Path, report: Call
                 processes.append(process)
                 pulses.append(Pulse(process.pid))
                 try:
-                    pickle.dump((to_json(stage), workplace, work_folder), process.stdin)
+                    pickle.dump((to_json(stage), workplace, work_folder, begun), process.stdin)
                     process.stdin.flush()
                 except BrokenPipeError:
                     pass  # it died at once; `_wait` says how

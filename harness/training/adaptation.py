@@ -126,5 +126,5 @@ class _Adaptation:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        self._skipped = int(state.get("skipped_steps", 0))
         self._weights.load_state(state)
+        self._skipped = int(state.get("skipped_steps", 0))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from harness.model.run import Run
+from harness.model.saved_state import UnfitState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,10 +18,16 @@ class Stateful(Protocol):
     """An object whose state can be saved and restored exactly, such as `Weights` with their optimizers."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that this process needs to resume."""
+        """Return everything needed to resume, as whole tensors; every process calls it, the first one's result counts.
+
+        Nothing in it depends on the number of processes or on what they partition.
+        """
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned in the first process, under this or another way of spreading.
+
+        Raises UnfitState, before anything is changed, if it does not fit.
+        """
 
 
 class Learner(Stateful, Protocol):
@@ -66,8 +73,13 @@ def trajectory(run: Run, learner: Learner, stops: Sequence[int], what: str) -> I
     start, steps = 0, stops[-1]
     kept = run.load_state()
     if kept is not None:
-        start, tensors, last = kept
-        learner.load_state(tensors)
+        try:
+            learner.load_state(kept[1])
+        except UnfitState as error:  # in every process, as all read the same state
+            run.drop_state(f"it does not fit {what}: {error}")
+        else:
+            start, last = kept[0], kept[2]
+        kept = None  # closes the file
     for index in range(start, steps):
         with run.ledger.phase("train"):
             for name, value in learner.step(index).items():

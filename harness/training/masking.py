@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.training.weights import Vector, Weights
+from harness.model.saved_state import require
+from harness.training.weights import STEP, Vector, Weights
 
 
 @dataclass(frozen=True)
@@ -169,25 +170,39 @@ class MaskedWeights:
     # -- state: the interface of `harness.training.loop` ------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that this process needs to resume."""
-        flat = {f"theta/{name}": value for name, value in self.weights.read(self.names).items()}
-        flat |= {f"delta/{name}": value for name, value in self.delta.items()}
-        flat |= {"logits": self.logits, "signal": self.signal.running, "signal_count": torch.tensor(self.signal.count)}
-        for name, value in self.delta.items() if self._optimizer else ():
-            for slot, kept in self._optimizer.state[value].items():
-                flat[f"user/{slot}/{name}"] = torch.as_tensor(kept)
-        return flat
+        """Return everything needed to resume, as whole tensors of each weight."""
+        flat = self._collected("theta", self.weights.read(self.names)) | self._collected("delta", self.delta)
+        slots = {name: self._optimizer.state[value] for name, value in self.delta.items()} if self._optimizer else {}
+        for slot in dict.fromkeys(slot for values in slots.values() for slot in values):
+            kept = {name: values[slot] for name, values in slots.items()}
+            if slot == STEP:
+                flat |= {f"user/{slot}/{name}": value for name, value in kept.items()}
+            else:
+                flat |= self._collected(f"user/{slot}", kept)
+        return flat | self._small()
+
+    def _small(self) -> dict[str, Tensor]:
+        signal = self.signal
+        return {"logits": self.logits, "signal": signal.running, "signal_count": torch.tensor(signal.count)}
+
+    def _collected(self, role: str, values: Vector) -> dict[str, Tensor]:
+        return {f"{role}/{name}": whole for name, whole in self.weights.collected(values).items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        self.weights.settle({name: state[f"theta/{name}"] for name in self.names})
+        require(state, {path: tensor.shape for path, tensor in self._small().items()})
+        shapes = self.weights.shapes(self.names)
+        require(state, {f"{role}/{name}": shapes[name] for role in ("theta", "delta") for name in self.names})
+        user = [path.split("/", 2) for path in state if path.startswith("user/")] if self._optimizer else []
+        require(state, {f"user/{slot}/{name}": () if slot == STEP else shapes.get(name) for _, slot, name in user})
         for name, value in self.delta.items():
-            value.copy_(state[f"delta/{name}"])
+            self.weights.settle(self.weights.pieces({name: state[f"theta/{name}"]}))
+            value.copy_(self.weights.pieces({name: state[f"delta/{name}"]})[name])
         self.logits = state["logits"]
         self.signal.running, self.signal.count = state["signal"], int(state["signal_count"])
-        for path, kept in state.items():
-            if path.startswith("user/"):
-                _, slot, name = path.split("/", 2)
-                value = self.delta[name]
-                self._optimizer.state[value][slot] = kept if slot == "step" else kept.to(value.device)
+        for _, slot, name in user:
+            kept, value = state[f"user/{slot}/{name}"], self.delta[name]
+            if slot != STEP:  # the counter stays on the CPU, where AdamW keeps it
+                kept = self.weights.pieces({name: kept})[name].to(value)
+            self._optimizer.state[value][slot] = kept

@@ -18,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from harness.core.sharding import Sharding
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run, World
 from harness.training.weights import (
+    STEP,
     Level,
     LevelAdamW,
     LocalWeights,
@@ -40,11 +42,16 @@ from harness.training.weights import (
     Weights,
     bytes_of,
     differentiate_twice,
+    fitting_slots,
     grouped,
     inner_products,
     relative_step,
     squared_norm,
 )
+
+BUCKET = 1 << 24
+"""Elements that are gathered together when a state is saved: few exchanges of a small model, and 64 MiB of a large
+one."""
 
 
 def spread(
@@ -100,6 +107,25 @@ class _Autocast(nn.Module):
     def forward(self, *arguments, **options):
         with self._run.autocast():
             return self.unet(*arguments, **options)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The part of one weight in a tensor that this process's optimizer updates."""
+
+    name: str
+    owned: Tensor
+    start: int  # in `owned`, flattened
+    length: int
+    offset: int  # in the form in which this process holds the weight (whole, or its piece), flattened
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return this part of a tensor shaped like `owned`."""
+        return flat.view(-1).narrow(0, self.start, self.length)
+
+    def of_whole(self, held: Tensor) -> Tensor:
+        """Return this part of a tensor in the form in which this process holds the weight."""
+        return held.view(-1).narrow(0, self.offset, self.length)
 
 
 class ZeroWeights:
@@ -335,33 +361,115 @@ class ZeroWeights:
     # -- state -------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Return this process's weights and optimizer slots."""
-        flat = {f"weight/{name}": value for name, value in self.read(list(self.parameters)).items()}
-        owned = self._owned()
+        """Return weights and optimizer slots as whole tensors on the CPU of the first process, nothing in the others.
+
+        They are gathered in buckets: a process needs memory for one bucket (at least one whole weight) besides its own
+        share, and the first one main memory for all that is saved.
+        """
+        flat: dict[str, Tensor] = {}
+        for names in self._buckets(self.parameters):
+            flat |= {f"weight/{name}": value for name, value in self.collected(self.read(names)).items()}
+        shares = {share.name: share for share in self._shares()}
         for level, slots in self._optimizer.slots.items():
-            for index, tensor in enumerate(owned):
-                for slot, value in slots.get(tensor, {}).items():
-                    flat[f"slot/{level}/{index}/{slot}"] = torch.as_tensor(value)
+            kept = {name: slots[share.owned] for name, share in shares.items() if share.owned in slots}
+            for slot in dict.fromkeys(slot for values in kept.values() for slot in values):
+                if slot == STEP:
+                    found = {name: torch.as_tensor(values[STEP]).clone() for name, values in kept.items()}
+                else:
+                    found = self._assembled({name: (shares[name], values[slot]) for name, values in kept.items()})
+                if self._run.world.rank == 0:
+                    flat |= {f"slot/{level}/{name}/{slot}": value for name, value in found.items()}
         return flat
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned."""
-        owned = self._owned()
-        self.settle({n.removeprefix("weight/"): value for n, value in state.items() if n.startswith("weight/")})
-        for path, value in state.items():
-            if path.startswith("slot/"):
-                _, level, index, slot = path.split("/")
-                device = value.device if slot == "step" else owned[int(index)].device
-                self._optimizer.slots[level][owned[int(index)]][slot] = value.to(device)
+        """Take this process's share of what `state` returned, read one tensor at a time."""
+        found = fitting_slots(state, self.shapes(list(self.parameters)), self.levels)
+        for name in self.parameters:
+            self.settle(self.pieces({name: state[f"weight/{name}"]}))
+        shares = self._shares()
+        for (level, slot), names in found.items():
+            for share in shares:
+                if share.name not in names:
+                    continue
+                value = state[f"slot/{level}/{share.name}/{slot}"]
+                slots = self._optimizer.slots[level][share.owned]
+                if slot == STEP:
+                    slots[slot] = value
+                    continue
+                if slot not in slots:
+                    slots[slot] = torch.zeros_like(share.owned)
+                share.of(slots[slot]).copy_(share.of_whole(self._piece(share.name, value)))
 
-    def _owned(self) -> list[Tensor]:
-        """Return the tensors that this process's optimizer updates."""
-        optimizer = self.engine.optimizer
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of whole weights."""
+        return {name: tuple(self._shapes[name]) for name in names}
+
+    def collected(self, values: Mapping[str, Tensor]) -> Vector:
+        """Return a vector's whole tensors on the CPU of the first process, gathered in buckets."""
+        flat = {}
+        for names in self._buckets(values):
+            whole = self._gathered({name: values[name].to(self.engine.device) for name in names})
+            if self._run.world.rank == 0:
+                flat |= {name: value.to("cpu") for name, value in whole.items()}
+        return flat
+
+    def _buckets(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Yield names of weights in groups of at most BUCKET elements, or one larger weight."""
+        bucket: list[str] = []
+        size = 0
+        for name in names:
+            count = self._shapes[name].numel()
+            if bucket and size + count > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(name)
+            size += count
+        if bucket:
+            yield bucket
+
+    def _shares(self) -> list[_Share]:
+        """Return where each weight is in the tensors that this process's optimizer updates.
+
+        ZeRO 1 and 2 flatten the weights of a group and give each process a range, which may cut a weight. ZeRO 3 cuts
+        every weight, and flattens this process's pieces of a (sub-)group.
+        """
+        if self.stage == 0:
+            return [_Share(name, p, 0, p.numel(), 0) for name, p in self.parameters.items()]
+        optimizer, shares = self.engine.optimizer, []
         if self.stage == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        if self.stage > 0:
-            return list(optimizer.single_partition_of_fp32_groups)
-        return list(self.parameters.values())
+            names = {id(parameter): name for name, parameter in self.parameters.items()}
+            for parameters in optimizer.fp16_groups:
+                for parameter in parameters:
+                    index, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                    owned = optimizer.fp32_partitioned_groups_flat[index]
+                    shares.append(_Share(names[id(parameter)], owned, start, length, 0))
+            return shares
+        for owned, (_, names) in zip(optimizer.single_partition_of_fp32_groups, grouped(self.levels), strict=True):
+            for name in names:
+                where = self.parameters[name]._hp_mapping
+                if where is None:  # all of it belongs to other processes
+                    shares.append(_Share(name, owned, 0, 0, 0))
+                    continue
+                own, of_whole = where.hp_fragment_address, where.lp_fragment_address
+                shares.append(_Share(name, owned, own.start, own.numel, of_whole.start))
+        return shares
+
+    def _assembled(self, slots: Mapping[str, tuple[_Share, Tensor]]) -> Vector:
+        """Return whole tensors of a slot on the CPU of the first process, from the shares of all processes."""
+        pieces = {name: share.of(value) for name, (share, value) in slots.items()}
+        if self.stage in (0, 3):
+            return {n: v.reshape(self._shapes[n]) for n, v in self.collected(pieces).items()}
+        flat: Vector = {}
+        for names in self._buckets(slots):
+            lengths = [self._shapes[name].numel() for name in names]
+            whole = torch.zeros(sum(lengths), dtype=pieces[names[0]].dtype, device=self.engine.device)
+            for name, part in zip(names, whole.split(lengths), strict=True):
+                slots[name][0].of_whole(part).copy_(pieces[name])
+            dist.reduce(whole, 0)  # each element is in one share, and zero elsewhere
+            if self._run.world.rank == 0:
+                for name, part in zip(names, whole.split(lengths), strict=True):
+                    flat[name] = part.reshape(self._shapes[name]).to("cpu", copy=True)
+        return flat
 
     def bytes_held(self) -> dict[str, int]:
         """Return the bytes of trained weights and of optimizer states in this process."""
@@ -391,7 +499,11 @@ class ProcessGroup(World):
 
     def mean(self, value: float) -> float:
         """Return the mean over processes."""
-        return self._reduce(value, dist.ReduceOp.SUM) / self.size
+        return self.sum(value) / self.size
+
+    def sum(self, value: float) -> float:
+        """Return the sum over processes."""
+        return self._reduce(value, dist.ReduceOp.SUM)
 
     def wait(self) -> None:
         """Wait until every process has called this."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.model.run import Run
+from harness.model.saved_state import UnfitState, require
 
 Vector = dict[str, Tensor]
 """A value for each of some weights, by name."""
@@ -101,10 +102,26 @@ class Weights(Protocol):
         """Clip the gradient by the level's `clip_norm` and step its optimizer; only this level's weights change."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that this process needs to resume: weights and optimizer slots."""
+        """Return everything needed to resume; every process calls it, and the first one's result counts.
+
+        Weights are "weight/<name>" and optimizer slots "slot/<level>/<name>/<slot>". All are whole tensors of each
+        weight, so they do not depend on how the weights are spread.
+        """
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned, in a process of the same rank and world size."""
+        """Restore what `state` returned in the first process, whatever the weights were spread over then.
+
+        Each process takes its share. Raises UnfitState, before anything is changed, if weights or slots do not fit.
+        """
+
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of whole weights."""
+
+    def collected(self, values: Mapping[str, Tensor]) -> Vector:
+        """Return a vector's whole tensors in the first process, and nothing in the others, which take part.
+
+        Tensors may be the given ones, or copies on the CPU.
+        """
 
     def whole(self, names: Sequence[str]) -> Vector:
         """Return the weights as whole tensors, gathered if they are partitioned."""
@@ -134,6 +151,10 @@ def second_order() -> Iterator[None]:
 
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+STEP = "step"
+"""AdamW's slot that is a counter, the same for all weights of a level; every other slot is shaped like its weight."""
 
 
 class LevelAdamW(torch.optim.AdamW):
@@ -256,6 +277,31 @@ def inner_products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
     return torch.stack([torch.dot(value.flatten().float(), second[n].flatten().float()) for n, value in first.items()])
 
 
+def fitting_slots(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], levels: Mapping[str, Level]
+) -> dict[tuple[str, str], set[str]]:
+    """Return the names of weights by (level, slot) in a state of weights with these shapes.
+
+    Raises UnfitState if a weight is missing, or if the slots are not those of the levels.
+    """
+    require(state, {f"weight/{name}": shape for name, shape in shapes.items()})
+    found: dict[tuple[str, str], set[str]] = {}
+    for path in state:
+        if path.startswith("weight/") and path.removeprefix("weight/") not in shapes:
+            raise UnfitState(f"it has '{path}', which is not trained")
+        if not path.startswith("slot/"):
+            continue
+        level, name, slot = path.split("/")[1:]
+        if level not in levels or name not in levels[level].names:
+            raise UnfitState(f"it has '{path}', which no optimizer has")
+        require(state, {path: () if slot == STEP else shapes[name]})
+        found.setdefault((level, slot), set()).add(name)
+    for (level, slot), names in found.items():
+        if names != set(levels[level].names):
+            raise UnfitState(f"its '{slot}' of '{level}' is incomplete")
+    return found
+
+
 def bytes_of(values: Iterable[object]) -> int:
     """Return the bytes of the tensors among values."""
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
@@ -351,13 +397,15 @@ class LocalWeights:
             self.parameters[name].grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return weights as "weight/<name>" and optimizer slots as "slot/<level>/<name>/<slot>"."""
-        trained = dict.fromkeys(name for level in self.levels.values() for name in level.names)
-        flat = {f"weight/{name}": self.parameters[name].detach() for name in trained}
+        """Return weights and optimizer slots, not copied."""
+        flat = {f"weight/{name}": self.parameters[name].detach() for name in self._trained()}
         for level, slots in self._slots():
             for name, values in slots.items():
                 flat |= {f"slot/{level}/{name}/{slot}": torch.as_tensor(value) for slot, value in values.items()}
         return flat
+
+    def _trained(self) -> list[str]:
+        return list(dict.fromkeys(name for level in self.levels.values() for name in level.names))
 
     def _slots(self) -> Iterator[tuple[str, dict[str, dict]]]:
         names = {p: n for n, p in self.parameters.items()}
@@ -366,13 +414,23 @@ class LocalWeights:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        self.write({n.removeprefix("weight/"): value for n, value in state.items() if n.startswith("weight/")})
-        for path, value in state.items():
-            if path.startswith("slot/"):
-                _, level, name, slot = path.split("/")
+        slots = fitting_slots(state, self.shapes(self._trained()), self.levels)
+        for name in self._trained():
+            self.write({name: state[f"weight/{name}"]})
+        for (level, slot), names in slots.items():
+            for name in names:
                 weight = self.parameters[name]
+                value = state[f"slot/{level}/{name}/{slot}"]
                 # a step counter stays on the CPU, where AdamW keeps it
-                self._optimizer.slots[level][weight][slot] = value if slot == "step" else value.to(weight.device)
+                self._optimizer.slots[level][weight][slot] = value if slot == STEP else value.to(weight)
+
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of weights."""
+        return {name: tuple(self.parameters[name].shape) for name in names}
+
+    def collected(self, values: Mapping[str, Tensor]) -> Vector:
+        """Return the values: they are whole here."""
+        return dict(values)
 
     def whole(self, names: Sequence[str]) -> Vector:
         """Return the weights."""
@@ -380,6 +438,6 @@ class LocalWeights:
 
     def bytes_held(self) -> dict[str, int]:
         """Return the bytes of trained weights and of optimizer states."""
-        trained = {name: self.parameters[name] for level in self.levels.values() for name in level.names}
+        trained = {name: self.parameters[name] for name in self._trained()}
         slots = [value for _, state in self._slots() for values in state.values() for value in values.values()]
         return {"weights": bytes_of(trained.values()), "optimizer": bytes_of(slots)}

@@ -198,42 +198,87 @@ def test_two_processes_adapt_as_one_does(adapted_alone, tmp_path, zero_stage):
         assert apart <= 1e-5 * norm
 
 
+def _started(suite: Path, folder: Path, *settings: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.ml.sharded_run", str(suite), str(folder), *settings]
+    return subprocess.Popen(command, cwd=ROOT, env=_environment())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_folder, tmp_path_factory):
+    """The suite file, and what its immunization released without a kill."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    suite = folder / "shared.yaml"
+    suite.write_text(SUITE.format(folder=tiny_folder), encoding="utf-8")
+    assert _started(suite, folder / "whole").wait(timeout=600) == 0
+    return suite, _immunized(folder / "whole")
+
+
 @pytest.mark.slow
-def test_killed_in_a_shared_immunization_it_goes_on_to_the_same_weights(tiny_folder, tmp_path):
+def test_killed_in_a_shared_immunization_it_goes_on_to_the_same_weights(undisturbed, tmp_path):
     """SIGKILL to the process that started the two: both end by themselves; the next run ends the same, to the bit."""
     psutil = pytest.importorskip("psutil")
-    suite = tmp_path / "shared.yaml"
-    suite.write_text(SUITE.format(folder=tiny_folder), encoding="utf-8")
-
-    def start(folder: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "tests.ml.sharded_run", str(suite), str(folder)]
-        return subprocess.Popen(command, cwd=ROOT, env=_environment())
-
-    killed = start(tmp_path / "killed")
+    suite, theirs = undisturbed
+    killed = _started(suite, tmp_path)
     try:
-        state = _wait_for_state(tmp_path / "killed", killed)
+        state = _wait_for_state(tmp_path, killed)
         processes = psutil.Process(killed.pid).children(recursive=True)
     finally:
         killed.kill()
         killed.wait()
     assert 0 < state["step"] < 40
-    assert state["workers"] == 2
+    assert state["made_by"] == {**state["made_by"], "workers": 2, "zero_stage": 2}
     assert not psutil.wait_procs(processes, timeout=60)[1]
 
-    for name in ("killed", "whole"):
-        assert start(tmp_path / name).wait(timeout=600) == 0
-    ours, theirs = (_immunized(tmp_path / name) for name in ("killed", "whole"))
+    assert _started(suite, tmp_path).wait(timeout=600) == 0
+    ours = _immunized(tmp_path)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
-def _wait_for_state(folder: Path, process: subprocess.Popen) -> dict:
-    """Return what is kept of the shared stage once there is something."""
+@pytest.mark.slow
+def test_killed_under_zero_2_it_goes_on_under_zero_3_and_then_in_one_process(undisturbed, tiny_folder, tmp_path):
+    """As after running out of memory: the weights are those of an undisturbed run, to the order of sums.
+
+    The record has the time of all three sittings and what they were shared by, and its passes are those of all.
+    """
+    suite, theirs = undisturbed
+    for zero_stage, step in ((2, 3), (3, 12)):
+        killed = _started(suite, tmp_path, f"resources={{workers: 2, zero_stage: {zero_stage}}}")
+        try:
+            state = _wait_for_state(tmp_path, killed, step)
+        finally:
+            killed.kill()
+            killed.wait()
+        assert state["made_by"]["zero_stage"] == zero_stage
+    assert _started(suite, tmp_path, "resources={}").wait(timeout=600) == 0
+
+    ours = _immunized(tmp_path)
+    unet = load_file(next((tiny_folder / "model" / "unet").glob("*.safetensors")))
+    moved = torch.cat([(theirs[n] - unet[n.removeprefix("unet.")]).flatten() for n in theirs]).norm()
+    apart = torch.cat([(theirs[n] - ours[n]).flatten() for n in theirs]).norm()
+    print(f"ZeRO 2, ZeRO 3, one process: {apart / moved:.1e} of the change")
+    assert ours.keys() == theirs.keys()
+    assert apart < 5e-4 * moved
+
+    (path,) = tmp_path.glob("store/immunize/*/record.json")
+    record = json.loads(path.read_text("utf-8"))
+    sittings = record["ledger"]["sittings"]
+    assert [(each["workers"], each["zero_stage"]) for each in sittings] == [(2, 2), (2, 3)]
+    assert record["seconds"] >= sum(each["seconds"] for each in sittings)
+    assert record["seconds"] >= sum(record["ledger"]["seconds"].values())
+    assert record["started"] == sittings[0]["started"]
+    assert record["provenance"]["sharding"] == {}
+    # of two concepts, a lower and an upper gradient of two examples each in every round
+    assert record["ledger"]["forward_passes"] == 40 * 2 * 2 * 2
+
+
+def _wait_for_state(folder: Path, process: subprocess.Popen, step: int = 3, workers: int = 2) -> dict:
+    """Return what is kept of the immunization once it is beyond a step."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         for path in folder.glob("store/.work/immunize-*/state.json"):
             state = json.loads(path.read_text("utf-8"))
-            if state["workers"] == 2 and state["step"] >= 3:
+            if state["made_by"]["workers"] == workers and state["step"] >= step:
                 return state
         time.sleep(0.02)
     raise AssertionError("no state was kept")
