@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagesParameters:
-    """Either prompts and sampling, or the number of images to copy, whose paths and digests are in the stage's `local`."""
+    """Either prompts and sampling, or the number of images to copy; where they are is in the stage's `local`."""
 
     prompts: Mapping[str, tuple[str, ...]] | None = optional()  # split -> one prompt per image
     sampling: Sampling | None = optional()
