@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.core.errors import UserMistake, one_line
 from harness.core.identity import digest_of_file, digest_of_json
 from harness.core.memory import is_settled
 from harness.store.layout import RECORD
@@ -41,7 +42,9 @@ def sealed(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a committed stage, in words, or None. Reads every file once a process."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        raw = (folder / RECORD).read_bytes()
+        require_digests(raw, folder.parents[1])
+        record = json.loads(raw)
         sealed_as = record.pop("digest")
         is_whole = digest_of_json(record) == sealed_as
         contents, spare = record["contents"], record.get("spare")
@@ -64,6 +67,22 @@ def damage(folder: Path) -> str | None:
             return f"{name} is not what was committed"
     more = sorted(found - wanted.keys())
     return f"{more[0]} was added" if more else None
+
+
+def require_digests(record: bytes, store: Path) -> None:
+    """Raise UserMistake if a readable record has no digests of its stage's files, as those of older versions have none.
+
+    Such a store is not damaged, but nothing in it can be checked.
+    """
+    try:
+        is_older = "contents" not in json.loads(record)
+    except (ValueError, TypeError):
+        return
+    if is_older:
+        raise UserMistake(
+            f"{one_line(store, 300)}: was written by a version whose records hold no digests, so its results cannot be "
+            "checked; name another folder with --runs"
+        )
 
 
 def _digest(path: Path) -> str:

@@ -106,8 +106,10 @@ class Store:
         except FileNotFoundError:
             raise self._damaged(kind, key, f"{name} is missing") from None
         with open(f"{folder}/{RECORD}", "rb", buffering=0) as file:
-            if hashlib.sha256(content).hexdigest().encode() not in file.readall():
-                raise self._damaged(kind, key, f"{name} is not what was committed")
+            record = file.readall()
+        if hashlib.sha256(content).hexdigest().encode() not in record:
+            contents.require_digests(record, self.root)
+            raise self._damaged(kind, key, f"{name} is not what was committed")
         return content
 
     def _damaged(self, kind: str, key: str, why: str) -> Damaged:
