@@ -237,6 +237,7 @@ def test_without_innocents_there_are_ranks_and_no_front():
             {"lora": (10, 40), "db": (40,), "ti": (400,)}, 40,
             "the last step at which as many as 2 of 3 attacks were read; not read there, and left out: ti",
         ),
+        ({"lora": (10,), "ti": (400,)}, 400, "the last step of ti; attacks share no step, left out: lora"),
     ],
 )  # fmt: skip
 def test_a_headline_names_its_step_and_says_why(read, step, why):

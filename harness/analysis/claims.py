@@ -114,6 +114,8 @@ def shown_step(lines: Sequence[Line]) -> tuple[int | None, str]:
         beyond = f"; {', '.join(later)} went on to step {max(read)}" if later else ""
         return step, f"the last step at which all {most} attacks were read{beyond}"
     missing = [name for name in attacks if name not in read[step]]
+    if most == 1:
+        return step, f"the last step of {next(iter(read[step]))}; attacks share no step, left out: {', '.join(missing)}"
     return step, (
         f"the last step at which as many as {most} of {len(attacks)} attacks were read; "
         f"not read there, and left out: {', '.join(missing)}"
