@@ -68,6 +68,8 @@ def pointer(model: Path) -> None:
         ),
         (lambda model: (model / "scheduler" / "scheduler_config.json").unlink(), "has no 'scheduler/scheduler_config"),
         (lambda model: (model / "tokenizer" / "vocab.json").unlink(), "has no 'tokenizer/vocab.json'"),
+        (lambda model: (model / "unet" / "config.json").write_text("[]"), "has no 'unet/config.json' that can be read"),
+        (lambda model: (model / "unet" / "config.json").write_text("no json"), "has no 'unet/config.json' that can be"),
         (lambda model: edit_json(model / "unet" / "config.json", time_cond_proj_dim=256), "takes the guidance"),
         (lambda model: edit_json(model / "unet" / "config.json", in_channels=9), "9 input channels, as for inpainting"),
     ],

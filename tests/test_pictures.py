@@ -257,6 +257,17 @@ def test_file_that_was_cut_is_refused(tmp_path, form, kept):
         pictures.opened(tmp_path / f"a.{form}")
 
 
+def test_file_that_was_cut_is_refused_whatever_libraries_allow(tmp_path, monkeypatch):
+    """Some set Pillow to fill the rest with grey, for the whole process."""
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    drawing(64, 64).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[: len(content) - 300])
+
+    with pytest.raises(BadPicture, match="cannot be decoded"):
+        pictures.opened(tmp_path / "a.jpg")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -106,17 +106,21 @@ def _load_formats() -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Leave Pillow's limit of pixels and its warnings about damaged metadata aside: ours is checked, and said."""
-    import PIL.Image
+    """Set Pillow's limit of pixels and its warnings aside, since ours is checked; never fill up a file that was cut.
 
-    before = PIL.Image.MAX_IMAGE_PIXELS
-    PIL.Image.MAX_IMAGE_PIXELS = None
+    Some libraries allow the latter for the whole process.
+    """
+    import PIL.Image
+    import PIL.ImageFile
+
+    before = PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES
+    PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES = None, False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        PIL.Image.MAX_IMAGE_PIXELS = before
+        PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _check_size(image: Image) -> None:
