@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.core.errors import UserMistake
 from harness.core.files import write_json, write_text
 from harness.core.machine import host
 from harness.store.layout import RECORD
@@ -305,3 +306,16 @@ def test_committed_files_can_be_read_by_those_whom_the_umask_lets(store):
 
     found = {path.name: path.stat().st_mode & 0o777 for path in store.path("adapt", KEY).rglob("*")}
     assert found == {"own": 0o640, "below": 0o750, RECORD: 0o640}
+
+
+def test_a_store_of_an_older_version_is_refused_and_left_alone(store):
+    """Its records hold no digests: nothing is damaged, and nothing can be checked."""
+    folder = store.path("score", KEY)
+    folder.mkdir(parents=True)
+    (folder / "scores.json").write_text("{}")
+    write_json(folder / RECORD, {"identity": {}, "key": KEY})
+
+    for read in (lambda: store.content("score", KEY, "scores.json"), lambda: store.require("score", KEY)):
+        with pytest.raises(UserMistake, match="records hold no digests.*name another folder with --runs"):
+            read()
+    assert store.has("score", KEY)

@@ -75,10 +75,10 @@ def require_digests(record: bytes, store: Path) -> None:
     Such a store is not damaged, but nothing in it can be checked.
     """
     try:
-        is_older = "contents" not in json.loads(record)
-    except (ValueError, TypeError):
+        known = json.loads(record)
+    except ValueError:
         return
-    if is_older:
+    if isinstance(known, dict) and "identity" in known and not known.keys() & {"contents", "digest"}:
         raise UserMistake(
             f"{one_line(store, 300)}: was written by a version whose records hold no digests, so its results cannot be "
             "checked; name another folder with --runs"
