@@ -152,3 +152,14 @@ def test_event_log_keeps_events_but_not_ticks(tmp_path, event, count):
 
     lines = log.path.read_text().splitlines() if log.path.exists() else []
     assert [json.loads(line)["unit"] for line in lines] == ["x"] * count
+
+
+def test_a_unit_that_was_given_back_is_taken_first():
+    """It was begun before the others."""
+    walk = walk_over()
+    index = walk.take()
+
+    walk.give_back(index)
+
+    assert drain(walk) == ["top", "alone"]
+    assert not walk.is_finished
