@@ -345,7 +345,7 @@ def test_run_without_its_store_still_has_a_report(tmp_path):
     assert "are not in the store" in read(elsewhere).text
 
 
-def test_older_report_is_replaced_and_a_failure_keeps_it(tmp_path, monkeypatch):
+def test_older_report_is_replaced_and_a_failure_keeps_it(tmp_path, monkeypatch, capsys):
     """A reader never finds half a report."""
     folder = make(tmp_path)
     page.make(folder)
@@ -356,7 +356,9 @@ def test_older_report_is_replaced_and_a_failure_keeps_it(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(page, "_render", fail)
-        assert main(["report", str(folder)]) == ExitCode.USER_MISTAKE
+        assert main(["report", str(folder)]) == ExitCode.DISK_FULL
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line and str(folder / "report") in line
     assert (folder / "report" / "mark").exists()
 
     page.make(folder)

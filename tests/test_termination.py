@@ -48,21 +48,21 @@ def started(*arguments: str, **options) -> subprocess.Popen:
     )
 
 
-def test_a_reader_that_ends_is_no_error():
-    """As in `list | head -1`: nothing on the error stream, also from Python's own flush at its exit."""
+@pytest.mark.parametrize(("given", "code"), [(("plan", "smoke"), 0), (("run", "smoke", "--executor", "serial"), 130)])
+def test_a_reader_that_ends_is_no_error(given, code, tmp_path):
+    """As in `plan smoke | head -1`: nothing on the error stream. A run that ends so has not done its work."""
     reading, writing = os.pipe()
     os.close(reading)
-    process = started("list", stdout=writing)
+    process = started(*given, "--runs", str(tmp_path), stdout=writing)
     os.close(writing)
     _, err = process.communicate(timeout=120)
 
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, err) == (code, "")
 
 
-@pytest.mark.parametrize("verb", [("list",), ("plan", "smoke"), ("validate", "smoke")])
-def test_closed_standard_output_is_no_error(verb):
-    """As in `list >&-`."""
-    process = started(*verb, preexec_fn=lambda: os.close(1))
+def test_closed_standard_output_is_no_error():
+    """As in `plan smoke >&-`."""
+    process = started("plan", "smoke", preexec_fn=lambda: os.close(1))
     _, err = process.communicate(timeout=120)
 
     assert (process.returncode, err) == (0, "")

@@ -256,3 +256,12 @@ def test_a_full_disk_is_found_behind_another_error():
     except RuntimeError as error:
         assert disk.is_full(error)
     assert not disk.is_full(RuntimeError("a worker failed"))
+def test_a_unit_that_was_given_back_is_taken_first():
+    """It was begun before the others."""
+    walk = walk_over()
+    index = walk.take()
+
+    walk.give_back(index)
+
+    assert drain(walk) == ["top", "alone"]
+    assert not walk.is_finished

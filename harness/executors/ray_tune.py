@@ -12,6 +12,8 @@ import contextlib
 import json
 import logging
 import os
+import uuid
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,11 @@ from harness.stages import deaths, heartbeat
 from harness.stages.execution import log_path, not_committed, record_failure
 from harness.stages.workplace import Workplace
 
-_LONE_RETRIES = 1
-"""Number of retries of a unit after its Ray worker died, such as with its machine. `Keeper` counts those of methods."""
+RETRIES = 1
+"""How often a unit is begun again after its Ray worker died, such as with its machine. Deaths of the process that does
+the stages are counted by `Keeper`."""
+_MOST_TRIES = 10
+"""How often a unit is handed out: Tune may hand it to a worker that is dead already, which then never began."""
 
 
 def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | None = None) -> Summary:
@@ -72,7 +77,7 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
                 storage_path=str(scratch.resolve()),
                 verbose=0,
                 log_to_file=False,
-                failure_config=tune.FailureConfig(max_failures=_LONE_RETRIES),
+                failure_config=tune.FailureConfig(max_failures=0),  # it counts one death twice; see on_trial_complete
             ),
         )
         is_interrupted = False
@@ -207,6 +212,10 @@ def _unit_file(scratch: Path, index: int) -> Path:
     return scratch / f"unit-{index}.json"
 
 
+def _begun_file(scratch: Path, index: int, attempt: str) -> Path:
+    return scratch / f"unit-{index}.begun.{attempt}"
+
+
 _keeper = Keeper()
 """The keeper of this Ray worker: its process outlives the units."""
 
@@ -215,6 +224,7 @@ def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace, is_p
     """Do one unit in a worker. A failure of a stage is a result, reported to the searcher."""
     from ray import tune
 
+    _begun_file(Path(scratch), config["unit"], uuid.uuid4().hex).touch()
     try:
         if is_private:
             loopback.require()
@@ -265,6 +275,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
         def __init__(self):
             super().__init__(metric="done", mode="max")
             self.units: dict[str, int] = {}
+            self.tries: Counter[int] = Counter()
             self.errors: dict[str, Exception | None] = {}
 
         def set_search_properties(self, metric, mode, config, **spec):
@@ -277,6 +288,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
             if index is None:
                 return None
             self.units[trial_id] = index
+            self.tries[index] += 1
             # a list, since stages are done in this order
             write_json(_unit_file(scratch, index), [(k, to_json(walk.plan.stages[k])) for k in walk.unit(index).stages])
             listen("unit_started", {"unit": walk.unit(index).name})
@@ -288,6 +300,10 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
                 return
             message = (result or {}).get("failure", "")
             if not message and (error or result is None):
+                begun = list(scratch.glob(_begun_file(scratch, index, "*").name))
+                if len(begun) <= RETRIES and self.tries[index] < _MOST_TRIES:
+                    walk.give_back(index)
+                    return
                 stages = {key: walk.plan.stages[key] for key in walk.unit(index).stages}
                 message = _died(stages, workplace, self.errors.pop(trial_id, None))
             if message:

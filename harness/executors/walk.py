@@ -65,6 +65,11 @@ class Walk:
         self.running.add(index)
         return index
 
+    def give_back(self, index: int) -> None:
+        """Make a running unit ready again, before all others: its worker was lost."""
+        self.running.discard(index)
+        self.ready.appendleft(index)
+
     def unit(self, index: int) -> Unit:
         """Return the unit of an index."""
         return self.plan.units[index]

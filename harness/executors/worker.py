@@ -18,6 +18,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from harness.core import streams
 from harness.stages import pulse
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ PROGRESS_S = 0.2
 
 def main() -> None:
     """Do the units that arrive, one after another, until the keeper ends."""
+    streams.prepare()  # what a method prints must not fail here and nowhere else
     told = os.dup(1)
     os.dup2(2, 1)  # standard output is for the keeper; libraries print too
     units: queue.SimpleQueue = queue.SimpleQueue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import re
 import shutil
@@ -67,7 +68,7 @@ def make(path: Path, prompts: int = sheets.PROMPTS, into: Path | None = None) ->
         temporary.rename(final)
     except OSError as error:
         if disk.is_full(error):
-            raise
+            raise OSError(errno.ENOSPC, "No space left on device", str(final)) from error
         hint = "; write it to another folder with --into" if into is None else ""
         raise UserMistake(f"{one_line(final)}: cannot be written: {one_line(error.strerror or error)}{hint}") from None
     finally:
