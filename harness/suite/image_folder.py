@@ -83,7 +83,7 @@ def scan(path: Path, about: str) -> ImageFolder:
     _refuse_twins(found.images, about)
     found.captions = folder_captions.read(path, files, found.images)
     for name in files:
-        if name not in found.captions.read:
+        if name not in found.captions.read | found.captions.unread:
             others[Path(name).suffix.lower()] += 1
     found.ignored = _ignored(nested, others, hidden)
     return found
