@@ -18,7 +18,9 @@ examples:
   python -m harness run my_suite.yaml --plugin my_defense.py --set seeds=3
 exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 130 interrupted
 """
-VERBS = ("run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "list", "doctor")
+VERBS = (
+    "run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "verify", "list", "doctor",
+)  # fmt: skip
 """Modules of `harness.commands`, in the order of the help."""
 
 

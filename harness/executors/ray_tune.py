@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.contracts.stage import from_json, to_json
-from harness.core.errors import StageFailure, UserMistake, one_line
+from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
 from harness.core.files import is_alive, write_json
+from harness.executors import outcome
 from harness.executors.events import Listener
 from harness.executors.walk import Summary, Walk
 from harness.stages.execution import execute_unit
@@ -161,14 +162,16 @@ def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace) -> N
 
     from harness.core import registry
 
-    registry.load_plugins(workplace.plugins)
+    registry.load_plugins(workplace.plugins, is_worker=True)
     try:
         unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
         execute_unit({key: from_json(plain) for key, plain in unit}, workplace)
     except StageFailure as failure:
-        tune.report({"done": 0, "failure": str(failure)})
+        tune.report({"done": 0, "failure": str(failure), "lost": ""})
+    except InputsLost as lost:
+        tune.report({"done": 0, "failure": "", "lost": json.dumps([lost.keys, lost.messages])})
     else:
-        tune.report({"done": 1, "failure": ""})
+        tune.report({"done": 1, "failure": "", "lost": ""})
 
 
 def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
@@ -205,14 +208,12 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path):
             message = (result or {}).get("failure", "")
             if error or result is None:
                 message = message or f"{name}: its worker died; see its log and ray.log in the logs folder"
-            if not message:
-                walk.finish(index)
-                listen("unit_done", {"unit": name})
-                return
-            blocked = walk.fail(index, message)
-            listen("unit_failed", {"unit": name, "message": message})
-            for other in blocked:
-                listen("unit_blocked", {"unit": walk.unit(other).name, "by": name})
+            if message:
+                outcome.failed(walk, index, message, listen)
+            elif result["lost"]:
+                outcome.inputs_lost(walk, index, *json.loads(result["lost"]), listen)
+            else:
+                outcome.done(walk, index, listen)
 
         def save(self, checkpoint_path):
             """Save nothing: the store records what is done."""

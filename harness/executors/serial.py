@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from harness.core.errors import StageFailure
+from harness.core.errors import InputsLost, StageFailure
+from harness.executors import outcome
 from harness.executors.events import Listener
 from harness.executors.walk import Summary, Walk
 from harness.stages.execution import execute_unit
@@ -21,14 +22,12 @@ def run(walk: Walk, workplace: Workplace, listen: Listener) -> Summary:
                     workplace,
                     lambda done, total: listen("stage_progress", {"done": done, "total": total}),
                 )
+            except InputsLost as lost:
+                outcome.inputs_lost(walk, index, lost.keys, lost.messages, listen)
             except StageFailure as failure:
-                blocked = walk.fail(index, str(failure))
-                listen("unit_failed", {"unit": unit.name, "message": str(failure)})
-                for other in blocked:
-                    listen("unit_blocked", {"unit": walk.unit(other).name, "by": unit.name})
+                outcome.failed(walk, index, str(failure), listen)
             else:
-                walk.finish(index)
-                listen("unit_done", {"unit": unit.name})
+                outcome.done(walk, index, listen)
     except KeyboardInterrupt:
         return walk.summary(is_interrupted=True)
     return walk.summary()

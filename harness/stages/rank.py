@@ -49,7 +49,7 @@ def _work(described, workplace, work_folder, rank: int) -> None:
     from harness.store.store import Store
     from harness.training import sharding
 
-    registry.load_plugins(workplace.plugins)
+    registry.load_plugins(workplace.plugins, is_worker=True)
     stage = from_json(described)
     printed = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)  # libraries print too
     os.dup2(2, 1)

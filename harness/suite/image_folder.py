@@ -12,17 +12,17 @@ size and time of change, so that a finished suite answers at once.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.core import pictures
 from harness.core.counted import counted
-from harness.core.digests import Memory
 from harness.core.errors import UserMistake, one_line
+from harness.core.memory import Memory
 from harness.suite import folder_captions
 from harness.suite.folder_captions import Captions, composed
 
@@ -127,7 +127,7 @@ def _refuse_twins(images: Sequence[str], about: str) -> None:
 
 def look(path: Path, names: Iterable[str], about: str) -> Looked:
     """Decode images of a folder. Raises UserMistake with every one that is refused; `about` as for `scan`."""
-    memory = Memory()
+    memory = memory_of_images()
     digests: dict[str, str] = {}
     changed: dict[str, list[str]] = {}
     mistakes: list[str] = []
@@ -149,23 +149,23 @@ def look(path: Path, names: Iterable[str], about: str) -> Looked:
     return Looked(digests, [_change(change, files) for change, files in changed.items()])
 
 
-def _recalled(memory: Memory, file: Path) -> dict:
+def memory_of_images() -> Memory:
+    """Return what images held when they were decoded in earlier runs."""
+    return Memory(f"images-{pictures.VERSION}.json")
+
+
+def _recalled(memory: Memory, file: Path) -> dict[str, Any]:
     """Return what an image holds, from memory if it was decoded before."""
-    try:
-        known = json.loads(memory.recall(file, f"picture@{pictures.VERSION}|", _described))
-        if isinstance(known["digest"], str) and all(isinstance(change, str) for change in known["changes"]):
-            return known
-    except pictures.BadPicture:
-        raise
-    except (ValueError, TypeError, KeyError):
-        pass  # somebody edited the memory
-    return json.loads(_described(file))
+    known = memory.of(file, _described)
+    is_right = isinstance(known, dict) and isinstance(known.get("digest"), str)
+    is_right = is_right and isinstance(known.get("changes"), list) and all(isinstance(c, str) for c in known["changes"])
+    return known if is_right else _described(file)  # somebody edited the memory
 
 
-def _described(path: Path) -> str:
-    """Return what an image holds, as JSON for the memory."""
+def _described(path: Path) -> dict[str, Any]:
+    """Return what an image holds, as JSON values for the memory."""
     picture = pictures.opened(path)
-    return json.dumps({"digest": picture.digest, "changes": picture.changes})
+    return {"digest": picture.digest, "changes": list(picture.changes)}
 
 
 def _change(change: str, files: Sequence[str]) -> str:
