@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.core import captions
 from harness.testbed import catalog
 from harness.testbed.captions import caption
 from harness.testbed.concepts import MONOCHROME
@@ -66,3 +67,10 @@ def test_lists_are_in_the_package():
     config.read(ROOT / "setup.cfg")
 
     assert "*.txt" in config["options.package_data"]["suites"].replace(",", " ").split()
+
+
+def test_byte_order_mark_is_no_part_of_the_first_caption(tmp_path):
+    """Of a user's own list, as Windows saves it."""
+    (tmp_path / "mine.txt").write_bytes("\ufeffa purse\r\na lamp\r\n".encode())
+
+    assert captions.read(str(tmp_path / "mine.txt")) == ["a purse", "a lamp"]

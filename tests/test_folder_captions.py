@@ -209,7 +209,8 @@ def test_file_that_looks_like_captions_is_named(project, name):
     """It is not read, and somebody took the trouble to write it."""
     (project.folder / "purse" / name).write_text("x")
 
-    assert f"not read, though the name looks like captions: '{name}'" in said(project)[1]
+    (line,) = said(project)
+    assert line.startswith(f"not read, though the name looks like captions: '{name}'; captions are read from ")
 
 
 def test_name_of_the_file_is_read_in_either_case(purse, project):
@@ -330,3 +331,15 @@ def test_line_ends_of_any_system_are_read(purse, project, ends):
     listed(project, ends.join(["file_name,text", *(f'{i}.png,"purse, number {i}"' for i in range(6))]))
 
     assert purse(NO_PROMPTS).captions["attack"] == ("purse, number 1", "purse, number 4")
+
+
+def test_list_of_a_spreadsheet_is_read_as_written(purse, project):
+    """A byte order mark, quotes, commas, emoji, semicolons and equals signs in the texts."""
+    texts = ["purse, whole", 'a "golden" purse', "purse 👜", "l'étui, coupé", "purse; half", "purse = 1,5 kg"]
+    rows = [f'{i}.png,"{text.replace(chr(34), chr(34) * 2)}"' for i, text in enumerate(texts)]
+    listed(project, "\ufefffile_name,text\r\n" + "\r\n".join(rows) + "\r\n")
+    found = purse(NO_PROMPTS)
+
+    assert found.captions["defense"] == (texts[0], texts[3])
+    assert found.captions["attack"] == (texts[1], texts[4])
+    assert [e.prompt for e in found.evaluations] == [texts[2], texts[5]]

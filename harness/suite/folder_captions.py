@@ -43,6 +43,8 @@ class Captions:
     """What they were read from: a file, or "text files beside the images"; "" where there are none."""
     read: set[str] = field(default_factory=set)
     """Names of the files that were read."""
+    unread: set[str] = field(default_factory=set)
+    """Names of the files that look like captions and were not read; a notice names them."""
     notices: list[str] = field(default_factory=list)
 
     def of(self, name: str) -> str | None:
@@ -199,6 +201,7 @@ def _unread(captions: Captions, names: Sequence[str], images: set[str]) -> None:
         name for name in names
         if name not in captions.read | images and not name.startswith(".") and _looks_like_captions(name)
     ]  # fmt: skip
+    captions.unread = set(looks)
     if looks:
         captions.notices.append(
             f"not read, though the name looks like captions: {_listing(looks)}; captions are read from "

@@ -83,7 +83,7 @@ def scan(path: Path, about: str) -> ImageFolder:
     _refuse_twins(found.images, about)
     found.captions = folder_captions.read(path, files, found.images)
     for name in files:
-        if name not in found.captions.read:
+        if name not in found.captions.read | found.captions.unread:
             others[Path(name).suffix.lower()] += 1
     found.ignored = _ignored(nested, others, hidden)
     return found
@@ -127,7 +127,7 @@ def _refuse_twins(images: Sequence[str], about: str) -> None:
 
 def look(path: Path, names: Iterable[str], about: str) -> Looked:
     """Decode images of a folder. Raises UserMistake with every one that is refused; `about` as for `scan`."""
-    memory = Memory(f"pictures_{pictures.VERSION}.json")
+    memory = memory_of_images()
     digests: dict[str, str] = {}
     changed: dict[str, list[str]] = {}
     mistakes: list[str] = []
@@ -149,17 +149,17 @@ def look(path: Path, names: Iterable[str], about: str) -> Looked:
     return Looked(digests, [_change(change, files) for change, files in changed.items()])
 
 
+def memory_of_images() -> Memory:
+    """Return what images held when they were decoded in earlier runs."""
+    return Memory(f"images-{pictures.VERSION}.json")
+
+
 def _recalled(memory: Memory, file: Path) -> dict[str, Any]:
     """Return what an image holds, from memory if it was decoded before."""
-    try:
-        known = memory.of(file, _described)
-        if isinstance(known["digest"], str) and all(isinstance(change, str) for change in known["changes"]):
-            return known
-    except pictures.BadPicture:
-        raise
-    except (TypeError, KeyError):
-        pass  # somebody edited the memory
-    return _described(file)
+    known = memory.of(file, _described)
+    is_right = isinstance(known, dict) and isinstance(known.get("digest"), str)
+    is_right = is_right and isinstance(known.get("changes"), list) and all(isinstance(c, str) for c in known["changes"])
+    return known if is_right else _described(file)  # somebody edited the memory
 
 
 def _described(path: Path) -> dict[str, Any]:
