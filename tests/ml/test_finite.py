@@ -302,3 +302,37 @@ def test_flat_is_every_pixel_equal():
     image.putpixel((7, 7), (1, 2, 4))
     assert finite.flat_colour(image) is None
     assert finite.described([(0, 0, 0), (1, 1, 1), (0, 0, 0)]) == "(0, 0, 0), (1, 1, 1)"
+
+
+def test_probe_whose_images_are_not_finite_is_a_diverged_probe(tmp_path, monkeypatch):
+    """An adaptive attacker drops those settings; the search goes on, as after a loss that is not finite."""
+    from harness.stages import adapt
+
+    def judged(*_):
+        raise FloatingPointError("2 of 2 latents of images are not finite")
+
+    monkeypatch.setattr(adapt, "_tried", lambda work, parameters: ({"rank": 8}, 0))
+    monkeypatch.setattr(adapt, "_with", lambda attack, values: attack)
+    monkeypatch.setattr(adapt, "_own", lambda work, parameters: ([Path("a"), Path("b")], ["a", "b"]))
+    monkeypatch.setattr(adapt, "_trajectory", lambda *_: tmp_path)
+    monkeypatch.setattr(adapt, "_judged", judged)
+    parameters = SimpleNamespace(held_out=1, budget=SimpleNamespace(steps=(1,)))
+    adapt.Probe().do(parameters, SimpleNamespace(folder=tmp_path, method=lambda: None))
+
+    assert json.loads((tmp_path / adapt.PROBE).read_text()) == {"values": {"rank": 8}, "score": None}
+
+
+def test_component_of_a_defense_that_is_not_finite_is_refused(tmp_path):
+    """Whether it is a module or the folder that it was saved to."""
+    from safetensors.torch import save_file
+
+    from harness.contracts.protection import Protection
+    from harness.stages.protect import _require_fitting
+
+    module = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        module.bias[1] = float("nan")
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    for component in (module, tmp_path):
+        with pytest.raises(ValueError, match="component 'unet' with values that are not finite: .*'bias' has 1 of 2"):
+            _require_fitting(SimpleNamespace(name="pruned"), Protection(components={"unet": component}), {})
