@@ -317,7 +317,7 @@ def test_probe_whose_images_are_not_finite_is_a_diverged_probe(tmp_path, monkeyp
     monkeypatch.setattr(adapt, "_trajectory", lambda *_: tmp_path)
     monkeypatch.setattr(adapt, "_judged", judged)
     parameters = SimpleNamespace(held_out=1, budget=SimpleNamespace(steps=(1,)))
-    adapt.Probe().do(parameters, SimpleNamespace(folder=tmp_path, method=lambda: None))
+    adapt.Probe(None).do(parameters, SimpleNamespace(folder=tmp_path, method=lambda: None))
 
     assert json.loads((tmp_path / adapt.PROBE).read_text()) == {"values": {"rank": 8}, "score": None}
 
