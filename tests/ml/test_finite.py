@@ -72,7 +72,7 @@ def test_base_model_whose_schedule_does_not_fit_draws_no_black_images(tmp_path, 
 
     assert _run(suite) == ExitCode.TRIALS_FAILED
     (error,) = [e for e in _failures(suite) if e.startswith("FloatingPointError: 2 of 2 latents of images are not")]
-    assert "zero terminal SNR needs v_prediction" in error
+    assert "zero SNR needs v_prediction" in error
     assert len(_records(suite, "images")) == 1  # the user's own
 
 
@@ -83,7 +83,7 @@ def test_attack_that_diverges_in_its_only_step_fails_and_has_no_row(tmp_path, ti
 
     assert _run(suite) == ExitCode.TRIALS_FAILED
     (error,) = _failures(suite, "sample")
-    assert "not finite" in error and "lower the learning rate" in error
+    assert "not finite" in error and "lower learning_rate" in error
     assert len(_records(suite, "sample")) == 2  # before the attack
     table = suite.parent / "runs" / "own" / "leaderboard.csv"
     assert "full_finetune" not in table.read_text(encoding="utf-8")
@@ -120,7 +120,7 @@ def test_diverged_last_step_fails_the_attacks_stage(tmp_path, tiny_folder, monke
 
     assert _run(suite) == ExitCode.TRIALS_FAILED
     (error,) = _failures(suite, "adapt")
-    assert error.startswith("FloatingPointError: the attack's weights at step 1 are not finite (")
+    assert error.startswith("FloatingPointError: the attack's weights at step 1 are not finite, the training")
     assert "pytorch_lora_weights.safetensors" in error
 
 
@@ -255,7 +255,7 @@ def test_attack_that_makes_a_model_draw_nothing_fails_defended_or_not(plugged):
     assert len(errors) == 2
     assert all("at step 1 are one flat colour, (128, 128, 128)" in error for error in errors)
     assert all("the attack's training diverged" in error for error in errors)
-    assert "although the defended model draws others before the attack" in errors[0]
+    assert any("before it the defended model draws others" in error for error in errors)
 
 
 def test_latents_and_decoded_images_are_checked_before_they_become_black(model, make_run):
