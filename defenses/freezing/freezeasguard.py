@@ -31,7 +31,8 @@ optimizer. Differences from the released code: m and the sparsity term are compu
 the logits are kept in bf16 in both), from the logits' start as stored (released: from the fp32 start); logits are
 updated in one operation and read from the device once per step, weights in one operation per tensor (released: a loop
 over scalars); latents and text embeddings are encoded once; images are resized by LANCZOS (released: bilinear); a
-smaller last batch of an epoch is filled from the next epoch; several processes share one mask (released: one each). The simulated Adam has no weight decay.
+smaller last batch of an epoch is filled from the next epoch; several processes share one mask (released: one each). The
+simulated Adam has no weight decay.
 """
 
 from __future__ import annotations
