@@ -30,8 +30,9 @@ Differences from the paper: its equations were reconstructed from prose and code
 optimizer. Differences from the released code: m and the sparsity term are computed in fp32 (released: bf16; Delta and
 the logits are kept in bf16 in both), from the logits' start as stored (released: from the fp32 start); logits are
 updated in one operation and read from the device once per step, weights in one operation per tensor (released: a loop
-over scalars); latents and text embeddings are encoded once; a smaller last batch of an epoch is filled from the next
-epoch; several processes share one mask (released: one each). The simulated Adam has no weight decay.
+over scalars); latents and text embeddings are encoded once; images are resized by LANCZOS (released: bilinear); a
+smaller last batch of an epoch is filled from the next epoch; several processes share one mask (released: one each). The
+simulated Adam has no weight decay.
 """
 
 from __future__ import annotations

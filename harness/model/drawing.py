@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-_ADVICE = (
-    "the weights diverged (lower the learning rate), or scheduler_config.json does not fit them (zero terminal SNR "
-    "needs v_prediction)"
-)
+_ADVICE = "the weights diverged (lower learning_rate), or scheduler_config.json is wrong (zero SNR needs v_prediction)"
 
 
 @dataclass

@@ -254,8 +254,8 @@ def _trajectory(
     for checkpoint in attack.adapt(model, concept, protection, budget, run):
         found = _keep(checkpoint, saved) if run.world.rank == 0 else ""
         if not run.world.all(not found):  # in every process: none waits for one that failed
-            what = f"the attack's weights at step {checkpoint.step} are not finite"
-            raise FloatingPointError(f"{what} ({found}): the training diverged; try a lower learning rate")
+            what = f"the attack's weights at step {checkpoint.step} are not finite, the training diverged"
+            raise FloatingPointError(f"{what}: lower learning_rate ({found})")
         run.world.wait()
     missing = [step for step in steps if not (saved / step_folder(step)).is_dir()]
     if missing:

@@ -116,15 +116,15 @@ def _require_result(
     what = f"all {count} images at step {step} are one flat colour, {described(colours)}"
     if not any(_defends(work, layer) for layer in ModelState.read(work.stage.inputs).layers):
         cause = "the attack's training diverged" if step else "the undefended model draws nothing"
-        advice = "try a lower learning rate" if step else "check its scheduler_config.json, and the suite's 'sampling'"
+        advice = "lower learning_rate" if step else "check its VAE and scheduler_config.json, and 'sampling'"
         raise NothingDrawn(f"{what}: {cause}; {advice}")
     if step:
         settings, seed = parameters.sampling, work.run.seed
         drawn = sample(model, work.run, parameters.prompts, settings, images_per_prompt=1, seed=seed, hooks=hooks)
         if any(flat_colour(image) is None for _, _, image in drawn):
             raise NothingDrawn(
-                f"{what}, although the defended model draws others before the attack: the attack's training diverged; "
-                "try a lower learning rate"
+                f"{what}: the attack's training diverged (before it the defended model draws others); "
+                "lower learning_rate"
             )
     log.warning("%s: the defended model draws nothing, also without an attack", what)
 
