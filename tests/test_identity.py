@@ -11,7 +11,7 @@ import pytest
 from harness.core import identity, registry
 from harness.core.described import as_json
 from harness.core.identity import Input, Stage
-from tests.conftest import SUITE, write_image, write_model
+from tests.conftest import SUITE, write_image, write_model, write_weights
 from tests.test_registry import DEFENSE
 
 STAGE = Stage(
@@ -266,7 +266,7 @@ def test_evaluation_prompt_keeps_other_concepts(project):
 def test_content_of_a_model_changes_all_that_computes(project):
     """The revision of a folder is the digest of its files."""
     before = project.plan()
-    (project.folder / "model" / "unet" / "model.safetensors").write_bytes(b"other weights")
+    write_weights(project.folder / "model" / "unet" / "model.safetensors", b"other weights")
 
     after = project.plan()
 

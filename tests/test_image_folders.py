@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from harness.core import pictures
+from harness.core import memory, pictures
 from harness.core.errors import UserMistake
 from harness.stages.images import Images
 from harness.suite import image_folder
@@ -25,6 +25,12 @@ from tests.conftest import write_image
 def lamp(project) -> Path:
     """The folder of the lamp, with images 0.png to 5.png."""
     return project.folder / "lamp"
+
+
+@pytest.fixture(autouse=True)
+def old_files_at_once(monkeypatch):
+    """Images are remembered though they were written a moment ago, within the grain of a coarse clock."""
+    monkeypatch.setattr(memory, "_GRAIN_NS", -1)
 
 
 def notes(project) -> list[str]:
@@ -144,9 +150,9 @@ def test_images_are_decoded_once_between_runs(project, lamp, monkeypatch):
 def test_damaged_memory_of_images_does_no_harm(project, value):
     """It is only a memory."""
     before = key(project)
-    memory = image_folder.memory_of_images()
-    assert memory.known
-    memory.file.write_text(json.dumps({name: [*kept[:2], value] for name, kept in memory.known.items()}))
+    kept_images = image_folder.memory_of_images()
+    assert kept_images.known
+    kept_images.file.write_text(json.dumps({name: [*kept[:2], value] for name, kept in kept_images.known.items()}))
 
     assert key(project) == before
 
