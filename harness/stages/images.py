@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from harness.stages.work import StageAtWork
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-log = logging.getLogger("immunitybench")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def _require_drawn(work: StageAtWork, split: str, files: Sequence[Path]) -> None
             "nothing; check its VAE and scheduler_config.json, and 'sampling'"
         )
     if flat:
-        log.warning("%d of %d images of split %s are one flat colour", len(flat), len(files), split)
+        work.run.notify(f"{len(flat)} of {len(files)} images of split {split} are one flat colour")
         work.run.ledger.numbers["flat_images"] = work.run.ledger.numbers.get("flat_images", 0) + len(flat)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from harness.core.identity import Input
     from harness.model.pipeline import DiffusionModel
 
-log = logging.getLogger("immunitybench")
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Sample(StageKind):
             flat += len(colours)
             temporary.rename(final)
         if flat:
-            log.warning("%d of %d images are one flat colour", flat, total)
+            work.run.notify(f"{flat} of {total} images are one flat colour")
             work.run.ledger.numbers["flat_images"] = flat
         shutil.copytree(saved, work.folder / "images", copy_function=os.link)
 
@@ -126,7 +124,7 @@ def _require_result(
                 f"{what}: the attack's training diverged (before it the defended model draws others); "
                 "lower learning_rate"
             )
-    log.warning("%s: the defended model draws nothing, also without an attack", what)
+    work.run.notify(f"{what}: the defended model draws nothing, also without an attack")
 
 
 def _defends(work: StageAtWork, layer: Input) -> bool:
