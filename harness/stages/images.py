@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-
 @dataclass(frozen=True)
 class ImagesParameters:
     """Either prompts and sampling, or the number of images to copy; paths and digests are in the stage's `local`."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from harness.model.pipeline import DiffusionModel
 
 
-
 @dataclass(frozen=True)
 class SampleParameters:
     """Prompts and sampling, the steps of an adaptation to draw at, and an adaptive attacker's differences."""
