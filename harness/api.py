@@ -57,7 +57,7 @@ def run(
     suite: str | Path,
     *,
     executor: Literal["ray", "serial"] = "ray",
-    cache: Literal["always", "never", "only-missing", "only-cached"] = "only-missing",
+    cache: Literal["always", "never", "only-missing", "only-cached", "stale=redo"] = "only-missing",
     runs: str | Path = "runs",
     plugins: Sequence[str | Path] = (),
     ray_address: str | None = None,

@@ -19,7 +19,9 @@ examples:
 exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 130 interrupted; of `status` also 3 a run is in
 progress, 4 not finished and nothing runs
 """
-VERBS = ("run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "list", "doctor")
+VERBS = (
+    "run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "verify", "list", "doctor",
+)  # fmt: skip
 """Modules of `harness.commands`, in the order of the help."""
 
 

@@ -169,17 +169,27 @@ def registry_kept():
     from harness.core import registry
 
     registry.load()
-    before, digests_before = dict(registry._methods), dict(registry._plugin_digests)
+    before = dict(registry._methods), dict(registry._plugins), dict(registry._digests)
     modules = set(sys.modules)
     try:
         yield
     finally:
-        registry._methods.clear()
-        registry._methods.update(before)
-        registry._plugin_digests.clear()
-        registry._plugin_digests.update(digests_before)
+        for known, kept in zip((registry._methods, registry._plugins, registry._digests), before, strict=True):
+            known.clear()
+            known.update(kept)
         for name in [n for n in sys.modules if n.startswith("immunitybench_plugin_") and n not in modules]:
             del sys.modules[name]
+
+
+def sealed_again(folder: Path, **changes) -> None:
+    """Update the record of a committed stage, and seal it over the files that the stage has now."""
+    from harness.core.files import write_json
+    from harness.store import contents
+
+    path = folder / "record.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in record.items() if name not in ("contents", "digest")}
+    write_json(path, contents.sealed(folder, {**kept, **changes}))
 
 
 def run_python(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess:

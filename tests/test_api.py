@@ -10,7 +10,7 @@ from rich.console import Console
 
 from harness import api
 from harness.core.errors import UserMistake
-from tests.conftest import run_python
+from tests.conftest import run_python, sealed_again
 from tests.test_cli import arguments, commit_all, read_lines, write_tables
 
 
@@ -105,12 +105,17 @@ def test_images_are_asked_for_by_labels(project, results):
     folder.mkdir(parents=True)
     for number in (0, 1):
         (folder / f"000_{number:03d}.png").write_bytes(b"an image")
+    sealed_again(folder.parents[1])
 
     shown = results.images(**label, step=0)
 
     assert shown["image"].tolist()[:2] == [0, 1]
     assert shown["path"].tolist()[:2] == [folder / "000_000.png", folder / "000_001.png"]
     assert set(shown["defense"]) == {"none"}
+
+    (folder / "000_001.png").write_bytes(b"AN IMAGE")
+    with pytest.raises(UserMistake, match="000_001.png is not what was committed; `verify --set-aside`"):
+        results.images(**label, step=0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from harness import cli
 from harness.analysis.leaderboard import COLUMNS
 from harness.core.errors import ExitCode
 from harness.core.identity import describe
+from harness.stages import code
 from harness.store.store import Store
 from tests.conftest import run_python
 
@@ -28,6 +29,7 @@ def commit_all(project, *, but: int = 0) -> int:
     for key, stage in stages[: len(stages) - but]:
         with mock.patch("os.fsync"), store.writing(stage.kind, key) as (folder, record):
             record.update(identity=describe(stage), key=key, label=stage.label, work=stage.work, seconds=1.5)
+            record.update(code=code.of_stage(stage))
             if stage.kind == "score":
                 about = {"direction": "higher", "unit": "cosine", "range": "-1..1", "backbone": "b",
                          "preprocessing": "p", "library": "l"}  # fmt: skip

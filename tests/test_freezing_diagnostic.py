@@ -11,6 +11,7 @@ from harness.core import registry
 from harness.results import adaptation_cost
 from harness.store.store import Store
 from harness.tasks import immunization
+from tests.conftest import sealed_again
 from tests.test_cli import arguments, commit_all, read_lines
 from tests.test_diagnostics import write_ledgers
 from tests.test_masks import ELEMENTS, NAMES
@@ -55,6 +56,7 @@ def frozen(project, monkeypatch):
         if trial.method == "random_freeze":
             names = frozenset(NAMES[: 3 - trial.seed])
             masks.write(store.path("immunize", trial.released), ELEMENTS, Protection(frozen=names))
+            sealed_again(store.path("immunize", trial.released))
     return project
 
 

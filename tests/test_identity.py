@@ -300,16 +300,16 @@ def test_version_of_a_method_changes_its_stages(project, monkeypatch):
 
 
 def test_edit_of_a_plugin_changes_its_stages(project, write_plugin, unregister):
-    """The digest of its file represents its code."""
+    """A digest represents its code; a comment is none of it."""
     text = project.edited(("[none, uce, {", "[none, uce, mine, {"))
     plans = []
-    for edit in ("", "\n# edited\n"):
-        registry._methods.pop(("defense", "mine"), None)
+    for edit in ("", "\n# remarked\n", "\nEDITED = 1\n"):
         registry.load_plugins([write_plugin(DEFENSE + edit)])
         plans.append(project.plan(text))
 
-    assert changed_kinds(*plans) == {"immunize", "adapt", "sample", "score"}
-    assert all("mine" in label for label in labels(plans[0], "immunize", gone_in=plans[1]))
+    assert changed_kinds(*plans[:2]) == set()
+    assert changed_kinds(*plans[1:]) == {"immunize", "adapt", "sample", "score"}
+    assert all("mine" in label for label in labels(plans[0], "immunize", gone_in=plans[2]))
 
 
 def test_files_of_a_metric_change_its_scores(project):

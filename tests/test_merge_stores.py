@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import struct
 from pathlib import Path
 
 import pytest
 
 from harness.core.errors import UserMistake
 from harness.core.identity import digest_of_json
+from harness.store import contents
 from harness.store.merging import Merged, merge
 from harness.store.store import Store
+from tests.conftest import sealed_again
 
 
 def put(runs: Path, number: int, text: str = "x", *, kind: str = "score", checkpoint: str | None = None) -> str:
@@ -52,8 +54,7 @@ def test_when_and_where_a_stage_was_done_does_not_matter(a, b, tmp_path):
     """The record of the first stays."""
     key = put(a, 1)
     put(b, 1)
-    path = b / "store" / "score" / key / "record.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 99.0}))
+    sealed_again(b / "store" / "score" / key, seconds=99.0)
 
     assert merge([str(a), str(b)], str(tmp_path / "into")) == Merged(copied=1, known=1)
     assert Store(tmp_path / "into" / "store").record("score", key)["seconds"] == 1
@@ -90,11 +91,43 @@ def test_checkpoints_that_went_are_no_conflict_but_other_ones_are(a, b, tmp_path
 def test_a_record_that_does_not_fit_its_key_is_refused(a, tmp_path):
     """Somebody edited it, or renamed the folder."""
     key = put(a, 1)
-    path = a / "store" / "score" / key / "record.json"
-    path.write_text(path.read_text().replace('"number": 1', '"number": 7'))
+    sealed_again(a / "store" / "score" / key, identity={"kind": "score", "number": 7})
 
     with pytest.raises(UserMistake, match="does not fit its key"):
         merge([str(a)], str(tmp_path / "into"))
+
+
+def test_a_damaged_stage_is_refused(a, tmp_path):
+    """It would be copied as if it were whole."""
+    key = put(a, 1)
+    (a / "store" / "score" / key / "result.txt").write_text("y")
+
+    with pytest.raises(UserMistake, match="result.txt is not what was committed; leave the stage out"):
+        merge([str(a)], str(tmp_path / "into"))
+
+
+def safetensors(metadata: str) -> bytes:
+    """Return a file of one tensor, with the metadata as written."""
+    header = f'{{"__metadata__":{metadata},"x":{{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}}}'.encode()
+    return struct.pack("<Q", len(header)) + header + b"ab"
+
+
+def test_the_order_of_a_header_is_no_other_result(a, b, tmp_path):
+    """Libraries write metadata in the order of a hash table. Headers are put in order when they are committed."""
+    identity = {"number": 1}
+    key = digest_of_json(identity)[:32]
+    for runs, metadata in ((a, '{"format":"pt","kind":"x"}'), (b, '{"kind":"x","format":"pt"}')):
+        with Store(runs / "store").writing("adapt", key) as (folder, record):
+            record.update(identity=identity)
+            (folder / "x.safetensors").write_bytes(safetensors(metadata))
+
+    one, other = (runs / "store" / "adapt" / key / "x.safetensors" for runs in (a, b))
+    assert one.read_bytes() == other.read_bytes() == safetensors('{"format":"pt","kind":"x"}')
+    other.write_bytes(safetensors('{"kind":"x","format":"pt"}'))  # as it was committed before headers were ordered
+    sealed_as_is = other.read_bytes()
+    assert sealed_as_is != one.read_bytes() and contents.is_same_file(one, other)
+    other.write_bytes(safetensors('{"kind":"x","format":"np"}'))
+    assert not contents.is_same_file(one, other)
 
 
 def test_links_are_refused(a, tmp_path):

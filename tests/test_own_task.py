@@ -18,8 +18,9 @@ from harness.core.identity import describe
 from harness.results import adaptation_cost
 from harness.results.measured import RunResults
 from harness.results.rows import COLUMNS, read_rows
+from harness.stages import code
 from harness.store.store import Store
-from tests.conftest import SUITE, run_python
+from tests.conftest import SUITE, run_python, sealed_again
 from tests.test_cli import arguments, commit_all
 
 PLUGIN = Path(__file__).parent / "plugins" / "noise_norms.py"
@@ -52,10 +53,12 @@ def commit_norms(project, plan) -> None:
         if not store.has(stage.kind, key):
             with mock.patch("os.fsync"), store.writing(stage.kind, key) as (_, record):
                 record.update(identity=describe(stage), key=key, label=stage.label, work=stage.work, seconds=1.5)
+                record.update(code=code.of_stage(stage))
         if stage.kind == "noise_norm":
             about = {"direction": "none", "unit": "u", "range": "0..inf"}
             values = [{"step": 0, "prompt": prompt, "value": place + prompt / 2} for prompt in range(len(PROMPTS))]
             (store.path(stage.kind, key) / "scores.json").write_text(json.dumps({"about": about, "values": values}))
+            sealed_again(store.path(stage.kind, key))
 
 
 def test_a_suite_of_it_alone_needs_no_other_section(own):

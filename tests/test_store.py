@@ -15,7 +15,8 @@ import pytest
 
 from harness.core.files import write_json, write_text
 from harness.store import store as store_module
-from harness.store.store import RECORD, Store
+from harness.store.layout import RECORD
+from harness.store.store import Store
 from tests.conftest import run_python
 
 KEY = "0" * 32
@@ -58,7 +59,7 @@ def test_commit_makes_files_and_record_appear(store):
 
     assert store.has("adapt", KEY)
     assert store.committed("adapt") == {KEY}
-    assert store.record("adapt", KEY) == {"content": "x"}
+    assert store.record("adapt", KEY)["content"] == "x"
     assert (store.path("adapt", KEY) / "file").read_text() == "x"
 
 
@@ -96,7 +97,7 @@ def test_kill_before_the_rename_leaves_nothing_that_counts(store, tmp_path, wher
     assert not store.has("adapt", KEY)
     assert store.committed("adapt") == set()
     commit(store)
-    assert store.record("adapt", KEY) == {"content": "x"}
+    assert store.record("adapt", KEY)["content"] == "x"
 
 
 def test_sweep_removes_what_the_killed_left(store, tmp_path):
@@ -154,7 +155,7 @@ def test_first_of_two_writers_stays(store):
         commit(store, "first")
         record["content"] = "second"
 
-    assert store.record("adapt", KEY) == {"content": "first"}
+    assert store.record("adapt", KEY)["content"] == "first"
     assert [p.name for p in (store.root / "adapt").iterdir()] == [KEY]
 
 
@@ -164,7 +165,7 @@ def test_replace_puts_the_new_in_place_of_the_old(store):
 
     commit(store, "new", replace=True)
 
-    assert store.record("adapt", KEY) == {"content": "new"}
+    assert store.record("adapt", KEY)["content"] == "new"
     assert store.sweep() == 1
     assert [p.name for p in (store.root / "adapt").iterdir()] == [KEY]
 

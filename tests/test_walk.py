@@ -163,3 +163,62 @@ def test_a_unit_that_was_given_back_is_taken_first():
 
     assert drain(walk) == ["top", "alone"]
     assert not walk.is_finished
+
+
+def test_a_lost_stage_is_made_anew_before_the_unit_that_reads_it():
+    """Also one that was committed before the run. What else waits goes on."""
+    walk = walk_over(done=("top",))
+    assert drain(walk) == ["left", "right", "alone"]
+
+    assert walk.again(index_of(walk, "left"), ["top"])
+
+    assert drain(walk) == ["top"]
+    walk.finish(index_of(walk, "right"))
+    assert walk.total == 5 and not walk.is_finished
+    walk.finish(index_of(walk, "top"))
+    assert drain(walk) == ["left"]
+    walk.finish(index_of(walk, "left"))
+    assert drain(walk) == ["bottom"]
+
+
+def test_two_units_wait_for_one_lost_stage():
+    """It is made anew once."""
+    walk = walk_over(done=("top",))
+    drain(walk)
+
+    assert walk.again(index_of(walk, "left"), ["top"]) and walk.again(index_of(walk, "right"), ["top"])
+
+    assert drain(walk) == ["top"]
+    walk.finish(index_of(walk, "top"))
+    assert drain(walk) == ["left", "right"]
+
+
+def test_a_stage_that_is_lost_again_is_given_up():
+    """A disk that damages what is written would be an endless run."""
+    walk = walk_over(done=("top",))
+    drain(walk)
+    walk.again(index_of(walk, "left"), ["top"])
+    walk.finish(index_of(walk, drain(walk)[0]))
+    assert drain(walk) == ["left"]
+
+    assert not walk.again(index_of(walk, "left"), ["top"])
+    walk.fail(index_of(walk, "left"), "damaged")
+    assert walk.summary().blocked == (("bottom", "left"),)
+
+
+def test_a_unit_whose_own_stage_is_lost_is_done_again():
+    """An adaptation is read by the sampling of the same unit."""
+    walk = walk_over({"alone": set()})
+    (index,) = (walk.take(),)
+
+    assert walk.again(index, ["alone"])
+    assert drain(walk) == ["alone"]
+    assert not walk.again(index, ["alone"])
+
+
+def test_what_reads_a_stage_that_cannot_be_made_anew_fails():
+    """Its unit failed in this run."""
+    walk = walk_over()
+    walk.fail(index_of(walk, drain(walk)[0]), "broken")
+
+    assert not walk.again(index_of(walk, "alone"), ["top"])

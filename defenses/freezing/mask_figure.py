@@ -59,7 +59,8 @@ def draw(found: Sequence[Mask], path: Path) -> bool:
     left.set_title("frozen tensors, %, by kind and by block", fontsize=9)
     figure.colorbar(image, ax=left, fraction=0.03, pad=0.01).ax.tick_params(labelsize=6)
     _agreement(right, rows, masks.table(found))
-    figure.legend(loc="outside lower right", ncols=3, fontsize=7, frameon=False)
+    if right.get_legend_handles_labels()[0]:  # with one seed there are no two masks to compare
+        figure.legend(loc="outside lower right", ncols=3, fontsize=7, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True

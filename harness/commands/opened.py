@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +52,12 @@ class Opened:
                     pass
         except OSError as error:
             raise UserMistake(f"--runs {self.folder.parent}: cannot be written: {one_line(error.strerror)}") from None
+
+    def made_by_other_code(self, committed: Collection[str]) -> list[str]:
+        """Return the keys of the committed stages that other code made than the code that is here."""
+        from harness.stages import code
+
+        return code.made_by_other(self.plan.stages, committed, self.store)
 
     def committed(self) -> set[str]:
         """Return the keys of the plan's stages that are in the store."""

@@ -13,7 +13,7 @@ from harness.core.counted import counted
 from harness.executors.progress import format_seconds
 from harness.model.source import has_sd1_shape
 from harness.plan import cost
-from harness.store.store import RECORD
+from harness.store.layout import RECORD
 from harness.suite import fetching
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from harness.core.errors import ExitCode
 
 SUMMARY = "run the missing stages of a suite, then show its leaderboard"
 EXECUTORS = ("ray", "serial")
-CACHE_MODES = ("always", "never", "only-missing", "only-cached")
+CACHE_MODES = ("always", "never", "only-missing", "only-cached", "stale=redo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", choices=CACHE_MODES, default="only-missing",
         help="only-missing: run what is not committed, and what failed before (default); always: use everything that "
-        "is recorded, also failures; never: run everything anew; only-cached: run nothing, show what is committed",
+        "is recorded, also failures; never: run everything anew; only-cached: run nothing, show what is committed; "
+        "stale=redo: run anew what other code made, and what reads it",
     )  # fmt: skip
     parser.add_argument("--track", action="store_true", help="write training curves for TensorBoard (extra: tracking)")
     parser.add_argument("--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.opened import Opened
 from harness.commands.written import are_written, finish, write_resolved, write_tables
+from harness.contracts.stage import kinds_in_order
 from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake
 from harness.executors.events import EventLog
 from harness.executors.walk import Summary, Walk
-from harness.stages import heartbeat, tracking
+from harness.stages import code, heartbeat, tracking
 from harness.stages.workplace import Workplace
 from harness.suite import fetching
 from harness.suite.preflight import preflight
@@ -42,7 +45,9 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
         finish(opened, console)
         return ExitCode.DONE
     _forget_others(opened, recorded_failures)
-    done = set() if options.cache == "never" else committed
+    other = opened.made_by_other_code(committed)
+    redo = _redone(opened, options, committed, other)
+    done = committed - redo
     walk = Walk(opened.plan, done.__contains__)
     if options.cache == "always":
         _fail_as_before(walk, recorded_failures)
@@ -54,6 +59,7 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
             opened.make_folder()
             write_tables(opened)
             write_resolved(opened)
+        show_other_code(opened, other, console)
         console.print(
             f"nothing to do: all {len(opened.plan.stages)} stages of '{opened.plan.suite}' are committed; "
             f"the tables are in {opened.folder}",
@@ -61,11 +67,35 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
         )
         return ExitCode.DONE
     _require(opened, options)
+    show_other_code(opened, sorted(set(other) - redo), console)
     opened.make_folder()
     opened.store.sweep()
     write_resolved(opened)
-    redo = frozenset(opened.plan.stages) & committed if options.cache == "never" else frozenset()
     return _walked(opened, options, walk, redo, console)
+
+
+def _redone(
+    opened: Opened, options: RunOptions, committed: Collection[str], other: Collection[str]
+) -> frozenset[str]:
+    """Return the keys of committed stages that are done anew."""
+    if options.cache == "never":
+        return frozenset(committed)
+    if options.cache == "stale=redo":
+        return code.with_dependents(opened.plan.stages, other) & frozenset(committed)
+    return frozenset()
+
+
+def show_other_code(opened: Opened, keys: Collection[str], console: Console) -> None:
+    """Say in one line which committed stages were made by other code than the code that is here."""
+    if keys:
+        kinds = Counter(opened.plan.stages[key].kind for key in keys)
+        what = ", ".join(f"{kinds[kind]} {kind}" for kind in kinds_in_order() if kinds[kind])
+        example = opened.plan.stages[min(keys)].label
+        console.print(
+            f"made by other code than the code here: {counted(len(keys), 'stage')} ({what}; for example "
+            f"'{example}'); --cache stale=redo makes them anew",
+            style="yellow", highlight=False, markup=False,
+        )  # fmt: skip
 
 
 def _require(opened: Opened, options: RunOptions) -> None:

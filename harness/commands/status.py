@@ -40,6 +40,7 @@ def main(given: argparse.Namespace) -> ExitCode:
 
 def show(opened: Opened, console: Console) -> ExitCode:
     """Print how many stages are committed, what runs, and the failures; return the exit code that EPILOG explains."""
+    from harness.commands.running import show_other_code
     from harness.contracts.stage import kinds_in_order
     from harness.stages.execution import failure_path
 
@@ -51,6 +52,7 @@ def show(opened: Opened, console: Console) -> ExitCode:
     for kind in kinds_in_order():
         if kinds[kind]:
             console.print(f"{kind:<{width}} {done[kind]:>6} of {kinds[kind]}", highlight=False)
+    show_other_code(opened, opened.made_by_other_code(committed), console)
     failures = [
         json.loads(path.read_text("utf-8"))
         for key, stage in plan.stages.items()

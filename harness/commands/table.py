@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands.opened import open_suite
+    from harness.commands.running import show_other_code
     from harness.commands.written import show, write_resolved, write_tables
     from harness.results import papers
 
@@ -33,7 +34,9 @@ def main(given: argparse.Namespace) -> ExitCode:
     beside = papers.beside(opened.loaded.suite, arguments.warn) if given.with_paper else []
     written = write_tables(opened, beside)
     write_resolved(opened)
-    show(opened, written, arguments.console())
+    console = arguments.console()
+    show(opened, written, console)
+    show_other_code(opened, opened.made_by_other_code(opened.committed()), console)
     if given.with_paper:
         papers.write(beside, opened.folder)
         print(f"papers' numbers: {counted(len(beside), 'row')} in {opened.folder}/{papers.FILE}.md and .csv")

@@ -69,6 +69,8 @@ class StageKind(Method):
 
     after: ClassVar[tuple[str, ...]] = ()
     """The kinds that such a stage may read; every list puts them before it."""
+    method_kind: ClassVar[str | None] = None
+    """The kind of the method that does such a stage and that its component names; None: the stage kind itself."""
     per_trial: ClassVar[bool] = False
     """Whether a script for a single trial would do it itself; `plan` uses this to count what sharing saves."""
     is_layer: ClassVar[bool] = False

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 
 from harness.core.errors import UserMistake
-from harness.core.files import write_json
 from harness.core.identity import digest_of_file, digest_of_json
+from harness.core.memory import Memory
 
 SUFFIXES = frozenset({".json", ".safetensors", ".txt"})
 """Suffixes of the files that are read in a model folder."""
@@ -42,39 +41,8 @@ def of_folder(path: Path, suffixes: frozenset[str] | None = SUFFIXES) -> str:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"folder '{path}' does not exist")
-    memory = _Memory()
+    memory = Memory("digests.json")
     files = sorted(p for p in path.rglob("*") if (suffixes is None or p.suffix in suffixes) and p.is_file())
-    digests = {p.relative_to(path).as_posix(): memory.digest(p) for p in files}
+    digests = {p.relative_to(path).as_posix(): memory.of(p, digest_of_file) for p in files}
     memory.save()
     return digest_of_json(digests)[:40]
-
-
-class _Memory:
-    """Digests by path, size and modification time, kept in the user's cache folder."""
-
-    def __init__(self) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.file = cache / "immunitybench" / "digests.json"
-        try:
-            known = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
-        self.known: dict[str, str] = known if isinstance(known, dict) else {}
-        self.is_changed = False
-
-    def digest(self, path: Path) -> str:
-        stat = path.stat()
-        entry = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if entry not in self.known:
-            self.known[entry] = digest_of_file(path)
-            self.is_changed = True
-        return self.known[entry]
-
-    def save(self) -> None:
-        if not self.is_changed:
-            return
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.file, self.known)
-        except OSError:
-            pass  # a cache that cannot be written only costs time

@@ -37,6 +37,17 @@ class StageFailure(Exception):
     """A stage failed; its record is in the run's failures folder and the other stages continue."""
 
 
+class InputsLost(Exception):
+    """Committed stages that a unit reads were damaged, and were set aside: they must be made anew, then the unit."""
+
+    def __init__(self, keys: Sequence[str], messages: Sequence[str]):
+        super().__init__("; ".join(messages))
+        self.keys, self.messages = tuple(keys), tuple(messages)
+
+    def __reduce__(self):
+        return (type(self), (self.keys, self.messages))
+
+
 def one_line(text: object, limit: int = 160) -> str:
     """Return `text` on one line, control characters escaped and cut at `limit` characters."""
     flat = " ".join(str(text).split())

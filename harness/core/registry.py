@@ -24,7 +24,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from harness.core import code
 from harness.core.errors import UserMistake, did_you_mean, one_line
+from harness.core.identity import digest_of_json
 
 KINDS = {
     "defense": "harness.contracts.defense:Defense",
@@ -61,7 +63,8 @@ DIRECTIONS = ("higher", "lower", "none")
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _methods: dict[tuple[str, str], type] = {}
-_plugin_digests: dict[str, str] = {}  # module name -> digest of its file
+_plugins: dict[str, dict[str, str]] = {}  # module name of a plug-in -> digests of its code, by module; "": its file
+_digests: dict[str, str] = {}  # module name of any method -> digest of its code
 _is_loaded = False
 
 
@@ -109,7 +112,7 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
             raise BadMethod(f"{where}: Parameters must be a frozen dataclass")
         taken = _methods.get((kind, cls.name))
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            origin = "another plug-in" if taken.__module__ in _plugin_digests else taken.__module__
+            origin = "another plug-in" if taken.__module__ in _plugins else taken.__module__
             raise BadMethod(f"{where}: the {kind} name '{cls.name}' is taken by {origin}; choose another name")
         _methods[kind, cls.name] = cls
         return cls
@@ -145,9 +148,44 @@ def get(kind: str, name: str) -> type:
 
 
 def component(cls: type) -> str:
-    """Return the component string of a method for its identity: name, version and, for plug-ins, file digest."""
-    digest = _plugin_digests.get(cls.__module__)
-    return f"{cls.name}@{cls.version}" + (f"+{digest[:16]}" if digest else "")
+    """Return the component string of a method for its identity: name, version and, unless it is bundled, code digest.
+
+    Raises UserMistake if the code of the method cannot be read.
+    """
+    return f"{cls.name}@{cls.version}{_suffix(cls)}"
+
+
+def encoder(cls: type) -> str:
+    """Return the component string of a metric's encoder, as `component` does; the metric's code holds it."""
+    return f"{cls.encoder}{_suffix(cls)}"
+
+
+def _suffix(cls: type) -> str:
+    return f"+{code_digest(cls)}" if is_outside(cls) else ""
+
+
+def is_outside(cls: type) -> bool:
+    """Return whether a method is not bundled: from a plug-in, an installed distribution, a script."""
+    return cls.__module__.partition(".")[0] not in code.OURS
+
+
+def code_digest(cls: type) -> str:
+    """Return a digest of the code that a method consists of, as `harness.core.code` defines it: 16 hexadecimal digits.
+
+    It is that of the code when it was first asked for, since a process does not see later edits.
+    """
+    name = cls.__module__
+    if name not in _digests:
+        path = getattr(sys.modules.get(name), "__file__", None)
+        try:
+            if path is None:
+                raise OSError("it is not in a file")
+            _digests[name] = digest_of_json(code.parts(name, Path(path), Path(path).read_bytes()))[:16]
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserMistake(
+                f"the code of '{cls.name}' ({name}) cannot be read: {one_line(error)}; put the class into a file"
+            ) from None
+    return _digests[name]
 
 
 def load() -> None:
@@ -171,26 +209,32 @@ def load() -> None:
                 ) from error
 
 
-def load_plugins(paths: Sequence[str | Path]) -> None:
-    """Import each `--plugin` file; its methods register themselves.
+def load_plugins(paths: Sequence[str | Path], *, is_worker: bool = False) -> None:
+    """Import each `--plugin` file; its methods register themselves. An edited file is imported again.
 
-    Raises one UserMistake for all files that are missing, are not Python, fail on import or register nothing.
+    `is_worker`: a file that this process imported is not looked at again, so that all stages of a run have one code.
+    Raises one UserMistake for all files that are missing, are not Python, fail on import or register nothing, and for
+    edited modules that a file imports: Python would go on with the old ones.
     """
     load()
     mistakes: list[str] = []
     for given in paths:
         try:
-            _load_plugin(Path(given))
+            _load_plugin(Path(given), is_worker)
         except UserMistake as mistake:
             mistakes += [f"--plugin {one_line(given)}{message}" for message in mistake.messages]
     if mistakes:
         raise UserMistake(mistakes)
 
 
-def _load_plugin(path: Path) -> None:
-    """Import one plug-in, once. Raises UserMistake with a message that the caller puts after the file's name."""
+def _load_plugin(path: Path, is_worker: bool) -> None:
+    """Import one plug-in. Raises UserMistake with a message that the caller puts after the file's name."""
     try:
         path = path.resolve()  # tracebacks name the resolved path
+        name = f"immunitybench_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+        loaded = _plugins.get(name) if name in sys.modules else None
+        if is_worker and loaded is not None:
+            return
         if path.is_dir():
             raise UserMistake(": is a folder; give the path of a Python file")
         source = path.read_bytes()
@@ -200,29 +244,46 @@ def _load_plugin(path: Path) -> None:
         raise UserMistake(f": cannot be read: {one_line(getattr(error, 'strerror', None) or error)}") from None
     if path.suffix != ".py":
         raise UserMistake(": not a Python file (.py)")
-    digest = hashlib.sha256(source).hexdigest()
-    module_name = f"immunitybench_plugin_{path.stem}_{digest[:12]}"
-    if module_name in sys.modules:
-        return
-    before = dict(_methods)
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    _plugin_digests[module_name] = digest
+    before = dict(_methods), sys.modules.get(name), loaded, _digests.get(name)
     try:
-        spec.loader.exec_module(module)
-        if before == _methods:
+        parts = code.parts(name, path, source)
+        if loaded is not None:
+            if parts == loaded:
+                return
+            old = sorted(other for other in parts if other in sys.modules and loaded.get(other) != parts[other])
+            if old:
+                raise UserMistake(f": it imports {old[0]}, which was edited or is new; start a new process")
+            _forget(name)
+        kept = dict(_methods)
+        module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+        sys.modules[name] = module
+        exec(compile(source, str(path), "exec"), module.__dict__)  # the very source of which `parts` has the digest
+        if code.parts(name, path, source) != parts:
+            raise UserMistake(": a module that it imports was edited while it was loaded; try again")
+        if kept == _methods:
             raise UserMistake(": registers no method; decorate a class with @register('defense'), 'attack' or 'metric'")
+        _plugins[name], _digests[name] = parts, digest_of_json(parts)[:16]
     except (Exception, SystemExit) as error:
+        _forget(name)
+        methods, module, parts, digest = before
         _methods.clear()
-        _methods.update(before)
-        del sys.modules[module_name], _plugin_digests[module_name]
+        _methods.update(methods)
+        if loaded is not None:
+            sys.modules[name], _plugins[name], _digests[name] = module, parts, digest
         if isinstance(error, UserMistake):
             raise
-        is_of_file = isinstance(error, SyntaxError) and error.filename == str(path)
+        is_of_file = isinstance(error, SyntaxError) and error.filename in (str(path), "<unknown>")
         line = error.lineno if is_of_file else _line_in(error, path)
         what = "" if isinstance(error, BadMethod) else f"{type(error).__name__}: "
         raise UserMistake(f"{f':{line}' if line else ''}: {what}{one_line(error)}") from error
+
+
+def _forget(plugin: str) -> None:
+    """Forget the module of a plug-in, and the methods that it registered."""
+    for method in [method for method, cls in _methods.items() if cls.__module__ == plugin]:
+        del _methods[method]
+    for known in (_plugins, _digests, sys.modules):
+        known.pop(plugin, None)
 
 
 @contextmanager
@@ -236,7 +297,7 @@ def blamed(cls: type, what: str) -> Iterator[None]:
     except UserMistake:
         raise
     except Exception as error:
-        if cls.__module__ not in _plugin_digests:
+        if cls.__module__ not in _plugins:
             raise
         path = sys.modules[cls.__module__].__file__
         where = f"{one_line(path)}:{_line_in(error, Path(path)) or 1}"
@@ -260,6 +321,6 @@ def describe(cls: type) -> dict[str, Any]:
     return {
         "name": cls.name,
         "version": cls.version,
-        "origin": "plug-in" if cls.__module__ in _plugin_digests else cls.__module__,
+        "origin": "plug-in" if cls.__module__ in _plugins else cls.__module__,
         "summary": summary[0] if summary else "",
     }

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 Listener = Callable[[str, dict[str, Any]], None]
-"""Called with an event name (unit_started, stage_progress, unit_done, unit_failed, unit_blocked) and its data."""
+"""Called with an event name (unit_started, stage_progress, unit_done, unit_failed, unit_blocked,
+inputs_lost) and its data."""
 
 
 class EventLog:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.counted import counted
-from harness.core.errors import StageFailure
+from harness.core.errors import InputsLost, StageFailure
 from harness.stages import deaths, heartbeat, pulse
 from harness.stages.execution import log_path, record_failure
 from harness.stages.pulse import Clock, Pulse
@@ -58,7 +58,7 @@ class Keeper:
         workplace: Workplace,
         report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Do the stages of a unit as `execute_unit` does. Raises StageFailure at the end if any failed.
+        """Do the stages of a unit as `execute_unit` does. Raises what that raises.
 
         Stages are described by `to_json`: this process needs neither their plug-ins nor torch.
         """
@@ -118,6 +118,8 @@ class Keeper:
                     return
                 case {"event": "failed", "message": message}:
                     raise StageFailure(message)
+                case {"event": "lost", "keys": keys, "messages": messages}:
+                    raise InputsLost(keys, messages)
                 case {"event": "broken", "message": message, "traceback": where}:
                     raise _Ended(message, traceback=where)
                 case {"event": "ended"}:

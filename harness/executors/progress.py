@@ -67,6 +67,11 @@ class Progress:
                 self.console.print(
                     f"[{finished}/{self.walk.total}] {data['unit']}  ({self._eta()})", markup=False, highlight=False
                 )
+        elif event == "inputs_lost":
+            for message in data["messages"]:
+                self.console.print(f"made anew: {message}", style="yellow", markup=False, highlight=False)
+            if self.bar:
+                self.bar.update(self.task, total=self.walk.total)
         elif event == "unit_failed":
             self.done_work += self.work_by_name.get(data["unit"], 0.0)
             self.console.print(f"failed: {data['message']}", style="red", markup=False, highlight=False)

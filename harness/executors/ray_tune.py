@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.contracts.stage import to_json
-from harness.core.errors import StageFailure, UserMistake, one_line
+from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
 from harness.core.files import is_alive, write_json
 from harness.core.identity import Stage
-from harness.executors import loopback
+from harness.executors import loopback, outcome
 from harness.executors.events import Listener
 from harness.executors.keeper import Keeper
 from harness.executors.walk import Summary, Walk
@@ -229,9 +229,11 @@ def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace, is_p
         unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
         _keeper.do(dict(unit), workplace)
     except (StageFailure, UserMistake) as failure:
-        tune.report({"done": 0, "failure": str(failure)})
+        tune.report({"done": 0, "failure": str(failure), "lost": ""})
+    except InputsLost as lost:
+        tune.report({"done": 0, "failure": "", "lost": json.dumps([lost.keys, lost.messages])})
     else:
-        tune.report({"done": 1, "failure": ""})
+        tune.report({"done": 1, "failure": "", "lost": ""})
 
 
 def _make_scheduler(searcher):
@@ -294,7 +296,6 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
             index = self.units.pop(trial_id, None)
             if index is None:
                 return
-            name = walk.unit(index).name
             message = (result or {}).get("failure", "")
             if not message and (error or result is None):
                 begun = list(scratch.glob(_begun_file(scratch, index, "*").name))
@@ -303,14 +304,12 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
                     return
                 stages = {key: walk.plan.stages[key] for key in walk.unit(index).stages}
                 message = _died(stages, workplace, self.errors.pop(trial_id, None))
-            if not message:
-                walk.finish(index)
-                listen("unit_done", {"unit": name})
-                return
-            blocked = walk.fail(index, message)
-            listen("unit_failed", {"unit": name, "message": message})
-            for other in blocked:
-                listen("unit_blocked", {"unit": walk.unit(other).name, "by": name})
+            if message:
+                outcome.failed(walk, index, message, listen)
+            elif result["lost"]:
+                outcome.inputs_lost(walk, index, *json.loads(result["lost"]), listen)
+            else:
+                outcome.done(walk, index, listen)
 
         def save(self, checkpoint_path):
             """Save nothing: the store records what is done."""

@@ -10,8 +10,9 @@ import contextlib
 from collections.abc import Callable, Mapping
 
 from harness.contracts.stage import to_json
-from harness.core.errors import StageFailure
+from harness.core.errors import InputsLost, StageFailure
 from harness.core.identity import Stage
+from harness.executors import outcome
 from harness.executors.events import Listener
 from harness.executors.keeper import Keeper
 from harness.executors.walk import Summary, Walk
@@ -44,14 +45,12 @@ def _walk(walk: Walk, workplace: Workplace, listen: Listener, do: Callable) -> S
                     workplace,
                     lambda done, total: listen("stage_progress", {"done": done, "total": total}),
                 )
+            except InputsLost as lost:
+                outcome.inputs_lost(walk, index, lost.keys, lost.messages, listen)
             except StageFailure as failure:
-                blocked = walk.fail(index, str(failure))
-                listen("unit_failed", {"unit": unit.name, "message": str(failure)})
-                for other in blocked:
-                    listen("unit_blocked", {"unit": walk.unit(other).name, "by": unit.name})
+                outcome.failed(walk, index, str(failure), listen)
             else:
-                walk.finish(index)
-                listen("unit_done", {"unit": unit.name})
+                outcome.done(walk, index, listen)
     except KeyboardInterrupt:
         return walk.summary(is_interrupted=True)
     return walk.summary()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.plan.graph import Plan, Unit
@@ -33,7 +33,8 @@ class Walk:
         self.done: set[int] = set()
         self.failed: dict[int, str] = {}
         self.blocked: dict[int, int] = {}
-        owner = {k: i for i, unit in enumerate(plan.units) for k in unit.stages}
+        self.owner = owner = {k: i for i, unit in enumerate(plan.units) for k in unit.stages}
+        self._remade: set[str] = set()
         cached = {i for i, unit in enumerate(plan.units) if all(is_done(k) for k in unit.stages)}
         wanted = set(range(len(plan.units))) - cached
         self.cached = cached
@@ -90,6 +91,34 @@ class Walk:
                 newly.append(dependent)
                 stack += self.dependents.get(dependent, ())
         return newly
+
+    def again(self, index: int, lost: Sequence[str]) -> bool:
+        """Put a running unit back, behind the units that make the `lost` stages anew.
+
+        Returns False, and changes nothing, if that cannot help: a unit that makes one failed, or made it anew before.
+        """
+        owners = {key: self.owner[key] for key in lost}
+        for key, other in owners.items():
+            if other in self.failed or other in self.blocked:
+                return False
+            if key in self._remade and (other in self.done or other == index):
+                return False
+        self._remade |= owners.keys()
+        self.running.discard(index)
+        waits = set(owners.values()) - {index}
+        for other in waits & (self.done | self.cached):
+            self.total += other in self.cached
+            self.done.discard(other)
+            self.cached.discard(other)
+            self.missing[other] = set()
+            self.dependents[other] = []
+            self.ready.append(other)
+        for other in waits:
+            self.dependents.setdefault(other, []).append(index)
+        self.missing[index] = waits
+        if not waits:
+            self.ready.append(index)
+        return True
 
     def abandon(self, message: str) -> None:
         """Mark everything that is not done as failed, when the executor cannot continue."""

@@ -93,7 +93,7 @@ _writing = threading.Lock()
 def _do(unit: tuple, say) -> None:
     from harness.contracts.stage import from_json
     from harness.core import registry
-    from harness.core.errors import StageFailure, one_line
+    from harness.core.errors import InputsLost, StageFailure, one_line
     from harness.stages.execution import execute_unit, log_path
 
     described, workplace, failed = unit
@@ -113,11 +113,13 @@ def _do(unit: tuple, say) -> None:
     import harness.model.pipeline  # noqa: F401  before the first stage: its time limit does not include these imports
 
     try:
-        registry.load_plugins(workplace.plugins)
+        registry.load_plugins(workplace.plugins, is_worker=True)
         stages = {key: from_json(plain) for key, plain in described}
         execute_unit(stages, workplace, report, started, failed)
     except StageFailure as failure:
         say("failed", message=str(failure))
+    except InputsLost as lost:
+        say("lost", keys=lost.keys, messages=lost.messages)
     except BaseException as error:
         say("broken", message=f"{type(error).__name__}: {one_line(error, 500)}", traceback=traceback.format_exc())
     else:

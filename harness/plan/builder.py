@@ -78,14 +78,19 @@ class Builder:
     ) -> str:
         """Add a stage.
 
-        `component`: the method that does it; None: the kind itself. `seed` None: the result does not depend on chance.
+        `component`: the method that does it; None: the kind itself. A kind that is not bundled is added to a method's,
+        since its code changes the result too. `seed` None: the result does not depend on chance.
         `reads_model`: whether the base model is part of the identity. `data`: digests of files that no stage made,
         `local`: where they are on this machine. `work`: UNet sample passes, a backward pass counts as two. `workers`:
         how many processes may share it. `parameters_json`: the canonical JSON of the parameters, where it is known.
         """
+        cls = registry.get("stage", kind)
+        own = registry.component(cls)
+        if component is not None:
+            own = f"{component}/{own}" if registry.is_outside(cls) else component
         added = Stage(
             kind=kind,
-            component=component or registry.component(registry.get("stage", kind)),
+            component=own,
             parameters=parameters,
             inputs=dict(inputs),
             model=self.loaded.model.identity if reads_model else {},
@@ -318,7 +323,7 @@ class Builder:
         k = self.stage(
             "features",
             FeaturesParameters({n: metric.parameters[n] for n in cls.encoder_parameters}, cls.compares_with),
-            component=cls.encoder,
+            component=registry.encoder(cls),
             reads_model=False,
             inputs={"images": self.read(images)},
             label=f"features of {concept.name} ({cls.compares_with}) for {metric.name}",

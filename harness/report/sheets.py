@@ -147,6 +147,7 @@ def _picture(run: RunFolder, gallery: Gallery, drawn: Drawn | None, step: int, p
     if drawn is None:
         return None
     scores = tuple((m, drawn.scores[step, prompt, m]) for m in run.table.about if (step, prompt, m) in drawn.scores)
+    run.store.require_for_reading("sample", drawn.sample)
     path = run.store.path("sample", drawn.sample) / "images" / step_folder(step) / f"{prompt:03d}_000.png"
     return gallery.add(path, scores)
 
@@ -154,6 +155,7 @@ def _picture(run: RunFolder, gallery: Gallery, drawn: Drawn | None, step: int, p
 def _references(run: RunFolder, real: Drawn | None) -> list[Path]:
     if real is None:
         return []
+    run.store.require_for_reading("images", real.sample)
     return sorted((run.store.path("images", real.sample) / "reference").glob("*.png"))
 
 

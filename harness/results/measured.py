@@ -97,6 +97,7 @@ class RunResults:
             if name in seen:
                 continue
             seen.add(name)
+            self.store.require_for_reading("immunize", key)
             yield ReleasedModel(
                 task=about["task"],
                 defense=about["defense"],

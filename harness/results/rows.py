@@ -7,6 +7,7 @@ has the same table for other programs.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -14,7 +15,7 @@ import math
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -25,7 +26,7 @@ from harness.core.errors import UserMistake, one_line
 from harness.core.files import write_text
 from harness.plan.graph import Plan
 from harness.store.layout import SCORES
-from harness.store.store import Store
+from harness.store.store import Damaged, Store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,12 +54,15 @@ Labels = Mapping[str, Any]
 """Column -> label, the same for all values of one score stage; `prompt`: the texts by prompt index, possibly empty."""
 
 
-def collect(plan: Plan, store: Store, model_name: str) -> DataFrame:
+def collect(
+    plan: Plan, store: Store, model_name: str, say: Callable[[str], None] | None = None
+) -> DataFrame:
     """Return the rows of every committed score stage of the plan, in its order; other stages are left out.
 
-    A defense that is not committed has no rows, even if its trials share the undefended model's stages.
+    A defense that is not committed has no rows, even if its trials share the undefended model's stages. Damaged stages
+    have no rows either: `say` gets a line for each, and it is set aside, so that the next run makes it anew.
     """
-    return frame(_scored(plan, store, model_name))
+    return frame(_scored(plan, store, model_name, say))
 
 
 def frame(parts: Iterable[tuple[Labels, Mapping[str, Any]]]) -> DataFrame:
@@ -153,7 +157,9 @@ class _Texts:
         return pd.Categorical.from_codes(codes, list(self._known))
 
 
-def _scored(plan: Plan, store: Store, model_name: str) -> Iterator[tuple[Labels, Mapping[str, Any]]]:
+def _scored(
+    plan: Plan, store: Store, model_name: str, say: Callable[[str], None] | None
+) -> Iterator[tuple[Labels, Mapping[str, Any]]]:
     """Yield labels and scores of committed score stages."""
     asked = Counter(chain.from_iterable(each.scores.values() for each in plan.measurements))
     kept: dict[str, Mapping[str, Any] | None] = {}  # scores of stages that another measurement also uses
@@ -174,7 +180,7 @@ def _scored(plan: Plan, store: Store, model_name: str) -> Iterator[tuple[Labels,
             "prompt": registry.get("stage", observed.kind).prompts(observed.parameters),
         }
         for metric, key in measurement.scores.items():
-            scores = kept.pop(key) if key in kept else _scores(store, plan.stages[key].kind, key)
+            scores = kept.pop(key) if key in kept else _scores(store, plan.stages[key].kind, key, say)
             if asked[key] > 0:
                 kept[key] = scores
             if scores is not None:
@@ -188,12 +194,20 @@ def _label(name: str, value: Label) -> Any:
     return value if name in _NUMBERS or isinstance(value, str) else str(_cell(value))
 
 
-def _scores(store: Store, kind: str, key: str) -> Mapping[str, Any] | None:
-    """Return the content of a stage's scores.json; None if it is not committed."""
+def _scores(
+    store: Store, kind: str, key: str, say: Callable[[str], None] | None
+) -> Mapping[str, Any] | None:
+    """Return the content of a stage's scores.json; None if it is not committed, or was set aside as damaged."""
     if not store.has(kind, key):
         return None
-    with open(f"{store.root}/{kind}/{key}/{SCORES}", "rb", buffering=0) as file:  # fast, for thousands of files
-        return json.loads(file.readall())
+    try:
+        return json.loads(store.content(kind, key, SCORES))
+    except Damaged as damaged:
+        with contextlib.suppress(OSError):  # the store may be read-only
+            store.set_aside(kind, key)
+        if say is not None:
+            say(f"{damaged}; its rows are left out; `run` makes it anew")
+        return None
 
 
 # -- to files -------------------------------------------------------------------------------------------------------

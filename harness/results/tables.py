@@ -63,11 +63,12 @@ def write(
 ) -> Written:
     """Write the tables of a run from committed stages.
 
-    `papers` are numbers that diagnostics may show for comparison. `say` gets a line for each diagnostic that failed.
+    `papers` are numbers that diagnostics may show for comparison. `say` gets a line for each diagnostic that failed and
+    each damaged stage.
     """
-    is_whole = all(store.has(plan.stages[k].kind, k) for each in plan.measurements for k in each.scores.values())
     folder.mkdir(parents=True, exist_ok=True)
-    rows = collect(plan, store, model_name)
+    rows = collect(plan, store, model_name, say)
+    is_whole = all(store.has(plan.stages[k].kind, k) for each in plan.measurements for k in each.scores.values())
     run = RunResults(plan, store, folder, model_name, gates, rows, papers)
     with ThreadPoolExecutor(1) as beside:  # write rows (mostly outside Python) while the tables are made
         written = beside.submit(write_rows, folder, rows)

@@ -94,6 +94,7 @@ class Attacking(StageKind):
     """Base class of the kinds that run an attack."""
 
     version = 1
+    method_kind = "attack"
     per_trial = True
 
 
@@ -116,7 +117,7 @@ class Adapt(Attacking):
 
     def do(self, parameters: AdaptParameters, work: StageAtWork) -> None:
         """Write a folder for each step, and the search if there was one."""
-        attack = work.method("attack")
+        attack = work.method()
         probes = _probes(work)
         if probes:
             chosen = search.chosen(probes)
@@ -143,7 +144,7 @@ class Probe(Attacking):
         if values is None:
             write_json(work.folder / PROBE, {"values": None, "score": None})
             return
-        attack = _with(work.method("attack"), values)
+        attack = _with(work.method(), values)
         own, captions, judged = _split(*_own(work, parameters), parameters.held_out, fold)
         try:
             saved = _trajectory(work, parameters, attack, own, captions)

@@ -17,16 +17,16 @@ from types import MappingProxyType
 from typing import Any
 
 from harness.core import registry
-from harness.core.errors import StageFailure, one_line
+from harness.core.errors import InputsLost, StageFailure, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage, describe
 from harness.model.run import Run
-from harness.stages import checkpoints, deaths, heartbeat
+from harness.stages import checkpoints, code, deaths, heartbeat
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
 from harness.store import provenance, scores
-from harness.store.store import Store
+from harness.store.store import Damaged, Store
 
 log = logging.getLogger("immunitybench")
 
@@ -44,7 +44,8 @@ def execute(
     """Do one stage and commit it; return whether there was something to do. `started` is called with its key before.
 
     Raises StageFailure after recording what went wrong in the run's failures folder, also when a method calls
-    `sys.exit`. KeyboardInterrupt passes through.
+    `sys.exit`, and InputsLost if a stage that it reads is damaged; that one is set aside. KeyboardInterrupt passes
+    through.
     """
     store = Store(workplace.store)
     redo = key in workplace.redo
@@ -56,6 +57,7 @@ def execute(
     ):
         if not redo and store.has(stage.kind, key):  # another process did it while this one waited for the lock
             return False
+        _require_inputs(stage, store)
         started(key)
         try:
             with heartbeat.of_stage(workplace.run_folder, key, stage) as heart:
@@ -95,6 +97,23 @@ def record_failure(run_folder: Path, kind: str, key: str, label: str, error: str
     return StageFailure(f"{label}: {one_line(error, 1000)}")
 
 
+def _require_inputs(stage: Stage, store: Store) -> None:
+    """Raise InputsLost if committed inputs are not what was committed, after setting them aside."""
+    lost = {}
+    for read in stage.inputs.values():
+        if store.has(read.kind, read.key):
+            try:
+                store.require(read.kind, read.key)
+                continue
+            except Damaged as damaged:
+                lost[read.key] = str(damaged)
+                store.set_aside(read.kind, read.key)
+        lost.setdefault(read.key, f"{read.kind} {read.key} is gone")
+    if lost:
+        log.warning("inputs must be made anew: %s", "; ".join(lost.values()))
+        raise InputsLost(list(lost), list(lost.values()))
+
+
 def _forget_model(*, further_alone: bool = False) -> None:
     """Drop the cached models, since a method that raised may have changed them."""
     models = sys.modules.get("harness.model.pipeline")
@@ -112,7 +131,7 @@ def execute_unit(
     """Do the stages of a unit in order, each committed separately; return how many had to be done.
 
     If a stage fails, or failed before (key -> message), the stages of the unit that do not need it still run. Raises
-    StageFailure at the end if any failed.
+    StageFailure at the end if any failed, and InputsLost at once if a stage that one of them reads must be made anew.
     """
     store = Store(workplace.store)
     workplace = replace(workplace, redo=workplace.redo | checkpoints.gone_but_needed(stages, store))
@@ -155,6 +174,7 @@ def _execute_locked(
 ) -> None:
     import torch
 
+    made_by = code.of_stage(stage)  # before its modules are imported
     device = prepare_device(workplace)
     log.info("%s %s: %s", stage.kind, key, stage.label)
     started = time.time()
@@ -188,6 +208,8 @@ def _execute_locked(
             identity=describe(stage),
             key=key,
             label=stage.label,
+            code=made_by,
+            spare=registry.get("stage", stage.kind).spare,
             work=stage.work,
             seconds=round(seconds, 4),
             started=started,

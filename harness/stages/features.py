@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.contracts.stage import StageKind
-from harness.core import pictures
+from harness.core import pictures, registry
 from harness.core.described import Described
 from harness.core.registry import register
 from harness.stages.work import StageAtWork, made
@@ -43,6 +43,8 @@ class Features(StageKind):
 
         asking, local = work.stage.local["metric"], work.stage.local["parameters"]
         metric = made("metric", asking["component"], asking["parameters"], local)
+        if registry.encoder(type(metric)) != work.stage.component:
+            raise ValueError(f"the encoder of {metric.name!r} is not {work.stage.component}; run the command again")
         with work.run.ledger.phase("encode"):
             features = metric.encode(pictures.read(work.files("images", parameters.split)), work.run.device)
         save_file({FEATURES: features.detach().to("cpu").contiguous()}, work.folder / FILE, {"format": "pt"})

@@ -58,7 +58,7 @@ class Protect(StageKind):
 
     def do(self, parameters: ProtectParameters, work: StageAtWork) -> None:
         """Run the defense, and keep its protection."""
-        defense = work.method(self.method_kind)
+        defense = work.method()
         targets, preserved = _concepts(parameters, work, "targets"), _concepts(parameters, work, "preserved")
         if PREPARED in work.stage.inputs:
             from harness.contracts.protection import Protection

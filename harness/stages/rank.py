@@ -57,7 +57,7 @@ def _work(described, workplace, work_folder, rank: int, told: int) -> None:
     from harness.store.store import Store
     from harness.training import sharding
 
-    registry.load_plugins(workplace.plugins)
+    registry.load_plugins(workplace.plugins, is_worker=True)
     stage = from_json(described)
     device = prepare_device(workplace, int(os.environ["LOCAL_RANK"]))
     folder = work_folder / ranks.RELEASED

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from harness.contracts.hooks import make_hooks
 from harness.contracts.stage import StageKind
-from harness.core import registry
 from harness.core.described import optional
 from harness.core.registry import register
 from harness.core.sampling import Sampling
-from harness.stages.work import StageAtWork
+from harness.stages.work import StageAtWork, class_of
 from harness.store.layout import CHECKPOINTS, step_folder
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class Sample(StageKind):
         attack, checkpoints = None, None
         if "adapt" in work.stage.inputs:
             record = work.store.record("adapt", work.stage.inputs["adapt"].key)
-            attack = registry.get("attack", record["identity"]["component"].partition("@")[0])(None)
+            attack = class_of("attack", record["identity"]["component"])(None)
             checkpoints = work.input("adapt") / CHECKPOINTS
         saved = work.run.folder / "images"
         saved.mkdir(exist_ok=True)

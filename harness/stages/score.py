@@ -35,12 +35,13 @@ class Score(StageKind):
 
     name = "score"
     version = 1
+    method_kind = "metric"
     after = ("images", "sample", "features")
     Parameters = ScoreParameters
 
     def do(self, parameters: ScoreParameters, work: StageAtWork) -> None:
         """Write one value per step and prompt, and the metric's description of itself."""
-        metric = work.method("metric")
+        metric = work.method()
         references = _references(work, metric)[: parameters.images]
         values = []
         with work.run.ledger.phase("score"):

@@ -36,11 +36,11 @@ class StageAtWork:
         """Return the images of a split of an `images` input, in order."""
         return sorted((self.input(role) / split).glob("*.png"))
 
-    def method(self, kind: str) -> Any:
+    def method(self) -> Any:
         """Return the method that the stage's component names, with its parameters."""
-        return made(
-            kind, self.stage.component, self.stage.parameters.parameters, self.stage.local.get("parameters", {})
-        )
+        kind = registry.get("stage", self.stage.kind).method_kind
+        given = self.stage.parameters.parameters
+        return made(kind, self.stage.component, given, self.stage.local.get("parameters", {}))
 
     def base(self):
         """Return the base model in its released state."""
@@ -70,9 +70,24 @@ class StageAtWork:
 def made(
     kind: str, component: str, described: Mapping[str, Any], local: Mapping[str, Any] = MappingProxyType({})
 ) -> Any:
-    """Return the method of a component with these parameters; `local`: their values on this machine, such as paths."""
-    cls = registry.get(kind, component.partition("@")[0])
+    """Return the method of a component with these parameters; `local`: their values on this machine, such as paths.
+
+    Raises ValueError if this process has other code for it.
+    """
+    cls = class_of(kind, component)
     values, mistakes = parameters.resolve(cls, {**described, **local})
     if mistakes:
         raise ValueError("; ".join(message for _, message in mistakes))
     return cls(values)
+
+
+def class_of(kind: str, component: str) -> type:
+    """Return the class of a component. Raises ValueError if its code in this process is not what the plan digested."""
+    cls = registry.get(kind, component.partition("@")[0])
+    here = registry.component(cls)
+    if here != component.partition("/")[0]:
+        raise ValueError(
+            f"{kind} '{cls.name}' was edited after the run was planned (planned: {component}, here: {here}); "
+            "run the same command again"
+        )
+    return cls

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+RECORD = "record.json"
+"""The record of a committed stage; a folder without it is not committed."""
 CHECKPOINTS = "checkpoints"
 """In an adaptation: one folder per step inside. A committed stage may lack it (`harness.stages.checkpoints`)."""
 SCORES = "scores.json"

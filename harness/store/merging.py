@@ -12,9 +12,10 @@ from pathlib import Path
 
 from harness.core.errors import UserMistake, one_line
 from harness.core.files import sync_files
-from harness.core.identity import digest_of_file, digest_of_json
-from harness.store.layout import CHECKPOINTS
-from harness.store.store import RECORD, Store
+from harness.core.identity import digest_of_json
+from harness.store import contents
+from harness.store.layout import CHECKPOINTS, RECORD
+from harness.store.store import Store
 
 MOST_TOLD = 20
 
@@ -30,8 +31,8 @@ class Merged:
 def merge(sources: Sequence[str], into: str) -> Merged:
     """Copy every committed stage of the sources into a store, each atomically; if two disagree, nothing is copied.
 
-    Folders are results folders (`runs`) or stores. Raises UserMistake for folders that are not stores, for stages
-    whose record does not fit their key, and for every key whose content differs between stores.
+    Folders are results folders (`runs`) or stores. Raises UserMistake for folders that are not stores, for damaged
+    stages, for stages whose record does not fit their key, and for every key whose content differs between stores.
     """
     target = Store(_store_in(Path(into), into, must_exist=False))
     stores = [(given, Store(_store_in(Path(given), given))) for given in sources]
@@ -46,10 +47,14 @@ def merge(sources: Sequence[str], into: str) -> Merged:
             if not _fits(path, key):
                 wrong.append(f"{one_line(given)}: {kind}/{key}: its record does not fit its key; leave the stage out")
                 continue
+            why = contents.damage(path)
+            if why is not None:
+                wrong.append(f"{one_line(given)}: {kind}/{key}: {one_line(why)}; leave the stage out")
+                continue
             there = wanted.get((kind, key)) or (target.path(kind, key) if target.has(kind, key) else None)
             if there is None:
                 wanted[kind, key] = path
-            elif _agree(_content(path), _content(there)):
+            elif _agree(path, there):
                 known += 1
             else:
                 label = one_line(_record(path).get("label", ""), 80)
@@ -95,21 +100,19 @@ def _fits(path: Path, key: str) -> bool:
     return identity is not None and digest_of_json(identity)[:32] == key
 
 
-def _content(path: Path) -> dict[str, str]:
-    """Return the content of a stage, by file, without its record, which holds time and machine."""
-    return {
-        file.relative_to(path).as_posix(): digest_of_file(file)
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and file != path / RECORD
-    }
+def _agree(one: Path, other: Path) -> bool:
+    """Return whether two stages have the same content, without their records, which hold time and machine.
 
-
-def _agree(one: dict[str, str], other: dict[str, str]) -> bool:
-    """Return whether two stages have the same content; one of them may lack checkpoints."""
-    if all(any(name.startswith(f"{CHECKPOINTS}/") for name in each) for each in (one, other)):
-        return one == other
-    kept = [{n: d for n, d in each.items() if not n.startswith(f"{CHECKPOINTS}/")} for each in (one, other)]
-    return kept[0] == kept[1]
+    One of them may lack checkpoints. Tensors are compared, whatever the order of a file's header.
+    """
+    files = [
+        {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file() and file.name != RECORD}
+        for path in (one, other)
+    ]
+    if not all(any(name.startswith(f"{CHECKPOINTS}/") for name in each) for each in files):
+        files = [{n: file for n, file in each.items() if not n.startswith(f"{CHECKPOINTS}/")} for each in files]
+    mine, others = files
+    return mine.keys() == others.keys() and all(contents.is_same_file(mine[name], others[name]) for name in mine)
 
 
 def _copy(path: Path, final: Path) -> None:

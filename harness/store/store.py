@@ -18,9 +18,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.core.errors import UserMistake, one_line
 from harness.core.files import is_alive, sync_folder, write_json
+from harness.store import contents
+from harness.store.layout import RECORD
 
-RECORD = "record.json"
+DAMAGED = ".damaged"
+"""The folder of a store for damaged stages."""
+
+
+class Damaged(UserMistake):
+    """A committed stage is not what was committed."""
+
+    def __init__(self, message: str, kind: str, key: str):
+        super().__init__(message)
+        self.kind, self.key = kind, key
+
+    def __reduce__(self):
+        return (type(self), (self.messages[0], self.kind, self.key))
 
 
 class Store:
@@ -37,14 +52,14 @@ class Store:
         """Return whether the stage is committed."""
         return os.path.isfile(f"{self.root}/{kind}/{key}/{RECORD}")  # called for thousands of stages at each start
 
-    def kinds(self) -> list[str]:
-        """Return the kinds of stages that have a folder here, sorted."""
+    def kinds(self, *, committed_only: bool = True) -> list[str]:
+        """Return the kinds of stages that have a folder here, sorted; by default those with a committed stage."""
         try:
             with os.scandir(self.root) as entries:
                 names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name for name in names if self.committed(name))
+        return sorted(name for name in names if not committed_only or self.committed(name))
 
     def committed(self, kind: str) -> set[str]:
         """Return the keys of all committed stages of a kind."""
@@ -58,6 +73,62 @@ class Store:
     def record(self, kind: str, key: str) -> dict[str, Any]:
         """Return the commit record. Raises FileNotFoundError when the stage is not committed."""
         return json.loads((self.path(kind, key) / RECORD).read_text(encoding="utf-8"))
+
+    def require(self, kind: str, key: str) -> None:
+        """Raise Damaged if a committed stage's files are not what was committed. A process reads each file once."""
+        why = contents.damage(self.path(kind, key))
+        if why is not None:
+            raise self._damaged(kind, key, why)
+
+    def require_for_reading(self, kind: str, key: str) -> None:
+        """Raise Damaged with advice, for readers that do not run stages. A stage that is not here is no damage."""
+        if self.has(kind, key):
+            try:
+                self.require(kind, key)
+            except Damaged as damaged:
+                advice = "`verify --set-aside`, then `run`, make it anew"
+                raise Damaged(f"{damaged}; {advice}", kind, key) from None
+
+    def content(self, kind: str, key: str, name: str) -> bytes:
+        """Return the content of a small file of a committed stage. Raises Damaged if it is not what was committed.
+
+        Fast, for thousands of files: the record is searched for the file's digest, not parsed.
+        """
+        folder = f"{self.root}/{kind}/{key}"
+        try:
+            with open(f"{folder}/{name}", "rb", buffering=0) as file:
+                content = file.readall()
+        except FileNotFoundError:
+            raise self._damaged(kind, key, f"{name} is missing") from None
+        with open(f"{folder}/{RECORD}", "rb", buffering=0) as file:
+            if hashlib.sha256(content).hexdigest().encode() not in file.readall():
+                raise self._damaged(kind, key, f"{name} is not what was committed")
+        return content
+
+    def _damaged(self, kind: str, key: str, why: str) -> Damaged:
+        try:
+            label = one_line(self.record(kind, key).get("label", ""), 80)
+        except (OSError, ValueError, AttributeError):
+            label = ""
+        what = f"{self.root}/{kind}/{key}" + (f" ({label})" if label else "")
+        return Damaged(f"{what}: damaged: {one_line(why)}", kind, key)
+
+    def damages(self) -> Iterator[Damaged]:
+        """Yield what is damaged in the store, reading every file; folders that lack a record too."""
+        for kind in self.kinds(committed_only=False):
+            for folder in sorted((self.root / kind).iterdir()):
+                if not folder.name.startswith("."):
+                    why = contents.damage(folder)
+                    if why is not None:
+                        yield self._damaged(kind, folder.name, why)
+
+    def set_aside(self, kind: str, key: str) -> Path:
+        """Move a damaged stage out of the way, so that it is made anew; return its new place."""
+        place = self.root / DAMAGED / f"{kind}-{key}-{uuid.uuid4().hex[:8]}"
+        place.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            os.replace(self.path(kind, key), place)
+        return place
 
     @contextlib.contextmanager
     def locked_work_folder(self, kind: str, key: str) -> Iterator[Path]:
@@ -89,7 +160,8 @@ class Store:
         record: dict[str, Any] = {}
         try:
             yield folder, record
-            write_json(folder / RECORD, record)  # written last: a record means that all other files are there
+            # written last: a record means that all other files are there
+            write_json(folder / RECORD, contents.sealed(folder, record))
             sync_folder(folder)
             final = self.path(kind, key)
             if final.exists() and (replace or not self.has(kind, key)):

@@ -124,8 +124,13 @@ def save(model: DiffusionModel, tensors: Mapping[str, Tensor], folder: Path) -> 
         unet_lora_layers=_layers(model.unet, own),
         text_encoder_lora_layers=_layers(model.text_encoder, text) if text else None,
         safe_serialization=True,
-        **_collate_lora_metadata(adapted),
+        **{name: _in_order(each) for name, each in _collate_lora_metadata(adapted).items()},
     )
+
+
+def _in_order(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata with sets as sorted lists: diffusers writes a set in an order that differs between processes."""
+    return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in metadata.items()}
 
 
 def _layers(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

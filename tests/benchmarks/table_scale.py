@@ -21,6 +21,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.core.identity import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFENSES, ATTACKS, STEPS, PROMPTS = 8, 6, (10, 40, 120, 400), 20
@@ -56,7 +60,6 @@ def write_suite(folder: Path, seeds: int, targets: int) -> Path:
 def write_store(suite_path: Path, root: Path) -> tuple[int, int]:
     """Commit every score stage of a suite with random values; return how many there are and how many rows they make."""
     from harness import plan, suite
-    from harness.core.identity import describe
 
     made = plan.make(suite.load(suite_path, []))
     source = random.Random(0)
@@ -66,7 +69,7 @@ def write_store(suite_path: Path, root: Path) -> tuple[int, int]:
     }  # fmt: skip
     rows, written = 0, {}
     for released in {trial.released for trial in made.trials} - {""}:  # a defense that is not committed has no rows
-        _commit(root / "immunize" / released, {"identity": describe(made.stages[released]), "key": released})
+        _commit(root / "immunize" / released, made.stages[released])
     for trial in made.trials:
         level = {"real": 0.9, "floor": 0.1}.get(trial.role, 0.4)
         for key in trial.scores.values():
@@ -78,18 +81,23 @@ def write_store(suite_path: Path, root: Path) -> tuple[int, int]:
                     for drawn in [source.gauss(level + 0.3 * (step > 0), 0.1)]
                 ]
                 text = f'{{\n "about": {json.dumps(about)},\n "values": [\n{",".join(values)}\n ]\n}}\n'
-                folder = root / "score" / key
-                _commit(folder, {"identity": describe(made.stages[key]), "key": key})
-                (folder / "scores.json").write_text(text)
+                _commit(root / "score" / key, made.stages[key], text)
                 written[key] = len(values)
             rows += written[key]
     return len(written), rows
 
 
-def _commit(folder: Path, record: dict) -> None:
-    """Make the folder of a stage with its record."""
+def _commit(folder: Path, stage: Stage, scores: str | None = None) -> None:
+    """Make the folder of a stage, as `Store.writing` leaves it."""
+    from harness.core.identity import describe
+    from harness.stages import code
+    from harness.store import contents
+
     folder.mkdir(parents=True)
-    (folder / "record.json").write_text(json.dumps({**record, "work": 0, "seconds": 1.5}))
+    if scores is not None:
+        (folder / "scores.json").write_text(scores)
+    record = {"identity": describe(stage), "key": folder.name, "work": 0, "seconds": 1.5, "code": code.of_stage(stage)}
+    (folder / "record.json").write_text(json.dumps(contents.sealed(folder, record)))
 
 
 def measure(checkout: Path, *arguments: str) -> None:

@@ -23,11 +23,11 @@ def forget_plugins(monkeypatch):
     from harness.core import registry
 
     registry.load()
-    known, digests = dict(registry._methods), dict(registry._plugin_digests)
+    known = {name: dict(getattr(registry, name)) for name in ("_methods", "_plugins", "_digests")}
 
     def forget() -> None:
-        monkeypatch.setattr(registry, "_methods", dict(known))
-        monkeypatch.setattr(registry, "_plugin_digests", dict(digests))
+        for name, kept in known.items():
+            monkeypatch.setattr(registry, name, dict(kept))
         for name in [n for n in sys.modules if n.startswith("immunitybench_plugin_")]:
             del sys.modules[name]
 
