@@ -277,7 +277,11 @@ class ZeroWeights:
         if self.stage == 3:
             from deepspeed.utils import safe_get_local_grad
 
-            return {n: self._clean(n, safe_get_local_grad(p).detach().clone()) for n, p in chosen.items()}
+            # DeepSpeed returns it on the GPU, also where the pieces of the weights wait in main memory
+            return {
+                n: self._clean(n, safe_get_local_grad(p).detach().to(p.ds_tensor.device, copy=True))
+                for n, p in chosen.items()
+            }
         # same result as DeepSpeed's safe_get_full_grad for each weight, but in one exchange for all
         first = next(iter(chosen.values()))
         flat = torch.zeros(sum(p.numel() for p in chosen.values()), dtype=torch.float32, device=first.device)
@@ -346,7 +350,7 @@ class ZeroWeights:
             value = gradient[name] * scale if scale != 1.0 else gradient[name]
             parameter = self.parameters[name]
             if self.stage == 3:
-                safe_set_local_grad(parameter, value)
+                safe_set_local_grad(parameter, value.to(self._run.device))
             elif self.stage > 0:
                 safe_set_full_grad(parameter, value)
             else:
