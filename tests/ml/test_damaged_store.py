@@ -66,8 +66,12 @@ def copy(whole, tmp_path):
 
 
 def stage(runs: Path, kind: str, holding: str) -> Path:
-    """Return a file of a stage of a kind."""
-    return sorted((runs / "store" / kind).glob(f"[0-9a-f]*/{holding}"))[0]
+    """Return a file of a stage of a kind; of images: of the attacked concept, whose splits are all read."""
+    for path in sorted((runs / "store" / kind).glob("[0-9a-f]*/record.json")):
+        found = sorted(path.parent.glob(holding))
+        if found and (kind != "images" or json.loads(path.read_text())["label"] == "images of purse"):
+            return found[0]
+    raise AssertionError(f"no stage {kind} has {holding}")
 
 
 def flip_signs(path: Path) -> None:
