@@ -30,9 +30,10 @@ def workplace(folder: Path, **changes) -> Workplace:
 
 def misfortune(what: str = "", label: str = "", after: str = "", **parameters) -> Stage:
     """Return a stage to which something happens; `after`: the key of a stage that it reads."""
-    asked = registry.get("stage", "misfortune").Parameters(what, **parameters)
+    kind = registry.get("stage", "misfortune")
+    asked, label = kind.Parameters(what, **parameters), label or what or "good"
     inputs = {"before": Input("misfortune", after)} if after else {}
-    return Stage("misfortune", "misfortune@1", asked, inputs, {}, {}, len(label), "fp32", label=label or what or "good")
+    return Stage("misfortune", registry.component(kind), asked, inputs, {}, {}, None, "fp32", label=label)
 
 
 def plan_of(stages: Iterable[Stage]) -> Plan:
