@@ -224,7 +224,7 @@ def shared(workplace) -> Callable[[Stage], None]:
         folder, released = workplace.run_folder / "work", workplace.run_folder / "released"
         folder.mkdir()
         released.mkdir()
-        ranks.run(stage, two, folder, released, lambda done, total: None)
+        ranks.run(stage, two, folder, released, lambda done, total: None, (time.time(), time.perf_counter()))
         assert (released / "done").read_text("utf-8") == "2"
 
     return do

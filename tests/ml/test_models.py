@@ -97,7 +97,7 @@ def test_weights_that_are_pickled_are_refused(tiny_folder, tmp_path):
     torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
     weights.unlink()
 
-    with pytest.raises(UserMistake, match="safetensors"):
+    with pytest.raises(UserMistake, match="pickled weights are not loaded"):
         resolve_model(ModelSpec(id=str(folder)), "suite.yaml:2", tmp_path)
 
 
@@ -106,11 +106,13 @@ def test_damaged_weights_are_a_user_mistake(tiny_folder, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(tiny_folder / "model", folder)
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
     source = resolve_model(ModelSpec(id=str(folder)), "suite.yaml:2", tmp_path)
+    weights.write_bytes(weights.read_bytes()[:100])
 
-    with pytest.raises(UserMistake, match="cannot be loaded"):
+    with pytest.raises(UserMistake, match="cannot be loaded"):  # after the check
         DiffusionModel.load(source, torch.device("cpu"))
+    with pytest.raises(UserMistake, match="cut short"):
+        resolve_model(ModelSpec(id=str(folder)), "suite.yaml:2", tmp_path)
 
 
 def test_hub_model_that_is_not_cached_is_a_user_mistake_when_offline(monkeypatch):
