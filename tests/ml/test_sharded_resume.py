@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.core import rank_environment
 from tests.ml.sharded_resume import LEARNERS, SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -22,18 +22,7 @@ PAIRS = [(learner, *pair) for learner, pairs in LEARNERS.items() for pair in pai
 
 def _start(folder: Path, count: int) -> list[subprocess.Popen]:
     """Start the processes of `tests.ml.sharded_resume`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    environment = rank_environment.of_group(count, 1, Path(tempfile.mkdtemp(dir=folder)))
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.ml.sharded_resume", str(folder)],
