@@ -92,7 +92,8 @@ def test_what_happens_to_workers_is_recorded_and_stops_nothing_else(tmp_path):
     assert "its worker died, with Ray's process" in recorded["kill_parent"]["error"]
     assert recorded["kill_parent"]["log"][-1] == "last words"
     assert "Traceback" not in printed
-    assert len(list((tmp_path / "store" / ".work").glob("*/happened.*"))) == 2 + 2 + 1
+    # each death was tried once more; of a failure that was recorded by the stage, nothing is left
+    assert len(list((tmp_path / "store" / ".work").glob("*/happened.*"))) == 2 + 2
 
 
 @pytest.mark.slow
