@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from harness.contracts.stage import to_json
-from harness.core.errors import StageFailure
+from harness.core.errors import InputsLost, StageFailure
 from harness.core.identity import Stage, key
 from harness.core.sharding import Sharding
 from harness.executors import serial
@@ -67,6 +67,23 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0):
 
 
 # -- a process apart -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_damaged_input_is_reported_by_the_process_apart(workplace, keeper):
+    """As by a process that does units itself: the executor makes it anew."""
+    first = misfortune(label="first")
+    second = misfortune(label="second", after=key(first))
+    keeper.do(unit(first), workplace)
+    (workplace.store / "misfortune" / key(first) / "done").write_text("damaged")
+
+    with pytest.raises(InputsLost, match="done is not what was committed") as lost:
+        keeper.do(unit(second), workplace)
+
+    assert list(lost.value.keys) == [key(first)]
+    assert failures(workplace) == {}
+    keeper.do(unit(first, second), workplace)
+    assert done(workplace) == 2
 
 
 @pytest.mark.slow
