@@ -60,6 +60,7 @@ def write_suite(folder: Path, seeds: int, targets: int) -> Path:
 def write_store(suite_path: Path, root: Path) -> tuple[int, int]:
     """Commit every score stage of a suite with random values; return how many there are and how many rows they make."""
     from harness import plan, suite
+    from tests.trials import trials
 
     made = plan.make(suite.load(suite_path, []))
     source = random.Random(0)
@@ -68,9 +69,9 @@ def write_store(suite_path: Path, root: Path) -> tuple[int, int]:
         "preprocessing": "the backbone's own", "library": "open_clip_torch 3.3.0",
     }  # fmt: skip
     rows, written = 0, {}
-    for released in {trial.released for trial in made.trials} - {""}:  # a defense that is not committed has no rows
+    for released in {trial.released for trial in trials(made)} - {""}:  # a defense that is not committed has no rows
         _commit(root / "immunize" / released, made.stages[released])
-    for trial in made.trials:
+    for trial in trials(made):
         level = {"real": 0.9, "floor": 0.1}.get(trial.role, 0.4)
         for key in trial.scores.values():
             if key not in written:
