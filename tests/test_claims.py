@@ -287,7 +287,7 @@ def test_attack_unit_tests_end_in_a_verdict():
 
 
 def test_tables_start_and_a_terminal_ends_with_what_is_short():
-    """The verdict on attacks is the last line; ranks stand beside the intervals."""
+    """The verdict on attacks is the last line; ranks are beside the intervals."""
     found = claimed(weak(rows({"none": 0.6, "mine": 0.3, "gentle": 0.55})))
     short = headline.section(found.headlines, found.lines)
     page, terminal = (

@@ -1,6 +1,6 @@
 """A private Ray is closed to other machines: all of its sockets are on loopback, and this is checked.
 
-Ray replaces 127.0.0.1 by the machine's outer address, and then listens on all of them, unless it is told not to form
+Ray replaces 127.0.0.1 by the machine's outer address, and then listens on all of them, unless it may not form
 clusters. Its switch for that is named after the systems on which it is the default, and works on all.
 """
 

@@ -77,7 +77,7 @@ def test_a_damaged_input_is_reported_by_the_process_apart(workplace, keeper):
     keeper.do(unit(first), workplace)
     (workplace.store / "misfortune" / key(first) / "done").write_text("damaged")
 
-    with pytest.raises(InputsLost, match="done is not what was committed") as lost:
+    with pytest.raises(InputsLost, match="damaged: done has 7 bytes, not 1") as lost:
         keeper.do(unit(second), workplace)
 
     assert list(lost.value.keys) == [key(first)]
