@@ -7,7 +7,7 @@ file.
 "fr" is made for images of the same scene; generated and reference images do not show the same scene, so its values are
 low and small differences mean little. FreezeAsGuard reports it nevertheless, by the weights of PIPAL instead of KADID
 (preset `freezeasguard`: pyiqa's `topiq_fr-pipal`). Differences from its script (`evaluate_fid_topiq_target.py`): there
-each drawn image is compared with the real image of its own caption, here with all references; there both are cropped to
+each drawn image is compared with the real image of its caption, here with all references; there both are cropped to
 512 pixels, and the real image is passed in the place of the scored one.
 """
 

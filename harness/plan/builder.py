@@ -85,12 +85,13 @@ class Builder:
         how many processes may share it. `parameters_json`: the canonical JSON of the parameters, where it is known.
         """
         cls = registry.get("stage", kind)
-        own = registry.component(cls)
-        if component is not None:
-            own = f"{component}/{own}" if registry.is_outside(cls) else component
+        if component is None:
+            component = registry.component(cls)
+        elif registry.is_outside(cls):
+            component = f"{component}/{registry.component(cls)}"
         added = Stage(
             kind=kind,
-            component=own,
+            component=component,
             parameters=parameters,
             inputs=dict(inputs),
             model=self.loaded.model.identity if reads_model else {},
