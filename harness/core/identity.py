@@ -1,7 +1,7 @@
 """The identity of a stage: one key made from everything that can change its result, and from nothing else.
 
-In the key: the kind, the component (method name and version; for one that is not bundled, the digest of its code), its resolved
-parameters, the keys of the stages it reads, the model and its revision, the digest of the data, the seed, the
+In the key: the kind, the component (method name and version; for one that is not bundled, the digest of its code), its
+resolved parameters, the keys of the stages it reads, the model and its revision, the digest of the data, the seed, the
 precision, and `KEY_VERSION`. Not in the key: executor, world size, threads, paths, labels, logging. The plan and the
 record of a finished stage give the same key, because both call `key` on the same description.
 """
