@@ -34,10 +34,24 @@ class Batch:
 
 
 class AdaptationHook:
-    """Runs at each training step of an honest attacker. Register with @register("adaptation_hook")."""
+    """Runs at each training step of an honest attacker. Register with @register("adaptation_hook").
+
+    Write `rewrite` or `weigh`, or both.
+    """
+
+    renormalizes: ClassVar[bool] = False
+    """Whether the loss is the weighted mean, divided by the sum of the weights, in place of the number of examples. The
+    sum is over the global batch: all processes and micro-batches."""
 
     def __init__(self, parameters: Any):
         self.parameters = parameters
+
+    def rewrite(self, captions: Sequence[str], seeds: Sequence[int]) -> list[str]:
+        """Return the captions that examples are trained under at this step; `seeds`: one per example and visit.
+
+        Equal seeds must give equal texts. If a hook overrides this, captions are encoded again at each step.
+        """
+        return list(captions)
 
     def weigh(self, model: DiffusionModel, batch: Batch) -> Tensor:
         """Return a weight for each example's loss, shape [batch], finite and without gradient.
@@ -45,13 +59,15 @@ class AdaptationHook:
         If all examples of a step, over all processes, have the weight zero, the step is skipped: neither weights nor
         optimizer moments change. The ledger counts such steps as `skipped_steps`.
         """
-        raise NotImplementedError
+        import torch
+
+        return torch.ones_like(batch.losses.detach())
 
 
 class SamplingHook:
     """Runs while images are drawn from a released model. Register with @register("sampling_hook").
 
-    Write `begin` or `at_step`, or both. One hook object handles all batches of a stage, one after the other, so `begin`
+    Write `begin`, `at_step` or `at_prediction`, or several of them. One hook object handles all batches of a stage, one after the other, so `begin`
     must reset its state. UNet passes are counted if they go through `drawing.predict`.
     """
 
@@ -69,6 +85,13 @@ class SamplingHook:
         """Change embeddings, latents or guidance before denoising step `index` (from 0) at `timestep`.
 
         Changes also apply to the following steps.
+        """
+
+    def at_prediction(self, drawing: Drawing, index: int, timestep: int) -> None:
+        """See the predictions of denoising step `index`, without gradients: `drawing.conditional`, `.unconditional`.
+
+        A change of the guidance also applies to this step, unless the guidance was None, which has no unconditional
+        prediction (None).
         """
 
     def end(self, drawing: Drawing) -> None:

@@ -34,6 +34,7 @@ KINDS = {
     "preparation": "harness.contracts.defense:Defense",
     "attack": "harness.contracts.attack:Attack",
     "metric": "harness.contracts.metric:Metric",
+    "detector": "harness.contracts.detector:Detector",
     "task": "harness.contracts.task:Task",
     "stage": "harness.contracts.stage:StageKind",
     "adaptation_hook": "harness.contracts.hooks:AdaptationHook",
@@ -50,13 +51,13 @@ REQUIRED = {
     "preparation": ("protect",),
     "attack": ("adapt", "load", "unload"),
     "metric": ("about", "score"),
+    "detector": ("passes", "score"),
     "task": ("plan",),
     "stage": ("do",),
-    "adaptation_hook": ("weigh",),
     "diagnostic": ("of",),
 }
 """Functions that a method must override, by kind."""
-ONE_OF = {"sampling_hook": ("begin", "at_step")}
+ONE_OF = {"adaptation_hook": ("rewrite", "weigh"), "sampling_hook": ("begin", "at_step", "at_prediction")}
 """Functions of which a method must override at least one."""
 ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range"), "task": ("name", "version", "Spec")}
 """Class attributes that a method must set, by kind; other kinds: name and version."""

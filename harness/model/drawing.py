@@ -42,6 +42,10 @@ class Drawing:
     guidance: float | Tensor | None
     """w in e("") + w [e(prompt) - e("")], where e is the UNet's prediction: one number, or one per image, [images].
     None: e(prompt) alone, in half the passes: the start value if the suite's guidance is 1 or less, as in diffusers."""
+    conditional: Tensor | None = None
+    """The UNet's prediction for the prompts at the current step, [images, channels, height, width]."""
+    unconditional: Tensor | None = None
+    """The same for "", if there is guidance."""
 
     def predict(
         self, latents: Tensor, timestep: int | Tensor, embeddings: Tensor, *, with_gradient: bool = False
@@ -68,12 +72,23 @@ class Drawing:
 
     def guided(self, timestep: int | Tensor) -> Tensor:
         """Return the guided prediction at the current latents, from which the scheduler computes its step."""
+        self.foresee(timestep)
+        return self.combined()
+
+    def foresee(self, timestep: int | Tensor) -> None:
+        """Predict at the current latents: set `conditional`, and `unconditional` if there is guidance."""
         if self.guidance is None:
-            return self.predict(self.latents, timestep, self.embeddings)
+            self.conditional, self.unconditional = self.predict(self.latents, timestep, self.embeddings), None
+            return
         texts = torch.cat([self.negative_embeddings, self.embeddings])
-        unconditional, conditional = self.predict(torch.cat([self.latents] * 2), timestep, texts).chunk(2)
+        self.unconditional, self.conditional = self.predict(torch.cat([self.latents] * 2), timestep, texts).chunk(2)
+
+    def combined(self) -> Tensor:
+        """Return the guided prediction of the predictions that were made."""
+        if self.unconditional is None:
+            return self.conditional
         weight = self.guidance.view(-1, 1, 1, 1) if isinstance(self.guidance, Tensor) else self.guidance
-        return unconditional + weight * (conditional - unconditional)
+        return self.unconditional + weight * (self.conditional - self.unconditional)
 
 
 class Watcher(Protocol):
@@ -86,6 +101,9 @@ class Watcher(Protocol):
 
     def at_step(self, drawing: Drawing, index: int, timestep: int) -> None:
         """Called before each step."""
+
+    def at_prediction(self, drawing: Drawing, index: int, timestep: int) -> None:
+        """Called in each step, when predictions are made and not yet combined."""
 
     def end(self, drawing: Drawing) -> None:
         """Called after the last step, or after a failure."""
@@ -121,7 +139,10 @@ def draw(drawing: Drawing, generators: Sequence[torch.Generator], watchers: Sequ
                 for watcher in watchers:
                     with _watched(drawing, watcher):
                         watcher.at_step(drawing, index, drawing.timesteps[index])
-                along = drawing.guided(timestep)
+                drawing.foresee(timestep)
+                for watcher in watchers:
+                    watcher.at_prediction(drawing, index, drawing.timesteps[index])
+                along = drawing.combined()
                 drawing.latents = pipeline.scheduler.step(
                     along, timestep, drawing.latents, **options, return_dict=False
                 )[0]
