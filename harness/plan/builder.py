@@ -23,9 +23,10 @@ from harness.stages.protect import PREPARED, KnownConcept, ProtectParameters
 from harness.stages.sample import SampleParameters
 from harness.stages.score import ScoreParameters
 from harness.suite.loaded import LoadedSuite
+from harness.suite.spec import MethodSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashable, by identity
 class Metric:
     """A metric of the suite."""
 
@@ -51,10 +52,14 @@ class Builder:
         self._shared: dict[tuple, tuple[Any, str]] = {}  # parameters that many stages have, with their JSON
         given = self.suite.sampling.model_dump()
         self.sampling = Sampling(**{f.name: given[f.name] for f in fields(Sampling)})
-        self.metrics: list[Metric] = []
-        for index, spec in enumerate(self.suite.metrics):
-            cls, values = registry.get("metric", spec.method), loaded.parameters["metrics", str(index)]
-            self.metrics.append(Metric(spec.name, cls, registry.component(cls), *self.identified(cls, values)))
+        self.metrics: list[Metric] = [
+            self.metric(spec, "metrics", index) for index, spec in enumerate(self.suite.metrics)
+        ]
+
+    def metric(self, spec: MethodSpec, *path: str | int) -> Metric:
+        """Return a metric that the suite names at a path."""
+        cls, values = registry.get("metric", spec.method), self.loaded.parameters[tuple(map(str, path))]
+        return Metric(spec.name, cls, registry.component(cls), *self.identified(cls, values))
 
     def read(self, key: str) -> Input:
         """Return a planned stage as the input of another."""
@@ -297,38 +302,56 @@ class Builder:
         """
         descriptions = descriptions or tuple(e.description for e in concept.evaluations)
         scores = {}
+        own = self.images(concept.name)
         for metric in self.metrics:
             trained = images if metric.cls.compares_with == "attack" else None
-            shared = self.share(
-                "score", metric.name, concept.name, descriptions, trained or 0,
-                make=lambda metric=metric, trained=trained: ScoreParameters(
-                    metric.parameters, descriptions, trained or None
-                ),
-            )  # fmt: skip
-            scores[metric.name] = self.stage(
-                "score",
-                **shared,
-                component=metric.component,
-                reads_model=False,
-                inputs={**generated, "references": self.read(self._references(concept, metric))},
-                label=f"{metric.name} of {label}",
-                local={"parameters": metric.local} if metric.local else {},
-            )
+            scores[metric.name] = self.score(metric, generated, own, concept.name, descriptions, label, trained)
         return scores
 
-    def _references(self, concept: Concept, metric: Metric) -> str:
-        """Add the stage of a metric's references for a concept: its images, or their features."""
-        images = self.images(concept.name)
+    def score(
+        self,
+        metric: Metric,
+        generated: Mapping[str, Input],
+        images: str,
+        called: str,
+        descriptions: tuple[str, ...],
+        label: str,
+        trained: int | None = None,
+    ) -> str:
+        """Add a stage that scores images; `images`: key of a stage whose folder holds the references, by split.
+
+        `called`: a name for these references. `trained`: how many of them the attack trained on, if not all.
+        """
+        shared = self.share(
+            "score", metric, called, descriptions, trained or 0,
+            make=lambda: ScoreParameters(metric.parameters, descriptions, trained or None),
+        )  # fmt: skip
+        return self.stage(
+            "score",
+            **shared,
+            component=metric.component,
+            reads_model=False,
+            inputs={**generated, "references": self.read(self.references(metric, images, called))},
+            label=f"{metric.name} of {label}",
+            local={"parameters": metric.local} if metric.local else {},
+        )
+
+    def references(self, metric: Metric, images: str, called: str, split: str | None = None) -> str:
+        """Add the stage of a metric's references: the images of a stage, or their features.
+
+        `split`: the folder of the images; None: the one that the metric compares with.
+        """
         cls = metric.cls
+        split = split or cls.compares_with
         if cls.encoder is None:
             return images
         k = self.stage(
             "features",
-            FeaturesParameters({n: metric.parameters[n] for n in cls.encoder_parameters}, cls.compares_with),
+            FeaturesParameters({n: metric.parameters[n] for n in cls.encoder_parameters}, split),
             component=registry.encoder(cls),
             reads_model=False,
             inputs={"images": self.read(images)},
-            label=f"features of {concept.name} ({cls.compares_with}) for {metric.name}",
+            label=f"features of {called} ({split}) for {metric.name}",
             # every metric with this encoder gives the same features
             local={
                 "metric": {"component": metric.component, "parameters": dict(metric.parameters)},

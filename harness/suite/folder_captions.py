@@ -97,7 +97,7 @@ def _listed(path: Path) -> Captions:
             raise UserMistake(
                 f"{where}: each image needs 'file_name' and 'text'; {_found(path, row)}"
             )
-        caption = _checked(text, f"{where}: 'text'")
+        caption = checked_text(text, f"{where}: 'text'")
         key = composed(name)
         if key in captions.text:
             raise UserMistake(f"{where}: '{one_line(name)}' has a caption already")
@@ -128,7 +128,7 @@ def _listing(names: Iterable[str], otherwise: str = "") -> str:
 
 def _rows(path: Path) -> Iterable[tuple[str, Mapping[str, object]]]:
     """Yield (file and line, row). Raises UserMistake for what cannot be read."""
-    text = _decoded(path)
+    text = decoded_text(path)
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
@@ -164,14 +164,14 @@ def _beside(folder: Path, files: Sequence[str], stems: Mapping[str, Sequence[str
         if len(stems[stem]) > 1:
             raise UserMistake(f"{where}: may be of {_listing(stems[stem])}; rename one image and its caption")
         seen[stem] = file
-        text = _decoded(where).strip()
+        text = decoded_text(where).strip()
         if not text:
             raise UserMistake(f"{where}: is empty; write the image's caption into it")
-        captions.text[composed(stems[stem][0])] = _checked(text, f"{where}: the caption")
+        captions.text[composed(stems[stem][0])] = checked_text(text, f"{where}: the caption")
     return captions
 
 
-def _decoded(path: Path) -> str:
+def decoded_text(path: Path) -> str:
     """Return the text of a file in UTF-8, with or without a byte order mark."""
     try:
         content = path.read_bytes()
@@ -186,7 +186,7 @@ def _decoded(path: Path) -> str:
         raise UserMistake(f"{path}:{line}: cannot be read: is not UTF-8; save it as UTF-8") from None
 
 
-def _checked(text: str, what: str) -> str:
+def checked_text(text: str, what: str) -> str:
     """Return a caption without surrounding space, if it is one line of text."""
     text = text.strip()
     # no control characters, line separators or lone surrogates; joiners and no-break spaces are text

@@ -27,6 +27,7 @@ class LoadedSuite:
         self.concepts: dict[str, Concept] = {}
         self.model: ModelSource | None = None  # None while there are mistakes
         self.tokens: Tokens | None = None  # the model's tokenizer; None where this machine does not have it yet
+        self.found: dict[str, Any] = {}  # name of a task -> what its `check_concepts` read and its `plan` uses
         self.notices: list[str] = []
         """What was ignored, changed, cut or assumed of the user's files and texts, one line each."""
 

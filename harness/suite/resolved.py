@@ -33,6 +33,12 @@ def text(loaded: LoadedSuite, folder: Path, plugins: Iterable[str] = ()) -> str:
     for concept in described["concepts"].values():
         if concept.get("folder") is not None:
             concept["folder"] = _moved(concept["folder"], loaded.folder, folder)
+    for name, task in loaded.suite.tasks.items():
+        for *path, last in task.locations():
+            entry = described["tasks"][name]
+            for step in path:
+                entry = entry[step]
+            entry[last] = _moved(entry[last], loaded.folder, folder)
     for path, kind, spec in loaded.methods():
         if spec is not None:
             _make_absolute(described, path, kind, loaded)

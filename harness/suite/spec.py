@@ -219,13 +219,17 @@ class TaskSpec(Strict):
         """Return every concept that the entry names, in order of first use."""
         return []
 
-    def methods(self) -> dict[tuple[str, ...], tuple[str, MethodSpec]]:
+    def methods(self) -> dict[tuple[str | int, ...], tuple[str, MethodSpec]]:
         """Return path within the entry -> (kind, method) for the methods that the entry itself names."""
         return {}
 
     def most_together(self) -> int:
         """Return how many concepts are protected together at most."""
         return 1
+
+    def locations(self) -> list[tuple[str | int, ...]]:
+        """Return the paths within the entry whose values are files or folders, relative to the suite's folder."""
+        return []
 
 
 class GenerateSpec(Strict):

@@ -1,0 +1,125 @@
+"""Images with captions that a model is trained on: a user's folder, or the drawings that ship with the testbed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.core.counted import counted
+from harness.core.errors import UserMistake, one_line
+from harness.core.identity import digest_of_json
+from harness.suite import image_folder
+
+FOLDER, DRAWINGS = "folder", "drawings"
+"""Where pairs come from."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images by name, with a caption each."""
+
+    source: str
+    """FOLDER or DRAWINGS."""
+    folder: str
+    """Where the files are on this machine; "" for drawings. Not part of any identity."""
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    digests: tuple[str, ...]
+    """Of the pixels, one per image; of drawings their names, in an archive of known content."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def digest(self) -> str:
+        """The digest of images and captions, in order."""
+        return digest_of_json(list(zip(self.digests, self.captions, strict=True)))
+
+    @property
+    def local(self) -> dict[str, Any]:
+        """The description by which a stage on this machine reads them (`harness.stages.pairs`)."""
+        return {
+            "source": self.source,
+            "folder": self.folder,
+            "names": list(self.names),
+            "captions": list(self.captions),
+            "digests": list(self.digests),
+        }
+
+    def part(self, start: int, stop: int | None = None) -> Pairs:
+        """Return the pairs from `start` to before `stop`."""
+        own = slice(start, stop)
+        return Pairs(self.source, self.folder, self.names[own], self.captions[own], self.digests[own])
+
+
+def of_folder(path: Path | None, given: str, about: str, count: int | None) -> tuple[Pairs, list[str]]:
+    """Return the first `count` pairs of a folder (None: all), and what was ignored, one line each.
+
+    `about` begins the lines: the place in the suite. Raises UserMistake for all that is refused: a folder that is not
+    there, an image without a caption, one image or caption twice, too few pairs.
+    """
+    if path is None or not path.is_dir():
+        raise UserMistake(f"{about}: folder '{one_line(given)}' does not exist; put images with captions there")
+    folder = image_folder.scan(path, about)
+    if not folder.captions.text:
+        raise UserMistake(
+            f"{about}: '{one_line(given)}' holds no captions; add NAME.txt beside NAME.png, or metadata.csv"
+        )
+    names = folder.images[:count]
+    if not names or (count is not None and len(names) < count):
+        ignored = f" (ignored: {folder.ignored})" if folder.ignored else ""
+        wanted = f"fewer than the {count} that are asked for" if count else "at least 1 is needed"
+        raise UserMistake(f"{about}: '{one_line(given)}' holds {counted(len(names), 'image')}{ignored}; {wanted}")
+    missing = [name for name in names if folder.captions.of(name) is None]
+    if missing:
+        more = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserMistake(f"{about}: no caption of '{one_line(missing[0])}'{more}; {folder.captions.source} are read")
+    looked = image_folder.look(path, names, about)
+    pairs = Pairs(
+        FOLDER, str(path), tuple(names), tuple(folder.captions.of(name) for name in names),
+        tuple(looked.digests[name] for name in names),
+    )  # fmt: skip
+    _require_different_images(pairs, about)
+    unused = len(folder.images) - len(names)
+    said = [f"ignored: {folder.ignored}"] if folder.ignored else []
+    said += [f"{counted(unused, 'image')} not used, from '{one_line(folder.images[len(names)])}'"] if unused else []
+    return pairs, [f"{about}: {line}" for line in (*said, *looked.notices, *folder.captions.notices)]
+
+
+def of_drawings(count: int | None, about: str, start: int = 0) -> Pairs:
+    """Return `count` drawings of the testbed from number `start` on (None: all). Raises UserMistake for too few."""
+    from harness.core.digests import of_testbed
+    from harness.testbed import drawings
+
+    known = drawings.load()
+    shown = known[start:] if count is None else known[start : start + count]
+    if count is not None and len(shown) < count:
+        raise UserMistake(
+            f"{about}: {len(known)} drawings ship with the testbed, {start + count} are asked for; lower count, "
+            "repeats or ratio, or give 'folder'"
+        )
+    archive = of_testbed("drawings.zip")
+    return Pairs(
+        DRAWINGS, "", tuple(one.name for one in shown), tuple(one.caption for one in shown),
+        tuple(f"{archive}:{one.name}" for one in shown),
+    )  # fmt: skip
+
+
+def require_different(pairs: Pairs, about: str, others: Pairs) -> None:
+    """Raise UserMistake where an image or a caption of some pairs is among others too."""
+    for what, of in (("image", "digests"), ("caption", "captions")):
+        known = dict(zip(getattr(others, of), others.names, strict=True))
+        twin = next((pair for pair in zip(getattr(pairs, of), pairs.names, strict=True) if pair[0] in known), None)
+        if twin is not None:
+            raise UserMistake(
+                f"{about}: '{one_line(twin[1])}' has the same {what} as '{one_line(known[twin[0]])}'; remove one"
+            )
+
+
+def _require_different_images(pairs: Pairs, about: str) -> None:
+    seen: dict[str, str] = {}
+    for digest, name in zip(pairs.digests, pairs.names, strict=True):
+        if digest in seen:
+            raise UserMistake(f"{about}: '{one_line(seen[digest])}' and '{one_line(name)}' are the same image; remove one")
+        seen[digest] = name
