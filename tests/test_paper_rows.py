@@ -123,12 +123,12 @@ def test_numbers_of_imma(table: str, defense: str, setting: str, metric: str, pr
 @pytest.mark.parametrize(
     ("table", "model", "defense", "setting", "metric", "printed"),
     [
-        ("notebook", "SD v1.4", "noise_difference_detector",
+        ("notebook", "SD v1.4", "text_noise_norm",
          "500 memorized against 500 Gustavosta prompts; all 50 steps; 4 images a prompt", "TPR at 1 % FPR", "0.982"),
-        ("headline", "SD v1.4", "noise_difference_detector", "best; steps and images a prompt not found", "AUC",
+        ("headline", "SD v1.4", "text_noise_norm", "best; steps and images a prompt not found", "AUC",
          "0.999"),
-        ("SAIL 1", "SD v1.4", "noise_difference_detector", "1 step; 1 image a prompt", "AUC", "0.976"),
-        ("SAIL 1", "SD v2.0", "noise_difference_detector", "219 memorized prompts; 5 steps; 16 images a prompt",
+        ("SAIL 1", "SD v1.4", "text_noise_norm", "1 step; 1 image a prompt", "AUC", "0.976"),
+        ("SAIL 1", "SD v2.0", "text_noise_norm", "219 memorized prompts; 5 steps; 16 images a prompt",
          "TPR at 1 % FPR", "0.931"),
         ("SAIL 1", "SD v1.4", "layer_entropy", "1 step; 4 images a prompt", "TPR at 1 % FPR", "0.130"),
         ("DualMD 5", "SD v1.5, fine-tuned", "embedding_optimization", "inference-time", "SSCD", "0.28"),

@@ -67,8 +67,8 @@ class AdaptationHook:
 class SamplingHook:
     """Runs while images are drawn from a released model. Register with @register("sampling_hook").
 
-    Write `begin`, `at_step` or `at_prediction`, or several of them. One hook object handles all batches of a stage, one after the other, so `begin`
-    must reset its state. UNet passes are counted if they go through `drawing.predict`.
+    Write `begin`, `at_step` or `at_prediction`, or several of them. One hook object handles all batches of a stage, one
+    after the other, so `begin` must reset its state. UNet passes are counted if they go through `drawing.predict`.
     """
 
     needs_gradient: ClassVar[bool] = False

@@ -121,5 +121,6 @@ def _require_different_images(pairs: Pairs, about: str) -> None:
     seen: dict[str, str] = {}
     for digest, name in zip(pairs.digests, pairs.names, strict=True):
         if digest in seen:
-            raise UserMistake(f"{about}: '{one_line(seen[digest])}' and '{one_line(name)}' are the same image; remove one")
+            both = f"'{one_line(seen[digest])}' and '{one_line(name)}'"
+            raise UserMistake(f"{about}: {both} are the same image; remove one")
         seen[digest] = name

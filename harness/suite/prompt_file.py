@@ -1,6 +1,7 @@
 """The one place that reads prompts from a file: text with a prompt a line, or a table with a column of them.
 
-UTF-8. `.txt`: empty lines are left out. `.jsonl`, `.csv`, `.parquet`: each row must hold the columns that are asked for.
+UTF-8. `.txt`: empty lines are left out. `.jsonl`, `.csv`, `.parquet`: each row must hold the columns that are asked
+for.
 Each prompt must be one line of text that is not empty. Of a prompt that is listed twice the first row is read, and a
 notice says so: it would be counted as two.
 """
@@ -71,8 +72,8 @@ def read(path: Path, column: str | None, further: Sequence[str] = (), count: int
     if count is not None and len(found) < count:
         what = "different prompts" if again else "prompts"
         raise UserMistake(f"{path}: holds {len(found)} {what}, fewer than the {count} that are asked for")
-    said = f"{path}: {counted(len(again), 'row')} with a prompt that is listed before, left out: {again[0]}" if again else ""
-    return PromptFile(found, [said] if said else [])
+    said = f"{path}: {counted(len(again), 'row')} with a prompt that is listed before, left out"
+    return PromptFile(found, [f"{said}: {again[0]}"] if again else [])
 
 
 def _rows(path: Path, column: str | None, further: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -82,8 +82,8 @@ def _sampling(loaded: LoadedSuite, name: str, spec: MemorizationSpec) -> Iterato
         return
     if sampling.guidance <= 1 and (spec.detectors or spec.explain or spec.mitigated):
         yield ("sampling", "guidance"), (
-            f"must be above 1 (got {sampling.guidance:g}): detection compares the predictions for the prompt and for no "
-            "text, which sampling makes only under guidance"
+            f"must be above 1 (got {sampling.guidance:g}): detection compares the predictions for the prompt and for "
+            "no text, which sampling makes only under guidance"
         )
     if spec.mitigated and sampling.batch_size % sampling.images_per_prompt:
         yield ("sampling", "batch_size"), (

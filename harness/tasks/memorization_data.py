@@ -137,15 +137,15 @@ def _once(loaded: LoadedSuite, name: str, spec: MemorizeSpec, planted: Pairs, no
         found, said = pairs.of_folder(_folder(loaded, own.folder), own.folder, about, wanted)
         notices += said
     elif loaded.suite.model.id != TESTBED or spec.planted.folder is not None:
-        raise UserMistake(f"{about}: give 'folder': the drawings that ship are for the testbed's model and its drawings")
+        raise UserMistake(f"{about}: give 'folder': the drawings that ship go with planted drawings of the testbed")
     else:
         found = pairs.of_drawings(wanted, about, len(planted))
     pairs.require_different(found, about, planted)
     total = len(planted) * spec.repeats + len(found)
     if total % spec.batch_size:
         raise UserMistake(
-            f"{place(loaded, name, 'memorize', 'batch_size')}: {len(planted)} x {spec.repeats} + {len(found)} = {total} "
-            f"examples are no multiple of batch_size {spec.batch_size}: the last batch would be smaller"
+            f"{place(loaded, name, 'memorize', 'batch_size')}: {len(planted)} x {spec.repeats} + {len(found)} = "
+            f"{total} examples are no multiple of batch_size {spec.batch_size}: the last batch would be smaller"
         )
     return found
 
@@ -165,7 +165,7 @@ def _memorized(loaded: LoadedSuite, name: str, spec: MemorizedSpec, notices: lis
     if root is None or not root.is_dir():
         raise UserMistake(
             f"{where}: folder '{one_line(spec.images)}' does not exist; it should hold a folder of training images for "
-            f"each prompt, named by its '{spec.index}', such as {one_line(spec.images)}/{read.rows[0].further[spec.index]}"
+            f"each prompt, named by its '{spec.index}', such as '{one_line(read.rows[0].further[spec.index], 40)}'"
         )
     names: list[str] = []
     owners: list[int] = []

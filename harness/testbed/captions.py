@@ -51,7 +51,7 @@ def draw(object_label: str, style_word: str, random_source: random.Random) -> st
 
 
 def learned() -> tuple[str, ...]:
-    """Every canonical caption that the generator learned, in an order fixed by a hash, so that the first ones are mixed."""
+    """Every canonical caption that the generator learned, in an order fixed by a hash: the first ones are mixed."""
     known = catalog.load()
     styles = [style.id for style in known.styles.values() if style.learned]
     texts = [caption(one.label, style) for one in known.objects.values() if one.learned for style in styles]

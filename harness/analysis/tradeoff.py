@@ -1,0 +1,98 @@
+"""Two quantities against each other over several settings: which are on the front, and curves read at one level. Pure.
+
+One quantity is to be low (similarity to a training image), the other high (alignment with the prompt). All pairs of
+settings are tested in both, paired by prompt and seed, and corrected together by Holm's method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from harness.analysis.statistics import Estimate, Resampled, holm
+
+LEVEL = 0.05
+FRONT, DOMINATED, TIE, ONE_SEED = "front", "dominated", "tie", "one seed"
+
+
+def places(names: Sequence[str], low: Resampled, high: Resampled) -> dict[str, str]:
+    """Return name -> its place; `low` and `high` have a mean for each name, in order.
+
+    front: significantly better than each other one in at least one quantity; dominated: another is significantly better
+    in both; tie: chance explains the difference to some other; one seed: nothing can be tested.
+    """
+    if low.by_seeds is None:
+        return dict.fromkeys(names, ONE_SEED)
+    pairs = list(combinations(range(len(names)), 2))
+    if not pairs:
+        return dict.fromkeys(names, FRONT)
+    better: list[set[tuple[int, int]]] = []
+    tested = []
+    for of, sign in ((low, -1.0), (high, 1.0)):
+        found = of.differences(lambda means, sign=sign: sign * means, pairs)
+        tested.append((found[0], of.p_values(*found)))
+    corrected = holm([float(p) for _, p_values in tested for p in p_values])
+    for index, (values, _) in enumerate(tested):
+        own = corrected[index * len(pairs) : (index + 1) * len(pairs)]
+        better.append(
+            {pair if value > 0 else pair[::-1] for pair, value, p in zip(pairs, values, own, strict=True) if p < LEVEL}
+        )
+    made = {}
+    for place, name in enumerate(names):
+        others = [other for other in range(len(names)) if other != place]
+        if all((place, other) in better[0] | better[1] for other in others):
+            made[name] = FRONT
+        elif any((other, place) in better[0] & better[1] for other in others):
+            made[name] = DOMINATED
+        else:
+            made[name] = TIE
+    return made
+
+
+@dataclass(frozen=True)
+class AtLevel:
+    """What a curve reaches where the low quantity has a value."""
+
+    estimate: Estimate | None
+    """None: the curve does not reach that value."""
+
+
+def at_level(
+    curves: Mapping[str, Sequence[int]], low: Resampled, high: Resampled, level: float
+) -> dict[str, AtLevel]:
+    """Return, for each curve, the high quantity where the low one is `level`, linear between neighbouring settings.
+
+    `curves`: name -> indices of the settings on it. A bootstrap sample in which the curve does not reach the level
+    takes its nearest end.
+    """
+    both = Resampled(
+        np.concatenate([low.value, high.value]),
+        *(
+            None if a is None or b is None else np.concatenate([a, b], axis=1)
+            for a, b in zip(
+                (low.by_seeds, low.by_prompts, low.by_cells), (high.by_seeds, high.by_prompts, high.by_cells),
+                strict=True,
+            )
+        ),
+        low.seeds, low.prompts,
+    )  # fmt: skip
+    size = len(low.value)
+    found = {}
+    for name, places in curves.items():
+        own = list(places)
+        reached = low.value[own]
+        if not reached.min() <= level <= reached.max():
+            found[name] = AtLevel(None)
+            continue
+
+        def read(means: np.ndarray, own: list[int] = own) -> np.ndarray:
+            lows, highs = means[:, own], means[:, [size + place for place in own]]
+            order = np.argsort(lows, axis=1)
+            lows, highs = np.take_along_axis(lows, order, 1), np.take_along_axis(highs, order, 1)
+            return np.array([np.interp(level, x, y) for x, y in zip(lows, highs, strict=True)])
+
+        found[name] = AtLevel(both.estimate(read))
+    return found
