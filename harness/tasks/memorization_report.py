@@ -29,12 +29,12 @@ TEMPLATE = Path(__file__).with_name("memorization.html.jinja")
 DEFINITIONS = (
     Definition("detector", "detector", "", "The suite's label of a detector; method: what it is.", OURS),
     Definition("memorized", "memorized prompts", "", "Where the memorized prompts come from, and how many.", OURS),
-    Definition("negatives", "negatives", "", "The prompts that are not memorized: name of the set, and its source.", OURS),
+    Definition("negatives", "negatives", "", "The prompts that are not memorized: the set's name and source.", OURS),
     Definition(
-        "steps", "sampling steps", "", "Indices of the sampling steps that are used; 0 is the first, of the most noise.",
-        OURS,
+        "steps", "sampling steps", "",
+        "Indices of the sampling steps that are used; 0 is the first, of the most noise.", OURS,
     ),
-    Definition("images", "images a prompt", "", "How many images of a prompt, each from another noise, are used.", OURS),
+    Definition("images", "images a prompt", "", "How many images of a prompt, each of another noise, are used.", OURS),
     Definition(
         "latents", "starting noise", "",
         "per_prompt: drawn for each prompt and image (Wen et al.); shared: image i of all prompts has the same.", OURS,
@@ -45,8 +45,8 @@ DEFINITIONS = (
     ),
     Definition(
         "auc", "AUC", "area under the ROC curve",
-        "Chance that a memorized prompt has a greater score than another one. 0.5: no better than chance. Scores of which "
-        "less means memorized are negated; the result never decides the sign. Mean over seeds.", WEN,
+        "Chance that a memorized prompt has a greater score than another one. 0.5: no better than chance. Scores of "
+        "which less means memorized are negated; the result never decides the sign. Mean over seeds.", WEN,
     ),
     Definition(
         "balanced_accuracy", "balanced accuracy", "max over thresholds of 1 - (FPR + FNR) / 2",
@@ -69,7 +69,8 @@ DEFINITIONS = (
         WEN + ", with its encoder SSCD; here the suite's",
     ),
     Definition(
-        "similarity_max", "greatest similarity", "", "Of a prompt's images the greatest, mean over prompts and seeds.", WEN
+        "similarity_max", "greatest similarity", "", "Of a prompt's images the greatest; mean over prompts and seeds.",
+        WEN,
     ),
     Definition(
         "similarity_min", "least similarity", "", "Of a prompt's images the least, mean over prompts and seeds.", WEN
@@ -94,11 +95,12 @@ DEFINITIONS = (
         "similarity or in alignment; dominated: another is better in both; tie: chance explains a difference.", OURS,
     ),
     Definition(
-        "passes_an_image", "passes an image", "", "UNet passes for an image, as counted; a backward pass counts two.", OURS
+        "passes_an_image", "passes an image", "", "UNet passes for an image, as counted; a backward pass counts two.",
+        OURS,
     ),
     Definition(
         "level", "level", "(similarity of none + similarity of base) / 2",
-        "The similarity at which methods are compared; without a base model, with the least similarity in place of its.",
+        "The similarity at which methods are compared; without a base model, the least similarity is taken for its.",
         OURS,
     ),
     Definition("setting", "setting", "", "The parameters that the suite states.", OURS),

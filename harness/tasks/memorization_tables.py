@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 Line = dict[str, Any]
 DETECTION_TITLE, MITIGATION_TITLE = "Detection", "Mitigation"
 DETECTION_NOTES = (
-    "AUC, balanced accuracy at the best threshold, and the share of memorized prompts that are found at a false alarm "
-    "rate of 1 %: strictly below it (Wen et al.), and at the nearest point of the ROC curve (later papers). In brackets "
-    "95 % intervals, over prompts and seeds of drawing; one memorizing model, so chance in training is not covered.",
+    "AUC, balanced accuracy at the best threshold, and the share of memorized prompts that are found at 1 % false "
+    "alarms: strictly below (Wen et al.), and at the nearest point of the ROC curve (later papers). In brackets 95 % "
+    "intervals, over prompts and seeds of drawing; one memorizing model, so chance in training is not covered.",
     "passes: UNet passes for one prompt when the detector is computed alone.",
 )
 MITIGATION_NOTES = (
