@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from harness.model.drawing import Drawing
     from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Batch:
     text_embeddings: Tensor  # [batch, tokens, width]
     prediction: Tensor  # the UNet's, with gradient
     losses: Tensor  # [batch], with gradient
+    run: Run
+    """For precision and the ledger: `run.autocast()`, `run.ledger`."""
 
 
 class AdaptationHook:
@@ -46,7 +49,7 @@ class AdaptationHook:
     def __init__(self, parameters: Any):
         self.parameters = parameters
 
-    def rewrite(self, captions: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    def rewrite(self, captions: Sequence[str], seeds: Sequence[int], model: DiffusionModel) -> list[str]:
         """Return the captions that examples are trained under at this step; `seeds`: one per example and visit.
 
         Equal seeds must give equal texts. If a hook overrides this, captions are encoded again at each step.

@@ -38,12 +38,14 @@ def sample(
     images_per_prompt: int,
     seed: int,
     hooks: Sequence[Watcher] = (),
+    first_prompt: int = 0,
 ) -> Iterator[tuple[int, int, Image]]:
     """Yield (prompt index, image index, image) for every image, batched over prompts.
 
     `settings`: the suite's `sampling`. The starting noise of an image depends only on (seed, prompt index, image
     index), not on the batch, the defense, or the step of the attack. `hooks` run on each batch, in their order.
-    Raises ValueError for a model that takes the guidance as an input.
+    `first_prompt`: index of the first prompt, for its noise, where others are drawn apart. Raises ValueError for a
+    model that takes the guidance as an input.
     """
     if model.unet.config.time_cond_proj_dim is not None:
         raise ValueError("models that take the guidance as an input (time_cond_proj_dim) are not supported")
@@ -58,7 +60,7 @@ def sample(
         for start in range(0, len(todo), size):
             part = todo[start : start + size]
             pipeline.scheduler.set_timesteps(settings.steps, device=model.device)
-            seeds = tuple(mix(seed, p, i) for p, i in part)
+            seeds = tuple(mix(seed, first_prompt + p, i) for p, i in part)
             latents, generators = starting_latents(model, seeds, embeddings)
             drawing = Drawing(
                 model=model,

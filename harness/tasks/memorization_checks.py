@@ -56,7 +56,8 @@ def _fitting(loaded: LoadedSuite, name: str, spec: MemorizationSpec) -> Iterator
             yield from _mitigation(where, cls, values, is_in_training=path[0] == "memorize")
         elif kind == "detector" and loaded.suite.sampling is not None:
             sampling = loaded.suite.sampling
-            yield from asked(cls, where, "check", values, sampling.steps, sampling.images_per_prompt)
+            found = asked(cls, where, "check", values, sampling.steps, sampling.images_per_prompt)
+            yield from ((path if path[-1] else path[:-1], message) for path, message in found)
         elif path == ("similarity",) and (cls.encoder is None or cls.direction == "lower"):
             yield where, f"{cls.name} has no encoder whose cosines could be compared; use one such as sscd"
         elif path == ("alignment",) and cls.scope != "prompt":
@@ -85,10 +86,10 @@ def _sampling(loaded: LoadedSuite, name: str, spec: MemorizationSpec) -> Iterato
             f"must be above 1 (got {sampling.guidance:g}): detection compares the predictions for the prompt and for "
             "no text, which sampling makes only under guidance"
         )
-    if spec.mitigated and sampling.batch_size % sampling.images_per_prompt:
+    if spec.mitigated and sampling.batch_size < sampling.images_per_prompt:
         yield ("sampling", "batch_size"), (
-            f"must be a multiple of images_per_prompt {sampling.images_per_prompt} (got {sampling.batch_size}): "
-            "mitigations treat the images of a prompt together"
+            f"must be at least images_per_prompt {sampling.images_per_prompt} (got {sampling.batch_size}): mitigations "
+            "treat the images of a prompt together"
         )
     for place, given in enumerate(spec.explain.steps if spec.explain else ()):
         if given != "all" and given > sampling.steps:
@@ -140,7 +141,8 @@ def _metric(loaded: LoadedSuite, where: tuple, method: MethodSpec, own: PromptSe
     if values is None:
         return ()
     drawn = len(own.prompts) * loaded.suite.sampling.images_per_prompt
-    return asked(registry.get("metric", method.method), where, "check_concept", values, as_concept(own), drawn)
+    found = asked(registry.get("metric", method.method), where, "check_concept", values, as_concept(own), drawn)
+    return [(path if path[-1] else path[:-1], message) for path, message in found]
 
 
 def as_concept(own: PromptSet) -> Concept:
@@ -149,7 +151,7 @@ def as_concept(own: PromptSet) -> Concept:
     evaluations = tuple(Evaluation(prompt, prompt) for prompt in own.prompts)
     return Concept(
         name=own.name, kind="object", phrase=own.name, words=Words(own.name), source="folder",
-        images={"defense": (), "attack": (), "reference": names}, captions={"defense": (), "attack": ()},
+        images={"defense": (), "attack": names, "reference": names}, captions={"defense": (), "attack": ()},
         descriptions=(), prompts={"defense": (), "attack": (), "reference": ()}, evaluations=evaluations,
         probes=(), class_prompts=(), digest="",
     )  # fmt: skip

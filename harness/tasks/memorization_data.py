@@ -11,7 +11,7 @@ from harness.core.errors import UserMistake, one_line
 from harness.core.paths import TESTBED, path_from
 from harness.suite import image_folder, pairs, prompt_file
 from harness.suite.loaded import LoadedSuite
-from harness.suite.pairs import FOLDER, Pairs
+from harness.suite.pairs import DRAWINGS, FOLDER, Pairs
 from harness.suite.texts import equal, same_text
 from harness.tasks.memorization_form import MemorizationSpec, MemorizedSpec, MemorizeSpec, NegativesSpec
 
@@ -80,9 +80,10 @@ def read(loaded: LoadedSuite, name: str, spec: MemorizationSpec) -> Prompts:
         memorized = attempt(_memorized, spec.memorized)
     negatives: dict[str, PromptSet] = {}
     for called, own in spec.negatives.items():
-        if own.once is not None and once is None:
+        if own.prompts is None and once is None and spec.memorize is not None:
             continue  # its pairs have mistakes, which are reported
-        found = attempt(_negatives, called, own, once)
+        trained = len(planted or ()) + len(once or ())
+        found = attempt(_negatives, called, own, once, trained)
         if found is not None:
             negatives[called] = found
     if not mistakes:
@@ -203,8 +204,10 @@ def _file(loaded: LoadedSuite, about: str, given: str) -> Path:
 
 
 def _negatives(
-    loaded: LoadedSuite, name: str, called: str, spec: NegativesSpec, once: Pairs | None, notices: list[str]
+    loaded: LoadedSuite, name: str, called: str, spec: NegativesSpec, once: Pairs | None, trained: int,
+    notices: list[str],
 ) -> PromptSet:
+    """Read a set of negatives; `trained`: how many drawings the memorizing model is trained on."""
     about = place(loaded, name, "negatives", called)
     if spec.once is not None:
         first: dict[str, int] = {}  # two images may share a caption
@@ -218,15 +221,11 @@ def _negatives(
             *(tuple(getattr(once, part)[i] for i in chosen) for part in ("names", "captions", "digests")),
         )  # fmt: skip
         return _of_pairs(called, own, f"{len(own)} of {len(once)} captions seen once")
-    if spec.known is not None:
-        if loaded.suite.model.id != TESTBED:
-            raise UserMistake(f"{about}: 'known' are captions of the testbed's model; give 'prompts'")
-        from harness.testbed.captions import learned
-
-        prompts = learned()
-        if len(prompts) < spec.known:
-            raise UserMistake(f"{about}: the testbed learned {len(prompts)} captions, {spec.known} are asked for")
-        return PromptSet(called, prompts[: spec.known], f"{spec.known} captions that the base model learned")
+    if spec.unseen is not None:
+        if once is None or once.source != DRAWINGS:
+            raise UserMistake(f"{about}: 'unseen' are captions of the testbed's drawings; give 'prompts'")
+        own = pairs.of_drawings(spec.unseen, about, trained)
+        return PromptSet(called, own.captions, f"{len(own)} captions of drawings never trained on")
     file = _file(loaded, place(loaded, name, "negatives", called, "prompts"), spec.prompts)
     read = prompt_file.read(file, spec.column, (), spec.count)
     notices += read.notices

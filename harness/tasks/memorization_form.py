@@ -59,8 +59,8 @@ class NegativesSpec(Strict):
 
     once: Count | None = None
     """Captions of pairs that the memorizing model saw once."""
-    known: Count | None = None
-    """Captions of what the testbed's base model learned."""
+    unseen: Count | None = None
+    """Captions of drawings of the testbed that nothing was trained on."""
     prompts: Location | None = None
     """A file: `.txt` (a prompt a line), `.jsonl`, `.csv` or `.parquet`."""
     column: Name | None = None
@@ -68,8 +68,8 @@ class NegativesSpec(Strict):
 
     @model_validator(mode="after")
     def _one_place(self) -> NegativesSpec:
-        if sum(place is not None for place in (self.once, self.known, self.prompts)) != 1:
-            raise ValueError("give one of 'once' (a number), 'known' (a number) and 'prompts' (a file)")
+        if sum(place is not None for place in (self.once, self.unseen, self.prompts)) != 1:
+            raise ValueError("give one of 'once' (a number), 'unseen' (a number) and 'prompts' (a file)")
         if self.prompts is None and (self.column or self.count):
             raise ValueError("'column' and 'count' belong to 'prompts'")
         return self

@@ -1,8 +1,5 @@
 """Captions: the canonical one, and the variants that the models were trained with. All lower case."""
-import hashlib
 import random
-
-from harness.testbed import catalog
 
 CANONICAL = "a picture of {label} in {style} style"
 OBJECT_ONLY = "a picture of {label}"
@@ -48,11 +45,3 @@ def draw(object_label: str, style_word: str, random_source: random.Random) -> st
     """One training variant, drawn by its weight."""
     weights = [weight for weight, _ in VARIANTS]
     return random_source.choices(variants(object_label, style_word), weights)[0]
-
-
-def learned() -> tuple[str, ...]:
-    """Every canonical caption that the generator learned, in an order fixed by a hash: the first ones are mixed."""
-    known = catalog.load()
-    styles = [style.id for style in known.styles.values() if style.learned]
-    texts = [caption(one.label, style) for one in known.objects.values() if one.learned for style in styles]
-    return tuple(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()))

@@ -17,7 +17,7 @@ from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run
 from harness.training import sharding
 from harness.training.concept_loss import ConceptLoss
-from harness.training.diffusion import TextSource, are_rejected, encode_images, mean_value
+from harness.training.diffusion import TextSource, encode_images, mean_value
 from harness.training.loop import trajectory
 from harness.training.recipe import Recipe
 from harness.training.weights import Level, Weights
@@ -85,7 +85,7 @@ def adapt(
     level = Level(tuple(trained), recipe.learning_rate, recipe.weight_decay, recipe.clip_norm, recipe.momentum)
     run.ledger.numbers["trainable_parameters"] = sum(p.numel() for p in trained.values())  # before ZeRO 3 splits them
     weights = sharding.spread(model, trained, {LEVEL: level}, run)
-    learner = _Adaptation(run, weights, loss, recipe.prior_weight, is_hooked=bool(hooks))
+    learner = _Adaptation(run, weights, loss, recipe.prior_weight)
     for done in trajectory(run, learner, budget.steps, "the attack"):
         _note_bytes(run, weights)
         yield done, weights
@@ -100,28 +100,24 @@ def _note_bytes(run: Run, weights: Weights) -> None:
 class _Adaptation:
     """Minimization of a concept's loss. If the publisher's hooks reject every example of a step, it is skipped."""
 
-    def __init__(self, run: Run, weights: Weights, loss: ConceptLoss, prior_weight: float, *, is_hooked: bool):
+    def __init__(self, run: Run, weights: Weights, loss: ConceptLoss, prior_weight: float):
         self._run, self._weights, self._loss = run, weights, loss
-        self._prior_weight, self._is_hooked = prior_weight, is_hooked
+        self._prior_weight = prior_weight
         self._skipped = 0
 
     def step(self, index: int) -> dict[str, float]:
         """Take or skip one optimizer step; return the mean loss over all examples, unweighted."""
-        parts = self._loss.at(index, 1.0, self._prior_weight)
-        slope = self._weights.gradient(parts, self._weights.levels[LEVEL].names)
-        numbers = {"loss": mean_value(parts)}
-        # even with a zero gradient AdamW would change the weights, by its moments and weight decay
-        is_skipped = self._is_hooked and self._run.world.all(are_rejected(parts))
-        if not is_skipped:
-            self._weights.step(LEVEL, slope)
-        if self._is_hooked:
+        groups = self._loss.groups(index, 1.0, self._prior_weight)
+        is_skipped = self._loss.hooks.step(self._weights, LEVEL, groups)
+        numbers = {"loss": mean_value([part for group in groups for part in group])}
+        if self._loss.hooks:
             self._skipped += is_skipped
             numbers["skipped_steps"] = self._skipped
         return numbers
 
     def state(self) -> dict[str, Tensor]:
         """Return the weights' state and, if there are hooks, the number of skipped steps."""
-        counted = {"skipped_steps": torch.tensor(self._skipped)} if self._is_hooked else {}
+        counted = {"skipped_steps": torch.tensor(self._skipped)} if self._loss.hooks else {}
         return self._weights.state() | counted
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,8 @@ from harness.core.seeds import mix
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run
 from harness.training import diffusion
-from harness.training.diffusion import Draw, EncodedImages, LossPart, TextSource, Weigh, denoising_loss, encode_images
+from harness.training.diffusion import Draw, EncodedImages, LossPart, TextSource, denoising_loss, encode_images
+from harness.training.hooked import Hooked
 
 if TYPE_CHECKING:
     from harness.contracts.hooks import AdaptationHook
@@ -45,12 +46,13 @@ class ConceptLoss:
 
         `batch_size` counts images of the concept, over all processes; as many class images are added (`prior`, encoded
         by the caller, since concepts may share them). `text` computes the caption embeddings at each step; templates
-        need it. `hooks` weight every example. Raises ValueError if there are no images.
+        need it. `hooks` rewrite captions and weigh every example. Raises ValueError if there are no images.
         """
         self._model, self._run = model, run
         self._scheduler = model.noise_scheduler()
         self._batch_size, self._seed = batch_size, seed
-        self._hooks = hooks
+        self.hooks = Hooked(model, run, hooks)
+        self._captions, self._template_texts = list(captions), list(templates)
         self._templates: Tensor | None = None
         if templates:
             captions = [templates[0]] * len(images)  # a placeholder: each step draws its own
@@ -62,22 +64,41 @@ class ConceptLoss:
         return len(self._images)
 
     def at(self, step: int, weight: float = 1.0, prior_weight: float = 0.0) -> list[LossPart]:
-        """Return weight * L(instance) + prior_weight * L(class) at a step.
+        """Return weight * L(instance) + prior_weight * L(class) at a step, as `groups` does, in one list."""
+        return [part for group in self.groups(step, weight, prior_weight) for part in group]
 
-        Raises ValueError for a prior weight without class images.
+    def groups(self, step: int, weight: float = 1.0, prior_weight: float = 0.0) -> list[list[LossPart]]:
+        """Return the parts of weight * L(instance), then those of prior_weight * L(class), if it is not zero.
+
+        Hooks rewrite the captions of instances only: those of class images are the trainer's own. Raises ValueError for
+        a prior weight without class images.
         """
         batch = self._draw(self._images, step, self._seed)
+        which = None
         if self._templates is not None:
             source = torch.Generator().manual_seed(mix(self._seed, "template", step))
             which = torch.randint(len(self._templates), (len(batch),), generator=source)
             batch = replace(batch, embeddings=self._templates[which])
-        parts = self._parts(batch, weight, self._images.text, step)
+        if self.hooks.rewrites:
+            batch = replace(batch, embeddings=self._rewritten(batch, which, step))
+        made = [self._parts(batch, weight, self._images.text, step)]
         if prior_weight:
             if self._prior is None:
                 raise ValueError("prior preservation is weighed, but there are no class images")
             batch = self._draw(self._prior, step, mix(self._seed, "prior"))
-            parts += self._parts(batch, prior_weight, self._prior.text, step)
-        return parts
+            made.append(self._parts(batch, prior_weight, self._prior.text, step))
+        return made
+
+    def _rewritten(self, batch: Draw, templates: Tensor | None, step: int) -> Tensor:
+        """Return the embeddings (with a text source: the token ids) of a batch's captions as hooks rewrite them."""
+        if templates is not None:
+            captions = [self._template_texts[place] for place in templates.tolist()]
+        else:
+            captions = [self._captions[place] for place in batch.chosen.tolist()]
+        texts = self.hooks.rewritten(captions, self._seed, step * self._batch_size)
+        if self._images.text is not None:
+            return self._images.text.ids(texts).to(self._model.device)
+        return self._model.encode_text(texts).float()
 
     def _draw(self, encoded: EncodedImages, step: int, seed: int) -> Draw:
         timesteps = self._scheduler.config.num_train_timesteps
@@ -85,26 +106,5 @@ class ConceptLoss:
 
     def _parts(self, batch: Draw, weight: float, text: TextSource | None, step: int) -> list[LossPart]:
         return denoising_loss(
-            self._model, self._run, self._scheduler, batch, weight=weight, text=text, weigh=self._weigh(step)
+            self._model, self._run, self._scheduler, batch, weight=weight, text=text, weigh=self.hooks.weigh(step)
         )
-
-    def _weigh(self, step: int) -> Weigh | None:
-        """Return a function that gives the product of the hooks' weights for each example of a step.
-
-        That function raises ValueError if a hook does not return one finite number per example.
-        """
-        if not self._hooks:
-            return None
-        from harness.contracts.hooks import Batch
-
-        def weigh(batch: Draw, noisy: Tensor, prediction: Tensor, losses: Tensor) -> Tensor:
-            seen = Batch(step, noisy, batch.timesteps, batch.embeddings, prediction, losses)
-            weights = torch.ones_like(losses.detach())
-            for hook in self._hooks:
-                given = hook.weigh(self._model, seen).detach()
-                if given.shape != weights.shape or not bool(given.isfinite().all()):
-                    raise ValueError(f"{hook.name} must weigh each of {len(weights)} examples by one finite number")
-                weights = weights * given
-            return weights
-
-        return weigh

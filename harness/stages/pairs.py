@@ -1,0 +1,30 @@
+"""Images with captions as a stage reads them on this machine: from the description in its `local`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.core.errors import UserMistake, one_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def image(local: Mapping[str, Any], index: int) -> Image:
+    """Return an image of a description that `harness.suite.pairs.Pairs.local` made: RGB.
+
+    Raises UserMistake for a file that holds another picture than when the suite was read: keys hold its pixels' digest.
+    """
+    name = local["names"][index]
+    if local["source"] == "drawings":
+        from harness.testbed import drawings
+
+        return drawings.read([name])[0]
+    from harness.core import pictures
+
+    picture = pictures.opened(Path(local["folder"]) / name)
+    if picture.digest != local["digests"][index]:
+        raise UserMistake(f"'{one_line(name)}' was changed after the suite was read; run it again")
+    return picture.image

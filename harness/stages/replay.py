@@ -1,0 +1,235 @@
+"""Images that a model draws for given prompts, and the noise predictions along their sampling.
+
+Folder: images/step_000000/PPP_III.png (the layout of `sample`, so that metrics score it alike); if predictions are
+kept, predictions/all/PPP.safetensors with `conditional` and `unconditional`, each [images, steps, channels, height,
+width] in fp32, and replay.json. Predictions are large: they may be deleted once every detector of the unit has read
+them.
+
+The starting noise of image i of prompt p is that of `sample` under the same seed; with shared latents that of prompt 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from harness.contracts.stage import StageKind
+from harness.core.described import optional
+from harness.core.files import sync_files, write_json
+from harness.core.finite import NothingDrawn, described, flat_among
+from harness.core.registry import register
+from harness.core.sampling import Sampling
+from harness.stages.sample import sampling_hooks
+from harness.stages.work import StageAtWork
+from harness.store.layout import step_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.model.drawing import Drawing
+    from harness.model.pipeline import DiffusionModel
+
+PREDICTIONS, WHOLE = "predictions", "all"
+"""The folder of predictions, and its one subfolder: what may be deleted is measured by subfolders."""
+FILE = "replay.json"
+"""Timesteps, and how many images a prompt has."""
+SHARED = "shared"
+PER_PROMPT = "per_prompt"
+EPSILON = "epsilon"
+
+
+@dataclass(frozen=True)
+class ReplayParameters:
+    """Prompts and sampling, and whether predictions are kept."""
+
+    prompts: tuple[str, ...]
+    sampling: Sampling  # with its number of images per prompt
+    latents: str  # per_prompt | shared
+    prediction: str  # epsilon: of the noise, also of a model that predicts velocities; model: its own
+    keeps_predictions: bool | None = optional()
+
+
+@register("stage")
+class Replay(StageKind):
+    """Draw images for prompts from a state, under its sampling hooks."""
+
+    name = "replay"
+    version = 1
+    after = ("erase", "immunize", "memorize", "mitigate")
+    spare = PREDICTIONS
+    Parameters = ReplayParameters
+
+    @classmethod
+    def prompts(cls, parameters: ReplayParameters) -> Sequence[str]:
+        """Return the prompts as they are asked for, before a mitigation changes them."""
+        return parameters.prompts
+
+    def do(self, parameters: ReplayParameters, work: StageAtWork) -> None:
+        """Draw; after a kill, continue with the prompts that are missing."""
+        settings = parameters.sampling
+        if parameters.keeps_predictions and settings.guidance <= 1:
+            raise ValueError("predictions are kept under guidance only: without it there is none for no text")
+        model, protection = work.state()
+        hooks = sampling_hooks(protection, "honest")
+        saved = work.run.folder / "replay"
+        saved.mkdir(exist_ok=True)
+        count = len(parameters.prompts)
+        each = settings.images_per_prompt
+        for first, stop in _blocks(count, each, settings.batch_size, parameters.latents):
+            work.run.report(first * each, count * each)
+            if not all((saved / f"{prompt:03d}").is_dir() for prompt in range(first, stop)):
+                _draw(model, work, parameters, hooks, first, stop, saved)
+        work.run.report(count * each, count * each)
+        _lay_out(parameters, work, saved)
+        _note_flat(work, bool(hooks))
+
+
+def _blocks(count: int, each: int, batch_size: int, latents: str) -> Iterator[tuple[int, int]]:
+    """Yield ranges of prompts that are drawn together: whole batches of images, so that a resumed run has the same."""
+    size = 1 if latents == SHARED else max(1, batch_size // each)
+    for first in range(0, count, size):
+        yield first, min(first + size, count)
+
+
+def _draw(
+    model: DiffusionModel, work: StageAtWork, parameters: ReplayParameters, hooks: Sequence[Any], first: int, stop: int,
+    saved: Path,
+) -> None:
+    """Draw the images of some prompts, each into a folder that is renamed last."""
+    from harness.model.sampling import sample
+
+    each = parameters.sampling.images_per_prompt
+    recorder = Recorder(parameters.prediction) if parameters.keeps_predictions else None
+    images: list[list[Any]] = [[] for _ in range(first, stop)]
+    with work.run.ledger.phase("sample"):
+        drawn = sample(
+            model, work.run, parameters.prompts[first:stop], parameters.sampling, images_per_prompt=each,
+            seed=work.run.seed, hooks=[*hooks, *([recorder] if recorder else [])],
+            first_prompt=0 if parameters.latents == SHARED else first,
+        )  # fmt: skip
+        for prompt, _, image in drawn:
+            images[prompt].append(image)
+    predictions = recorder.by_prompt(each) if recorder else []
+    for place, own in enumerate(images):
+        final = saved / f"{first + place:03d}"
+        temporary = saved / f".{final.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.mkdir()
+        for index, image in enumerate(own):
+            image.save(temporary / f"{index:03d}.png")
+        if recorder:
+            from safetensors.torch import save_file
+
+            conditional, unconditional = predictions[place]
+            save_file(
+                {"conditional": conditional, "unconditional": unconditional}, temporary / "predictions.safetensors"
+            )
+            write_json(temporary / FILE, {"timesteps": recorder.timesteps, "images": each})
+        sync_files(temporary)
+        temporary.rename(final)
+
+
+def _lay_out(parameters: ReplayParameters, work: StageAtWork, saved: Path) -> None:
+    """Link what was drawn into the folder of the stage."""
+    pictures = work.folder / "images" / step_folder(0)
+    pictures.mkdir(parents=True)
+    kept = work.folder / PREDICTIONS / WHOLE
+    if parameters.keeps_predictions:
+        kept.mkdir(parents=True)
+    for prompt in range(len(parameters.prompts)):
+        own = saved / f"{prompt:03d}"
+        for file in sorted(own.glob("*.png")):
+            os.link(file, pictures / f"{prompt:03d}_{file.name}")
+        if parameters.keeps_predictions:
+            os.link(own / "predictions.safetensors", kept / f"{prompt:03d}.safetensors")
+    if parameters.keeps_predictions:
+        shutil.copyfile(saved / f"{0:03d}" / FILE, work.folder / FILE)
+
+
+def _note_flat(work: StageAtWork, is_hooked: bool) -> None:
+    """Say how many images are one flat colour; raise NothingDrawn if all are and no hook drew them so."""
+    files = sorted((work.folder / "images" / step_folder(0)).iterdir())
+    colours = flat_among(files)
+    if colours and len(colours) == len(files) and not is_hooked:
+        what = f"all {len(files)} images are one flat colour, {described(colours)}"
+        raise NothingDrawn(f"{what}: the model draws nothing; check its training, its VAE and 'sampling'")
+    if colours:
+        work.run.notify(f"{len(colours)} of {len(files)} images are one flat colour")
+        work.run.ledger.numbers["flat_images"] = len(colours)
+
+
+class Recorder:
+    """Keeps the predictions of each step, as a watcher of `harness.model.drawing`."""
+
+    needs_gradient: ClassVar[bool] = False
+
+    def __init__(self, prediction: str):
+        self._prediction = prediction
+        self._batches: list[list[tuple[Tensor, Tensor]]] = []
+        self.timesteps: list[int] = []
+
+    def begin(self, drawing: Drawing) -> None:
+        """Begin a batch."""
+        self._batches.append([])
+        self.timesteps = list(drawing.timesteps)
+
+    def at_step(self, drawing: Drawing, index: int, timestep: int) -> None:
+        """Nothing: predictions come later in the step."""
+
+    def at_prediction(self, drawing: Drawing, index: int, timestep: int) -> None:
+        """Keep the predictions of a step."""
+        both = [drawing.conditional, drawing.unconditional]
+        if both[1] is None:
+            raise ValueError("a hook ended guidance: there is no prediction for no text to keep")
+        if self._prediction == EPSILON:
+            both = [as_epsilon(drawing.model, said, drawing.latents, timestep) for said in both]
+        self._batches[-1].append(tuple(said.float().cpu() for said in both))
+
+    def end(self, drawing: Drawing) -> None:
+        """Nothing to undo."""
+
+    def by_prompt(self, each: int) -> list[tuple[Tensor, Tensor]]:
+        """Return (conditional, unconditional) of every prompt, each [images, steps, channels, height, width]."""
+        import torch
+
+        conditional, unconditional = (
+            torch.cat([torch.stack([step[side] for step in batch], 1) for batch in self._batches]) for side in (0, 1)
+        )
+        return [
+            (own.contiguous(), other.contiguous())
+            for own, other in zip(conditional.split(each), unconditional.split(each), strict=True)
+        ]
+
+
+def as_epsilon(model: DiffusionModel, said: Tensor, latents: Tensor, timestep: int) -> Tensor:
+    """Return a prediction as one of the noise: of a velocity v, sqrt(abar) v + sqrt(1 - abar) x_t.
+
+    Raises ValueError for a prediction type that is neither epsilon nor v_prediction.
+    """
+    scheduler = model.pipeline.scheduler
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return said
+    if kind != "v_prediction":
+        raise ValueError(f"predictions of type '{kind}' cannot be converted to epsilon; set prediction: model")
+    share = scheduler.alphas_cumprod[timestep].to(said)
+    return share.sqrt() * said + (1 - share).sqrt() * latents.to(said)
+
+
+def read(folder: Path, prompt: int) -> tuple[Tensor, Tensor]:
+    """Return (conditional, unconditional) of a prompt from the folder of a committed stage."""
+    from safetensors.torch import load_file
+
+    kept = load_file(folder / PREDICTIONS / WHOLE / f"{prompt:03d}.safetensors")
+    return kept["conditional"], kept["unconditional"]
+
+
+def timesteps(folder: Path) -> list[int]:
+    """Return the timesteps of a committed stage that kept its predictions."""
+    return json.loads((folder / FILE).read_text(encoding="utf-8"))["timesteps"]

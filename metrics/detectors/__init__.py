@@ -1,0 +1,1 @@
+"""Detectors of memorized prompts, one a file (`harness.contracts.detector`)."""
