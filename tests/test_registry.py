@@ -175,7 +175,7 @@ BAD_PLUGINS |= {
     ),
     "adaptation hook that does not weigh": (
         HOOK.replace('"sampling_hook"', '"adaptation_hook"').replace("(SamplingHook)", "(AdaptationHook)"),
-        "adaptation_hook needs the function 'weigh'",
+        "adaptation_hook needs the function 'rewrite' or 'weigh'",
     ),
 }
 

@@ -53,13 +53,13 @@ class GuidanceTransition(SamplingHook):
         """Set the guidance before the transition."""
         import torch
 
+        count = len(drawing.prompts)
+        self._has_begun = torch.zeros(count, dtype=torch.bool, device=drawing.latents.device)
         if drawing.guidance is None:
             raise ValueError("guidance_transition needs guidance: set sampling.guidance above 1")
-        count = len(drawing.prompts)
         full = drawing.guidance
         self._full = full.clone() if isinstance(full, torch.Tensor) else torch.full((count,), float(full))
         self._full = self._full.to(drawing.latents.device)
-        self._has_begun = torch.zeros(count, dtype=torch.bool, device=drawing.latents.device)
         self._last = None
         drawing.guidance = torch.full_like(self._full, self.parameters.before)
 

@@ -1,6 +1,6 @@
 """Images that a model draws for given prompts, and the noise predictions along their sampling.
 
-Folder: images/step_000000/PPP_III.png (the layout of `sample`, so that metrics score it alike); if predictions are
+Folder: images/step_0000000/PPP_III.png (the layout of `sample`, so that metrics score it alike); if predictions are
 kept, predictions/all/PPP.safetensors with `conditional` and `unconditional`, each [images, steps, channels, height,
 width] in fp32, and replay.json. Predictions are large: they may be deleted once every detector of the unit has read
 them.

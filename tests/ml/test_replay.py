@@ -1,0 +1,273 @@
+"""Images with the predictions behind them: the same as `sample` draws, resumed after a kill; detectors by formula."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from harness.core import registry
+from harness.core.errors import StageFailure
+from harness.core.sampling import Sampling
+from harness.core.seeds import mix
+from harness.model.pipeline import DiffusionModel
+from harness.model.source import resolve_model
+from harness.stages import replay
+from harness.stages.detect import DetectParameters
+from harness.stages.replay import ReplayParameters
+from harness.stages.sample import SampleParameters
+from harness.store.layout import step_folder
+from harness.suite.spec import ModelSpec
+from tests import tiny
+from tests.ml.at_work import Desk
+
+PROMPTS = ("a purse", "a cat on a mat", "a dog", "the beach", "a red cat")
+SAMPLING = Sampling("ddim", 4, 3.0, 4, 2)
+
+
+@pytest.fixture
+def desk(tiny_source, tmp_path):
+    """A store with the tiny model."""
+    torch.set_num_threads(1)
+    return Desk(tiny_source, tmp_path)
+
+
+def replayed(desk, **changes):
+    """Draw with predictions; return (input, folder)."""
+    given = {"prompts": PROMPTS, "sampling": SAMPLING, "latents": "per_prompt", "prediction": "epsilon"}
+    return desk.do("replay", ReplayParameters(**{**given, "keeps_predictions": True, **changes}))
+
+
+def by_hand(source, prompts, seeds, sampling=SAMPLING):
+    """Draw with diffusers' scheduler alone: return latents before each step, both predictions, and timesteps.
+
+    Each is [prompts, images, steps, channels, height, width].
+    """
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(source.location, safety_checker=None)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(sampling.steps)
+    tokenizer = pipeline.tokenizer
+
+    def encode(text):
+        ids = tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        return pipeline.text_encoder(ids)[0]
+
+    met, said, empty = [], [], []
+    size = pipeline.unet.config.sample_size
+    with torch.no_grad():
+        for text, own in zip(prompts, seeds, strict=True):
+            start = [torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(seed)) for seed in own]
+            x, rows = torch.cat(start), ([], [], [])
+            e, nothing = encode(text).expand(len(own), -1, -1), encode("").expand(len(own), -1, -1)
+            for timestep in scheduler.timesteps:
+                conditional = pipeline.unet(x, timestep, e).sample
+                unconditional = pipeline.unet(x, timestep, nothing).sample
+                for row, value in zip(rows, (x, conditional, unconditional), strict=True):
+                    row.append(value)
+                guided = unconditional + sampling.guidance * (conditional - unconditional)
+                x = scheduler.step(guided, timestep, x).prev_sample
+            for kept, row in zip((met, said, empty), rows, strict=True):
+                kept.append(torch.stack(row, 1))
+    return torch.stack(met), torch.stack(said), torch.stack(empty), scheduler.timesteps, pipeline, encode
+
+
+def seeds_of(prompts, seed=1, images=2):
+    """The seeds of the starting noise."""
+    return [[mix(seed, p, i) for i in range(images)] for p in range(len(prompts))]
+
+
+def test_images_are_those_of_the_kind_sample_bit_for_bit(desk):
+    """Under the same seed; whole prompts are drawn together, as many as fit a batch."""
+    _, folder = replayed(desk, keeps_predictions=None)
+    _, other = desk.do("sample", SampleParameters(PROMPTS, (0,), SAMPLING))
+
+    names = sorted(path.name for path in (folder / "images" / step_folder(0)).iterdir())
+    assert names == [f"{p:03d}_{i:03d}.png" for p in range(5) for i in range(2)]
+    for name in names:
+        first, second = (Image.open(place / "images" / step_folder(0) / name).tobytes() for place in (folder, other))
+        assert first == second
+    assert not (folder / "predictions").exists()
+
+
+def test_predictions_are_those_of_a_loop_by_hand(desk):
+    """Both halves at every step, before guidance joins them."""
+    _, folder = replayed(desk)
+    _, said, empty, timesteps, *_ = by_hand(desk.source, PROMPTS, seeds_of(PROMPTS))
+
+    assert replay.timesteps(folder) == timesteps.tolist()
+    for prompt in range(len(PROMPTS)):
+        conditional, unconditional = replay.read(folder, prompt)
+        assert conditional.shape == (2, 4, 4, *said.shape[-2:])
+        # elements after four steps of another batch size: 1.4e-6 was the greatest difference seen
+        torch.testing.assert_close(conditional, said[prompt], rtol=1e-5, atol=5e-6)
+        torch.testing.assert_close(unconditional, empty[prompt], rtol=1e-5, atol=5e-6)
+
+
+def test_velocities_are_converted_unless_the_models_own_are_asked_for(tmp_path):
+    """eps = sqrt(abar) v + sqrt(1 - abar) x; the difference of two is sqrt(abar) times that of the velocities."""
+    tiny.save_pipeline(tmp_path / "model", prediction_type="v_prediction")
+    source = resolve_model(ModelSpec(id=str(tmp_path / "model")), "test", tmp_path)
+    desk = Desk(source, tmp_path)
+    _, converted = replayed(desk)
+    _, own = replayed(desk, prediction="model")
+    model = DiffusionModel.load(source, torch.device("cpu"))
+    shares = model.pipeline.scheduler.alphas_cumprod[replay.timesteps(own)].sqrt().view(1, -1, 1, 1, 1)
+
+    first, second = (read[0] - read[1] for read in (replay.read(converted, 0), replay.read(own, 0)))
+    torch.testing.assert_close(first, shares * second, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(replay.read(converted, 0)[0], replay.read(own, 0)[0])
+
+
+def test_shared_noise_is_that_of_the_first_prompt(desk):
+    """The same for all prompts; the first prompt's images do not change."""
+    _, shared = replayed(desk, latents="shared")
+    _, alone = replayed(desk)
+    _, same = desk.do("replay", ReplayParameters((PROMPTS[1],), SAMPLING, "per_prompt", "epsilon", True))
+
+    torch.testing.assert_close(replay.read(shared, 0)[0], replay.read(alone, 0)[0])
+    torch.testing.assert_close(replay.read(shared, 1)[0], replay.read(same, 0)[0])
+
+
+def test_a_killed_drawing_goes_on_and_gives_the_same(desk, tmp_path, tiny_source, monkeypatch):
+    """After the second block; what is drawn is not drawn again."""
+    _, whole = replayed(desk)
+    other = Desk(tiny_source, tmp_path / "other")
+    real, drawn = replay._draw, []
+
+    def draw(model, work, parameters, hooks, first, stop, saved):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(first)
+        real(model, work, parameters, hooks, first, stop, saved)
+
+    monkeypatch.setattr(replay, "_draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        replayed(other)
+    drawn.clear()
+    _, resumed = replayed(other)
+
+    assert drawn == [4]
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".png", ".safetensors"))
+    assert len(files) == 15
+    assert all((whole / name).read_bytes() == (resumed / name).read_bytes() for name in files)
+
+
+def test_predictions_need_guidance(desk):
+    """Without it the empty text is not predicted for."""
+    with pytest.raises(StageFailure, match="predictions are kept under guidance only"):
+        replayed(desk, sampling=dataclasses.replace(SAMPLING, guidance=1.0))
+
+
+# -- detectors -------------------------------------------------------------------------------------------------------
+
+
+def detected(desk, name, of, **parameters):
+    """Score the prompts by a detector; return the values."""
+    cls = registry.get("detector", name)
+    values = cls.Parameters(**parameters)
+    given = DetectParameters(dataclasses.asdict(values), PROMPTS, SAMPLING, "per_prompt", "epsilon")
+    inputs = {} if cls.reads == "model" else {"replay": of}
+    _, folder = desk.do("detect", given, component=registry.component(cls), inputs=inputs)
+    entries = json.loads((folder / "scores.json").read_text())["values"]
+    assert [each["prompt"] for each in entries] == list(range(len(PROMPTS)))
+    return torch.tensor([each["value"] for each in entries])
+
+
+@pytest.mark.parametrize(("steps", "images"), [("all", "all"), (1, 1), (2, "all"), (1, "all")])
+def test_norm_of_the_texts_share(desk, steps, images):
+    """Mean over steps of the mean over images of the L2 norm over the elements of an image."""
+    of, _ = replayed(desk)
+    _, said, empty, *_ = by_hand(desk.source, PROMPTS, seeds_of(PROMPTS))
+    last, count = (4 if steps == "all" else steps), (2 if images == "all" else images)
+    wanted = (said - empty)[:, :count, :last].flatten(3).norm(dim=3).mean(dim=1).mean(dim=1)
+
+    torch.testing.assert_close(detected(desk, "text_noise_norm", of, steps=steps, images=images), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_dsm(desk, k):
+    """Squared change of the prediction for the prompt between two steps of the guided path."""
+    of, _ = replayed(desk)
+    _, said, *_ = by_hand(desk.source, PROMPTS, seeds_of(PROMPTS))
+    wanted = (said[:, :, k + 1] - said[:, :, k]).flatten(2).square().sum(dim=2).mean(dim=1)
+
+    torch.testing.assert_close(detected(desk, "dsm", of, k=k), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_anisotropy(desk):
+    """Norm at the first timestep and channel cosine at a late one, both on the starting noise."""
+    met, _, _, timesteps, pipeline, encode = by_hand(desk.source, PROMPTS, seeds_of(PROMPTS))
+    wanted = []
+    with torch.no_grad():
+        for prompt, text in enumerate(PROMPTS):
+            x = met[prompt, :, 0]
+            halves = {}
+            for timestep in (timesteps[0], timesteps[-2]):
+                e, nothing = (encode(each).expand(2, -1, -1) for each in (text, ""))
+                empty = pipeline.unet(x, timestep, nothing).sample
+                halves[int(timestep)] = empty, pipeline.unet(x, timestep, e).sample - empty
+            norm = halves[int(timesteps[0])][1].flatten(1).norm(dim=1).mean()
+            empty, delta = halves[int(timesteps[-2])]
+            cosine = (empty * delta).sum(1) / (empty.norm(dim=1) * delta.norm(dim=1))
+            wanted.append(1.5 * norm + 0.5 * cosine.mean())
+
+    found = detected(desk, "anisotropy", None, norm_weight=1.5, cosine_weight=0.5, late=-2)
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-6, atol=1e-6)
+
+
+def test_tiled_l2(desk):
+    """The most different tile of the most alike pair of images."""
+    of, folder = replayed(desk, sampling=dataclasses.replace(SAMPLING, images_per_prompt=3, batch_size=6))
+    wanted = []
+    for prompt in range(len(PROMPTS)):
+        files = sorted((folder / "images" / step_folder(0)).glob(f"{prompt:03d}_*.png"))
+        images = [np.asarray(Image.open(file), dtype=float) / 255 for file in files]
+        half = images[0].shape[0] // 2
+        pairs = []
+        for a in range(3):
+            for b in range(a):
+                tiles = [
+                    np.sqrt(((images[a] - images[b])[i : i + half, j : j + half] ** 2).mean())
+                    for i in (0, half) for j in (0, half)
+                ]  # fmt: skip
+                pairs.append(max(tiles))
+        wanted.append(min(pairs))
+
+    found = detected(desk, "tiled_l2", of, tiles=2)
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float32), rtol=1e-6, atol=1e-7)
+
+
+def test_passes_are_those_of_the_detector_alone():
+    """As a table states them: 20 steps, 4 images."""
+    cost = {
+        name: [registry.get("detector", name).passes(parameters, 20, 4) for parameters in listed]
+        for name, listed in {
+            "text_noise_norm": [_parameters("text_noise_norm", steps=1, images=1), _parameters("text_noise_norm")],
+            "tiled_l2": [_parameters("tiled_l2")],
+            "anisotropy": [_parameters("anisotropy")],
+            "dsm": [_parameters("dsm", k=0), _parameters("dsm", k=1)],
+        }.items()
+    }
+
+    assert cost == {"text_noise_norm": [2, 160], "tiled_l2": [160], "anisotropy": [16], "dsm": [12, 20]}
+
+
+def _parameters(name, **given):
+    return registry.get("detector", name).Parameters(**given)
+
+
+def test_a_score_that_is_not_finite_fails_the_stage(desk, monkeypatch):
+    """It is named with its prompt."""
+    of, folder = replayed(desk)
+    monkeypatch.setattr(replay, "read", lambda folder, prompt: (torch.full((2, 4, 4, 8, 8), float("nan")),) * 2)
+
+    with pytest.raises(StageFailure, match="text_noise_norm is nan for 'a purse'"):
+        detected(desk, "text_noise_norm", of)
+    assert load_file(folder / "predictions" / "all" / "000.safetensors")["conditional"].isfinite().all()
