@@ -14,6 +14,7 @@ from harness.analysis import definitions as general
 from harness.results import adaptation_cost, definitions
 from harness.results.comparison import SHOWN as SHOWN_OF_COMPARISON
 from harness.results.leaderboard import LEGEND, SHOWN
+from harness.tasks import memorization_columns as memorization
 from tests.conftest import run_python
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "definitions.md"
@@ -33,7 +34,10 @@ GENERAL = (
     leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, curves.COLUMNS, compare.COLUMNS, adaptation_cost.COLUMNS,
 )  # fmt: skip
 """Of leaderboard.csv and worst_case.csv, concepts.csv, curves.csv, what `compare` writes, and of costs."""
-TABLES = (*GENERAL, masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS)
+MEMORIZATION = (
+    memorization.DETECTION, memorization.DRAWN, memorization.MITIGATIONS, memorization.EQUAL, memorization.TOKENS,
+)  # fmt: skip
+TABLES = (*GENERAL, masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS, *MEMORIZATION)
 """With those of the bundled diagnostics."""
 
 

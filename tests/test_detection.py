@@ -1,4 +1,4 @@
-"""How well scores separate memorized prompts from others: curves as scikit-learn's, both conventions of TPR, intervals."""
+"""How well scores separate memorized prompts: curves as scikit-learn's, both conventions of TPR, intervals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import pytest
 import sklearn.metrics as sklearn_metrics
 
 from harness.analysis import detection
-
-
 
 
 def scores(seed: int, ties: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -77,8 +75,8 @@ def test_intervals_contain_the_value_and_shrink_with_prompts():
 def test_area_of_the_interval_covers_the_truth():
     """In repeated experiments with a known AUC the interval holds it about as often as stated.
 
-    300 experiments: the binomial standard deviation of a true 95 % is 1.3 points; with 3 seeds and 40 prompts a kind the
-    percentile interval is known to be somewhat short, so at least 88 % (more than five deviations above a 75 % interval).
+    300 experiments: the binomial standard deviation of a true 95 % is 1.3 points; with 3 seeds and 40 prompts a kind
+    the percentile interval is known to be somewhat short, so at least 88 %: five deviations above a 75 % interval.
     """
     from scipy.stats import norm
 

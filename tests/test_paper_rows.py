@@ -61,7 +61,13 @@ def test_a_paper_without_a_file_is_refused_with_the_known_ones():
         # rows x columns of each table, less its dashes
         ("freezeasguard", {"1": 6 * 3, "2": 17 * 8 + 1, "3": 2 * 8, "4": 7 * 8, "5": 7 * 4 + 2, "6": 5 * 6}),
         ("imma", {"1": 3 * 3, "replication": 4 * 3 + 2 * 2 + 6, "replication, robustness": 12 * 3, "CLAMP": 4}),
-        ("memorization", {"notebook": 3, "headline": 2, "SAIL 1": 6 * 3 * 2 + 5 * 2, "DualMD 5": 4 * 2}),
+        (
+                "memorization",
+                {
+                    "notebook": 3, "headline": 2, "SAIL 1": 6 * 3 * 2 + 5 * 2, "DualMD 5": 4 * 2,
+                    "icml-2026": 6 * 2, "curvature": 2,
+                },
+            ),
         ("pruned_bilevel", {"styles": 6 * 5, "nudity": 3 * 4, "nudity, bars": 5, "FID by iteration": 8 * 5}),
     ],
 )

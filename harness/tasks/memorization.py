@@ -37,7 +37,7 @@ from harness.stages.own_similarity import OwnSimilarityParameters
 from harness.stages.replay import ReplayParameters
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.suite.spec import MethodSpec
-from harness.tasks import memorization_checks, memorization_tables
+from harness.tasks import memorization_checks
 from harness.tasks.memorization_data import Prompts, PromptSet
 from harness.tasks.memorization_form import MemorizationSpec
 
@@ -80,10 +80,14 @@ class Memorization(Task):
 
     def tables(self, run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
         """Yield detection, mitigation, replay and tokens, with their pictures."""
+        from harness.tasks import memorization_tables
+
         return memorization_tables.of(run, rows)
 
     def shown(self, made: Sequence[Table | Figure]) -> list[Section]:
-        """Return the short form of detection and mitigation."""
+        """Return the sections of all tables but the tokens'."""
+        from harness.tasks import memorization_tables
+
         return memorization_tables.shown(made)
 
     def plan(self, name: str, spec: MemorizationSpec, build: Builder) -> Iterator[Measurement]:

@@ -1,4 +1,7 @@
-"""The pictures of memorization tasks: ROC curves, scores, the trade-off, tokens, and a sheet of replayed images."""
+"""The pictures of memorization tasks: ROC curves, scores, the trade-off, tokens, and a sheet of replayed images.
+
+The registry imports this module with the tasks, so numpy and matplotlib are imported inside functions.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.analysis import detection
 from harness.core.errors import one_line
 from harness.results.looks import COLOURS
 from harness.store.layout import step_folder
@@ -26,6 +28,8 @@ SHEET_ROWS, SHEET_IMAGES = 8, 4
 
 def roc(detected: Detected, path: Path) -> bool:
     """Draw a panel for each task and set of negatives: the ROC curve of each detector, over all seeds together."""
+    from harness.analysis import detection
+
     panels: dict[tuple[str, str], list[tuple[Line, Cell, Cell]]] = {}
     for each in detected:
         panels.setdefault((each[0]["task"], each[0]["negatives"]), []).append(each)

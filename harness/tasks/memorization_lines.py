@@ -1,4 +1,7 @@
-"""The lines of the memorization tables, from rows: detection, images drawn, mitigations, tokens."""
+"""The lines of the memorization tables, from rows: detection, images drawn, mitigations, tokens.
+
+The registry imports this module with the tasks, so numpy is imported inside functions.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.analysis import detection, statistics, tradeoff
 from harness.stages.explain import FILE as TOKENS_FILE
 from harness.stages.own_similarity import FILE as SIMILARITIES_FILE
+from harness.tasks.memorization_columns import DRAWN, MITIGATIONS, STATISTICS
 
 if TYPE_CHECKING:
     import numpy as np
     from pandas import DataFrame
 
+    from harness.analysis import statistics
     from harness.contracts.diagnostic import MeasuredRun
 
-STATISTICS = ("auc", "balanced_accuracy", "tpr_below", "tpr_nearest")
-DETECTION = (
-    "task", "detector", "method", "memorized", "negatives", "steps", "images", "latents", "prediction", "precision",
-    "n_memorized", "n_negatives", "n_seeds",
-    *(f"{name}{end}" for name in STATISTICS for end in ("", "_low", "_high")), "passes",
-)  # fmt: skip
-DRAWN = (
-    "task", "mitigation", "method", "when", "setting", "prompts", "role", "n_prompts", "n_images", "n_seeds",
-    "similarity", "similarity_low", "similarity_high", "similarity_max", "similarity_min", "recognised", "alignment",
-    "alignment_low", "alignment_high",
-)  # fmt: skip
-MITIGATIONS = (
-    "task", "mitigation", "method", "when", "setting", "n_seeds", "similarity", "similarity_low", "similarity_high",
-    "alignment", "alignment_low", "alignment_high", "place", "unplanted_similarity", "unplanted_alignment",
-    "unplanted_alignment_low", "unplanted_alignment_high", "passes_an_image",
-)  # fmt: skip
-EQUAL = ("task", "method", "when", "n_settings", "level", "alignment", "alignment_low", "alignment_high", "n_seeds")
-TOKENS = (
-    "task", "prompt_index", "prompt", "steps", "profile", "token_index", "token", "significance", "share", "n_seeds",
-)  # fmt: skip
 Line = dict[str, Any]
 
 
@@ -52,6 +36,8 @@ class Cell:
     @property
     def estimate(self) -> statistics.Estimate:
         """The mean, with the chance of seeds and prompts."""
+        from harness.analysis import statistics
+
         return statistics.estimate([self.values.T[None]], lambda means: means.mean(axis=(1, 2, 3)))
 
 
@@ -90,6 +76,8 @@ def common(first: Cell, second: Cell) -> tuple[np.ndarray, np.ndarray, int]:
 
 def detections(rows: DataFrame) -> Iterator[tuple[Line, Cell, Cell]]:
     """Yield the line of each detector against each set of negatives, with the scores of both sides."""
+    from harness.analysis import detection
+
     if not len(rows):
         return
     found = cells(rows, ["task", "detector", "role", "concept"])
@@ -217,6 +205,8 @@ def traded(rows: DataFrame, task: str) -> Traded | None:
     """Return them, without the base model; None if there are fewer than two."""
     import numpy as np
 
+    from harness.analysis import statistics
+
     own = rows[(rows["task"] == task) & (rows["role"] == "memorized") & (rows["defense"] != "base")]
     if not len(own):
         return None
@@ -247,6 +237,8 @@ def traded(rows: DataFrame, task: str) -> Traded | None:
 
 def mitigations(lines: list[Line], rows: DataFrame, run: MeasuredRun) -> Iterator[Line]:
     """Yield a line for each mitigation of each task, with its place in the trade-off."""
+    from harness.analysis import tradeoff
+
     passes = _passes(rows, run)
     for task in dict.fromkeys(line["task"] for line in lines):
         known = traded(rows, task)
@@ -293,6 +285,8 @@ def at_equal_similarity(rows: DataFrame, lines: list[Line]) -> Iterator[Line]:
     Half way between the memorizing model's and that of the base model before it memorized; without such a base, the
     least similarity that any setting reaches. Each curve begins at the memorizing model.
     """
+    from harness.analysis import tradeoff
+
     for task in dict.fromkeys(line["task"] for line in lines):
         known = traded(rows, task)
         if known is None:

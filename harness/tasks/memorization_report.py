@@ -10,7 +10,7 @@ from harness.analysis.definitions import OURS, Definition
 from harness.contracts.diagnostic import Diagnostic, PageSection
 from harness.core.registry import register
 from harness.results.reading import mean_of, read_table
-from harness.tasks.memorization_lines import STATISTICS
+from harness.tasks.memorization_columns import STATISTICS
 
 if TYPE_CHECKING:
     from harness.analysis.paper_rows import PaperRow
@@ -25,6 +25,22 @@ FIGURES = (
     "replay_sheet.png", "detection_roc.png", "detection_scores.png", "mitigations_tradeoff.png", "token_bars.png",
 )  # fmt: skip
 TEMPLATE = Path(__file__).with_name("memorization.html.jinja")
+
+BOOTSTRAP = "bootstrap over prompts and seeds: harness.analysis.detection"
+STUDENT = "Student's t over seeds and prompts: harness.analysis.statistics"
+
+
+def _limits(name: str, title: str, source: str) -> tuple[Definition, Definition]:
+    """Return the definitions of the limits of an interval."""
+    return tuple(
+        Definition(
+            f"{name}_{end}", f"{title}, {word} limit", "",
+            f"{word.capitalize()} limit of the 95 % interval: chance in prompts and in seeds of drawing, not in "
+            "training the memorizing model. Empty for one seed.", source,
+        )
+        for end, word in (("low", "lower"), ("high", "upper"))
+    )  # fmt: skip
+
 
 DEFINITIONS = (
     Definition("detector", "detector", "", "The suite's label of a detector; method: what it is.", OURS),
@@ -109,6 +125,29 @@ DEFINITIONS = (
         "How much the prediction norm depends on a token; compare tokens of one prompt only.", WEN,
     ),
     Definition("share", "share", "significance / sum over the prompt's tokens", "Sums to 1 over a prompt.", OURS),
+    Definition("precision", "precision", "", "In which the model computed: fp32, or bf16 where it may.", OURS),
+    Definition("n_memorized", "memorized prompts, number", "", "How many memorized prompts have scores.", OURS),
+    Definition("n_negatives", "negatives, number", "", "How many other prompts have scores.", OURS),
+    Definition(
+        "mitigation", "mitigation", "",
+        "base: the model before it memorized; none: the memorizing model; else the suite's label of a mitigation.",
+        OURS,
+    ),
+    Definition("when", "when", "", "inference: while drawing; training: while memorizing. Empty: neither.", OURS),
+    Definition("prompts", "prompts", "", "The set of prompts: planted, memorized, or a set of negatives.", OURS),
+    Definition("n_images", "images, number", "", "Images of a prompt under one seed.", OURS),
+    Definition("n_settings", "settings", "", "How many settings of a method the suite has.", OURS),
+    Definition("prompt_index", "prompt, number", "", "Index of the prompt in its set, from 0.", OURS),
+    Definition("prompt", "prompt", "", "The prompt as it was asked for.", OURS),
+    Definition("token_index", "token, number", "", "Index of the token, from 0; start and end are left out.", OURS),
+    Definition("token", "token", "", "The token as text.", OURS),
+    *_limits("auc", "AUC", BOOTSTRAP),
+    *_limits("balanced_accuracy", "balanced accuracy", BOOTSTRAP),
+    *_limits("tpr_below", "TPR below 1 % FPR", BOOTSTRAP),
+    *_limits("tpr_nearest", "TPR at 1 % FPR", BOOTSTRAP),
+    *_limits("similarity", "similarity", STUDENT),
+    *_limits("alignment", "alignment", STUDENT),
+    *_limits("unplanted_alignment", "alignment, unplanted", STUDENT),
 )  # fmt: skip
 
 

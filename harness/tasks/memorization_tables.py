@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.contracts.table import Figure, Section, Table
 from harness.core.errors import one_line
+from harness.tasks import memorization_columns as columns
 from harness.tasks import memorization_figures as figures
 from harness.tasks import memorization_lines as lines_of
 
@@ -42,26 +43,26 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
     detected = list(lines_of.detections(rows[part == "detection"]))
     if detected:
         lines = [line for line, _, _ in detected]
-        yield Table("detection", lines_of.DETECTION, lines, [_detection(lines)])
+        yield Table("detection", columns.DETECTION, lines, [_detection(lines)])
         yield Figure("detection_roc", partial(figures.roc, detected))
         yield Figure("detection_scores", partial(figures.scores, detected))
     images = rows[part.isin(("replay", "mitigation"))]
     drawn = lines_of.drawn(images, run)
     if drawn:
-        extra = tuple(dict.fromkeys(name for line in drawn for name in line if name not in lines_of.DRAWN))
+        extra = tuple(dict.fromkeys(name for line in drawn for name in line if name not in columns.DRAWN))
         full = [{**dict.fromkeys(extra), **line} for line in drawn]
-        yield Table("replays", (*lines_of.DRAWN, *extra), full, [_drawn(drawn)])
+        yield Table("replays", (*columns.DRAWN, *extra), full, [_drawn(drawn)])
         yield Figure("replay_sheet", partial(figures.sheet, run, images))
         mitigated = [dict(line) for line in lines_of.mitigations(drawn, images, run)]
         if len(mitigated) > len({line["task"] for line in mitigated}) * (2 if _has_base(drawn) else 1):
             full = [{**dict.fromkeys(extra), **line} for line in mitigated]
-            yield Table("mitigations", (*lines_of.MITIGATIONS, *extra), full, [_mitigation(mitigated, extra)])
+            yield Table("mitigations", (*columns.MITIGATIONS, *extra), full, [_mitigation(mitigated, extra)])
             equal = list(lines_of.at_equal_similarity(images, drawn))
-            yield Table("mitigations_at_equal_similarity", lines_of.EQUAL, equal, [_equal(equal)])
+            yield Table("mitigations_at_equal_similarity", columns.EQUAL, equal, [_equal(equal)])
             yield Figure("mitigations_tradeoff", partial(figures.tradeoff, mitigated))
     tokens = list(lines_of.tokens(rows[part == "explanation"], run))
     if tokens:
-        yield Table("tokens", lines_of.TOKENS, tokens, [_tokens(tokens)])
+        yield Table("tokens", columns.TOKENS, tokens, [_tokens(tokens)])
         yield Figure("token_bars", partial(figures.token_bars, tokens))
 
 
@@ -95,7 +96,7 @@ def _detection(lines: Sequence[Line]) -> Section:
     rows = [
         [
             line["task"], line["detector"], line["negatives"].partition(":")[0], line["steps"], str(line["images"]),
-            *(ranged(line, name) for name in lines_of.STATISTICS), f"{line['passes']:g}",
+            *(ranged(line, name) for name in columns.STATISTICS), f"{line['passes']:g}",
         ]
         for line in lines
     ]  # fmt: skip

@@ -56,7 +56,8 @@ def by_hand(source, prompts, seeds, sampling=SAMPLING):
     tokenizer = pipeline.tokenizer
 
     def encode(text):
-        ids = tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        length = tokenizer.model_max_length
+        ids = tokenizer(text, padding="max_length", max_length=length, return_tensors="pt").input_ids
         return pipeline.text_encoder(ids)[0]
 
     met, said, empty = [], [], []
@@ -188,7 +189,8 @@ def test_norm_of_the_texts_share(desk, steps, images):
     last, count = (4 if steps == "all" else steps), (2 if images == "all" else images)
     wanted = (said - empty)[:, :count, :last].flatten(3).norm(dim=3).mean(dim=1).mean(dim=1)
 
-    torch.testing.assert_close(detected(desk, "text_noise_norm", of, steps=steps, images=images), wanted, rtol=1e-6, atol=1e-6)
+    found = detected(desk, "text_noise_norm", of, steps=steps, images=images)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [0, 1])

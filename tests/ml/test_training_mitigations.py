@@ -75,9 +75,11 @@ def by_hand(model, run, files, steps=3, batch_size=4, threshold=None, captions=l
 
 
 def close(first, second) -> None:
-    """Weights are equal to 1e-6, but for those whose gradient is rounding: AdamW makes steps of it all the same."""
+    """Weights are equal to 1e-6."""
     for name, value in second.items():
-        torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            first[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.fixture
@@ -196,7 +198,10 @@ def test_class_images_keep_their_loss_under_a_filter(model, make_run, tiny_folde
 
 # -- memorize --------------------------------------------------------------------------------------------------------
 
-GIVEN = {"planted": 2, "once": 4, "repeats": 4, "batch_size": 4, "learning_rate": RATE, "weight_decay": 1e-2, "clip_norm": 1.0}
+GIVEN = {
+    "planted": 2, "once": 4, "repeats": 4, "batch_size": 4, "learning_rate": RATE, "weight_decay": 1e-2,
+    "clip_norm": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture
