@@ -94,7 +94,7 @@ class OptimizedEmbeddings(SamplingHook):
                 embedding[:, :1] = start  # weight decay too leaves the start as it is
         numbers["prompts_optimized"] = numbers.get("prompts_optimized", 0) + 1
         numbers["targets_missed"] = numbers.get("targets_missed", 0) + (loss > p.target)
-        numbers["target_an_image"] = p.target / len(latents) ** 0.5
+        numbers.setdefault("target_an_image", p.target / len(latents) ** 0.5)
         return embedding.detach()
 
 

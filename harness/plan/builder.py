@@ -214,7 +214,7 @@ class Builder:
                 inputs |= read
         label = f"{kind} {called}" + (f" for {', '.join(targets)}" if "targets" in used else "")
         label += f", seed {seed}" if "seed" in used else ""
-        label += ", on the erased model" if over.layers else ""
+        label += _below(over)
         if not (used or cls.threat_model.changes or cls.threat_model.must_honour):
             label = "release the erased model unchanged" if over.layers else "release the model unchanged"
         identity, local = self.identified(cls, values)
@@ -360,6 +360,13 @@ class Builder:
         )
         self.unit(self.plan.stages[k].label, [k])
         return k
+
+
+def _below(over: ModelState) -> str:
+    """Return what a defense works on, if it is not the base model, in words for a label."""
+    if not over.layers:
+        return ""
+    return ", on the erased model" if over.layers[-1].kind == "erase" else f", after {over.layers[-1].kind}"
 
 
 def _identify(cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -38,6 +38,8 @@ PREDICTIONS, WHOLE = "predictions", "all"
 """The folder of predictions, and its one subfolder: what may be deleted is measured by subfolders."""
 FILE = "replay.json"
 """Timesteps, and how many images a prompt has."""
+COST = "cost.json"
+"""What a block of prompts cost, kept beside its images until the stage is committed."""
 SHARED = "shared"
 PER_PROMPT = "per_prompt"
 EPSILON = "epsilon"
@@ -82,7 +84,9 @@ class Replay(StageKind):
         each = settings.images_per_prompt
         for first, stop in _blocks(count, each, settings.batch_size, parameters.latents):
             work.run.report(first * each, count * each)
-            if not all((saved / f"{prompt:03d}").is_dir() for prompt in range(first, stop)):
+            if all((saved / f"{prompt:03d}").is_dir() for prompt in range(first, stop)):
+                _count(work, saved / f"{first:03d}" / COST)
+            else:
                 _draw(model, work, parameters, hooks, first, stop, saved)
         work.run.report(count * each, count * each)
         _lay_out(parameters, work, saved)
@@ -96,6 +100,15 @@ def _blocks(count: int, each: int, batch_size: int, latents: str) -> Iterator[tu
         yield first, min(first + size, count)
 
 
+def _count(work: StageAtWork, file: Path) -> None:
+    """Add what the drawing of a block cost before a kill to the ledger, so that costs do not depend on kills."""
+    ledger, cost = work.run.ledger, json.loads(file.read_text(encoding="utf-8"))
+    ledger.forward_passes += cost["forward_passes"]
+    ledger.backward_passes += cost["backward_passes"]
+    for name, value in cost["numbers"].items():
+        ledger.numbers[name] = ledger.numbers.get(name, 0) + value
+
+
 def _draw(
     model: DiffusionModel, work: StageAtWork, parameters: ReplayParameters, hooks: Sequence[Any], first: int, stop: int,
     saved: Path,
@@ -106,7 +119,9 @@ def _draw(
     each = parameters.sampling.images_per_prompt
     recorder = Recorder(parameters.prediction) if parameters.keeps_predictions else None
     images: list[list[Any]] = [[] for _ in range(first, stop)]
-    with work.run.ledger.phase("sample"):
+    ledger = work.run.ledger
+    before = ledger.forward_passes, ledger.backward_passes, dict(ledger.numbers)
+    with ledger.phase("sample"):
         drawn = sample(
             model, work.run, parameters.prompts[first:stop], parameters.sampling, images_per_prompt=each,
             seed=work.run.seed, hooks=[*hooks, *([recorder] if recorder else [])],
@@ -114,6 +129,11 @@ def _draw(
         )  # fmt: skip
         for prompt, _, image in drawn:
             images[prompt].append(image)
+    cost = {
+        "forward_passes": ledger.forward_passes - before[0],
+        "backward_passes": ledger.backward_passes - before[1],
+        "numbers": {name: value - before[2].get(name, 0) for name, value in ledger.numbers.items()},
+    }
     predictions = recorder.by_prompt(each) if recorder else []
     for place, own in enumerate(images):
         final = saved / f"{first + place:03d}"
@@ -131,6 +151,7 @@ def _draw(
                 {"conditional": conditional, "unconditional": unconditional}, temporary / "predictions.safetensors"
             )
             write_json(temporary / FILE, {"timesteps": recorder.timesteps, "images": each})
+        write_json(temporary / COST, cost)
         sync_files(temporary)
         temporary.rename(final)
 
