@@ -39,7 +39,11 @@ class ClipText(OpenClipMetric):
     unit = "100 x cosine"
     range = (-100.0, 100.0)
     Parameters = Parameters
-    presets = {"testbed": {"backbone": "testbed", "pretrained": None}}
+    presets = {
+        "testbed": {"backbone": "testbed", "pretrained": None},
+        "wen": {"backbone": "ViT-g-14", "pretrained": "laion2b_s12b_b42k"},  # Wen et al. (ICLR 2024); MemBench
+        "sail": {"backbone": "ViT-H-14", "pretrained": "laion2b_s32b_b79k"},  # Jeon et al. (ICML 2025)
+    }
 
     def score(self, images, references, descriptions, device):
         """Return the mean alignment of each prompt's images with its description."""

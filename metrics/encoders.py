@@ -75,6 +75,8 @@ OPEN_CLIP_HUB = {
     ("ViT-B-16-quickgelu", "openai"): ("timm/vit_base_patch16_clip_224.openai", 149_620_737),
     ("ViT-L-14-quickgelu", "openai"): ("timm/vit_large_patch14_clip_224.openai", 427_616_513),
     ("ViT-L-14-336-quickgelu", "openai"): ("timm/vit_large_patch14_clip_336.openai", 427_944_193),
+    ("ViT-H-14", "laion2b_s32b_b79k"): ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", 986_109_441),
+    ("ViT-g-14", "laion2b_s12b_b42k"): ("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", 1_366_678_273),
 }
 """Hub repository and size of open_clip's weights of a backbone; reading open_clip's own table needs torch."""
 TIMM_SIZES = {"vit_small_patch16_224.dino": 4 * 21_665_664, "vit_small_patch14_dinov2.lvd142m": 4 * 22_056_192}

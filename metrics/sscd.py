@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet, as the authors have it."""
+HALVES = (0.5, 0.5, 0.5)
+"""Mean and deviation in the code of Wen et al., which other works on memorization took over."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class Parameters:
     """small_edge: resize the shorter side to `size` pixels, for images of equal aspect ratio; square: both sides."""
     size: Annotated[int, Field(ge=32, le=2048)] = 288
     """Pixels; for square the authors use 320."""
+    crop: Annotated[int, Field(ge=32, le=2048)] | None = None
+    """Side of a square cut from the centre afterwards, in pixels; None: nothing is cut."""
+    normalization: Literal["imagenet", "halves"] = "imagenet"
+    """Mean and deviation: ImageNet's, or 0.5 and 0.5."""
+
+    def __post_init__(self) -> None:
+        """Reject a cut that is larger than the image."""
+        if self.crop is not None and self.crop > self.size:
+            raise ValueError(f"crop {self.crop} is larger than size {self.size}")
 
 
 @register("metric")
@@ -43,15 +55,19 @@ class Sscd(Metric):
     """Cosine between copy-detection features of a generated image and the nearest training image of the attack."""
 
     name = "sscd"
-    version = 1
+    version = 2  # 2: `crop` and `normalization`; values of the other settings are as before
     direction = "none"
     compares_with = "attack"
     unit = "cosine"
     range = (-1.0, 1.0)
-    encoder = "sscd@1"
-    encoder_parameters = ("weights", "resize", "size")
+    encoder = "sscd@2"
+    encoder_parameters = ("weights", "resize", "size", "crop", "normalization")
     Parameters = Parameters
-    presets = {"square": {"resize": "square", "size": 320}}  # its README, "skew_320"
+    presets = {
+        "square": {"resize": "square", "size": 320},  # its README, "skew_320"
+        # Wen et al. (ICLR 2024), `measure_SSCD_similarity`; SAIL, bright ending and GUARD took it over
+        "wen": {"resize": "small_edge", "size": 256, "crop": 224, "normalization": "halves"},
+    }
 
     @classmethod
     def files(cls, parameters):
@@ -66,7 +82,13 @@ class Sscd(Metric):
     def about(self):
         p = self.parameters
         side = f"{p.size}x{p.size}" if p.resize == "square" else f"small edge {p.size}"
-        return {"backbone": Path(p.weights).name, "preprocessing": f"{side}, bilinear", "library": library("torch")}
+        cut = f", centre of {p.crop}" if p.crop else ""
+        scaled = "" if p.normalization == "imagenet" else ", mean and deviation 0.5"
+        return {
+            "backbone": Path(p.weights).name,
+            "preprocessing": f"{side}, bilinear{cut}{scaled}",
+            "library": library("torch"),
+        }
 
     def encode(self, images, device):
         """Return unit vectors; images are encoded one by one, since their sizes may differ."""
@@ -74,11 +96,13 @@ class Sscd(Metric):
         from torchvision import transforms
 
         p = self.parameters
+        mean, deviation = (MEAN, DEVIATION) if p.normalization == "imagenet" else (HALVES, HALVES)
         transform = transforms.Compose(
             [
                 transforms.Resize([p.size, p.size] if p.resize == "square" else p.size),
+                *([transforms.CenterCrop(p.crop)] if p.crop else []),
                 transforms.ToTensor(),
-                transforms.Normalize(MEAN, DEVIATION),
+                transforms.Normalize(mean, deviation),
             ]
         )
         model = script(p.weights, device)

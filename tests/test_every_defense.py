@@ -39,11 +39,16 @@ ON_VELOCITY = (
     defenses.releases_finite_numbers,
     defenses.fails_when_training_diverges,
 )
+MITIGATIONS = {
+    name for name in registry.names("defense")
+    if registry.get("defense", name).__module__.startswith("defenses.mitigation.")
+}  # fmt: skip
+"""They release hooks and do nothing themselves; what the hooks do: tests/ml/test_mitigations.py and the next one."""
 NOT_APPLICABLE = {
-    "gives_other_bits_for_another_seed": {"freeze_component", "none", "uce"},
+    "gives_other_bits_for_another_seed": {"freeze_component", "none", "uce", *MITIGATIONS},
     "puts_the_model_back": {"freezeasguard"},
-    "fails_when_training_diverges": {"freeze_component", "none", "random_freeze", "uce"},
-    "counts_its_passes": {"freeze_component", "none", "random_freeze", "uce"},
+    "fails_when_training_diverges": {"freeze_component", "none", "random_freeze", "uce", *MITIGATIONS},
+    "counts_its_passes": {"freeze_component", "none", "random_freeze", "uce", *MITIGATIONS},
 }
 """By property: of which methods it says nothing. Of every other one it says something."""
 

@@ -41,7 +41,7 @@ def described(made: plan.Plan) -> dict[str, Any]:
         "trials": [
             {
                 **{name: value for name, value in each.labels.items() if name != "n_probes"},
-                "probes": each.labels["n_probes"],
+                "probes": each.labels.get("n_probes", 0),
                 "steps": each.steps,
                 "sample": each.observed,
                 "scores": dict(each.scores),
@@ -84,9 +84,41 @@ def folders(path: Path, root: Path) -> list[str]:
     return overrides
 
 
+def memorization(root: Path) -> list[str]:
+    """Return overrides that give `memorization.yaml` small files in place of those that do not ship."""
+    rows = [{"caption": f"a memorized view {index}", "index": index} for index in range(3)]
+    for row in rows:
+        (root / "gt" / str(row["index"])).mkdir(parents=True)
+        write_bitmap(root / "gt" / str(row["index"]) / "0.bmp", bytes([row["index"], 1, 2]))
+    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (root / "others.txt").write_text("a dog\na tree\n", encoding="utf-8")
+    (root / "sscd.pt").write_bytes(b"not read by a plan")
+    for place, (name, count) in enumerate((("planted", 2), ("once", 4))):
+        (root / name).mkdir()
+        for index in range(count):
+            write_bitmap(root / name / f"{index}.bmp", bytes([index, 9, place]))
+            (root / name / f"{index}.txt").write_text(f"{name} {index}", encoding="utf-8")
+    return [
+        f"tasks.webster.memorized={{prompts: {root}/prompts.jsonl, images: {root}/gt}}",
+        f"tasks.webster.negatives={{others: {{prompts: {root}/others.txt}}}}",
+        "tasks.webster.unplanted=2",
+        "tasks.webster.explain.prompts=2",
+        f"tasks.planted.memorize.planted={{folder: {root}/planted}}",
+        f"tasks.planted.memorize.once={{folder: {root}/once}}",
+        "tasks.planted.memorize.repeats=2",
+        "tasks.planted.memorize.ratio=1",
+        "tasks.planted.negatives={once: {once: 3}}",
+        "tasks.planted.unplanted=2",
+        "tasks.planted.quality=[]",
+        *(f"tasks.{task}.similarity={{method: sscd, preset: wen, weights: {root}/sscd.pt}}"
+          for task in ("webster", "planted")),
+    ]  # fmt: skip
+
+
 def made(path: Path, root: Path) -> plan.Plan:
     """Return the plan of a bundled suite."""
-    return plan.make(suite.load(path, folders(path, root)))
+    overrides = memorization(root) if path.stem == "memorization" else folders(path, root)
+    return plan.make(suite.load(path, overrides))
 
 
 @pytest.mark.parametrize("path", suite.bundled_suites(), ids=lambda path: path.stem)

@@ -43,7 +43,7 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
     detected = list(lines_of.detections(rows[part == "detection"]))
     if detected:
         lines = [line for line, _, _ in detected]
-        yield Table("detection", columns.DETECTION, lines, [_detection(lines)])
+        yield Table("detection", columns.DETECTION, lines, [_detection(lines), *_papers(run, "detection", lines)])
         yield Figure("detection_roc", partial(figures.roc, detected))
         yield Figure("detection_scores", partial(figures.scores, detected))
     images = rows[part.isin(("replay", "mitigation"))]
@@ -56,7 +56,8 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
         mitigated = [dict(line) for line in lines_of.mitigations(drawn, images, run)]
         if len(mitigated) > len({line["task"] for line in mitigated}) * (2 if _has_base(drawn) else 1):
             full = [{**dict.fromkeys(extra), **line} for line in mitigated]
-            yield Table("mitigations", (*columns.MITIGATIONS, *extra), full, [_mitigation(mitigated, extra)])
+            sections = [_mitigation(mitigated, extra), *_papers(run, "mitigation", mitigated)]
+            yield Table("mitigations", (*columns.MITIGATIONS, *extra), full, sections)
             equal = list(lines_of.at_equal_similarity(images, drawn))
             yield Table("mitigations_at_equal_similarity", columns.EQUAL, equal, [_equal(equal)])
             yield Figure("mitigations_tradeoff", partial(figures.tradeoff, mitigated))
@@ -107,6 +108,19 @@ def _detection(lines: Sequence[Line]) -> Section:
         for task, own in _by_task(lines)
     )
     return Section(DETECTION_TITLE, text, headers, rows, "lllrrrrrrr", DETECTION_NOTES)
+
+
+def _papers(run: MeasuredRun, task: str, lines: Sequence[Line]) -> Iterator[Section]:
+    """Yield papers' numbers of the methods that were measured, if they are asked for: of detection, or mitigation."""
+    methods = {line["method"] for line in lines}
+    own = [row for row in run.papers if row.paper == "memorization" and row.task == task and row.defense in methods]
+    if own:
+        headers = ("method", "model", "setting", "metric", "value", "status", "source")
+        rows = [
+            [row.defense, row.model, row.setting, row.metric, row.printed, row.status, row.source] for row in own
+        ]  # fmt: skip
+        note = ("As printed: other models, prompts and encoders, so not to be compared with the numbers above.",)
+        yield Section(f"Papers' numbers on {task}", (), headers, rows, "l" * len(headers), note)
 
 
 def _by_task(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:

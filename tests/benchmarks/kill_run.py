@@ -1,9 +1,9 @@
-"""Kill a whole run at random moments and compare its rows with those of an undisturbed one.
+"""Kill a whole run at random moments and compare its tables with those of an undisturbed one.
 
     python -m tests.benchmarks.kill_run --suite smoke --executor ray --kills 10
 
 The driver and every process that it started get SIGKILL. Each next run goes on from what is committed or was saved by
-a stage; the last one is left alone. Prints the moments and what was committed at each, and whether the tables are equal.
+a stage; the last one is left alone. Prints the moments, what was committed at each, and whether the tables are equal.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def main() -> int:
             print(f"kill {number + 1}: {moment_s:.1f} s into its work, {died} processes, {kept} stages committed")
         code = start(options.suite, options.executor, disturbed).wait()
         tables = [tables_of(folder) for folder in (undisturbed, disturbed)]
-        other = sorted(name for name in tables[0].keys() | tables[1].keys() if tables[0].get(name) != tables[1].get(name))
+        names = tables[0].keys() | tables[1].keys()
+        other = sorted(name for name in names if tables[0].get(name) != tables[1].get(name))
         said = f"DIFFER: {', '.join(other)}" if other else f"equal: {', '.join(sorted(tables[0]))}"
         print(f"last run: exit code {code}; {said}")
         return int(code != 0 or bool(other))

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from attacks.full_finetune import FullFinetune
 from defenses import joint, mima
 from defenses.freezing import freezeasguard
+from defenses.mitigation.noise_norm_filter import DropLargeNorms
 from harness.contracts.attack import AttackedConcept, Budget
 from harness.contracts.defense import ProtectedConcept
 from harness.contracts.hooks import AdaptationHook, HookSpec
@@ -148,6 +150,67 @@ def rejected(folder: Path, label: str, settings: Sharding, world: World) -> None
     (folder / f"{label}.rejected.{world.rank}.json").write_text(json.dumps(run.ledger.numbers), encoding="utf-8")
 
 
+@register("adaptation_hook")
+class RecordedFilter(DropLargeNorms):
+    """The filter of Wen et al., which keeps the weights that it gave."""
+
+    name = "recorded_filter"
+    version = 1
+    given: ClassVar[list[list[float]]] = []
+
+    def weigh(self, model, batch):
+        weights = super().weigh(model, batch)
+        self.given.append(weights.tolist())
+        return weights
+
+
+def filtered(folder: Path, label: str, settings: Sharding, world: World) -> None:
+    """Fine-tune the UNet honestly under the filter, and keep the weights, what was dropped, and skipped steps.
+
+    Alone, the threshold is found first: the median of the norms of a training without it.
+    """
+    files = tuple(sorted((folder / "purse").glob("*.png")))[:4]
+    concept = AttackedConcept("object", ("a purse", "a red purse", "the purse", "purses"), files)
+    attack = FullFinetune(dataclasses.replace(FullFinetune.Parameters(), learning_rate=1e-3, flip=False))
+    known = folder / "threshold.json"
+    if label == "alone":
+        known.write_text(json.dumps(_median_norm(folder, attack, concept, settings, world)), encoding="utf-8")
+    threshold = json.loads(known.read_text(encoding="utf-8"))
+    run = _run(folder, f"{label}.filtered", settings, world)
+    model = DiffusionModel.load(_source(folder), torch.device("cpu"))
+    protection = Protection(adaptation=(HookSpec("recorded_filter", {"threshold": threshold}),))
+    RecordedFilter.given.clear()
+    for checkpoint in attack.adapt(model, concept, protection, Budget((6,), 2), run):
+        if world.rank == 0:
+            saved = folder / f"{label}.filtered"
+            saved.mkdir()
+            checkpoint.save(saved)
+    kept = {"given": RecordedFilter.given, "skipped": run.ledger.numbers["skipped_steps"]}
+    (folder / f"{label}.filtered.{world.rank}.json").write_text(json.dumps(kept), encoding="utf-8")
+
+
+def _median_norm(folder: Path, attack, concept, settings: Sharding, world: World) -> float:
+    """Return the median norm of the text's share over the examples of six steps."""
+    norms: list[float] = []
+
+    class Measuring(DropLargeNorms):
+        def weigh(self, model, batch):
+            nothing = model.encode_text([""]).expand(len(batch.losses), -1, -1)
+            with torch.no_grad():
+                empty = model.denoise(batch.noisy_latents, batch.timesteps, nothing)
+            norms.extend((batch.prediction.detach() - empty).flatten(1).norm(dim=1).tolist())
+            return torch.ones_like(batch.losses.detach())
+
+    Measuring.name, Measuring.version = "measuring_filter", 1
+    register("adaptation_hook")(Measuring)
+    model = DiffusionModel.load(_source(folder), torch.device("cpu"))
+    run = _run(folder, "measured", settings, world)
+    protection = Protection(adaptation=(HookSpec("measuring_filter"),))
+    for _ in attack.adapt(model, concept, protection, Budget((6,), 2), run):
+        pass
+    return sorted(norms)[len(norms) // 2]
+
+
 def main(folder: Path) -> None:
     """Do every case, alone or as one of several processes."""
     torch.set_num_threads(1)
@@ -155,6 +218,7 @@ def main(folder: Path) -> None:
         masks(folder, "alone", Sharding(), World())
         fine_tuned(folder, "alone", Sharding(), World())
         rejected(folder, "alone", Sharding(), World())
+        filtered(folder, "alone", Sharding(), World())
         for name, (cls, changes) in [*CASES.items(), EXACT, FIRST_ORDER]:
             _keep(folder, f"alone.{name}", released(folder, cls, changes, _run(folder, name, Sharding(), World()))[0])
         return
@@ -172,6 +236,7 @@ def main(folder: Path) -> None:
             if label in STAGES:
                 masks(folder, label, settings, world)
                 rejected(folder, label, settings, world)
+                filtered(folder, label, settings, world)
         fine_tuned(folder, "zero2", STAGES["zero2"], world)
         (folder / f"bytes{world.rank}.json").write_text(json.dumps(held), encoding="utf-8")
         world.wait()

@@ -186,7 +186,7 @@ def test_dress_rehearsal_of_the_suite_for_stable_diffusion(tiny_folder, data, tm
     lines = capsys.readouterr()
     failures = [path.read_text() for path in (runs / "memorization" / "failures").glob("*")]
     assert code == 0, (lines.err, failures[:1])
-    kinds = {path.parent.name for path in (runs / "store").glob("*/*/record.json")}
+    kinds = {path.parent.parent.name for path in (runs / "store").glob("*/*/record.json")}
     assert {"memorize", "mitigate", "immunize", "replay", "detect", "explain", "originals", "own_similarity"} <= kinds
     found = api.load(runs / "memorization").table("mitigations")
     assert {task: len(own) for task, own in found.groupby("task")} == {"webster": 1 + 15, "planted": 2 + 15 + 2}

@@ -115,6 +115,25 @@ def test_sscd_is_the_greatest_cosine_with_a_training_image(images, scripted, res
     assert values[1] > values[0]  # one of the second prompt's images was trained on
 
 
+def test_sscd_as_the_works_on_memorization_have_it(images, scripted):
+    """Preset wen: the shorter side to 256, the centre of 224, mean and deviation 0.5."""
+    from harness.core.parameters import resolve
+
+    values, mistakes = resolve(Sscd, {"weights": scripted}, "wen")
+    assert not mistakes
+    image = images[0].resize((300, 260))
+    pixels = to_tensor(image.resize((295, 256), Image.Resampling.BILINEAR))
+    top, left = 16, round((295 - 224) / 2)
+    with torch.no_grad():
+        wanted = torch.jit.load(scripted)(((pixels[:, top : top + 224, left : left + 224] - 0.5) / 0.5)[None])[0]
+
+    found = Sscd(values).encode([image], CPU)[0]
+    assert float(found @ torch.nn.functional.normalize(wanted, dim=0)) == pytest.approx(1, abs=1e-5)
+    assert Sscd(values).about()["preprocessing"] == "small edge 256, bilinear, centre of 224, mean and deviation 0.5"
+    _, mistakes = resolve(Sscd, {"weights": scripted, "crop": 300}, "wen")
+    assert "crop 300 is larger than size 256" in str(mistakes)
+
+
 def test_sscd_of_a_copy_is_one(images, scripted):
     """And it stands beside the scores, against the attack's images."""
     metric = Sscd(Sscd.Parameters(scripted, size=64))

@@ -130,6 +130,27 @@ def test_a_step_is_skipped_where_every_process_rejects_it(everything, label):
     assert [each["skipped_steps"] for each in numbers] == [1.0 for _ in ranks]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("label", STAGES)
+def test_the_filter_steps_alike_where_one_process_drops_all_of_its_examples(everything, label):
+    """The mean is over the examples that all processes keep: weights to the order of sums, and no process waits."""
+    unet = load_file(next((everything / "model" / "unet").glob("*.safetensors")))
+    alone, shared = (
+        load_file(next((everything / f"{name}.filtered" / "unet").glob("*.safetensors"))) for name in ("alone", label)
+    )
+    moved = torch.cat([(alone[name] - unet[name]).flatten() for name in unet]).norm()
+    apart = torch.cat([(alone[name] - shared[name]).flatten() for name in unet]).norm()
+    print(f"{label}: {apart / moved:.1e} of the change")
+    one = json.loads((everything / "alone.filtered.0.json").read_text("utf-8"))
+    two = [json.loads((everything / f"{label}.filtered.{rank}.json").read_text("utf-8")) for rank in range(2)]
+    by_step = [[*first, *second] for first, second in zip(two[0]["given"], two[1]["given"], strict=True)]
+
+    assert by_step == one["given"]
+    assert any(sum(weights) == 1 for weights in by_step)  # one process keeps its example, the other drops its own
+    assert [each["skipped"] for each in two] == [one["skipped"]] * 2
+    assert moved > 0 and apart < 5e-4 * moved
+
+
 SUITE = """\
 name: shared
 model: {{id: {folder}/model}}
