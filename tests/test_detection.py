@@ -1,4 +1,4 @@
-"""How well scores separate memorized prompts: curves as scikit-learn's, both conventions of TPR, intervals."""
+"""How well scores separate memorized prompts from others: curves as scikit-learn's, both conventions, intervals."""
 
 from __future__ import annotations
 
@@ -72,11 +72,68 @@ def test_intervals_contain_the_value_and_shrink_with_prompts():
     assert (perfect.value, perfect.low, perfect.high) == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize(("seeds", "ties"), [(1, False), (3, True)])
+def test_intervals_are_those_of_a_plain_bootstrap(seeds, ties):
+    """Prompts of each kind and seeds are drawn again; every sample's statistics are scikit-learn's."""
+    source = np.random.default_rng(4)
+    both = source.normal(1, 1, (seeds, 20)), source.normal(0, 1, (seeds, 30))
+    both = [np.round(each, 1 if ties else 9) for each in both]
+    draws = 40
+    found = detection.measured(*both, draws=draws)
+
+    source = np.random.default_rng(0)
+    counts = [source.multinomial(n, np.full(n, 1 / n), size=draws) for n in (20, 30)]
+    chosen = source.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws)
+    samples = np.empty((draws, 4))
+    for draw in range(draws):
+        each = []
+        for positives, negatives in zip(*both, strict=True):
+            drawn = np.repeat(positives, counts[0][draw]), np.repeat(negatives, counts[1][draw])
+            values, labels = detection.pooled(*drawn)
+            false, true, _ = sklearn_metrics.roc_curve(labels, values, drop_intermediate=False)
+            away = np.abs(false - 0.01)
+            area = sklearn_metrics.roc_auc_score(labels, values)
+            best = np.max(1 - (false + 1 - true) / 2)
+            each.append([area, best, true[false < 0.01].max(), true[np.isclose(away, away.min())].max()])
+        deviations = np.array(each) - np.mean(each, axis=0)
+        factor = np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 0
+        samples[draw] = np.mean(each, axis=0) + factor * (chosen[draw][:, None] * deviations).mean(axis=0)
+    for place, name in enumerate(("auc", "balanced_accuracy", "tpr_below", "tpr_nearest")):
+        low, high = np.clip(np.quantile(samples[:, place], (0.025, 0.975)), 0, 1)
+        value = found[name].value
+        assert (found[name].low, found[name].high) == pytest.approx((min(low, value), max(high, value)))
+
+
+def test_many_draws_are_those_of_one_block(monkeypatch):
+    """Samples are computed some at a time, which changes no number."""
+    source = np.random.default_rng(5)
+    both = source.normal(1, 1, (2, 9)), source.normal(0, 1, (2, 11))
+    whole = detection.measured(*both, draws=70)
+    monkeypatch.setattr(detection, "_BLOCK", 32)
+
+    assert detection.measured(*both, draws=70) == whole
+
+
+def test_one_prompt_of_a_kind_has_no_interval():
+    """Chance in prompts cannot be seen."""
+    found = detection.measured(np.array([[3.0]]), np.array([[1.0, 2.0]]))
+
+    assert all((each.value, each.low, each.high) == (1.0, None, None) for each in found.values())
+
+
+def test_an_unknown_direction_is_refused():
+    """It is not taken for the usual one, which would turn the result round."""
+    for of in (detection.measured, detection.pooled):
+        with pytest.raises(ValueError, match="unknown direction 'less'"):
+            of(*(np.ones((1, 3)),) * 2, "less")
+
+
 def test_area_of_the_interval_covers_the_truth():
     """In repeated experiments with a known AUC the interval holds it about as often as stated.
 
     300 experiments: the binomial standard deviation of a true 95 % is 1.3 points; with 3 seeds and 40 prompts a kind
-    the percentile interval is known to be somewhat short, so at least 88 %: five deviations above a 75 % interval.
+    the percentile interval is known to be somewhat short, so at least 88 % (more than five deviations above a 75 %
+    interval).
     """
     from scipy.stats import norm
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.contracts.detector import Detector
 from harness.contracts.stage import StageKind
@@ -17,6 +17,7 @@ from harness.core.registry import register
 from harness.core.sampling import Sampling
 from harness.core.seeds import mix
 from harness.stages import replay
+from harness.stages.sample import refuse_sampling_hooks
 from harness.stages.work import StageAtWork
 from harness.store.layout import SCORES, step_folder
 
@@ -32,8 +33,8 @@ class DetectParameters:
     parameters: Described
     prompts: tuple[str, ...]
     sampling: Sampling
-    latents: str  # as for `replay`
-    prediction: str
+    latents: Literal["per_prompt", "shared"]  # as for `replay`
+    prediction: Literal["epsilon", "model"]
 
 
 @register("stage")
@@ -54,23 +55,30 @@ class Detect(StageKind):
     def do(self, parameters: DetectParameters, work: StageAtWork) -> None:
         """Write one value a prompt."""
         detector: Detector = work.method()
+        name = detector.name
         seen = _OfModel(parameters, work) if detector.reads == "model" else _OfReplay(parameters, work, detector.reads)
         values = []
         with work.run.ledger.phase("detect"):
             for prompt, given in enumerate(detector.score(seen)):
                 value = float(given)
                 if not math.isfinite(value):
-                    raise ValueError(f"{detector.name} is {value} for '{one_line(parameters.prompts[prompt], 60)}'")
+                    raise ValueError(f"{name} is {value} for '{one_line(parameters.prompts[prompt], 60)}'")
                 values.append({"step": 0, "prompt": prompt, "value": value})
                 work.run.report(prompt + 1, len(parameters.prompts))
         if len(values) != len(parameters.prompts):
-            raise ValueError(f"{detector.name} gave {len(values)} scores for {len(parameters.prompts)} prompts")
+            raise ValueError(f"{name} gave {len(values)} scores for {len(parameters.prompts)} prompts")
+        if len(values) > 1 and len({each["value"] for each in values}) == 1:
+            work.run.notify(f"{name} is {values[0]['value']:g} for all {len(values)} prompts: it separates nothing")
+        sampling = parameters.sampling
+        used = len(detector.steps(detector.parameters, sampling.steps))
+        images = detector.images_used(detector.parameters, sampling.images_per_prompt)
         about = {
             "direction": "none",
             "unit": detector.unit,
             "range": f"{detector.range[0]:g}..{detector.range[1]:g}",
             "backbone": "",
-            "preprocessing": f"latents {parameters.latents}, prediction {parameters.prediction}",
+            "preprocessing": f"{used} of {sampling.steps} steps, {images} of {sampling.images_per_prompt} images, "
+            f"latents {parameters.latents}, prediction {parameters.prediction}",
             "library": "",
         }
         (work.folder / SCORES).write_text(json.dumps({"about": about, "values": values}), encoding="utf-8")
@@ -110,7 +118,8 @@ class _OfModel:
     def __init__(self, parameters: DetectParameters, work: StageAtWork):
         from harness.model.sampling import scheduler_for
 
-        self._model, _ = work.state()
+        self._model, protection = work.state()
+        refuse_sampling_hooks(protection, "a detector that asks the model")
         self._run, self._parameters = work.run, parameters
         self.prompts = parameters.prompts
         self.images_per_prompt = parameters.sampling.images_per_prompt
@@ -146,6 +155,6 @@ class _OfModel:
             said = self._model.unet(twice, timestep, encoder_hidden_states=embeddings, return_dict=False)[0]
             self._run.ledger.forward_passes += len(twice)
             if self._parameters.prediction == replay.EPSILON:
-                said = replay.as_epsilon(self._model, said, twice, timestep)
+                said = replay.as_epsilon(self._model.pipeline.scheduler, said, twice, timestep)
         conditional, unconditional = said.float().chunk(2)
         return conditional, unconditional

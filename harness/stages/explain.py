@@ -3,9 +3,9 @@
     significance of token i = mean over steps of | dL(x_t, e) / de_i |
     L(x_t, e) = mean over images of |eps(x_t, t, e) - eps(x_t, t, "")|
 
-the norm over the channels of position i of the text encoder's output e, which all images of a prompt share. Start and
-end are not shown. `share`: significance divided by its sum over the prompt's tokens; raw values compare tokens of one
-prompt only.
+the norm over the channels of position i of the text encoder's output e, which all images of a prompt share. L is a mean
+over images, so it does not depend on their number. Start and end are not shown. `share`: significance divided by its
+sum over the prompt's tokens; raw values compare tokens of one prompt only.
 
 Profiles
     paper     the trajectory follows the guided prediction of the prompt
@@ -13,8 +13,10 @@ Profiles
               latent is led away from the prompt; L is one norm over all images of a prompt, and the gradient is divided
               by twice their number
 
-Facts: memorization.md 3, memorization_checked.md 11 and 12. Cost: a forward and a backward pass over both halves for
-each image and step up to the last that is used.
+Facts: memorization.md 3, memorization_checked.md 11 and 12. Differences from the released code, in both profiles: no
+fp16; predictions of velocities are converted to the noise, unless the model's own are asked for. Cost: for each image
+and step up to the last that is used two forward passes, and for each step that is used one backward pass. As many
+images as fit `sampling.batch_size` are computed together; that changes rounding only.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.contracts.stage import StageKind
 from harness.core.described import optional
+from harness.core.errors import one_line
 from harness.core.files import write_json
 from harness.core.finite import require_finite
 from harness.core.registry import register
 from harness.core.sampling import Sampling
 from harness.core.seeds import mix
+from harness.stages.replay import EPSILON, SHARED, as_epsilon
+from harness.stages.sample import refuse_sampling_hooks
 from harness.stages.work import StageAtWork
 from harness.store.layout import SCORES
 
@@ -50,7 +55,9 @@ class ExplainParameters:
 
     prompts: tuple[str, ...]
     sampling: Sampling
-    profile: str  # paper | released
+    latents: Literal["per_prompt", "shared"]  # as for `replay`
+    prediction: Literal["epsilon", "model"]
+    profile: Literal["paper", "released"]
     steps: tuple[int, ...] | None = optional()  # indices; None: all
 
 
@@ -59,8 +66,8 @@ class Explain(StageKind):
     """Compute the significance of every token of some prompts."""
 
     name = "explain"
-    version = 1
-    after = ("erase", "immunize", "memorize", "mitigate")
+    version = 2
+    after = ("erase", "immunize", "memorize")
     Parameters = ExplainParameters
 
     @classmethod
@@ -69,38 +76,73 @@ class Explain(StageKind):
         return parameters.prompts
 
     def do(self, parameters: ExplainParameters, work: StageAtWork) -> None:
-        """Write the tokens of every prompt, and the greatest share of each as its score."""
-        model, _ = work.state()
+        """Write the tokens of every prompt, and the greatest share of each as its score.
+
+        After a kill, continue with the prompts that are missing.
+        """
+        model, protection = work.state()
+        refuse_sampling_hooks(protection, "an explanation")
+        saved = work.run.folder / "explain"
+        saved.mkdir(exist_ok=True)
         found: list[dict[str, Any]] = []
-        with work.run.ledger.phase("explain"):
+        ledger = work.run.ledger
+        with ledger.phase("explain"):
             for prompt, text in enumerate(parameters.prompts):
-                norms = significance(model, work.run, text, prompt, parameters)
-                tokens = shown_tokens(model, text)
-                own = norms[1 : 1 + len(tokens)].tolist()
-                whole = sum(own)
-                share = [value / whole if whole else 1 / len(own) for value in own]
-                found.append({"prompt": text, "tokens": tokens, "significance": own, "share": share})
+                file = saved / f"{prompt:03d}.json"
+                if not file.is_file():
+                    before = ledger.forward_passes, ledger.backward_passes
+                    explained = _explained(model, work.run, text, prompt, parameters)
+                    passes = [ledger.forward_passes - before[0], ledger.backward_passes - before[1]]
+                    write_json(file, {"explained": explained, "passes": passes})
+                else:  # explained before a kill
+                    forward, backward = json.loads(file.read_text(encoding="utf-8"))["passes"]
+                    ledger.forward_passes += forward
+                    ledger.backward_passes += backward
+                found.append(json.loads(file.read_text(encoding="utf-8"))["explained"])
                 work.run.report(prompt + 1, len(parameters.prompts))
         write_json(work.folder / FILE, found)
-        about = {"direction": "none", "unit": "share", "range": "0..1"}
-        about |= dict.fromkeys(("backbone", "preprocessing", "library"), "")
+        steps = "all" if parameters.steps is None else len(parameters.steps)
+        about = {
+            "direction": "none",
+            "unit": "share",
+            "range": "0..1",
+            "backbone": "",
+            "preprocessing": f"profile {parameters.profile}, {steps} of {parameters.sampling.steps} steps, "
+            f"{parameters.sampling.images_per_prompt} images, latents {parameters.latents}, "
+            f"prediction {parameters.prediction}",
+            "library": "",
+        }
         values = [
             {"step": 0, "prompt": prompt, "value": max(each["share"], default=0.0)} for prompt, each in enumerate(found)
         ]
         (work.folder / SCORES).write_text(json.dumps({"about": about, "values": values}), encoding="utf-8")
 
 
+def _explained(
+    model: DiffusionModel, run: Any, text: str, prompt: int, parameters: ExplainParameters
+) -> dict[str, Any]:
+    """Return what `FILE` has of a prompt."""
+    norms = significance(model, run, text, prompt, parameters)
+    tokens = shown_tokens(model, text)
+    own = norms[1 : 1 + len(tokens)].tolist()
+    whole = sum(own)
+    if own and not whole:
+        run.notify(f"no token of '{one_line(text, 60)}' changes the norm: all have an equal share")
+    share = [value / whole if whole else 1 / len(own) for value in own]
+    return {"prompt": text, "tokens": tokens, "significance": own, "share": share}
+
+
 def shown_tokens(model: DiffusionModel, text: str) -> list[str]:
     """Return the tokens of a text between start and end, each decoded by itself; what is cut is not among them."""
-    tokenizer = model.tokenizer
-    ids = tokenizer(text, add_special_tokens=False).input_ids[: tokenizer.model_max_length - 2]
-    return [tokenizer.decode([token]).strip() for token in ids]
+    room = model.tokenizer.model_max_length - 2
+    ids = model.tokenizer(text, add_special_tokens=False).input_ids[:room]
+    return [model.tokenizer.decode([token]).strip() for token in ids]
 
 
 def significance(model: DiffusionModel, run: Any, text: str, prompt: int, parameters: ExplainParameters) -> Tensor:
     """Return the mean gradient norm of every token position: [tokens], fp32, on the CPU.
 
-    `prompt`: its index, which sets the starting noise.
+    `prompt`: its index, which sets the starting noise. Raises ValueError for steps that are not sampled.
     """
     import torch
 
@@ -111,30 +153,51 @@ def significance(model: DiffusionModel, run: Any, text: str, prompt: int, parame
     images = settings.images_per_prompt
     scheduler = scheduler_for(model, settings.scheduler)
     scheduler.set_timesteps(settings.steps, device=model.device)
-    used = range(settings.steps) if parameters.steps is None else parameters.steps
+    model.pipeline.scheduler = scheduler  # sets the size of the starting noise; `DiffusionModel.restore` undoes it
+    timesteps = scheduler.timesteps.tolist()
+    used = range(len(timesteps)) if parameters.steps is None else parameters.steps
+    if not used or not set(used) <= set(range(len(timesteps))):
+        raise ValueError(f"steps must be some of 0 to {len(timesteps) - 1} (got {list(used)})")
     embedding, nothing = model.encode_text([text]), model.encode_text([""])
-    latents, _ = starting_latents(model, [mix(run.seed, prompt, image) for image in range(images)], embedding)
+    of = 0 if parameters.latents == SHARED else prompt
+    latents, _ = starting_latents(model, [mix(run.seed, of, image) for image in range(images)], embedding)
     total = torch.zeros(embedding.shape[1])
     is_released = parameters.profile == RELEASED
     for index, timestep in enumerate(scheduler.timesteps[: max(used) + 1]):
-        asked = embedding.clone().requires_grad_(index in used)
-        with torch.set_grad_enabled(index in used), run.autocast():
-            texts = torch.cat([nothing.expand(images, -1, -1), asked.expand(images, -1, -1)])
-            said = model.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=texts, return_dict=False)[0]
-            unconditional, conditional = said.float().chunk(2)
-        run.ledger.forward_passes += 2 * images
-        if index in used:
-            difference = conditional - unconditional
-            if is_released:
-                (slope,) = torch.autograd.grad(difference.norm(), asked)
-                slope = slope / (2 * images)
-            else:
-                (slope,) = torch.autograd.grad(difference.flatten(1).norm(dim=1).mean(), asked)
-            run.ledger.backward_passes += 2 * images
-            total += slope[0].float().norm(dim=-1).cpu() / len(used)
+        is_used = index in used
+        asked = embedding.clone().requires_grad_(is_used)
+        slope, square = torch.zeros_like(embedding, dtype=torch.float32), 0.0
+        both = []
+        for part in latents.split(settings.batch_size):
+
+            def predicted(texts: Tensor, part: Tensor = part, timestep: Tensor = timestep) -> Tensor:
+                run.ledger.forward_passes += len(part)
+                texts = texts.expand(len(part), -1, -1)
+                with run.autocast():
+                    return model.unet(part, timestep, encoder_hidden_states=texts, return_dict=False)[0].float()
+
+            with torch.no_grad():
+                unconditional = predicted(nothing)
+            with torch.set_grad_enabled(is_used):
+                conditional = predicted(asked)
+                if is_used:
+                    sides = conditional, unconditional
+                    if parameters.prediction == EPSILON:
+                        sides = [as_epsilon(scheduler, side, part, timesteps[index]) for side in sides]
+                    difference = (sides[0] - sides[1]).flatten(1)
+                    # of one norm over all images: the gradient of half its square, divided by the norm
+                    aim = difference.square().sum() / 2 if is_released else difference.norm(dim=1).sum()
+                    slope += torch.autograd.grad(aim, asked)[0].float()
+                    square += float(difference.detach().double().square().sum())
+                    run.ledger.backward_passes += len(part)
+            both.append((unconditional, conditional.detach()))
+        if is_used:
+            slope /= 2 * images * (square**0.5 or 1.0) if is_released else images
+            total += slope[0].norm(dim=-1).cpu() / len(used)
         with torch.no_grad():
+            unconditional, conditional = (torch.cat(side) for side in zip(*both, strict=True))
             first, second = (conditional, unconditional) if is_released else (unconditional, conditional)
             guided = first + settings.guidance * (second - first)
-            latents = scheduler.step(guided.detach(), timestep, latents, return_dict=False)[0]
+            latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
     require_finite(total[None], "token significances", "check the model's weights")
     return total

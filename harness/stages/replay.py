@@ -1,8 +1,8 @@
 """Images that a model draws for given prompts, and the noise predictions along their sampling.
 
-Folder: images/step_0000000/PPP_III.png (the layout of `sample`, so that metrics score it alike); if predictions are
-kept, predictions/all/PPP.safetensors with `conditional` and `unconditional`, each [images, steps, channels, height,
-width] in fp32, and replay.json. Predictions are large: they may be deleted once every detector of the unit has read
+Folder: images/step_0000000/PPP_III.png (the layout of `sample`, so that metrics score it alike); replay.json; if
+predictions are kept, predictions/all/PPP.safetensors with `conditional` and `unconditional`, each [images, steps,
+channels, height, width] in fp32. Predictions are large: they may be deleted once every detector of the unit has read
 them.
 
 The starting noise of image i of prompt p is that of `sample` under the same seed; with shared latents that of prompt 0.
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from harness.contracts.stage import StageKind
 from harness.core.described import optional
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 PREDICTIONS, WHOLE = "predictions", "all"
 """The folder of predictions, and its one subfolder: what may be deleted is measured by subfolders."""
 FILE = "replay.json"
-"""Timesteps, and how many images a prompt has."""
+"""{"timesteps": from noise to image, "images": of a prompt}."""
 COST = "cost.json"
-"""What a block of prompts cost, kept beside its images until the stage is committed."""
+"""What the prompts that were drawn together cost, in the folder of the first one, until the stage is committed."""
 SHARED = "shared"
 PER_PROMPT = "per_prompt"
 EPSILON = "epsilon"
@@ -51,8 +51,8 @@ class ReplayParameters:
 
     prompts: tuple[str, ...]
     sampling: Sampling  # with its number of images per prompt
-    latents: str  # per_prompt | shared
-    prediction: str  # epsilon: of the noise, also of a model that predicts velocities; model: its own
+    latents: Literal["per_prompt", "shared"]
+    prediction: Literal["epsilon", "model"]  # epsilon: of the noise, also of a model of velocities; model: its own
     keeps_predictions: bool | None = optional()
 
 
@@ -84,7 +84,7 @@ class Replay(StageKind):
         each = settings.images_per_prompt
         for first, stop in _blocks(count, each, settings.batch_size, parameters.latents):
             work.run.report(first * each, count * each)
-            if all((saved / f"{prompt:03d}").is_dir() for prompt in range(first, stop)):
+            if all((saved / f"{prompt:03d}").is_dir() for prompt in range(first, stop)):  # drawn before a kill
                 _count(work, saved / f"{first:03d}" / COST)
             else:
                 _draw(model, work, parameters, hooks, first, stop, saved)
@@ -117,14 +117,14 @@ def _draw(
     from harness.model.sampling import sample
 
     each = parameters.sampling.images_per_prompt
-    recorder = Recorder(parameters.prediction) if parameters.keeps_predictions else None
+    recorder = Recorder(parameters.prediction if parameters.keeps_predictions else None)
     images: list[list[Any]] = [[] for _ in range(first, stop)]
     ledger = work.run.ledger
     before = ledger.forward_passes, ledger.backward_passes, dict(ledger.numbers)
     with ledger.phase("sample"):
         drawn = sample(
             model, work.run, parameters.prompts[first:stop], parameters.sampling, images_per_prompt=each,
-            seed=work.run.seed, hooks=[*hooks, *([recorder] if recorder else [])],
+            seed=work.run.seed, hooks=[*hooks, recorder],
             first_prompt=0 if parameters.latents == SHARED else first,
         )  # fmt: skip
         for prompt, _, image in drawn:
@@ -134,7 +134,7 @@ def _draw(
         "backward_passes": ledger.backward_passes - before[1],
         "numbers": {name: value - before[2].get(name, 0) for name, value in ledger.numbers.items()},
     }
-    predictions = recorder.by_prompt(each) if recorder else []
+    predictions = recorder.by_prompt(each) if parameters.keeps_predictions else []
     for place, own in enumerate(images):
         final = saved / f"{first + place:03d}"
         temporary = saved / f".{final.name}"
@@ -143,15 +143,16 @@ def _draw(
         temporary.mkdir()
         for index, image in enumerate(own):
             image.save(temporary / f"{index:03d}.png")
-        if recorder:
+        write_json(temporary / FILE, {"timesteps": recorder.timesteps, "images": each})
+        if place == 0:
+            write_json(temporary / COST, cost)
+        if predictions:
             from safetensors.torch import save_file
 
             conditional, unconditional = predictions[place]
             save_file(
                 {"conditional": conditional, "unconditional": unconditional}, temporary / "predictions.safetensors"
             )
-            write_json(temporary / FILE, {"timesteps": recorder.timesteps, "images": each})
-        write_json(temporary / COST, cost)
         sync_files(temporary)
         temporary.rename(final)
 
@@ -169,8 +170,7 @@ def _lay_out(parameters: ReplayParameters, work: StageAtWork, saved: Path) -> No
             os.link(file, pictures / f"{prompt:03d}_{file.name}")
         if parameters.keeps_predictions:
             os.link(own / "predictions.safetensors", kept / f"{prompt:03d}.safetensors")
-    if parameters.keeps_predictions:
-        shutil.copyfile(saved / f"{0:03d}" / FILE, work.folder / FILE)
+    shutil.copyfile(saved / f"{0:03d}" / FILE, work.folder / FILE)
 
 
 def _note_flat(work: StageAtWork, is_hooked: bool) -> None:
@@ -186,11 +186,14 @@ def _note_flat(work: StageAtWork, is_hooked: bool) -> None:
 
 
 class Recorder:
-    """Keeps the predictions of each step, as a watcher of `harness.model.drawing`."""
+    """Keeps the timesteps and the predictions of each step, as a watcher of `harness.model.drawing`.
+
+    `prediction`: as of `ReplayParameters`; None keeps no predictions.
+    """
 
     needs_gradient: ClassVar[bool] = False
 
-    def __init__(self, prediction: str):
+    def __init__(self, prediction: str | None):
         self._prediction = prediction
         self._batches: list[list[tuple[Tensor, Tensor]]] = []
         self.timesteps: list[int] = []
@@ -204,12 +207,15 @@ class Recorder:
         """Nothing: predictions come later in the step."""
 
     def at_prediction(self, drawing: Drawing, index: int, timestep: int) -> None:
-        """Keep the predictions of a step."""
+        """Keep the predictions of a step. Raises ValueError if a hook ended guidance."""
+        if self._prediction is None:
+            return
         both = [drawing.conditional, drawing.unconditional]
         if both[1] is None:
             raise ValueError("a hook ended guidance: there is no prediction for no text to keep")
         if self._prediction == EPSILON:
-            both = [as_epsilon(drawing.model, said, drawing.latents, timestep) for said in both]
+            scheduler = drawing.model.pipeline.scheduler
+            both = [as_epsilon(scheduler, said, drawing.latents, timestep) for said in both]
         self._batches[-1].append(tuple(said.float().cpu() for said in both))
 
     def end(self, drawing: Drawing) -> None:
@@ -228,12 +234,12 @@ class Recorder:
         ]
 
 
-def as_epsilon(model: DiffusionModel, said: Tensor, latents: Tensor, timestep: int) -> Tensor:
+def as_epsilon(scheduler: Any, said: Tensor, latents: Tensor, timestep: int) -> Tensor:
     """Return a prediction as one of the noise: of a velocity v, sqrt(abar) v + sqrt(1 - abar) x_t.
 
-    Raises ValueError for a prediction type that is neither epsilon nor v_prediction.
+    `scheduler`: that of the drawing. Where abar is 0 (the first step of a model with zero terminal SNR) all texts have
+    the same one, x_t. Raises ValueError for a prediction type that is neither epsilon nor v_prediction.
     """
-    scheduler = model.pipeline.scheduler
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return said

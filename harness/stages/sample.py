@@ -139,3 +139,10 @@ def _defends(work: StageAtWork, layer: Input) -> bool:
 def sampling_hooks(protection: Protection, attacker: str) -> list[Any]:
     """Return the publisher's hooks for drawing images; none for an adaptive attacker, who has the weights."""
     return make_hooks("sampling_hook", protection.sampling) if attacker == "honest" else []
+
+
+def refuse_sampling_hooks(protection: Protection, who: str) -> None:
+    """Raise ValueError if a state has sampling hooks; `who` makes predictions without drawing and would ignore them."""
+    if protection.sampling:
+        names = ", ".join(spec.name for spec in protection.sampling)
+        raise ValueError(f"{who} does not draw, so it cannot run sampling hooks ({names}); use a state without them")

@@ -372,7 +372,12 @@ class _Plan:
             key = build.stage(
                 "explain",
                 ExplainParameters(
-                    prompts=own.prompts, sampling=build.sampling, steps=indices, profile=spec.profile
+                    prompts=own.prompts,
+                    sampling=build.sampling,
+                    latents=self.spec.latents,
+                    prediction=self.spec.prediction,
+                    profile=spec.profile,
+                    steps=indices,
                 ),
                 inputs=model.state.inputs(),
                 seed=seeds.derive("sampling", seed, own.name),

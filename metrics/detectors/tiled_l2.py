@@ -3,7 +3,8 @@
     score = min over pairs of images of max over tiles of |tile of the one - tile of the other|
 
 the L2 norm over the pixels of a tile, root mean square, in [0, 1]. Tiles do not overlap; a side of the image has
-`tiles` of them: 4, as 128 of 512 pixels. The greatest tile counts, so that two images that share a plain background do
+`tiles` of them: 4, as 128 of 512 pixels. If a side is no multiple of that, its first tiles are one pixel longer. The
+greatest tile counts, so that two images that share a plain background do
 not pass for equal.
 
 Source: Carlini et al., "Extracting training data from diffusion models" (USENIX Security 2023), as Jeon et al. (SAIL,
@@ -36,7 +37,7 @@ class TiledL2(Detector):
     """Least distance of two drawn images, by their most different tile."""
 
     name = "tiled_l2"
-    version = 1
+    version = 2
     direction = "lower"
     unit = "root mean square"
     range = (0.0, 1.0)
@@ -63,9 +64,14 @@ class TiledL2(Detector):
             yield min(self._distance(one, other) for one, other in combinations(images, 2))
 
     def _distance(self, one, other) -> float:
-        """Return the root mean square difference of the most different tile; the rest of a side is left out."""
-        height, width = (side // self.parameters.tiles for side in one.shape[:2])
+        """Return the root mean square difference of the most different tile.
+
+        Raises ValueError for a side of fewer pixels than tiles.
+        """
+        import numpy as np
+
         count = self.parameters.tiles
-        squares = ((one - other) ** 2)[: height * count, : width * count]
-        tiles = squares.reshape(count, height, count, width, -1).mean(axis=(1, 3, 4))
-        return float(tiles.max() ** 0.5)
+        if min(one.shape[:2]) < count:
+            raise ValueError(f"images of {one.shape[1]} x {one.shape[0]} pixels have no {count} tiles a side")
+        rows = np.array_split((one - other) ** 2, count, axis=0)
+        return float(max(tile.mean() for row in rows for tile in np.array_split(row, count, axis=1)) ** 0.5)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from harness.core import registry
+from harness.contracts.state import ModelState
+from harness.core import described, registry
 from harness.core.errors import StageFailure
 from harness.core.sampling import Sampling
 from harness.core.seeds import mix
@@ -19,6 +20,7 @@ from harness.model.pipeline import DiffusionModel
 from harness.model.source import resolve_model
 from harness.stages import replay
 from harness.stages.detect import DetectParameters
+from harness.stages.protect import ProtectParameters
 from harness.stages.replay import ReplayParameters
 from harness.stages.sample import SampleParameters
 from harness.store.layout import step_folder
@@ -123,7 +125,9 @@ def test_velocities_are_converted_unless_the_models_own_are_asked_for(tmp_path):
 
     first, second = (read[0] - read[1] for read in (replay.read(converted, 0), replay.read(own, 0)))
     torch.testing.assert_close(first, shares * second, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(replay.read(converted, 0)[0], replay.read(own, 0)[0])
+    met, said, *_ = by_hand(source, PROMPTS[:1], seeds_of(PROMPTS[:1]))
+    wanted = shares * said[0] + (1 - shares**2).sqrt() * met[0]
+    torch.testing.assert_close(replay.read(converted, 0)[0], wanted, rtol=1e-5, atol=5e-6)
 
 
 def test_shared_noise_is_that_of_the_first_prompt(desk):
@@ -155,9 +159,50 @@ def test_a_killed_drawing_goes_on_and_gives_the_same(desk, tmp_path, tiny_source
     _, resumed = replayed(other)
 
     assert drawn == [4]
-    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".png", ".safetensors"))
-    assert len(files) == 15
+    kept = (path for path in whole.rglob("*") if path.suffix in (".png", ".safetensors") or path.name == "replay.json")
+    files = sorted(path.relative_to(whole) for path in kept)
+    assert len(files) == 16
     assert all((whole / name).read_bytes() == (resumed / name).read_bytes() for name in files)
+    assert passes(resumed) == passes(whole) == 5 * 2 * 4 * 2  # tables show them
+
+
+def passes(folder):
+    """The forward passes in the record of a committed stage."""
+    return json.loads((folder / "record.json").read_text())["ledger"]["forward_passes"]
+
+
+def test_a_block_that_was_kept_in_part_is_drawn_again(desk, tmp_path, tiny_source, monkeypatch):
+    """A kill between two prompts of a block: nothing of it counts."""
+    _, whole = replayed(desk)
+    other = Desk(tiny_source, tmp_path / "other")
+    real, kept = replay.sync_files, []
+
+    def sync(folder):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        kept.append(folder.name)
+        real(folder)
+
+    monkeypatch.setattr(replay, "sync_files", sync)
+    with pytest.raises(KeyboardInterrupt):
+        replayed(other)
+    monkeypatch.setattr(replay, "sync_files", real)
+    _, resumed = replayed(other)
+
+    assert kept == [".000", ".001", ".002"]
+    assert passes(resumed) == passes(whole)
+    assert (resumed / "predictions/all/003.safetensors").read_bytes() == (
+        whole / "predictions/all/003.safetensors"
+    ).read_bytes()
+
+
+def test_only_known_conventions_are_accepted():
+    """A word that means nothing is not taken for the usual one."""
+    given = {**described.as_json(ReplayParameters(PROMPTS, SAMPLING, "shared", "model"))}
+    assert described.typed(ReplayParameters, given).latents == "shared"
+    for name in ("latents", "prediction"):
+        with pytest.raises(ValueError, match=name):
+            described.typed(ReplayParameters, {**given, name: "other"})
 
 
 def test_predictions_need_guidance(desk):
@@ -244,6 +289,64 @@ def test_tiled_l2(desk):
 
     found = detected(desk, "tiled_l2", of, tiles=2)
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float32), rtol=1e-6, atol=1e-7)
+
+
+def test_a_detector_of_images_needs_no_predictions(desk):
+    """The timesteps are known all the same."""
+    of, folder = replayed(desk, keeps_predictions=None)
+
+    assert len(replay.timesteps(folder)) == 4
+    assert detected(desk, "tiled_l2", of).isfinite().all()
+
+
+def test_tiles_leave_no_pixel_out():
+    """Ten pixels in four tiles: the last column counts; a side of fewer pixels than tiles is refused."""
+    first, second = np.zeros((10, 10, 3)), np.zeros((10, 10, 3))
+    second[:, -1] = 1.0
+    detector = registry.get("detector", "tiled_l2")(_parameters("tiled_l2"))
+
+    assert detector._distance(first, second) == pytest.approx(0.5**0.5)  # one of two columns of a tile
+    with pytest.raises(ValueError, match="3 x 10 pixels have no 4 tiles"):
+        detector._distance(first[:, :3], second[:, :3])
+
+
+def test_scores_say_of_which_steps_and_images_they_are(desk):
+    """In the line of the preprocessing."""
+    of, _ = replayed(desk)
+    cls = registry.get("detector", "text_noise_norm")
+    given = DetectParameters({"steps": 2, "images": 1}, PROMPTS, SAMPLING, "per_prompt", "epsilon")
+    _, folder = desk.do("detect", given, component=registry.component(cls), inputs={"replay": of})
+
+    about = json.loads((folder / "scores.json").read_text())["about"]
+    assert about["preprocessing"] == "2 of 4 steps, 1 of 2 images, latents per_prompt, prediction epsilon"
+
+
+def test_equal_scores_of_all_prompts_are_said(desk, monkeypatch):
+    """As at the first step of a model with zero terminal SNR, whose noise prediction is the noisy image itself."""
+    of, _ = replayed(desk)
+    monkeypatch.setattr(replay, "read", lambda folder, prompt: (torch.ones(2, 4, 4, 8, 8),) * 2)
+    detected(desk, "text_noise_norm", of)
+
+    said = "".join(path.read_text() for path in desk.workplace.run_folder.glob("notices/*"))
+    assert "text_noise_norm is 0 for all 5 prompts: it separates nothing" in said
+
+
+def mitigated(desk):
+    """A layer with sampling hooks, as an inference-time mitigation releases them."""
+    cls = registry.get("defense", "random_tokens")
+    given = ProtectParameters(described.as_json(cls.Parameters()))
+    key, _ = desk.do("mitigate", given, component=registry.component(cls))
+    return ModelState().over("mitigate", key.key).inputs()
+
+
+def test_predictions_without_drawing_refuse_hooks_of_drawing(desk):
+    """They would ignore the mitigation that is to be measured."""
+    cls = registry.get("detector", "anisotropy")
+    own = described.as_json(_parameters("anisotropy", late=-1))
+    given = DetectParameters(own, PROMPTS, SAMPLING, "shared", "epsilon")
+
+    with pytest.raises(StageFailure, match="a detector that asks the model does not draw.*random_tokens"):
+        desk.do("detect", given, component=registry.component(cls), inputs=mitigated(desk))
 
 
 def test_passes_are_those_of_the_detector_alone():
