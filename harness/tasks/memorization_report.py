@@ -179,7 +179,11 @@ class MemorizationReport(Diagnostic):
             "figures": figures,
             "detection": [_numbers(line, *STATISTICS, "passes") for line in read["detection.csv"]],
             "statistics": STATISTICS,
-            "replays": [_numbers(line, "similarity", "alignment", "recognised") for line in read["replays.csv"]],
+            "replays": [
+                _numbers(line, "similarity", "alignment", "recognised")
+                for line in read["replays.csv"]
+                if line["mitigation"] in ("base", "none")
+            ],
             "mitigations": [
                 _numbers(line, "similarity", "alignment", "unplanted_alignment", "passes_an_image")
                 for line in read["mitigations.csv"]
