@@ -31,6 +31,15 @@ def test_equal_settings_are_tied():
     assert set(tradeoff.places(["a", "b"], low, high).values()) == {"tie"}
 
 
+def test_front_of_the_means():
+    """What no other one beats in one without being worse in the other."""
+    names = ["none", "good", "bad", "twin", "low"]
+
+    assert tradeoff.front_of_means(names, [0.8, 0.5, 0.6, 0.5, 0.1], [30, 25, 24, 25, 1]) == {
+        "none", "good", "twin", "low",
+    }  # fmt: skip
+
+
 def test_one_seed_claims_nothing():
     """No test without a second seed."""
     low = resampled([0.8, 0.5], seeds=1)

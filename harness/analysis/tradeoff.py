@@ -52,6 +52,15 @@ def places(names: Sequence[str], low: Resampled, high: Resampled) -> dict[str, s
     return made
 
 
+def front_of_means(names: Sequence[str], low: Sequence[float], high: Sequence[float]) -> set[str]:
+    """Return the names that no other one beats in one mean without being worse in the other; chance is left out."""
+    pairs = list(zip(names, low, high, strict=True))
+    return {
+        name for name, x, y in pairs
+        if not any((a <= x and b >= y) and (a < x or b > y) for other, a, b in pairs if other != name)
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class AtLevel:
     """What a curve reaches where the low quantity has a value."""

@@ -118,6 +118,9 @@ def tradeoff(lines: Sequence[Line], path: Path) -> bool:
                     line["mitigation"], (line["similarity"], line["alignment"]), textcoords="offset points",
                     xytext=(6, 4), fontsize=6, color="#444444",
                 )  # fmt: skip
+        front = sorted((line["similarity"], line["alignment"]) for line in own if line["is_on_means_front"])
+        if front:
+            axis.plot(*zip(*front, strict=True), color="#bbbbbb", lw=6, alpha=0.5, zorder=0, label="front of the means")
         axis.set_xlabel("similarity to the own training image (low is good)", fontsize=8)
         axis.set_ylabel("alignment with the prompt (high is good)", fontsize=8)
         axis.set_title(one_line(task, 60), fontsize=9)

@@ -242,7 +242,11 @@ def mitigations(lines: list[Line], rows: DataFrame, run: MeasuredRun) -> Iterato
     passes = _passes(rows, run)
     for task in dict.fromkeys(line["task"] for line in lines):
         known = traded(rows, task)
-        place = {} if known is None else tradeoff.places(known.labels, known.similarity, known.alignment)
+        place, front = {}, frozenset()
+        if known is not None:
+            means = known.similarity.value.tolist(), known.alignment.value.tolist()
+            place = tradeoff.places(known.labels, known.similarity, known.alignment)
+            front = tradeoff.front_of_means(known.labels, *means)
         for line in lines:
             if line["task"] != task or line["role"] != "memorized":
                 continue
@@ -254,6 +258,7 @@ def mitigations(lines: list[Line], rows: DataFrame, run: MeasuredRun) -> Iterato
             yield {
                 **{name: line.get(name) for name in MITIGATIONS},
                 "place": place.get(line["mitigation"], ""),
+                "is_on_means_front": line["mitigation"] in front if known is not None else None,
                 "passes_an_image": passes.get((task, line["mitigation"])),
                 **{
                     f"unplanted_{name}": beside.get(name)

@@ -111,6 +111,11 @@ DEFINITIONS = (
         "similarity or in alignment; dominated: another is better in both; tie: chance explains a difference.", OURS,
     ),
     Definition(
+        "is_on_means_front", "on the front of the means", "",
+        "Whether no other mitigation has a lower mean similarity and a mean alignment at least as high, or the like. "
+        "Chance is left out: what may be claimed is `place`.", OURS,
+    ),
+    Definition(
         "passes_an_image", "passes an image", "", "UNet passes for an image, as counted; a backward pass counts two.",
         OURS,
     ),

@@ -30,7 +30,8 @@ MITIGATION_NOTES = (
     "seeds: low is good. alignment: with the prompt as it was asked for: high is good. Columns of unplanted prompts "
     "show the cost for others.",
     "place: front: by paired tests of all pairs, corrected together, better than each other one in similarity or in "
-    "alignment; dominated: another is better in both; tie: chance explains a difference.",
+    "alignment; dominated: another is better in both; tie: chance explains a difference. *: on the front of the means, "
+    "chance left out.",
     "none: the memorizing model. All meet the same starting noise.",
 )
 
@@ -154,12 +155,16 @@ def _mitigation(lines: Sequence[Line], extra: Sequence[str]) -> Section:
     rows = [
         [
             line["task"], line["mitigation"], line["when"] or "–", ranged(line, "similarity"),
-            ranged(line, "alignment", 2), line["place"] or "–", ranged(line, "unplanted_alignment", 2),
+            ranged(line, "alignment", 2), _place(line), ranged(line, "unplanted_alignment", 2),
             *(number(line.get(name), 4) for name in extra), number(line["passes_an_image"], 1),
         ]
         for line in lines
     ]  # fmt: skip
     return Section(MITIGATION_TITLE, (), headers, rows, "lllrrlr" + "r" * (len(extra) + 1), MITIGATION_NOTES)
+
+
+def _place(line: Line) -> str:
+    return (line["place"] or "–") + ("*" if line["is_on_means_front"] else "")
 
 
 def _equal(lines: Sequence[Line]) -> Section:
