@@ -15,7 +15,8 @@ DRAWN = (
 )  # fmt: skip
 MITIGATIONS = (
     "task", "mitigation", "method", "when", "setting", "n_seeds", "similarity", "similarity_low", "similarity_high",
-    "alignment", "alignment_low", "alignment_high", "place", "is_on_means_front", "unplanted_similarity", "unplanted_alignment",
+    "alignment", "alignment_low", "alignment_high", "place", "is_on_means_front",
+    "unplanted_similarity", "unplanted_alignment",
     "unplanted_alignment_low", "unplanted_alignment_high", "passes_an_image",
 )  # fmt: skip
 EQUAL = ("task", "method", "when", "n_settings", "level", "alignment", "alignment_low", "alignment_high", "n_seeds")
