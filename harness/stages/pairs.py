@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def image(local: Mapping[str, Any], index: int) -> Image:
     """Return an image of a description that `harness.suite.pairs.Pairs.local` made: RGB.
 
-    Raises UserMistake for a file that holds another picture than when the suite was read: keys hold its pixels' digest.
+    Raises UserMistake for a file that is gone, or that holds another picture than when the suite was read: keys hold
+    the digest of its pixels.
     """
     name = local["names"][index]
     if local["source"] == "drawings":
@@ -24,7 +25,10 @@ def image(local: Mapping[str, Any], index: int) -> Image:
         return drawings.read([name])[0]
     from harness.core import pictures
 
-    picture = pictures.opened(Path(local["folder"]) / name)
+    try:
+        picture = pictures.opened(Path(local["folder"]) / name)
+    except pictures.BadPicture as error:
+        raise UserMistake(f"'{one_line(name)}' {error}") from None
     if picture.digest != local["digests"][index]:
         raise UserMistake(f"'{one_line(name)}' was changed after the suite was read; run it again")
     return picture.image

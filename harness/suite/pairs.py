@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def of_folder(path: Path | None, given: str, about: str, count: int | None) -> t
     """Return the first `count` pairs of a folder (None: all), and what was ignored, one line each.
 
     `about` begins the lines: the place in the suite. Raises UserMistake for all that is refused: a folder that is not
-    there, an image without a caption, one image or caption twice, too few pairs.
+    there, an image without a caption, one image twice, too few pairs. Images may share a caption.
     """
     if path is None or not path.is_dir():
         raise UserMistake(f"{about}: folder '{one_line(given)}' does not exist; put images with captions there")
@@ -106,11 +107,26 @@ def of_drawings(count: int | None, about: str, start: int = 0) -> Pairs:
     )  # fmt: skip
 
 
+def crowded(count: int, about: str) -> list[str]:
+    """Return what to say where so many drawings are planted that others show the same objects."""
+    from harness.testbed import drawings
+
+    alone = drawings.alone()
+    if count <= alone:
+        return []
+    return [f"{about}: objects of planted drawings after the first {alone} are shown by other drawings too"]
+
+
+def as_read(text: str) -> str:
+    """Return a text as CLIP's tokenizers take it, composed, in lower case and with single spaces: the same prompt."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
 def require_different(pairs: Pairs, about: str, others: Pairs) -> None:
-    """Raise UserMistake where an image or a caption of some pairs is among others too."""
-    for what, of in (("image", "digests"), ("caption", "captions")):
-        known = dict(zip(getattr(others, of), others.names, strict=True))
-        twin = next((pair for pair in zip(getattr(pairs, of), pairs.names, strict=True) if pair[0] in known), None)
+    """Raise UserMistake where an image or a caption of some pairs is among others too; captions as they are read."""
+    for what, of in (("image", lambda own: own.digests), ("caption", lambda own: map(as_read, own.captions))):
+        known = dict(zip(of(others), others.names, strict=True))
+        twin = next((pair for pair in zip(of(pairs), pairs.names, strict=True) if pair[0] in known), None)
         if twin is not None:
             raise UserMistake(
                 f"{about}: '{one_line(twin[1])}' has the same {what} as '{one_line(known[twin[0]])}'; remove one"

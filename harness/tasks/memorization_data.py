@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,6 +93,8 @@ def read(loaded: LoadedSuite, name: str, spec: MemorizationSpec) -> Prompts:
             mistakes += _cut(loaded, name, group, notices)
     if mistakes:
         raise UserMistake(mistakes)
+    if once is not None and once.source == FOLDER:
+        notices += _cut_in_training(loaded, name, once)
     return Prompts(memorized, negatives, planted, once, notices)
 
 
@@ -113,7 +115,7 @@ def _planted(loaded: LoadedSuite, name: str, spec: MemorizeSpec, notices: list[s
         found, said = pairs.of_folder(_folder(loaded, own.folder), own.folder, about, own.count)
         notices += said
         seen: dict[str, str] = {}
-        for image, caption in zip(found.names, found.captions, strict=True):
+        for image, caption in zip(found.names, map(pairs.as_read, found.captions), strict=True):
             if caption in seen:
                 what = f"'{one_line(seen[caption])}' and '{one_line(image)}' have the same caption"
                 raise UserMistake(f"{about}: {what}: each planted prompt is of one image; change one")
@@ -123,6 +125,7 @@ def _planted(loaded: LoadedSuite, name: str, spec: MemorizeSpec, notices: list[s
         raise UserMistake(f"{about}: give 'folder': the drawings that ship are for the testbed's model")
     if own.count is None:
         raise UserMistake(f"{about}: give 'count', how many drawings are planted")
+    notices += pairs.crowded(own.count, about)
     return pairs.of_drawings(own.count, about)
 
 
@@ -134,7 +137,11 @@ def _once(loaded: LoadedSuite, name: str, spec: MemorizeSpec, planted: Pairs, no
         raise UserMistake(
             f"{about}: {own.count} pairs are not ratio x repeats x planted = {wanted}; leave 'count' out"
         )
-    if own.folder is not None:
+    if not wanted:
+        if own.folder is not None:
+            raise UserMistake(f"{about}: a ratio of {spec.ratio:g} asks for no pairs seen once; leave 'folder' out")
+        found = planted.part(0, 0)
+    elif own.folder is not None:
         found, said = pairs.of_folder(_folder(loaded, own.folder), own.folder, about, wanted)
         notices += said
     elif loaded.suite.model.id != TESTBED or spec.planted.folder is not None:
@@ -236,10 +243,10 @@ def _overlaps(
     loaded: LoadedSuite, name: str, memorized: PromptSet, negatives: Mapping[str, PromptSet]
 ) -> list[str]:
     """Find negatives that are memorized prompts."""
-    known = set(memorized.prompts)
+    known = set(map(pairs.as_read, memorized.prompts))
     found = []
     for called, own in negatives.items():
-        both = [prompt for prompt in own.prompts if prompt in known]
+        both = [prompt for prompt in own.prompts if pairs.as_read(prompt) in known]
         if both:
             about = place(loaded, name, "negatives", called)
             found.append(f"{about}: '{one_line(both[0], 60)}' is among the memorized prompts too; remove it")
@@ -255,12 +262,25 @@ def _cut(loaded: LoadedSuite, name: str, own: PromptSet, notices: list[str]) -> 
     alike = next(equal(loaded.tokens, own.prompts), None)
     if alike is not None:
         return [f"{about}: {same_text(loaded.tokens, *alike)}"]
-    cut = [text for text in own.prompts if not loaded.tokens.fits(text)]
-    if cut:
-        unread = loaded.tokens.read(cut[0]).unread
-        notices.append(
-            f"{about}: {counted(len(cut), 'prompt')} cut after {loaded.tokens.room} tokens; of "
-            f"'{one_line(cut[0], 60)}' is not read: '{one_line(unread, 60)}'"
-        )
+    notices += _said_cut(loaded, about, own.prompts, "prompt")
     return []
+
+
+def _cut_in_training(loaded: LoadedSuite, name: str, once: Pairs) -> list[str]:
+    """Return what to say of captions of pairs seen once that are cut; those of planted pairs are prompts."""
+    if loaded.tokens is None:  # said of the prompts
+        return []
+    return _said_cut(loaded, place(loaded, name, "memorize", "once"), once.captions, "caption")
+
+
+def _said_cut(loaded: LoadedSuite, about: str, texts: Sequence[str], what: str) -> list[str]:
+    """Return one line if texts are cut."""
+    cut = [text for text in texts if not loaded.tokens.fits(text)]
+    if not cut:
+        return []
+    unread = loaded.tokens.read(cut[0]).unread
+    return [
+        f"{about}: {counted(len(cut), what)} cut after {loaded.tokens.room} tokens; of '{one_line(cut[0], 60)}' is not "
+        f"read: '{one_line(unread, 60)}'"
+    ]
 
