@@ -12,9 +12,9 @@ training the memorizing model. A statistic that is 1 in every sample has the int
 and 3 / n is an upper limit of its rate.
 
 How often they hold the truth (tests/benchmarks/detection_coverage.py, three seeds; 24 memorized prompts against 60,
-then 200 against 500): AUC 96 %, 95 to 97 %; TPR strictly below 93 to 96 %, above 99 %. Two statistics are too high
-for few prompts, and their intervals too short. Balanced accuracy is of the best threshold on the same prompts: by .02
-to .04, held by 72 to 76 %; then by .01, 79 to 90 %. TPR at the nearest point: of 60 negatives one is 1.7 %, which is
+then 200 against 500): AUC 96 %, 95 to 97 %; TPR strictly below 93 to 96 %, above 99 %. Two statistics are too high for
+few prompts, and their intervals too short. Balanced accuracy is of the best threshold on the same prompts: by .02 to
+.04, held by 72 to 76 %; then by .01, 79 to 90 %. TPR at the nearest point: of 60 negatives one is 1.7 %, which is
 nearest to 1 %, so it is too high by .09 to .13, held by 85 to 92 %; then by .01, 97 to 98 %.
 """
 

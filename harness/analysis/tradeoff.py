@@ -75,7 +75,7 @@ def at_level(
     """Return, for each curve, the high quantity where the low one is `level`, linear between neighbouring settings.
 
     `curves`: name -> indices of the settings on it. A bootstrap sample in which the curve does not reach the level
-    takes its nearest end.
+    takes its nearest end. The level is taken as given: if it was measured, its own chance is not in the interval.
     """
     both = Resampled(
         np.concatenate([low.value, high.value]),

@@ -56,6 +56,13 @@ class Seen(Protocol):
         Both are [images, steps, channels, height, width]. Raises ValueError where `reads` is not "predictions".
         """
 
+    def ending(self, prompt: int) -> Tensor:
+        """Return the attention to the prompt's end token at the last step: [images, height, width] of the latents.
+
+        The mean over heads and over the first two cross-attention layers on the way down. Raises ValueError where
+        `reads_ending` is False.
+        """
+
     def images(self, prompt: int) -> list[Image]:
         """Return the drawn images of a prompt."""
 
@@ -78,6 +85,8 @@ class Detector(Method):
     range: ClassVar[tuple[float, float]] = (float("-inf"), float("inf"))
     reads: ClassVar[Literal["predictions", "images", "model"]] = "predictions"
     """What it sees: predictions along the trajectory, drawn images, or those that it asks the model for."""
+    reads_ending: ClassVar[bool] = False
+    """Whether it also reads `Seen.ending`; for `reads = "predictions"`."""
 
     @classmethod
     def steps(cls, parameters: Any, available: int) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ class Detect(StageKind):
         """Write one value a prompt."""
         detector: Detector = work.method()
         name = detector.name
-        seen = _OfModel(parameters, work) if detector.reads == "model" else _OfReplay(parameters, work, detector.reads)
+        seen = _OfModel(parameters, work) if detector.reads == "model" else _OfReplay(parameters, work, detector)
         values = []
         with work.run.ledger.phase("detect"):
             for prompt, given in enumerate(detector.score(seen)):
@@ -87,8 +87,9 @@ class Detect(StageKind):
 class _OfReplay:
     """What a detector sees of a drawing that was kept (`harness.contracts.detector.Seen`)."""
 
-    def __init__(self, parameters: DetectParameters, work: StageAtWork, reads: str):
-        self._folder, self._reads = work.input("replay"), reads
+    def __init__(self, parameters: DetectParameters, work: StageAtWork, detector: Detector):
+        self._folder, self._reads = work.input("replay"), detector.reads
+        self._reads_ending = detector.reads_ending
         self.prompts = parameters.prompts
         self.images_per_prompt = parameters.sampling.images_per_prompt
         self.timesteps = replay.timesteps(self._folder)
@@ -98,6 +99,12 @@ class _OfReplay:
         if self._reads != "predictions":
             raise ValueError("a detector that uses predictions declares reads = 'predictions'")
         return replay.read(self._folder, prompt)
+
+    def ending(self, prompt: int) -> Tensor:
+        """Return the attention to the prompt's end token, [images, height, width]."""
+        if not self._reads_ending:
+            raise ValueError("a detector that uses the attention to the end token declares reads_ending = True")
+        return replay.ending(self._folder, prompt)
 
     def images(self, prompt: int) -> list[Image]:
         """Return the drawn images of a prompt."""
@@ -131,6 +138,10 @@ class _OfModel:
     def predictions(self, prompt: int) -> Any:
         """Refuse: nothing was kept."""
         raise ValueError("a detector that uses kept predictions declares reads = 'predictions'")
+
+    def ending(self, prompt: int) -> Any:
+        """Refuse: nothing was kept."""
+        raise ValueError("a detector that uses the attention to the end token declares reads = 'predictions'")
 
     def images(self, prompt: int) -> Any:
         """Refuse: nothing is drawn."""

@@ -2,14 +2,15 @@
 
 Folder: images/step_0000000/PPP_III.png (the layout of `sample`, so that metrics score it alike); replay.json; if
 predictions are kept, predictions/all/PPP.safetensors with `conditional` and `unconditional`, each [images, steps,
-channels, height, width] in fp32. Predictions are large: they may be deleted once every detector of the unit has read
-them.
+channels, height, width] in fp32, and `ending` [images, height, width] if that is kept: the attention to the prompt's
+end token at the last step. Predictions are large: they may be deleted once every detector of the unit has read them.
 
 The starting noise of image i of prompt p is that of `sample` under the same seed; with shared latents that of prompt 0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -54,6 +55,7 @@ class ReplayParameters:
     latents: Literal["per_prompt", "shared"]
     prediction: Literal["epsilon", "model"]  # epsilon: of the noise, also of a model of velocities; model: its own
     keeps_predictions: bool | None = optional()
+    keeps_ending: bool | None = optional()  # with predictions, and without sampling hooks
 
 
 @register("stage")
@@ -76,8 +78,12 @@ class Replay(StageKind):
         settings = parameters.sampling
         if parameters.keeps_predictions and settings.guidance <= 1:
             raise ValueError("predictions are kept under guidance only: without it there is none for no text")
+        if parameters.keeps_ending and not parameters.keeps_predictions:
+            raise ValueError("keeps_ending needs keeps_predictions: they are kept in one file")
         model, protection = work.state()
         hooks = sampling_hooks(protection, "honest")
+        if parameters.keeps_ending and hooks:
+            raise ValueError("the end token is that of the prompt, which sampling hooks may change; keep no ending")
         saved = work.run.folder / "replay"
         saved.mkdir(exist_ok=True)
         count = len(parameters.prompts)
@@ -114,10 +120,13 @@ def _draw(
     saved: Path,
 ) -> None:
     """Draw the images of some prompts, each into a folder that is renamed last."""
+    import torch
+
     from harness.model.sampling import sample
 
     each = parameters.sampling.images_per_prompt
-    recorder = Recorder(parameters.prediction if parameters.keeps_predictions else None)
+    prediction = parameters.prediction if parameters.keeps_predictions else None
+    recorder = Recorder(prediction, keeps_ending=bool(parameters.keeps_ending))
     images: list[list[Any]] = [[] for _ in range(first, stop)]
     ledger = work.run.ledger
     before = ledger.forward_passes, ledger.backward_passes, dict(ledger.numbers)
@@ -149,10 +158,10 @@ def _draw(
         if predictions:
             from safetensors.torch import save_file
 
-            conditional, unconditional = predictions[place]
-            save_file(
-                {"conditional": conditional, "unconditional": unconditional}, temporary / "predictions.safetensors"
-            )
+            tensors = dict(zip(("conditional", "unconditional"), predictions[place], strict=True))
+            if recorder.endings:
+                tensors["ending"] = torch.cat(recorder.endings)[place * each : (place + 1) * each].clone()
+            save_file(tensors, temporary / "predictions.safetensors")
         sync_files(temporary)
         temporary.rename(final)
 
@@ -188,13 +197,17 @@ def _note_flat(work: StageAtWork, is_hooked: bool) -> None:
 class Recorder:
     """Keeps the timesteps and the predictions of each step, as a watcher of `harness.model.drawing`.
 
-    `prediction`: as of `ReplayParameters`; None keeps no predictions.
+    `prediction`: as of `ReplayParameters`; None keeps no predictions. `keeps_ending`: also the attention to the end
+    token at the last step, in `endings`, one [images, height, width] a batch.
     """
 
     needs_gradient: ClassVar[bool] = False
 
-    def __init__(self, prediction: str | None):
-        self._prediction = prediction
+    def __init__(self, prediction: str | None, *, keeps_ending: bool = False):
+        self._prediction, self._keeps_ending = prediction, keeps_ending
+        self._keeping = contextlib.ExitStack()
+        self._maps: list[Tensor] = []
+        self.endings: list[Tensor] = []
         self._batches: list[list[tuple[Tensor, Tensor]]] = []
         self.timesteps: list[int] = []
 
@@ -204,10 +217,19 @@ class Recorder:
         self.timesteps = list(drawing.timesteps)
 
     def at_step(self, drawing: Drawing, index: int, timestep: int) -> None:
-        """Nothing: predictions come later in the step."""
+        """Let the last step keep its attention; predictions come later in the step."""
+        from harness.model import attention
+
+        if self._keeps_ending and index == len(drawing.timesteps) - 1:
+            unet = drawing.model.unet
+            self._maps = self._keeping.enter_context(attention.kept(unet, attention.first_layers(unet, 2)))
 
     def at_prediction(self, drawing: Drawing, index: int, timestep: int) -> None:
         """Keep the predictions of a step. Raises ValueError if a hook ended guidance."""
+        if self._maps:
+            self._keeping.close()
+            self.endings.append(_ending(drawing, self._maps))
+            self._maps = []
         if self._prediction is None:
             return
         both = [drawing.conditional, drawing.unconditional]
@@ -219,7 +241,8 @@ class Recorder:
         self._batches[-1].append(tuple(said.float().cpu() for said in both))
 
     def end(self, drawing: Drawing) -> None:
-        """Nothing to undo."""
+        """Give the layers back their processors, also after a failure."""
+        self._keeping.close()
 
     def by_prompt(self, each: int) -> list[tuple[Tensor, Tensor]]:
         """Return (conditional, unconditional) of every prompt, each [images, steps, channels, height, width]."""
@@ -232,6 +255,25 @@ class Recorder:
             (own.contiguous(), other.contiguous())
             for own, other in zip(conditional.split(each), unconditional.split(each), strict=True)
         ]
+
+
+def _ending(drawing: Drawing, maps: Sequence[Tensor]) -> Tensor:
+    """Return the mean attention of each place to the end token, [images, height, width] of the latents, on the CPU.
+
+    `maps`: of each layer, [both halves, places, tokens], the prompts' half last. Layers of fewer places are repeated.
+    """
+    import torch
+
+    ids = drawing.model.tokenize(drawing.prompts)
+    # padding may have the same id: the first one ends the prompt
+    ends = (ids == drawing.model.tokenizer.eos_token_id).int().argmax(dim=1)
+    size = drawing.latents.shape[-2:]
+    found = torch.zeros(len(ids), *size)
+    for each in maps:
+        own = each[-len(ids) :].cpu()[torch.arange(len(ids)), :, ends]  # [images, places]
+        side = round(own.shape[1] ** 0.5)
+        found += torch.nn.functional.interpolate(own.view(-1, 1, side, side), size)[:, 0] / len(maps)
+    return found
 
 
 def as_epsilon(scheduler: Any, said: Tensor, latents: Tensor, timestep: int) -> Tensor:
@@ -255,6 +297,14 @@ def read(folder: Path, prompt: int) -> tuple[Tensor, Tensor]:
 
     kept = load_file(folder / PREDICTIONS / WHOLE / f"{prompt:03d}.safetensors")
     return kept["conditional"], kept["unconditional"]
+
+
+def ending(folder: Path, prompt: int) -> Tensor:
+    """Return the attention to a prompt's end token, [images, height, width]."""
+    from safetensors import safe_open
+
+    with safe_open(folder / PREDICTIONS / WHOLE / f"{prompt:03d}.safetensors", "pt") as file:
+        return file.get_tensor("ending")
 
 
 def timesteps(folder: Path) -> list[int]:

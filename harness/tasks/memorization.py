@@ -228,6 +228,7 @@ class _Plan:
         if keeps and own.name in self.found.negatives:
             own = self.found.negatives[own.name]
         build = self.build
+        detectors = [registry.get("detector", spec.method) for spec in self.spec.detectors]
         return build.stage(
             "replay",
             ReplayParameters(
@@ -236,6 +237,7 @@ class _Plan:
                 latents=self.spec.latents,
                 prediction=self.spec.prediction,
                 keeps_predictions=keeps or None,
+                keeps_ending=(keeps and any(cls.reads_ending for cls in detectors)) or None,
             ),
             inputs=model.state.inputs(),
             # without the model: all meet the same starting noise

@@ -1,4 +1,4 @@
-"""How the text's share of the prediction lies to the prediction without text (Asthana et al., ICLR 2026).
+"""The norm of the text's share of the prediction, and its cosine to the prediction without text (Asthana et al., 2026).
 
     delta(x, t) = eps(x, t, prompt) - eps(x, t, "")
     score = g1 |delta(x_T, t_first)| + g2 mean over space of cos(eps(x_T, t_late, ""), delta(x_T, t_late))
@@ -6,8 +6,9 @@
 the cosine over channels at each place, on the same noise x_T at the timestep `late` from the end (-3: about t = 41 of
 1000 in 50 steps); mean over images. No sampling: 4 passes an image.
 
-Facts: memorization_checked.md 6a (rohanasthana 97e991b, MIT). Settings there: g1, g2 = 1, 2 for SD 1.4; 1, .1 for SD 2,
-on velocities converted to noise; 2, 1 for Realistic Vision.
+Source: ICLR 2026; facts: memorization_checked.md 6a (rohanasthana 97e991b, MIT). Settings there: g1, g2 = 1, 2 for
+SD 1.4; 1, .1 for SD 2, on the difference of scores; 2, 1 for Realistic Vision. Difference: for SD 2 too, delta is of
+noise predictions, converted from velocities; it has another size than the difference of scores.
 """
 
 from __future__ import annotations

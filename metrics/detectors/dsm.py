@@ -3,8 +3,9 @@
     score = mean over images of |eps(x_{k+1}, t_{k+1}, prompt) - eps(x_k, t_k, prompt)|^2
 
 with k = 0 or 1, guidance 7.5. Facts: memorization_checked.md 6a (randomnameforicml/icml-2026 fe315bb, MIT), whose rows
-are "0->1" and "1->2". The squared norm, in fp32 (there fp16). Cost: 2 (k + 1) passes up to the first of the two steps,
-and one for the second: 3 to 5 an image.
+are "0->1" and "1->2". Differences: predictions and norms are in the suite's precision, fp32 if not stated (there fp16);
+the mean is over all images of a prompt. Under PNDM the third step repeats the timestep of the second. Cost: 2 (k + 1)
+passes up to the first of the two steps, and one for the second: 3 to 5 an image.
 """
 
 from __future__ import annotations

@@ -5,8 +5,11 @@
 the L2 norm over all elements of one image, before the guidance scale, along the guided trajectory. `steps`: 1 (the
 first), 10, or all; of the first step alone no trajectory is needed: 2 passes an image.
 
-Differences from the released code: it takes norms in fp16, which makes ties; here fp32. Its mitigation uses a norm over
-all images of a prompt together, which is not this one.
+Source: arXiv 2407.21720; facts: memorization.md 2, memorization_checked.md 1 and 5. Cost: 2 passes for each image and
+step up to the last that is used. Differences from the released code: it predicts and takes norms in fp16, which makes
+ties; here predictions are in the suite's precision and norms in fp64. Velocities are converted to the noise, else the
+first step's norm is more than ten times as great. The mitigation of the same paper uses a norm over all images of a
+prompt together, which is not this one.
 """
 
 from __future__ import annotations

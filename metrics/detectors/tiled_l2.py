@@ -3,9 +3,8 @@
     score = min over pairs of images of max over tiles of |tile of the one - tile of the other|
 
 the L2 norm over the pixels of a tile, root mean square, in [0, 1]. Tiles do not overlap; a side of the image has
-`tiles` of them: 4, as 128 of 512 pixels. If a side is no multiple of that, its first tiles are one pixel longer. The
-greatest tile counts, so that two images that share a plain background do
-not pass for equal.
+`tiles` of them: 4, as 128 of 512 pixels. If a side is no multiple of that, its first tiles are one pixel longer.
+The greatest tile counts, so that two images that share only a plain background are not near.
 
 Source: Carlini et al., "Extracting training data from diffusion models" (USENIX Security 2023), as Jeon et al. (SAIL,
 ICML 2025) state it; facts: memorization.md 2, memorization_checked.md 6a. Differences: the paper compares hundreds of

@@ -358,10 +358,13 @@ def test_passes_are_those_of_the_detector_alone():
             "tiled_l2": [_parameters("tiled_l2")],
             "anisotropy": [_parameters("anisotropy")],
             "dsm": [_parameters("dsm", k=0), _parameters("dsm", k=1)],
+            "bright_ending": [_parameters("bright_ending")],
         }.items()
     }
 
-    assert cost == {"text_noise_norm": [2, 160], "tiled_l2": [160], "anisotropy": [16], "dsm": [12, 20]}
+    assert cost == {
+        "text_noise_norm": [2, 160], "tiled_l2": [160], "anisotropy": [16], "dsm": [12, 20], "bright_ending": [160],
+    }  # fmt: skip
 
 
 def _parameters(name, **given):
@@ -376,3 +379,73 @@ def test_a_score_that_is_not_finite_fails_the_stage(desk, monkeypatch):
     with pytest.raises(StageFailure, match="text_noise_norm is nan for 'a purse'"):
         detected(desk, "text_noise_norm", of)
     assert load_file(folder / "predictions" / "all" / "000.safetensors")["conditional"].isfinite().all()
+
+
+def test_bright_ending(desk):
+    """The text's share weighed by the attention to the end token at the last step, by hand from the layer's input."""
+    _, plain = replayed(desk)
+    of, folder = replayed(desk, keeps_ending=True)
+    met, said, empty, timesteps, pipeline, encode = by_hand(desk.source, PROMPTS, seeds_of(PROMPTS))
+    layer = pipeline.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
+    fed = []
+    layer.register_forward_pre_hook(lambda module, given, named: fed.append((given, named)), with_kwargs=True)
+    wanted = []
+    for prompt, text in enumerate(PROMPTS):
+        with torch.no_grad():
+            e = encode(text)
+            pipeline.unet(met[prompt, :, -1], timesteps[-1], e.expand(2, -1, -1))
+            (hidden,), _ = fed.pop()
+            query, key = (
+                own.unflatten(-1, (layer.heads, -1)).transpose(-3, -2) for own in (layer.to_q(hidden), layer.to_k(e))
+            )
+            looked = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+        length = len(text.replace(" ", ""))  # a token a letter; the start before them
+        mask = looked[..., 1 + length].mean(1).unflatten(-1, (4, 4))
+        mask = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        torch.testing.assert_close(load_file(folder / f"predictions/all/{prompt:03d}.safetensors")["ending"], mask)
+        norms = ((said - empty)[prompt] * mask[:, None, None]).flatten(2).norm(dim=2)
+        wanted.append((norms.mean(dim=1) / mask.mean(dim=(1, 2))).mean())
+
+    torch.testing.assert_close(detected(desk, "bright_ending", of), torch.stack(wanted), rtol=1e-6, atol=1e-6)
+    for file in sorted((plain / "images" / step_folder(0)).iterdir()):
+        assert file.read_bytes() == (folder / "images" / step_folder(0) / file.name).read_bytes()
+
+
+def test_the_first_layers_on_the_way_down():
+    """In the order in which the UNet computes them; without any there is an error."""
+    from diffusers import UNet2DConditionModel
+
+    from harness.model.attention import first_layers
+
+    def unet(*down):
+        return UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 8), layers_per_block=2, down_block_types=down,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=8, attention_head_dim=2,
+            norm_num_groups=4,
+        )  # fmt: skip
+
+    both = first_layers(unet("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), 2)
+    assert [name.split(".transformer")[0] for name in both] == [f"down_blocks.0.attentions.{i}" for i in (0, 1)]
+    with pytest.raises(ValueError, match="no cross-attention on the way down"):
+        first_layers(unet("DownBlock2D", "DownBlock2D"), 2)
+
+
+def test_attention_is_given_back_after_a_failure(desk):
+    """A step that fails leaves the layers as they were."""
+    from harness.model import attention
+
+    model = DiffusionModel.load(desk.source, torch.device("cpu"))
+    before = dict(model.unet.attn_processors)
+    with pytest.raises(KeyError), attention.kept(model.unet, attention.first_layers(model.unet, 2)):
+        assert model.unet.attn_processors != before
+        raise KeyError
+    assert model.unet.attn_processors == before
+
+
+def test_the_end_token_needs_predictions_and_the_prompt_itself(desk):
+    """A mitigation changes the text that is drawn for."""
+    with pytest.raises(StageFailure, match="keeps_ending needs keeps_predictions"):
+        replayed(desk, keeps_predictions=None, keeps_ending=True)
+    given = ReplayParameters(PROMPTS, SAMPLING, "per_prompt", "epsilon", True, True)
+    with pytest.raises(StageFailure, match="sampling hooks may change"):
+        desk.do("replay", given, inputs=mitigated(desk))
