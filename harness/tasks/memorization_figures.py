@@ -178,9 +178,8 @@ def sheet(run: MeasuredRun, rows: DataFrame, path: Path) -> bool:
                 drawn.append(sorted(folder.glob(f"{prompt:03d}_*.png"))[:SHEET_IMAGES])
             if not original.is_file() or not all(drawn):
                 return False
-            pictures.append(
-                (f"{task}, {concept}", Image.open(original), [[Image.open(file) for file in own] for own in drawn])
-            )
+            of_models = [[Image.open(file) for file in own] for own in drawn]
+            pictures.append((f"task {task}: the first prompts of '{concept}'", Image.open(original), of_models))
     _lay_out(pictures, heads, path)
     return True
 
@@ -200,7 +199,7 @@ def _lay_out(pictures: Sequence[tuple[str, Any, list[list[Any]]]], models: Seque
     top, last = gap, None
     for name, original, drawn in pictures:
         if name != last:
-            write.text((gap, top), f"{name}: first prompts", fill="black")
+            write.text((gap, top), name, fill="black")
             left = gap
             of_models = [(f"drawn by {called}", len(own)) for called, own in zip(models, drawn, strict=False)]
             for called, count in (("training image", 1), *of_models):
@@ -235,6 +234,7 @@ def _grid(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
 def _plain(axis: Any) -> None:
     axis.tick_params(labelsize=7)
     axis.grid(axis="y", color="#dddddd", lw=0.5)
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
