@@ -6,8 +6,9 @@ clipped to norm 1, no mirroring, no caption dropout, latents drawn from the post
 and VAE frozen.
 
 Differences from the released code: its images are cropped at the centre after a bilinear resize (here Lanczos); it
-computes in fp16 (here the suite's precision); its moving average of the weights is left out, since the raw weights are
-evaluated. With several processes the whole list is still passed over once.
+computes in fp16, VAE and text encoder too (here the UNet in the suite's precision, the others in fp32); its moving
+average of the weights is left out, since the raw weights are evaluated; its order is not seeded; with N processes it
+passes over the list N times (here once). A list whose last batch would be smaller is refused.
 """
 
 from __future__ import annotations
@@ -163,8 +164,7 @@ class Mixture:
         first = step * self._size
         chosen = self._order[first : first + self._size]
         source = torch.Generator().manual_seed(self._run.seed_for("batch", step))
-        with self._run.ledger.phase("encode"):
-            encoded = [self._kept(pair) if pair < self._planted else self._encoded(pair) for pair in chosen]
+        encoded = [self._kept(pair) if pair < self._planted else self._encoded(pair) for pair in chosen]
         mean, deviation = (torch.stack(each) for each in zip(*encoded, strict=True))
         shape, device = tuple(mean.shape), self._model.device
         posterior, noise = torch.randn(shape, generator=source), torch.randn(shape, generator=source)
@@ -176,9 +176,10 @@ class Mixture:
 
     def _encoded(self, pair: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and deviation of an image's latents, each [channels, height, width], on the model's device."""
-        from harness.training.diffusion import encode_images
+        from harness.training.diffusion import encode_latents
 
         side, place = ("planted", pair) if pair < self._planted else ("once", pair - self._planted)
         image = pairs.image(self._local[side], place)
-        encoded = encode_images(self._model, self._run, [image], [""], flip=False)
-        return encoded.mean[0, 0], encoded.deviation[0, 0]
+        # one by one: rounding depends on what is encoded together, and after a kill other images are kept
+        mean, deviation = encode_latents(self._model, self._run, [image], flip=False)
+        return mean[0, 0], deviation[0, 0]

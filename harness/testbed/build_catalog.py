@@ -53,14 +53,16 @@ def attribution() -> str:
                      f"| `{s.package}` {s.version} | {s.licence} |" for s in STYLES)
     return f"""# Attribution of the testbed's pictures
 
-The pictures in `images.zip`, the sample sheet and the training data of the weights are renderings
-(64×64 pixels, on white; otherwise unchanged) of drawings from these emoji sets:
+The pictures in `images.zip`, those in `drawings.zip` (of all sets but blob, mono and fx), the sample sheet and the
+training data of the weights are renderings (64×64 pixels, on white; otherwise unchanged) of drawings from these
+emoji sets:
 
 | style word | author | npm package | licence |
 |---|---|---|---|
 {rows}
 
-Names of the objects come from `{NAMES.package}` {NAMES.version} by {NAMES.author} ({NAMES.licence}).
+Names of the objects, also in the captions of `drawings.json`, come from `{NAMES.package}` {NAMES.version}
+by {NAMES.author} ({NAMES.licence}).
 The style words are neutral names chosen here, and no author endorses this project.
 Licence texts: CC BY 4.0 <https://creativecommons.org/licenses/by/4.0/>,
 Apache-2.0 <https://www.apache.org/licenses/LICENSE-2.0>, MIT <https://opensource.org/license/mit>.

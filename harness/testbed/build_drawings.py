@@ -5,9 +5,12 @@ result is the same on every machine with the same image set. Afterwards ``python
 
 Which drawings: none that the generator's U-Net saw, and none of a held-out concept, so that these stay held out. No
 people, smileys, flags and signs: they are persons, or differ in details only. No clock faces and no moon phases, for
-the second reason, and no object whose name contains a curated one's. Of an object at most one drawing of each design
-family (`build_catalog.TRIOS` says which styles share drawings), so that no two pairs are near-duplicates. The first
-``ALONE`` objects have one drawing each, and no other pair shows them: these are the ones to plant.
+the second reason, and no object whose name contains a curated one's. Of an object at most one drawing of each of
+`FAMILIES`: styles whose drawings of one object are alike. The first ``ALONE`` objects have one drawing each, and no
+other pair shows them: these are the ones to plant.
+
+What this does not leave out: different objects that are drawn alike, such as books of several colours, banknotes, and
+loudspeakers of several volumes; `MODEL_CARD.md` counts them. Some repeat a learned drawing in another colour.
 """
 import argparse
 import hashlib
@@ -27,7 +30,7 @@ ALONE = 64
 GROUPS = ("nature", "food", "travel", "activities", "objects")
 ALIKE = re.compile(r"oclock|-thirty|moon|medal|-button|hourglass|mahjong|keycap|newspaper|clapper-board")
 FAMILIES = (("fluent", "flat"), ("emojione", "silhouette"), ("twemoji",), ("noto",))
-"""One style of each is drawn; blob resembles noto too much, so it is left out."""
+"""Styles whose drawings of an object are nearly the same: one of each is taken. Blob resembles noto and is left out."""
 CAPTIONS = (
     "a picture of {label} in {style} style",
     "{label} in {style} style",

@@ -3,7 +3,9 @@
 Those to plant come first: no other drawing shows their objects.
 """
 
+import io
 import json
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,5 +43,14 @@ def alone() -> int:
 
 
 def read(names: Iterable[str]) -> list[Image.Image]:
-    """The pictures of the given names, RGB 64×64, in that order."""
-    return images.read(names, ARCHIVE)
+    """The pictures of the given names, RGB 64×64, in that order. Raises ValueError for an unknown name."""
+    return [images.picture(_opened(), name, ARCHIVE) for name in names]
+
+
+@lru_cache(maxsize=1)
+def _opened() -> zipfile.ZipFile:
+    """The archive, kept in memory (6 MB): a training reads it picture by picture, and its directory is long.
+
+    Not an open file, whose position processes that are forked would share.
+    """
+    return zipfile.ZipFile(io.BytesIO(ARCHIVE.read_bytes()))

@@ -1,4 +1,4 @@
-"""Reading pictures from the one archive that ships: ``<style>/<object>.webp``, lossless, 64×64."""
+"""Reading pictures from an archive that ships: ``<style>/<object>.webp``, lossless, 64×64."""
 import io
 import zipfile
 from collections.abc import Iterable
@@ -13,12 +13,14 @@ SIZE = 64
 
 def read(ids: Iterable[str], archive: Path = IMAGES) -> list[Image.Image]:
     """The pictures of the given ids (``<style>/<object>``), RGB 64×64, in that order."""
-    pictures = []
     with zipfile.ZipFile(archive) as opened:
-        for name in ids:
-            try:
-                data = opened.read(f"{name}.webp")
-            except KeyError:
-                raise ValueError(f"no picture {name!r} in {archive.name}") from None
-            pictures.append(Image.open(io.BytesIO(data)).convert("RGB"))
-    return pictures
+        return [picture(opened, name, archive) for name in ids]
+
+
+def picture(opened: zipfile.ZipFile, name: str, archive: Path) -> Image.Image:
+    """One picture of an opened archive. Raises ValueError for a name that is not in it."""
+    try:
+        data = opened.read(f"{name}.webp")
+    except KeyError:
+        raise ValueError(f"no picture {name!r} in {archive.name}") from None
+    return Image.open(io.BytesIO(data)).convert("RGB")

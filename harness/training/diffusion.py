@@ -68,6 +68,17 @@ def encode_images(
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
+    mean, deviation = encode_latents(model, run, images, flip=flip)
+    with run.ledger.phase("encode"), torch.no_grad():
+        embeddings = text.ids(captions).to(model.device) if text else model.encode_text(captions).float()
+    return EncodedImages(mean, deviation, embeddings, model.vae.config.scaling_factor, text)
+
+
+def encode_latents(model: DiffusionModel, run: Run, images: Sequence, *, flip: bool) -> tuple[Tensor, Tensor]:
+    """Return (mean, standard deviation) of the posterior of PIL images, as `EncodedImages` holds them.
+
+    Raises FloatingPointError for values that are not finite.
+    """
     with run.ledger.phase("encode"), torch.no_grad():  # fp32 also under bf16: done once, and as in sampling
         given = pixels(images, model.image_size)
         means, deviations = [], []
@@ -77,8 +88,7 @@ def encode_images(
             deviations.append(torch.cat([p.std.float() for p in posteriors]))
         for name, values in (("latents", means), ("deviations of latents", deviations)):
             require_finite(torch.cat(values), f"{name} of training images", "check the VAE's weights")
-        embeddings = text.ids(captions).to(model.device) if text else model.encode_text(captions).float()
-    return EncodedImages(torch.stack(means), torch.stack(deviations), embeddings, model.vae.config.scaling_factor, text)
+    return torch.stack(means), torch.stack(deviations)
 
 
 @dataclass(frozen=True)
