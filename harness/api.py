@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.contracts.attack import Attack, AttackedConcept, Budget, Checkpoint, NewWord, UsualBudget
 from harness.contracts.defense import Defense, ProtectedConcept
+from harness.contracts.detector import Detector, Seen
 from harness.contracts.diagnostic import Diagnostic, MeasuredRun, PageSection, ReleasedModel
 from harness.contracts.hooks import AdaptationHook, Batch, HookSpec, SamplingHook
 from harness.contracts.metric import Metric
@@ -47,10 +48,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptationHook", "Attack", "AttackedConcept", "Batch", "Budget", "Build", "Checkpoint", "Choice", "Defense",
-    "Diagnostic", "Figure", "HookSpec", "Input", "MeasuredRun", "Measurement", "Metric", "ModelState", "NewWord",
-    "PageSection", "ProtectedConcept", "Protection", "Range", "ReleasedModel", "Sampling", "SamplingHook", "Section",
-    "Space", "Stage", "StageKind", "StageWork", "Table", "Task", "TaskSpec", "ThreatModel", "UsualBudget",
-    "UserMistake", "load", "optional", "plan", "register", "run",
+    "Detector", "Diagnostic", "Figure", "HookSpec", "Input", "MeasuredRun", "Measurement", "Metric", "ModelState",
+    "NewWord", "PageSection", "ProtectedConcept", "Protection", "Range", "ReleasedModel", "Sampling", "SamplingHook",
+    "Section", "Seen", "Space", "Stage", "StageKind", "StageWork", "Table", "Task", "TaskSpec", "ThreatModel",
+    "UserMistake", "UsualBudget", "load", "optional", "plan", "register", "run",
 ]  # fmt: skip
 
 

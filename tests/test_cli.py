@@ -315,7 +315,7 @@ def test_list_names_methods_and_suites(project):
     outcome = project.cli("list")
 
     assert outcome.code == 0
-    for name in ("none", "uce", "imma", "lora", "clip_image"):
+    for name in ("none", "uce", "imma", "lora", "clip_image", "text_noise_norm"):
         assert f"  {name} " in outcome.out
 
 

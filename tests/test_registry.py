@@ -151,6 +151,46 @@ for _name, (_old, _new, _words) in BAD_METRICS.items():
     BAD_PLUGINS[f"metric: {_name}"] = (METRIC.replace(_old, _new), _words)
 
 
+DETECTOR = """
+from dataclasses import dataclass
+from harness.api import Detector, register
+
+@register("detector")
+class Mine(Detector):
+    name = "mine"
+    version = 1
+    direction = "lower"
+
+    @dataclass(frozen=True)
+    class Parameters:
+        pass
+
+    @classmethod
+    def passes(cls, parameters, steps, images):
+        return 0.0
+
+    def score(self, seen):
+        return [0.0] * len(seen.prompts)
+"""
+BAD_DETECTORS = {
+    "no score": ("def score", "def skore", "class Mine: a detector needs the function 'score'"),
+    "no cost": ("def passes", "def passses", "class Mine: a detector needs the function 'passes'"),
+    "unknown direction": ('"lower"', '"down"', "class Mine: direction 'down' must be 'higher' or 'lower'"),
+    "no direction": ('"lower"', '"none"', "class Mine: direction 'none' must be 'higher' or 'lower'"),
+    "range in words": ('    direction = "lower"\n', '    range = "0..1"\n', "range '0..1' must be two numbers"),
+    "unknown sight": (
+        '"lower"\n', '"lower"\n    reads = "words"\n', "reads 'words' must be one of 'predictions', 'images', 'model'"
+    ),
+    "end token without predictions": (
+        '"lower"\n', '"lower"\n    reads = "model"\n    reads_ending = True\n',
+        "reads_ending needs reads = 'predictions'",
+    ),
+}  # fmt: skip
+for _name, (_old, _new, _words) in BAD_DETECTORS.items():
+    assert _old in DETECTOR
+    BAD_PLUGINS[f"detector: {_name}"] = (DETECTOR.replace(_old, _new), _words)
+
+
 HOOK = """
 from dataclasses import dataclass
 from harness.contracts.hooks import AdaptationHook, SamplingHook
@@ -186,6 +226,13 @@ def test_sampling_hook_needs_one_function_of_its_own(write_plugin, function):
     registry.load_plugins([write_plugin(HOOK.replace("at_step(self, drawing, index, timestep)", function))])
 
     assert registry.get("sampling_hook", "mine").name == "mine"
+
+
+def test_detector_of_a_plugin_is_registered(write_plugin):
+    """From the public face alone."""
+    registry.load_plugins([write_plugin(DETECTOR)])
+
+    assert registry.get("detector", "mine").direction == "lower"
 
 
 def test_metric_of_which_less_is_more_is_registered(write_plugin):

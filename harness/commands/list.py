@@ -7,7 +7,7 @@ import argparse
 from harness.commands import arguments
 from harness.core.errors import ExitCode
 
-KINDS = ("task", "defense", "attack", "metric", "diagnostic", "stage")
+KINDS = ("task", "defense", "attack", "metric", "detector", "diagnostic", "stage")
 """The displayed kinds, in this order."""
 
 SUMMARY = "show what is registered, and the bundled suites"

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from inspect import getattr_static
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -62,6 +63,8 @@ ONE_OF = {"adaptation_hook": ("rewrite", "weigh"), "sampling_hook": ("begin", "a
 ATTRIBUTES = {"metric": ("name", "version", "direction", "unit", "range"), "task": ("name", "version", "Spec")}
 """Class attributes that a method must set, by kind; other kinds: name and version."""
 DIRECTIONS = ("higher", "lower", "none")
+READS = ("predictions", "images", "model")
+"""What a detector may see."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _methods: dict[tuple[str, str], type] = {}
@@ -95,7 +98,8 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
             if not hasattr(cls, attribute):
                 raise BadMethod(f"{where}: a {kind} needs the class attribute '{attribute}'")
         for function in REQUIRED.get(kind, ()):
-            if getattr(cls, function) is getattr(base, function):
+            # static: each access to a class method makes another object
+            if getattr_static(cls, function) is getattr_static(base, function):
                 raise BadMethod(f"{where}: a {kind} needs the function '{function}'")
         choice = ONE_OF.get(kind, ())
         if choice and all(getattr(cls, function) is getattr(base, function) for function in choice):
@@ -107,8 +111,10 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
             raise BadMethod(f"{where}: name {cls.name!r} must be lower-case letters, digits and '_', at most 40")
         if isinstance(cls.version, bool) or not isinstance(cls.version, int):
             raise BadMethod(f"{where}: version {cls.version!r} must be a whole number")
-        if kind == "metric":
+        if kind in ("metric", "detector"):
             _check_metric(cls, where)
+        if kind == "detector":
+            _check_detector(cls, where)
         parameters = getattr(cls, "Parameters", None)
         if not (isinstance(parameters, type) and is_dataclass(parameters) and parameters.__dataclass_params__.frozen):
             raise BadMethod(f"{where}: Parameters must be a frozen dataclass")
@@ -120,6 +126,16 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
         return cls
 
     return decorate
+
+
+def _check_detector(cls: type, where: str) -> None:
+    """Raise BadMethod when a detector has no direction, or sees what no detector sees."""
+    if cls.direction == "none":
+        raise BadMethod(f"{where}: direction 'none' must be 'higher' or 'lower'")
+    if cls.reads not in READS:
+        raise BadMethod(f"{where}: reads {cls.reads!r} must be one of {', '.join(map(repr, READS))}")
+    if cls.reads_ending and cls.reads != "predictions":
+        raise BadMethod(f"{where}: reads_ending needs reads = 'predictions' (got {cls.reads!r})")
 
 
 def _check_metric(cls: type, where: str) -> None:
