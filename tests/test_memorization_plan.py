@@ -59,7 +59,7 @@ def test_one_memorizing_model_and_one_drawing_serve_everything(write):
     assert found["memorize"] == 3 and found["immunize"] == 2 and found["mitigate"] == 8
     # 12 models by two sets and two seeds; the set `unseen` is drawn for detection alone
     assert found["replay"] == (12 * 2 + 1) * 2
-    assert found["detect"] == 5 * 3 * 2 and found["explain"] == 2 * 2
+    assert found["detect"] == 6 * 3 * 2 and found["explain"] == 2 * 2
     keeping = [s for s in made.stages.values() if s.kind == "replay" and s.parameters.keeps_predictions]
     assert len(keeping) == 3 * 2
     read = {s.inputs["replay"].key for s in made.stages.values() if s.kind == "detect" and "replay" in s.inputs}

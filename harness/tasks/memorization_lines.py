@@ -321,6 +321,8 @@ def at_equal_similarity(rows: DataFrame, lines: list[Line]) -> Iterator[Line]:
 
 def tokens(rows: DataFrame, run: MeasuredRun) -> Iterator[Line]:
     """Yield a line for each token of each explained prompt, means over seeds."""
+    if not len(rows):
+        return
     once = rows[["task", "steps_used", "profile", "seed", "score_key"]].drop_duplicates()
     for (task, steps, profile), own in once.groupby(["task", "steps_used", "profile"], sort=False, observed=True):
         read = [json.loads(run.store.content("explain", key, TOKENS_FILE)) for key in own["score_key"]]

@@ -32,7 +32,7 @@ def test_every_table_and_picture_is_there(smoke):
 
     assert set(TABLES) <= set(run.tables)
     assert all((smoke / f"{name}.png").stat().st_size > 2000 for name in PICTURES)
-    assert len(run.table("detection")) == 5 * 2
+    assert len(run.table("detection")) == 6 * 2
     assert len(run.table("replays")) == 12 * 2 and len(run.table("mitigations")) == 12
     tokens = run.table("tokens")
     shares = tokens.groupby(["prompt_index", "steps"])["share"].sum()
@@ -81,6 +81,19 @@ def test_similarity_is_to_the_own_training_image(smoke):
         for mine, other in zip(*pair, strict=True)
     ]
     assert table["recognised"] == pytest.approx(sum(nearer) / len(nearer))
+
+
+def test_a_suite_may_have_one_part_alone(tmp_path):
+    """Similarity of what the model replays, without detectors, tokens and mitigations; and a mitigation alone."""
+    less = ["detectors=[]", "explain=null", "memorize.training=[]", "quality=[]"]
+    for name, further in (("alone", ["mitigations=[]"]), ("one", ["mitigations=[{method: random_tokens, count: 1}]"])):
+        options = [f"name={name}", "seeds=1", *(f"tasks.planted.{text}" for text in (*less, *further))]
+        given = [part for text in options for part in ("--set", text)]
+        runs = str(tmp_path)
+        assert main(["run", "memorization_smoke", "--executor", "serial", "--runs", runs, *given]) == 0
+        tables = api.load(tmp_path / name).tables
+        assert "replays" in tables and ("mitigations" in tables) == (name == "one")
+        assert not {"detection", "tokens"} & set(tables)
 
 
 def test_cost_of_drawing_is_measured(smoke):
