@@ -141,7 +141,7 @@ def _learner(model, run, weights, parameters: MemorizeParameters, protection: Pr
 class Mixture:
     """The list of examples of the one pass, shuffled by the seed; batches are encoded when they come.
 
-    Encoded planted images are kept, since they come back; all others are read once.
+    Encoded planted images are kept, at most KEPT, since they come back; all others are read once.
     """
 
     def __init__(
