@@ -79,6 +79,27 @@ def test_a_ratio_of_zero_trains_on_planted_pairs_alone(loaded, tmp_path):
     assert len(found.planted) == 4 and len(found.once) == 0
 
 
+def test_a_ratio_that_is_rounded_is_said(loaded):
+    """4 planted pairs, twice each, at 0.9: 7.2 others; the batch is of one."""
+    line = "memorize.once: ratio x repeats x planted = 7.2, rounded to 7 pairs"
+
+    assert any(line in notice for notice in loaded(OTHERS, ratio=0.9, batch_size=1).notices)
+    assert not any("rounded" in notice for notice in loaded(OTHERS).notices)
+
+
+@pytest.mark.parametrize(
+    ("made", "source"), [("metadata.csv", "metadata.csv"), ("0.txt", "text files beside the images")]
+)
+def test_an_image_without_a_caption_is_named_with_what_is_read(tmp_path, made, source):
+    """One line, the same for both forms of captions."""
+    folder = write_images(tmp_path / "mem", 3)
+    (folder / made).write_text("file_name,text\n0.png,a\n" if "csv" in made else "a", encoding="utf-8")
+
+    with pytest.raises(UserMistake) as raised:
+        pairs.of_folder(folder, "mem", "x", None)
+    assert raised.value.messages == [f"x: no caption of '1.png' and of 1 more; captions are read from {source}"]
+
+
 def test_more_planted_drawings_than_show_an_object_alone_are_said():
     """The first ones are the only pictures of their objects; others are not."""
     assert pairs.crowded(64, "x") == []

@@ -75,7 +75,9 @@ def of_folder(path: Path | None, given: str, about: str, count: int | None) -> t
     missing = [name for name in names if folder.captions.of(name) is None]
     if missing:
         more = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserMistake(f"{about}: no caption of '{one_line(missing[0])}'{more}; {folder.captions.source} are read")
+        raise UserMistake(
+            f"{about}: no caption of '{one_line(missing[0])}'{more}; captions are read from {folder.captions.source}"
+        )
     looked = image_folder.look(path, names, about)
     pairs = Pairs(
         FOLDER, str(path), tuple(names), tuple(folder.captions.of(name) for name in names),

@@ -132,7 +132,10 @@ def _planted(loaded: LoadedSuite, name: str, spec: MemorizeSpec, notices: list[s
 def _once(loaded: LoadedSuite, name: str, spec: MemorizeSpec, planted: Pairs, notices: list[str]) -> Pairs:
     about = place(loaded, name, "memorize", "once")
     own = spec.once
-    wanted = round(spec.ratio * spec.repeats * len(planted))
+    asked = spec.ratio * spec.repeats * len(planted)
+    wanted = round(asked)
+    if abs(asked - wanted) > 1e-6:
+        notices.append(f"{about}: ratio x repeats x planted = {asked:.6g}, rounded to {counted(wanted, 'pair')}")
     if own.count is not None and own.count != wanted:
         raise UserMistake(
             f"{about}: {own.count} pairs are not ratio x repeats x planted = {wanted}; leave 'count' out"

@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.core import registry
 from harness.core.sharding import Sharding
 from harness.model.run import Ledger
+from harness.stages import memorize
 from harness.stages.memorize import MemorizeParameters
+from harness.stages.protect import ProtectParameters
 from harness.suite import pairs
 from tests.ml.at_work import Desk
 
@@ -78,3 +81,40 @@ def test_two_processes_memorize_what_one_does(tiny_source, tmp_path, model):
 
     assert moved > 0 and apart < 5e-4 * moved  # as in test_sharding
     assert both["forward_passes"] == ledger["forward_passes"] == 12
+
+
+def test_what_is_kept_does_not_change_the_result(tiny_source, tmp_path, model, monkeypatch):
+    """To the bit: after a kill, nothing is kept, and large mixtures are not kept whole."""
+    whole, _ = memorized(Desk(tiny_source, tmp_path / "whole"))
+    monkeypatch.setattr(memorize, "KEPT", 1)
+    images = []
+    encode = model.vae.encode
+    monkeypatch.setattr(model.vae, "encode", lambda given: images.append(len(given)) or encode(given))
+    bounded, _ = memorized(Desk(tiny_source, tmp_path / "bounded"))
+
+    assert len(images) > 6
+    assert all(torch.equal(bounded[name], whole[name]) for name in whole)
+
+
+def test_skipped_steps_are_counted_over_a_kill(tiny_source, tmp_path, model, monkeypatch):
+    """Those before the kill too."""
+    desk = Desk(tiny_source, tmp_path)
+    cls = registry.get("defense", "noise_norm_filter")
+    released, _ = desk.do(
+        "immunize", ProtectParameters({"threshold": 1e-9}), component=registry.component(cls), seed=None
+    )
+    real, batches = memorize.Mixture.batch, []
+
+    def batch(self, step):
+        batches.append(step)
+        if batches == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    monkeypatch.setattr(memorize.Mixture, "batch", batch)
+    with pytest.raises(KeyboardInterrupt):
+        memorized(desk, inputs={"immunize": released})
+    _, ledger = memorized(desk, inputs={"immunize": released})
+
+    assert batches == [0, 1, 2, 2]
+    assert ledger["numbers"]["skipped_steps"] == 3
