@@ -28,7 +28,8 @@ from harness.testbed.training import load_images
 
 ALONE = 64
 GROUPS = ("nature", "food", "travel", "activities", "objects")
-ALIKE = re.compile(r"oclock|-thirty|moon|medal|-button|hourglass|mahjong|keycap|newspaper|clapper-board")
+ALIKE = re.compile(r"oclock|-thirty|moon|medal|-button|hourglass|mahjong|keycap|newspaper|clapper-board|"
+                   r"book|banknote|speaker|globe-showing|mailbox|optical-disk|dvd|cricket-game|locked|cityscape")
 FAMILIES = (("fluent", "flat"), ("emojione", "silhouette"), ("twemoji",), ("noto",))
 """Styles whose drawings of an object are nearly the same: one of each is taken. Blob resembles noto and is left out."""
 CAPTIONS = (
