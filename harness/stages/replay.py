@@ -299,5 +299,5 @@ def ending(folder: Path, prompt: int) -> Tensor:
 
 
 def timesteps(folder: Path) -> list[int]:
-    """Return the timesteps of a committed stage that kept its predictions."""
+    """Return the timesteps of a committed stage."""
     return json.loads((folder / FILE).read_text(encoding="utf-8"))["timesteps"]
