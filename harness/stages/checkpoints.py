@@ -27,6 +27,7 @@ def gone_but_needed(stages: Mapping[str, Stage], store: Store) -> frozenset[str]
         and store.has(stage.kind, key)
         and not folder.is_dir()
         and not _are_read(key, stages, store)
+        and _had(key, stage, store)
     )
 
 
@@ -49,6 +50,12 @@ def _spare(key: str, stage: Stage, store: Store) -> Path | None:
     """Return the folder of a stage that may be deleted after use; None: its kind has none."""
     spare = registry.get("stage", stage.kind).spare
     return None if spare is None else store.path(stage.kind, key) / spare
+
+
+def _had(key: str, stage: Stage, store: Store) -> bool:
+    """Return whether a committed stage had files in its spare folder: one of its kind may have been asked for none."""
+    spare = registry.get("stage", stage.kind).spare
+    return any(name.startswith(f"{spare}/") for name in store.record(stage.kind, key)["contents"])
 
 
 def _are_read(key: str, stages: Mapping[str, Stage], store: Store) -> bool:

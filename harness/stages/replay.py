@@ -6,6 +6,8 @@ channels, height, width] in fp32, and `ending` [images, height, width] if that i
 end token at the last step. Predictions are large: they may be deleted once every detector of the unit has read them.
 
 The starting noise of image i of prompt p is that of `sample` under the same seed; with shared latents that of prompt 0.
+Only whole prompts are drawn together, one with shared latents. So images are those of `sample` bit for bit where
+`batch_size` is a multiple of the images a prompt; else its batches are others, which may change rounding.
 """
 
 from __future__ import annotations
@@ -308,5 +310,5 @@ def ending(folder: Path, prompt: int) -> Tensor:
 
 
 def timesteps(folder: Path) -> list[int]:
-    """Return the timesteps of a committed stage that kept its predictions."""
+    """Return the timesteps of a committed stage."""
     return json.loads((folder / FILE).read_text(encoding="utf-8"))["timesteps"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from harness.core.sampling import Sampling
 from harness.core.seeds import mix
 from harness.model.pipeline import DiffusionModel
 from harness.model.source import resolve_model
-from harness.stages import replay
+from harness.stages import checkpoints, replay
 from harness.stages.detect import DetectParameters
 from harness.stages.protect import ProtectParameters
 from harness.stages.replay import ReplayParameters
@@ -449,3 +450,23 @@ def test_the_end_token_needs_predictions_and_the_prompt_itself(desk):
     given = ReplayParameters(PROMPTS, SAMPLING, "per_prompt", "epsilon", True, True)
     with pytest.raises(StageFailure, match="sampling hooks may change"):
         desk.do("replay", given, inputs=mitigated(desk))
+
+
+def test_a_drawing_without_predictions_is_not_drawn_again(desk):
+    """After a kill between drawing and scoring; one whose predictions were deleted is, while a detector needs them."""
+    plain, _ = replayed(desk, keeps_predictions=None)
+    kept, folder = replayed(desk)
+    shutil.rmtree(folder / "predictions")
+    unit = {}
+    for of, parameters in ((plain, {"keeps_predictions": None}), (kept, {})):
+        given = {"prompts": PROMPTS, "sampling": SAMPLING, "latents": "per_prompt", "prediction": "epsilon"}
+        given = {**given, "keeps_predictions": True, **parameters}
+        known, stage = desk.stage("replay", ReplayParameters(**given))
+        assert known == of.key
+        unit[known] = stage
+        cls = registry.get("detector", "tiled_l2")
+        asked = DetectParameters({"tiles": 4}, PROMPTS, SAMPLING, "per_prompt", "epsilon")
+        reader, stage = desk.stage("detect", asked, component=registry.component(cls), inputs={"replay": of})
+        unit[reader] = stage
+
+    assert checkpoints.gone_but_needed(unit, desk.store) == {kept.key}
