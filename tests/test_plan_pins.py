@@ -24,8 +24,12 @@ PINS = {
     "attacks_testbed": "4c7d1d767f25b999a614a3d86078e645",  # 8256 stages, 1692 units, 1515 trials
     "freezeasguard": "1cbf8e9482f726e9f444ece8d0e1a2e2",  # 9956 stages, 1877 units, 5420 trials
     "freezeasguard_testbed": "b3eb7fe935ec8783d6730bfae6313f86",  # 4288 stages, 1012 units, 2094 trials
+    "memorization": "65abeb854f8adbbc5553711a5f728bde",  # 273 stages, 113 units, 108 trials
+    "memorization_smoke": "3563551e8f1e23be8751da4c77c828ce",  # 228 stages, 72 units, 88 trials
+    "memorization_testbed": "87b23442e78264b431fcf0b466d5bcc1",  # 568 stages, 163 units, 222 trials
     "mima_full": "40f59568ba8900039d26f132a0cf92f6",  # 11062 stages, 3457 units, 3397 trials
     "mima_testbed": "cca95849054f0d82d588d081c8213f4d",  # 1321 stages, 337 units, 294 trials
+    "mitigations_testbed": "16b6af7f8c5ec3acebb55937c9c5772c",  # 256 stages, 67 units, 87 trials
     "quickstart": "069d017e774b360e2055b6ee4f5dc242",  # 563 stages, 153 units, 128 trials
     "smoke": "551e31ae40204e65ed3ca60cdfbcdd4a",  # 137 stages, 44 units, 23 trials
 }

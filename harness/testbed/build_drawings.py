@@ -4,13 +4,13 @@
 result is the same on every machine with the same image set. Afterwards ``python -m harness.testbed.digests``.
 
 Which drawings: none that the generator's U-Net saw, and none of a held-out concept, so that these stay held out. No
-people, smileys, flags and signs: they are persons, or differ in details only. No clock faces and no moon phases, for
-the second reason, and no object whose name contains a curated one's. Of an object at most one drawing of each of
-`FAMILIES`: styles whose drawings of one object are alike. The first ``ALONE`` objects have one drawing each, and no
-other pair shows them: these are the ones to plant.
+people, smileys, flags and signs: they are persons, or differ in details only. No clock faces, moon phases, books,
+banknotes and the like, for the second reason, and no object whose name contains a curated one's. Of an object at most
+one drawing of each of `FAMILIES`: styles whose drawings of one object are alike. The first ``ALONE`` objects have one
+drawing each, and no other pair shows them: these are the ones to plant.
 
-What this does not leave out: different objects that are drawn alike, such as books of several colours, banknotes, and
-loudspeakers of several volumes; `MODEL_CARD.md` counts them. Some repeat a learned drawing in another colour.
+What this does not leave out: some different objects that are drawn alike, such as birds of two colours, softball and
+baseball; `MODEL_CARD.md` counts them.
 """
 import argparse
 import hashlib
