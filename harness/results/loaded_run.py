@@ -139,8 +139,11 @@ class LoadedRun:
         for line in once.itertuples(index=False):
             if not _KEY.fullmatch(line.sample_key):  # it could be a path outside the store
                 continue
-            store.require_for_reading("sample", line.sample_key)
-            drawn = store.path("sample", line.sample_key) / "images" / step_folder(line.step)
+            kind = store.kind_of(line.sample_key)
+            if kind is None:
+                continue
+            store.require_for_reading(kind, line.sample_key)
+            drawn = store.path(kind, line.sample_key) / "images" / step_folder(line.step)
             for path in sorted(drawn.glob(f"{line.prompt_index:03d}_*.png")):
                 found.append((*line[:-1], int(path.stem.partition("_")[2]), path))
         return pd.DataFrame(found, columns=[*IMAGE_LABELS, "image", "path"])

@@ -79,6 +79,10 @@ class Store:
         """Return the commit record. Raises FileNotFoundError when the stage is not committed."""
         return json.loads((self.path(kind, key) / RECORD).read_text(encoding="utf-8"))
 
+    def kind_of(self, key: str) -> str | None:
+        """Return the kind of a committed stage, whose key names no other; None if there is no such stage."""
+        return next((kind for kind in self.kinds(committed_only=False) if self.has(kind, key)), None)
+
     def require(self, kind: str, key: str) -> None:
         """Raise Damaged if a committed stage's files are not what was committed. A process reads each file once."""
         why = contents.damage(self.path(kind, key))

@@ -96,6 +96,14 @@ def test_a_suite_may_have_one_part_alone(tmp_path):
         assert not {"detection", "tokens"} & set(tables)
 
 
+def test_images_are_found_by_their_labels(smoke):
+    """For notebooks, as those of other tasks."""
+    found = api.load(smoke).images(defense="rta4", concept="planted", seed=0)
+
+    assert len(found) == 4 * 2 and all(path.is_file() for path in found["path"])
+    assert set(found["prompt_index"]) == {0, 1, 2, 3}
+
+
 def test_cost_of_drawing_is_measured(smoke):
     """Three steps under guidance are six passes; optimizing adds to them."""
     cost = api.load(smoke).table("mitigations").set_index("mitigation")["passes_an_image"]
