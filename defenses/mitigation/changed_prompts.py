@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from defenses.mitigation import texts
+from defenses.mitigation.by_prompt import groups
 from harness.contracts.defense import Defense
 from harness.contracts.hooks import HookSpec, SamplingHook
 from harness.contracts.protection import Protection, ThreatModel
@@ -49,16 +50,14 @@ class ChangedPrompts(SamplingHook):
         raise NotImplementedError
 
     def begin(self, drawing: Drawing) -> None:
-        """Replace the embeddings; images that follow each other under one prompt share a text."""
+        """Replace the embeddings; the images of a prompt share a text. Raises ValueError as `groups` does."""
         import torch
 
-        shown, own = [], ""
-        for place, prompt in enumerate(drawing.prompts):
-            if place == 0 or prompt != drawing.prompts[place - 1]:
-                seed = mix(drawing.seeds[place], "changed prompt")
-                is_changed = random.Random(mix(seed, "whether")).random() < self.parameters.probability
-                own = self.changed(prompt, drawing, seed) if is_changed else prompt
-            shown.append(own)
+        shown = []
+        for own in groups(drawing):
+            prompt, seed = drawing.prompts[own.start], mix(drawing.seeds[own.start], "changed prompt")
+            is_changed = random.Random(mix(seed, "whether")).random() < self.parameters.probability
+            shown += [self.changed(prompt, drawing, seed) if is_changed else prompt] * (own.stop - own.start)
         once = dict.fromkeys(shown)
         known = dict(zip(once, drawing.model.encode_text(list(once)), strict=True))
         drawing.embeddings = torch.stack([known[text] for text in shown])
@@ -106,7 +105,7 @@ class _Changing(Defense):
     threat_model: ClassVar[ThreatModel] = ThreatModel(must_honour=("sampling_hooks",))
     uses = frozenset()
     Parameters = Parameters
-    presets = {"wen": {"count": 4}, "dcr": {"count": 4}}  # DCR's sd_mitigation.py repeats 4 times too
+    presets = {"wen": {"count": 4}}  # and DCR's sd_mitigation.py
 
     def protect(self, model, targets, preserved, run) -> Protection:
         """Release the hook."""

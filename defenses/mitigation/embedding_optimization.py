@@ -19,11 +19,11 @@ forward and a backward pass for each iteration; the last one is forward only if 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from defenses.mitigation.by_prompt import groups
 from harness.contracts.defense import Defense
 from harness.contracts.hooks import HookSpec, SamplingHook
 from harness.contracts.protection import Protection, ThreatModel
@@ -55,14 +55,12 @@ class OptimizedEmbeddings(SamplingHook):
     Parameters = Parameters
 
     def begin(self, drawing: Drawing) -> None:
-        """Replace the embeddings, prompt by prompt."""
+        """Replace the embeddings, prompt by prompt. Raises ValueError as `groups` does."""
         import torch
 
         made = []
-        for _, places in groupby(range(len(drawing.prompts)), key=lambda place: drawing.prompts[place]):
-            own = list(places)
-            optimized = self._optimized(drawing, slice(own[0], own[-1] + 1))
-            made += [optimized] * len(own)
+        for own in groups(drawing):
+            made += [self._optimized(drawing, own)] * (own.stop - own.start)
         drawing.embeddings = torch.cat(made)
 
     def _optimized(self, drawing: Drawing, own: slice):

@@ -5,7 +5,7 @@ Before drawing, at the first timestep, for each image by Adam at .05, at most 10
     minimize over x  J(x) = |delta(x + u)| + alpha |x|
     u = delta(x) / |delta(x)|,   delta(x) = eps(x, prompt) - eps(x, "")
 
-until J <= `threshold`: 8.2 with alpha .05 on SD 1.4, alpha .01 on SD 2. |delta(x + u)| stands for a product with the
+until J <= `threshold`: 8.2 with alpha .05 on SD 1.4, 4 to 6 with alpha .01 on SD 2. |delta(x + u)| stands for a product with the
 Jacobian's difference, by a finite difference along u, which is not differentiated. The threshold depends on the size of
 x: |x| is about the root of its number of values.
 
@@ -99,7 +99,10 @@ class Sail(Defense):
     threat_model = ThreatModel(must_honour=("sampling_hooks",))
     uses = frozenset()
     Parameters = Parameters
-    presets = {"sd1": {"threshold": 8.2, "alpha": 0.05}, "sd2": {"alpha": 0.01}}
+    presets = {
+        "sd1": {"threshold": 8.2, "alpha": 0.05},
+        "sd2": {"threshold": 5.0, "alpha": 0.01},  # the middle of its sweep on SD 2.0, 4 to 6
+    }
 
     def protect(self, model, targets, preserved, run) -> Protection:
         """Release the hook."""

@@ -42,6 +42,8 @@ class Drawing:
     guidance: float | Tensor | None
     """w in e("") + w [e(prompt) - e("")], where e is the UNet's prediction: one number, or one per image, [images].
     None: e(prompt) alone, in half the passes: the start value if the suite's guidance is 1 or less, as in diffusers."""
+    indices: tuple[int, ...] = ()
+    """Of each image its number among those of its prompt, from 0; (): not known."""
     conditional: Tensor | None = None
     """The UNet's prediction for the prompts at the current step, [images, channels, height, width]."""
     unconditional: Tensor | None = None

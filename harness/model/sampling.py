@@ -72,6 +72,7 @@ def sample(
                 embeddings=embeddings[[p for p, _ in part]],
                 negative_embeddings=nothing.repeat(len(part), 1, 1),
                 guidance=settings.guidance if settings.guidance > 1 else None,
+                indices=tuple(i for _, i in part),
             )
             for (prompt, index), image in zip(part, draw(drawing, generators, hooks), strict=True):
                 yield prompt, index, image
