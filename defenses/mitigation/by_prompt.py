@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def groups(drawing: Drawing) -> list[slice]:
-    """Return the places of each prompt's images in a batch, in order.
+    """Return the places of each prompt's images in a batch, in order; each image alone where that is not known.
 
     Raises ValueError if the images of a prompt are in two batches: each half would be treated by itself.
     """
-    indices = drawing.indices or tuple(range(len(drawing.prompts)))
+    indices = drawing.indices or (0,) * len(drawing.prompts)
     if indices[0] != 0:
         raise ValueError(
             "the images of a prompt are in two batches, and this mitigation treats them together: make "

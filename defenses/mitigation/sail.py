@@ -5,9 +5,9 @@ Before drawing, at the first timestep, for each image by Adam at .05, at most 10
     minimize over x  J(x) = |delta(x + u)| + alpha |x|
     u = delta(x) / |delta(x)|,   delta(x) = eps(x, prompt) - eps(x, "")
 
-until J <= `threshold`: 8.2 with alpha .05 on SD 1.4, 4 to 6 with alpha .01 on SD 2. |delta(x + u)| stands for a product with the
-Jacobian's difference, by a finite difference along u, which is not differentiated. The threshold depends on the size of
-x: |x| is about the root of its number of values.
+until J <= `threshold`: 8.2 with alpha .05 on SD 1.4, 4 to 6 with alpha .01 on SD 2. |delta(x + u)| stands for a
+product with the Jacobian's difference, by a finite difference along u, which is not differentiated. The threshold
+depends on the size of x: |x| is about the root of its number of values.
 
 Facts: memorization_checked.md 6b (Dongjae0324 f4ee4b8). Differences from the released code: it draws 8 candidates and
 begins again from new noise, with the threshold raised by .1, where one fails; here each image has one try, and what it
