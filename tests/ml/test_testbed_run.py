@@ -59,8 +59,9 @@ def test_nearest_training_images_are_compared_with_the_attack_split(runs):
 
 NEEDS_PHOTOGRAPHS = {"mima_full": ["--set", "tasks.personalization=null"]}
 """Suites with a task on images that do not ship, and the option that leaves it out."""
-SUITES = [path for path in sorted(SMOKE.parent.glob("*.yaml")) if path.stem != "freezeasguard"]
-"""All tasks of `freezeasguard` are on such images: test_freezeasguard_suite.py checks it with some."""
+OF_OWN_FILES = {"freezeasguard", "memorization"}
+"""All of their tasks are on such files: test_freezeasguard_suite.py and test_memorization_suite.py check them."""
+SUITES = [path for path in sorted(SMOKE.parent.glob("*.yaml")) if path.stem not in OF_OWN_FILES]
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
