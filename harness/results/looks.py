@@ -18,7 +18,7 @@ COLOURS = (
 FIXED = (
     "none", "imma", "uce", "mima", "freezeasguard", "random_freeze", "esd", "freeze_component", "joint", "merged",
 )  # fmt: skip
-"""Labels with a colour of COLOURS each, in its order: the bundled methods under their own names."""
+"""Labels with a colour of COLOURS each, in its order: the bundled methods but mitigations, under their own names."""
 LINES, MARKS = ("-", "--", ":", "-."), "osD^"
 """Line and marker of the first defense of a colour, of the second, and so on."""
 
