@@ -112,7 +112,6 @@ class _Plan:
     def __init__(self, name: str, spec: MemorizationSpec, build: Builder):
         self.name, self.spec, self.build = name, spec, build
         self.found: Prompts = build.loaded.found[name]
-        self.prediction_type = spec.prediction
         self.unplanted = self.found.unplanted(spec) if spec.mitigated or spec.memorize or spec.quality else None
         self.similarity = self._metric(spec.similarity, "similarity")
         self.alignment = self._metric(spec.alignment, "alignment")
@@ -222,10 +221,10 @@ class _Plan:
     def _replay(self, model: _Model, own: PromptSet, seed: int) -> str:
         """Add the stage that draws images for prompts.
 
-        The memorizing model's drawing serves detection too: it keeps predictions, and is of all prompts of the set.
+        The memorizing model's drawing serves detection too: it keeps what detectors read, of all prompts of the set.
         """
-        keeps = model.label == NONE and bool(self.spec.detectors)
-        if keeps and own.name in self.found.negatives:
+        serves = model.label == NONE and bool(self.spec.detectors)
+        if serves and own.name in self.found.negatives:
             own = self.found.negatives[own.name]
         build = self.build
         detectors = [registry.get("detector", spec.method) for spec in self.spec.detectors]
@@ -236,8 +235,8 @@ class _Plan:
                 sampling=build.sampling,
                 latents=self.spec.latents,
                 prediction=self.spec.prediction,
-                keeps_predictions=keeps or None,
-                keeps_ending=(keeps and any(cls.reads_ending for cls in detectors)) or None,
+                keeps_predictions=(serves and any(cls.reads == "predictions" for cls in detectors)) or None,
+                keeps_ending=(serves and any(cls.reads_ending for cls in detectors)) or None,
             ),
             inputs=model.state.inputs(),
             # without the model: all meet the same starting noise
@@ -266,7 +265,7 @@ class _Plan:
                     metric, {"sample": build.read(replay)}, self.originals[own.name], self._called(own), own.prompts,
                     text,
                 )  # fmt: skip
-        build.unit(f"draw {text}", [replay, *self._detections(model, own.name, replay, seed), *scores.values()])
+        build.unit(f"draw {text}", [replay, *self._detections(model, replay, seed), *scores.values()])
         if scores:
             part = REPLAY if model.label == BASE else MITIGATION
             yield Measurement(self._labels(part, own, seed, model), observed=replay, scores=scores)
@@ -309,7 +308,7 @@ class _Plan:
 
     # -- detection and explanation -----------------------------------------------------------------------
 
-    def _detections(self, model: _Model, called: str, replay: str, seed: int) -> list[str]:
+    def _detections(self, model: _Model, replay: str, seed: int) -> list[str]:
         """Add the stages of detectors that read a drawing, so that they are done in its unit; return their keys."""
         if model.label != NONE or not self.spec.detectors:
             return []
@@ -349,7 +348,7 @@ class _Plan:
         sampling = self.build.sampling
         for own in (self.found.memorized, *self.found.negatives.values()):
             replay = self._replay(model, own, seed)
-            detections = self._detections(model, own.name, replay, seed)
+            detections = self._detections(model, replay, seed)
             self.build.unit(f"detect '{own.name}', seed {seed} ({self.name})", [replay, *detections])
             for index, key in enumerate(detections):
                 spec = self.spec.detectors[index]

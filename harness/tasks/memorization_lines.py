@@ -132,6 +132,7 @@ def drawn(rows: DataFrame, run: MeasuredRun) -> list[Line]:
 def _drawn_line(task: str, label: str, concept: str, own: Mapping[str, Cell], run: MeasuredRun) -> Line:
     any_cell = next(iter(own.values()))
     line: Line = {
+        **dict.fromkeys(DRAWN),
         "task": task,
         "mitigation": label,
         "method": any_cell.first["method"],
@@ -140,9 +141,7 @@ def _drawn_line(task: str, label: str, concept: str, own: Mapping[str, Cell], ru
         "prompts": concept,
         "role": any_cell.first["role"],
         "n_prompts": max(cell.values.shape[1] for cell in own.values()),
-        "n_images": None,
         "n_seeds": len(any_cell.seeds),
-        **dict.fromkeys(DRAWN[10:]),
     }
     for name in ("similarity", "alignment"):
         if name in own:
@@ -294,7 +293,7 @@ def at_equal_similarity(rows: DataFrame, lines: list[Line]) -> Iterator[Line]:
 
     for task in dict.fromkeys(line["task"] for line in lines):
         known = traded(rows, task)
-        if known is None:
+        if known is None or "none" not in known.labels:  # a run that is not finished
             continue
         own = [line for line in lines if line["task"] == task and line["role"] == "memorized"]
         of = {line["mitigation"]: line["similarity"] for line in own}

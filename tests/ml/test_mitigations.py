@@ -75,7 +75,7 @@ def test_a_changed_prompt_is_shared_by_its_images_and_differs_between_prompts(mo
 
 @pytest.mark.parametrize("name", ["random_tokens", "embedding_optimization"])
 def test_a_batch_that_splits_a_prompt_is_refused(model, make_run, name):
-    """Each half would get a text or an embedding of its own; equal prompts in a row are two prompts."""
+    """Each half would get another text or embedding; equal prompts in a row are two prompts."""
     with pytest.raises(ValueError, match="make sampling.batch_size a multiple of images_per_prompt"):
         seen(model, make_run(), hook(name), batch_size=3)
     twins = seen(model, make_run(), hook("random_tokens", count=3), prompts=["a cat", "a cat"]).embeddings[0]
