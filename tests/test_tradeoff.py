@@ -53,5 +53,5 @@ def test_curves_are_read_at_one_level():
 
     found = tradeoff.at_level({"long": [0, 1], "short": [0, 2]}, low, high, 0.6)
 
-    assert found["long"].estimate.value == pytest.approx(25.0, abs=1e-3)
-    assert found["short"].estimate is None
+    assert found["long"].value == pytest.approx(25.0, abs=1e-3)
+    assert found["short"] is None

@@ -16,10 +16,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from defenses.mitigation import texts
-from harness.contracts.defense import Defense
-from harness.contracts.hooks import AdaptationHook, HookSpec
-from harness.contracts.protection import Protection, ThreatModel
-from harness.core.described import as_json
+from defenses.mitigation.by_hooks import TrainingMitigation
+from harness.contracts.hooks import AdaptationHook
 from harness.core.registry import register
 from harness.core.seeds import mix
 
@@ -60,13 +58,12 @@ class ChangedCaptions(AdaptationHook):
 
 
 @register("defense")
-class RandomTokenTraining(Defense):
+class RandomTokenTraining(TrainingMitigation):
     """Have trainers change captions at random."""
 
     name = "random_token_training"
     version = 1
-    threat_model = ThreatModel(must_honour=("adaptation_hooks",))
-    uses = frozenset()
+    hook = "changed_captions"
     Parameters = Parameters
     presets = {
         "wen": {"change": "insert", "count": 1, "probability": 1.0},
@@ -74,7 +71,3 @@ class RandomTokenTraining(Defense):
         "dcr_repeat": {"change": "repeat", "count": 2, "probability": 0.1},
         "dcr_replace": {"change": "replace", "count": 4, "probability": 0.1},
     }
-
-    def protect(self, model, targets, preserved, run) -> Protection:
-        """Release the hook."""
-        return Protection(adaptation=(HookSpec("changed_captions", as_json(self.parameters)),))

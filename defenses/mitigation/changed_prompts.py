@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from defenses.mitigation import texts
+from defenses.mitigation.by_hooks import DrawingMitigation
 from defenses.mitigation.by_prompt import groups
-from harness.contracts.defense import Defense
-from harness.contracts.hooks import HookSpec, SamplingHook
-from harness.contracts.protection import Protection, ThreatModel
-from harness.core.described import as_json
+from harness.contracts.hooks import SamplingHook
 from harness.core.registry import register
 from harness.core.seeds import mix
 
@@ -99,17 +97,11 @@ class WithRepeats(ChangedPrompts):
         return texts.with_repeats(text, self.parameters.count, seed)
 
 
-class _Changing(Defense):
-    """Releases the hook of the same name."""
+class _Changing(DrawingMitigation):
+    """Changes every prompt."""
 
-    threat_model: ClassVar[ThreatModel] = ThreatModel(must_honour=("sampling_hooks",))
-    uses = frozenset()
     Parameters = Parameters
     presets = {"wen": {"count": 4}}  # and DCR's sd_mitigation.py
-
-    def protect(self, model, targets, preserved, run) -> Protection:
-        """Release the hook."""
-        return Protection(sampling=(HookSpec(self.name, as_json(self.parameters)),))
 
 
 @register("defense")

@@ -23,11 +23,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from defenses.mitigation.by_hooks import DrawingMitigation
 from defenses.mitigation.by_prompt import groups
-from harness.contracts.defense import Defense
-from harness.contracts.hooks import HookSpec, SamplingHook
-from harness.contracts.protection import Protection, ThreatModel
-from harness.core.described import as_json
+from harness.contracts.hooks import SamplingHook
 from harness.core.registry import register
 
 if TYPE_CHECKING:
@@ -97,15 +95,9 @@ class OptimizedEmbeddings(SamplingHook):
 
 
 @register("defense")
-class EmbeddingOptimization(Defense):
+class EmbeddingOptimization(DrawingMitigation):
     """Draw under embeddings whose first prediction hardly depends on the text."""
 
     name = "embedding_optimization"
     version = 1
-    threat_model = ThreatModel(must_honour=("sampling_hooks",))
-    uses = frozenset()
     Parameters = Parameters
-
-    def protect(self, model, targets, preserved, run) -> Protection:
-        """Release the hook."""
-        return Protection(sampling=(HookSpec(self.name, as_json(self.parameters)),))

@@ -20,10 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from harness.contracts.defense import Defense
-from harness.contracts.hooks import HookSpec, SamplingHook
-from harness.contracts.protection import Protection, ThreatModel
-from harness.core.described import as_json
+from defenses.mitigation.by_hooks import DrawingMitigation
+from harness.contracts.hooks import SamplingHook
 from harness.core.registry import register
 
 if TYPE_CHECKING:
@@ -85,20 +83,14 @@ class GuidanceTransition(SamplingHook):
 
 
 @register("defense")
-class LateGuidance(Defense):
+class LateGuidance(DrawingMitigation):
     """Guide only after a transition."""
 
     name = "guidance_transition"
     version = 1
-    threat_model = ThreatModel(must_honour=("sampling_hooks",))
-    uses = frozenset()
     Parameters = Parameters
     presets = {
         "static": {"transition": "static", "before": 0.0, "timestep": 500},
         "negative": {"transition": "static", "before": -2.0, "timestep": 650},
         "dynamic": {"transition": "dynamic", "before": 1.0},
     }
-
-    def protect(self, model, targets, preserved, run) -> Protection:
-        """Release the hook."""
-        return Protection(sampling=(HookSpec(self.name, as_json(self.parameters)),))

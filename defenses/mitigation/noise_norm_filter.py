@@ -20,10 +20,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from harness.contracts.defense import Defense
-from harness.contracts.hooks import AdaptationHook, HookSpec
-from harness.contracts.protection import Protection, ThreatModel
-from harness.core.described import as_json
+from defenses.mitigation.by_hooks import TrainingMitigation
+from harness.contracts.hooks import AdaptationHook
 from harness.core.registry import register
 
 
@@ -56,15 +54,10 @@ class DropLargeNorms(AdaptationHook):
 
 
 @register("defense")
-class NoiseNormFilter(Defense):
+class NoiseNormFilter(TrainingMitigation):
     """Have trainers drop examples whose prediction depends on their text too much."""
 
     name = "noise_norm_filter"
     version = 1
-    threat_model = ThreatModel(must_honour=("adaptation_hooks",))
-    uses = frozenset()
+    hook = "noise_norm_filter"
     Parameters = Parameters
-
-    def protect(self, model, targets, preserved, run) -> Protection:
-        """Release the hook."""
-        return Protection(adaptation=(HookSpec(self.name, as_json(self.parameters)),))

@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from harness.contracts.defense import Defense
-from harness.contracts.hooks import HookSpec, SamplingHook
-from harness.contracts.protection import Protection, ThreatModel
-from harness.core.described import as_json
+from defenses.mitigation.by_hooks import DrawingMitigation
+from harness.contracts.hooks import SamplingHook
 from harness.core.registry import register
 
 if TYPE_CHECKING:
@@ -91,19 +89,13 @@ class SmoothStart(SamplingHook):
 
 
 @register("defense")
-class Sail(Defense):
+class Sail(DrawingMitigation):
     """Draw from smoother starting noise."""
 
     name = "sail"
     version = 1
-    threat_model = ThreatModel(must_honour=("sampling_hooks",))
-    uses = frozenset()
     Parameters = Parameters
     presets = {
         "sd1": {"threshold": 8.2, "alpha": 0.05},
         "sd2": {"threshold": 5.0, "alpha": 0.01},  # the middle of its sweep on SD 2.0, 4 to 6
     }
-
-    def protect(self, model, targets, preserved, run) -> Protection:
-        """Release the hook."""
-        return Protection(sampling=(HookSpec(self.name, as_json(self.parameters)),))

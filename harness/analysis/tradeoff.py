@@ -7,7 +7,6 @@ settings are tested in both, paired by prompt and seed, and corrected together b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -61,18 +60,12 @@ def front_of_means(names: Sequence[str], low: Sequence[float], high: Sequence[fl
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AtLevel:
-    """What a curve reaches where the low quantity has a value."""
-
-    estimate: Estimate | None
-    """None: the curve does not reach that value."""
-
-
 def at_level(
     curves: Mapping[str, Sequence[int]], low: Resampled, high: Resampled, level: float
-) -> dict[str, AtLevel]:
+) -> dict[str, Estimate | None]:
     """Return, for each curve, the high quantity where the low one is `level`, linear between neighbouring settings.
+
+    None: the curve does not reach that level.
 
     `curves`: name -> indices of the settings on it. A bootstrap sample in which the curve does not reach the level
     takes its nearest end. The level is taken as given: if it was measured, its own chance is not in the interval.
@@ -89,12 +82,12 @@ def at_level(
         low.seeds, low.prompts,
     )  # fmt: skip
     size = len(low.value)
-    found = {}
+    found: dict[str, Estimate | None] = {}
     for name, places in curves.items():
         own = list(places)
         reached = low.value[own]
         if not reached.min() <= level <= reached.max():
-            found[name] = AtLevel(None)
+            found[name] = None
             continue
 
         def read(means: np.ndarray, own: list[int] = own) -> np.ndarray:
@@ -103,5 +96,5 @@ def at_level(
             lows, highs = np.take_along_axis(lows, order, 1), np.take_along_axis(highs, order, 1)
             return np.array([np.interp(level, x, y) for x, y in zip(lows, highs, strict=True)])
 
-        found[name] = AtLevel(both.estimate(read))
+        found[name] = both.estimate(read)
     return found

@@ -162,37 +162,36 @@ def sheet(run: MeasuredRun, rows: DataFrame, path: Path) -> bool:
     blocks: dict[tuple[str, str], dict[str, Any]] = {}
     for line in found.drop_duplicates(["task", "concept", "defense"]).itertuples(index=False):
         blocks.setdefault((str(line.task), str(line.concept)), {})[str(line.defense)] = line
-    pictures: list[tuple[str, Image.Image, list[list[Image.Image]]]] = []
-    heads: list[str] = []
+    pictures: list[tuple[str, Image.Image, dict[str, list[Image.Image]]]] = []
     for (task, concept), models in blocks.items():
         record = run.store.record("own_similarity", next(iter(models.values())).score_key)["identity"]
         features = run.store.record("features", record["inputs"]["references"])["identity"]
         originals = run.store.path("originals", features["inputs"]["images"]) / "reference"
         owners = record["parameters"]["owners"]
-        heads = list(dict.fromkeys([*heads, *models]))
         for prompt in range(min(SHEET_ROWS, record["parameters"]["prompts"])):
             original = originals / f"{owners.index(prompt):05d}.png"
-            drawn = []
-            for model in models.values():
+            drawn = {}
+            for called, model in models.items():
                 folder = run.store.path("replay", model.sample_key) / "images" / step_folder(0)
-                drawn.append(sorted(folder.glob(f"{prompt:03d}_*.png"))[:SHEET_IMAGES])
-            if not original.is_file() or not all(drawn):
+                drawn[called] = sorted(folder.glob(f"{prompt:03d}_*.png"))[:SHEET_IMAGES]
+            if not original.is_file() or not all(drawn.values()):
                 return False
-            of_models = [[Image.open(file) for file in own] for own in drawn]
+            of_models = {called: [Image.open(file) for file in own] for called, own in drawn.items()}
             pictures.append((f"task {task}: the first prompts of '{concept}'", Image.open(original), of_models))
-    _lay_out(pictures, heads, path)
+    _lay_out(pictures, path)
     return True
 
 
-def _lay_out(pictures: Sequence[tuple[str, Any, list[list[Any]]]], models: Sequence[str], path: Path) -> None:
-    """Write rows of images, with a heading above each group and above the columns."""
+def _lay_out(pictures: Sequence[tuple[str, Any, Mapping[str, list[Any]]]], path: Path) -> None:
+    """Write rows of images, (heading, training image, model -> images), with headings above each group of rows."""
     from PIL import Image, ImageDraw
 
     side = min(max(pictures[0][1].size), 128)
     gap, head = 4, 16
-    columns = 1 + sum(len(own) for own in pictures[0][2])
     groups = list(dict.fromkeys(name for name, _, _ in pictures))
-    width = columns * (side + gap) + gap * (2 + len(models))
+    width = max(
+        (1 + sum(map(len, drawn.values()))) * (side + gap) + gap * (2 + len(drawn)) for _, _, drawn in pictures
+    )
     height = len(pictures) * (side + gap) + len(groups) * (2 * head + gap) + gap
     made = Image.new("RGB", (width, height), "white")
     write = ImageDraw.Draw(made)
@@ -201,14 +200,14 @@ def _lay_out(pictures: Sequence[tuple[str, Any, list[list[Any]]]], models: Seque
         if name != last:
             write.text((gap, top), name, fill="black")
             left = gap
-            of_models = [(f"drawn by {called}", len(own)) for called, own in zip(models, drawn, strict=False)]
+            of_models = [(f"drawn by {called}", len(own)) for called, own in drawn.items()]
             for called, count in (("training image", 1), *of_models):
                 write.text((left, top + head), called, fill="#555555")
                 left += count * (side + gap) + 2 * gap
             top += 2 * head
             last = name
         left = gap
-        for own in ([original], *drawn):
+        for own in ([original], *drawn.values()):
             for image in own:
                 fitted = image.convert("RGB").resize((side, side))
                 made.paste(fitted, (left, top))

@@ -312,7 +312,7 @@ def at_equal_similarity(rows: DataFrame, lines: list[Line]) -> Iterator[Line]:
                 "level": level, "n_seeds": known.similarity.seeds,
             }  # fmt: skip
             none = {"alignment": None, "alignment_low": None, "alignment_high": None}
-            yield line | (none if own.estimate is None else _interval("alignment", own.estimate))
+            yield line | (none if own is None else _interval("alignment", own))
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------
