@@ -59,7 +59,11 @@ class Defense(Method):
     """Must cover everything that `protect` releases: if it states no change, attackers who obey nothing share the
     undefended model's stages."""
     uses: ClassVar[frozenset[str]] = frozenset({"targets", "preserved", "images", "seed"})
-    """What the result depends on. Anything not listed is not passed, and results are shared across its values."""
+    """What the result depends on. Anything not listed is not passed, and results are shared across its values.
+
+    Beside those of the default, "teacher": the base model, whole and frozen, as `run.teacher`; "pairs": the task's
+    general images with captions, as `run.pairs`.
+    """
     can_erase: ClassVar[bool] = False
     """Whether it removes the target from what the model draws, so that a task may name it under `erase`."""
     max_targets: ClassVar[int | None] = None

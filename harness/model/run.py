@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.core.seeds import mix
 from harness.core.sharding import Sharding
@@ -17,6 +17,9 @@ from harness.model.saved_state import UnfitState
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
+
+    from harness.model.pipeline import DiffusionModel
 
 log = logging.getLogger("immunitybench")
 CHECKPOINT_INTERVAL_S = 20.0
@@ -88,6 +91,15 @@ class Ledger:
         }
 
 
+class Pairs(Protocol):
+    """General images with captions that the publisher trains on, read one by one."""
+
+    captions: Sequence[str]
+
+    def image(self, index: int) -> Image:
+        """Return an image, RGB."""
+
+
 @dataclass
 class Run:
     """The environment of one stage."""
@@ -103,6 +115,8 @@ class Run:
     world: World = field(default_factory=World)
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     prepared: Mapping[str, torch.Tensor] = field(default_factory=dict)  # changed by the defense's `preparation`
+    teacher: DiffusionModel | None = None  # the base model beside the one at work, for a defense that uses "teacher"
+    pairs: Pairs | None = None  # general images with captions, for a defense that uses "pairs"
     keeps_end: bool = False  # keep the state at the end too: for a part that others follow in the same stage
     code: str = ""  # the code that does the stage; a state that other code saved is not used
     notify: Callable[[str], None] = log.warning  # one line for the user, such as that a saved state was dropped

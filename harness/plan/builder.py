@@ -23,6 +23,7 @@ from harness.stages.protect import PREPARED, KnownConcept, ProtectParameters
 from harness.stages.sample import SampleParameters
 from harness.stages.score import ScoreParameters
 from harness.suite.loaded import LoadedSuite
+from harness.suite.pairs import Pairs
 from harness.suite.spec import MethodSpec
 
 
@@ -195,10 +196,12 @@ class Builder:
         preserve: Sequence[str],
         seed: int,
         over: ModelState,
+        pairs: Pairs | None = None,
     ) -> str:
         """Add a stage in which a defense works on a state of the model, as eraser or immunizer (`kind`).
 
-        `called`: its label in the suite. Only what the method uses enters the identity.
+        `called`: its label in the suite. `pairs`: general images, for a method that uses them; raises ValueError if it
+        does and there are none. Only what the method uses enters the identity.
         """
         cls, values = type(defense), defense.parameters
         inputs = over.inputs()
@@ -218,12 +221,19 @@ class Builder:
         if not (used or cls.threat_model.changes or cls.threat_model.must_honour):
             label = "release the erased model unchanged" if over.layers else "release the model unchanged"
         identity, local = self.identified(cls, values)
+        own_local: dict[str, Any] = {"parameters": local} if local else {}
+        data = {}
+        if "pairs" in used:
+            if pairs is None:
+                raise ValueError(f"{called} trains on general images with captions, and this task has none")
+            data["pairs"], own_local["pairs"] = pairs.digest, pairs.local
         k = self.stage(
             kind,
             ProtectParameters(identity, **known),
             component=registry.component(cls),
             inputs=inputs,
-            local={"parameters": local} if local else {},
+            data=data,
+            local=own_local,
             seed=seeds.derive("defense", seed) if "seed" in used else None,
             label=label,
             work=float(cls.unet_passes(values, len(targets))),

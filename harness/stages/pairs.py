@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,22 @@ from harness.core.errors import UserMistake, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class LocalPairs:
+    """The pairs of a stage: `harness.model.run.Pairs`."""
+
+    local: Mapping[str, Any]
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """One an image."""
+        return self.local["captions"]
+
+    def image(self, index: int) -> Image:
+        """Return an image, as `image` does."""
+        return image(self.local, index)
 
 
 def image(local: Mapping[str, Any], index: int) -> Image:

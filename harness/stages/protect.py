@@ -15,6 +15,7 @@ from harness.core.described import Described, optional
 from harness.core.finite import fault, fault_of_files
 from harness.core.identity import Stage
 from harness.core.registry import register
+from harness.stages.pairs import LocalPairs
 from harness.stages.work import StageAtWork
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ class Protect(StageKind):
     def do(self, parameters: ProtectParameters, work: StageAtWork) -> None:
         """Run the defense, and keep its protection."""
         defense = work.method()
+        used = type(defense).used(defense.parameters)
+        if "teacher" in used:
+            work.run.teacher, _ = work.state("teacher")
+        if "pairs" in used:
+            work.run.pairs = LocalPairs(work.stage.local["pairs"])
         targets, preserved = _concepts(parameters, work, "targets"), _concepts(parameters, work, "preserved")
         if PREPARED in work.stage.inputs:
             from harness.contracts.protection import Protection
@@ -86,11 +92,20 @@ class Protect(StageKind):
 
 
 @register("stage")
+class Distill(Protect):
+    """Fine-tune a pruned student, with or without suppressing concepts."""
+
+    name = "distill"
+    after = ("images", "prune")
+    is_layer = True
+
+
+@register("stage")
 class Erase(Protect):
     """Erase a concept from the model, before the defense."""
 
     name = "erase"
-    after = ("images",)
+    after = ("images", "distill")
     is_layer = True
 
 
