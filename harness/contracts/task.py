@@ -115,6 +115,8 @@ class Task(Method):
     """The form of its entry in a suite."""
     sections: ClassVar[frozenset[str]] = frozenset()
     """The sections of a suite that it needs: any of defenses, attacks, metrics and utility."""
+    may_use: ClassVar[frozenset[str]] = frozenset()
+    """Further sections that it uses where a suite has them."""
 
     @classmethod
     def check(cls, loaded: LoadedSuite, entries: Mapping[str, Any]) -> Iterable[Mistake]:

@@ -40,6 +40,10 @@ def image(local: Mapping[str, Any], index: int) -> Image:
         from harness.testbed import drawings
 
         return drawings.read([name])[0]
+    if local["source"] == "catalog":
+        from harness.testbed import images
+
+        return images.read([name])[0]
     from harness.core import pictures
 
     try:

@@ -191,7 +191,9 @@ def _sections(loaded: LoadedSuite) -> list[Mistake]:
     """Find sections that a task needs but the suite lacks, and sections that no task needs."""
     if "tasks" in loaded.broken or not loaded.suite.tasks:
         return []
-    needed = {section for kind in _entries(loaded) for section in registry.get("task", kind).sections}
+    kinds = [registry.get("task", kind) for kind in _entries(loaded)]
+    needed = {section for kind in kinds for section in kind.sections}
+    usable = needed | {section for kind in kinds for section in kind.may_use}
     mistakes: list[Mistake] = []
     for section in SECTIONS:
         given = loaded.source.data.get(section)
@@ -200,7 +202,7 @@ def _sections(loaded: LoadedSuite) -> list[Mistake]:
             is_empty = section in loaded.source.data
             what = "must hold at least 1 (got 0)" if is_empty else f"the key '{section}' is missing"
             mistakes.append(((section,) if is_empty else (), what))
-        elif section not in needed and given:
+        elif section not in usable and given:
             mistakes.append(((section,), "no task of this suite uses it; remove it"))
     return mistakes
 

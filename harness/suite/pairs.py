@@ -1,8 +1,9 @@
-"""Images with captions that a model is trained on: a user's folder, or the drawings that ship with the testbed."""
+"""Images with captions that a model is trained on: a user's folder, or drawings that ship with the testbed."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from harness.core.errors import UserMistake, one_line
 from harness.core.identity import digest_of_json
 from harness.suite import image_folder
 
-FOLDER, DRAWINGS = "folder", "drawings"
-"""Where pairs come from."""
+FOLDER, DRAWINGS, CATALOG = "folder", "drawings", "catalog"
+"""Where pairs come from: a folder, drawings that the testbed's generator never saw, or those that it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Pairs:
     """Images by name, with a caption each."""
 
     source: str
-    """FOLDER or DRAWINGS."""
+    """FOLDER, DRAWINGS or CATALOG."""
     folder: str
-    """Where the files are on this machine; "" for drawings. Not part of any identity."""
+    """Where the files are on this machine; "" for what ships. Not part of any identity."""
     names: tuple[str, ...]
     captions: tuple[str, ...]
     digests: tuple[str, ...]
@@ -50,8 +51,12 @@ class Pairs:
 
     def part(self, start: int, stop: int | None = None) -> Pairs:
         """Return the pairs from `start` to before `stop`."""
-        own = slice(start, stop)
-        return Pairs(self.source, self.folder, self.names[own], self.captions[own], self.digests[own])
+        return self.chosen(range(len(self))[start:stop])
+
+    def chosen(self, indices: Sequence[int]) -> Pairs:
+        """Return the pairs with these indices, in their order."""
+        parts = (tuple(own[i] for i in indices) for own in (self.names, self.captions, self.digests))
+        return Pairs(self.source, self.folder, *parts)
 
 
 def of_folder(path: Path | None, given: str, about: str, count: int | None) -> tuple[Pairs, list[str]]:
@@ -106,6 +111,22 @@ def of_drawings(count: int | None, about: str, start: int = 0) -> Pairs:
     return Pairs(
         DRAWINGS, "", tuple(one.name for one in shown), tuple(one.caption for one in shown),
         tuple(f"{archive}:{one.name}" for one in shown),
+    )  # fmt: skip
+
+
+def of_catalog() -> Pairs:
+    """Return the drawings that the testbed's generator was trained on, each with its canonical caption."""
+    from harness.core.digests import of_testbed
+    from harness.testbed import catalog as testbed_catalog
+    from harness.testbed.captions import caption
+
+    catalog = testbed_catalog.load()
+    shown = {name: catalog.describe(name) for name in catalog.images}
+    known = {name: (o, s) for name, (o, s) in shown.items() if o.learned and s.learned}
+    archive = of_testbed("images.zip")
+    return Pairs(
+        CATALOG, "", tuple(known), tuple(caption(o.label, s.id) for o, s in known.values()),
+        tuple(f"{archive}:{name}" for name in known),
     )  # fmt: skip
 
 

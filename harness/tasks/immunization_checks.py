@@ -20,13 +20,13 @@ Entries = Mapping[str, ImmunizationSpec]
 
 def before_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Return the mistakes that can be found before images are read."""
-    checks = (_erasers, _duplicates, _crossed_concepts, _undefended, _protected_together, _no_attack)
+    checks = (_erasers, duplicates, crossed_concepts, _undefended, _protected_together, no_attack)
     return [mistake for check in checks for mistake in check(loaded, entries)]
 
 
 def after_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Return the mistakes in concepts and their images."""
-    checks = (_seen_by_both, _attack_images, _attack_words, _probe_prompts, _scored_concepts)
+    checks = (seen_by_both, attack_images, attack_words, probe_prompts, scored_concepts)
     return [mistake for check in checks for mistake in check(loaded, entries)]
 
 
@@ -41,7 +41,7 @@ def _erasers(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     ]
 
 
-def _duplicates(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+def duplicates(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Find concepts that a task lists twice."""
     mistakes: list[Mistake] = []
     for name, task in entries.items():
@@ -51,7 +51,7 @@ def _duplicates(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     return mistakes
 
 
-def _crossed_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+def crossed_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Find concepts with two roles that exclude each other: a measured innocent must be new to the defense."""
     mistakes: list[Mistake] = []
     for name, task in entries.items():
@@ -108,7 +108,7 @@ def _protected_together(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     return list(dict.fromkeys(mistakes))
 
 
-def _no_attack(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+def no_attack(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Find tasks without any attack."""
     suite = loaded.suite
     if "tasks" in loaded.broken or not suite.attacks or any(spec is None for spec in suite.attacks):
@@ -120,7 +120,7 @@ def _no_attack(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     ]
 
 
-def _seen_by_both(loaded: LoadedSuite, entries: Entries) -> Iterator[Mistake]:
+def seen_by_both(loaded: LoadedSuite, entries: Entries) -> Iterator[Mistake]:
     """Find, for any two concepts of a task, the first image that the publisher sees and that is also measured on."""
     concepts = loaded.concepts
     for task_name, task in entries.items() if not loaded.broken & {"tasks"} else ():
@@ -136,7 +136,7 @@ def _seen_by_both(loaded: LoadedSuite, entries: Entries) -> Iterator[Mistake]:
                 yield ("tasks", task_name), f"{what} '{one_line(its_file)}' of '{other}'; remove one"
 
 
-def _attack_images(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+def attack_images(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Find attacks with more images than an attacked concept has, or a search with too few images to hold any out."""
     mistakes: list[Mistake] = []
     for index, attack in enumerate(loaded.suite.attacks):
@@ -154,7 +154,7 @@ def _attack_images(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     return mistakes
 
 
-def _attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+def attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Find attacks with a new word for a concept whose captions or prompts do not contain its name."""
     mistakes: list[Mistake] = []
     for index, attack in enumerate(loaded.suite.attacks):
@@ -235,7 +235,7 @@ def _known_words(loaded: LoadedSuite, index: int) -> list[Mistake]:
     return mistakes
 
 
-def _probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+def probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Find concepts of an attack with a search whose probe prompts are also evaluation prompts."""
     mistakes: list[Mistake] = []
     searched = [attack for attack in loaded.suite.attacks if attack is not None and attack.search is not None]
@@ -251,7 +251,7 @@ def _probe_prompts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     return mistakes
 
 
-def _scored_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+def scored_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Find concepts that a metric cannot score; every metric scores all concepts."""
     mistakes: list[Mistake] = []
     sampling = loaded.suite.sampling

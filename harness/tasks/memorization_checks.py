@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.core import registry
-from harness.core.concept import Concept, Evaluation
 from harness.core.errors import UserMistake
-from harness.core.words import Words
 from harness.suite.checks import asked
 from harness.suite.loaded import LoadedSuite, Mistake
-from harness.suite.spec import MethodSpec
-from harness.tasks import memorization_data
-from harness.tasks.memorization_data import PromptSet
+from harness.tasks import image_sets, memorization_data
 from harness.tasks.memorization_form import MemorizationSpec
 
 RESERVED = ("none", "base")
@@ -133,25 +129,6 @@ def _scored(
     for path, (kind, method) in spec.methods().items():
         if kind == "metric":
             own = found.unplanted(spec) if path[0] == "quality" else found.memorized
-            yield from _metric(loaded, ("tasks", name, *path), method, own)
-
-
-def _metric(loaded: LoadedSuite, where: tuple, method: MethodSpec, own: PromptSet) -> Sequence[Mistake]:
-    values = loaded.parameters.get(tuple(map(str, where)))
-    if values is None:
-        return ()
-    drawn = len(own.prompts) * loaded.suite.sampling.images_per_prompt
-    found = asked(registry.get("metric", method.method), where, "check_concept", values, as_concept(own), drawn)
-    return [(path if path[-1] else path[:-1], message) for path, message in found]
-
-
-def as_concept(own: PromptSet) -> Concept:
-    """Return prompts with their training images in the form in which metrics check a concept."""
-    names = own.originals.names if own.originals is not None else ()
-    evaluations = tuple(Evaluation(prompt, prompt) for prompt in own.prompts)
-    return Concept(
-        name=own.name, kind="object", phrase=own.name, words=Words(own.name), source="folder",
-        images={"defense": (), "attack": names, "reference": names}, captions={"defense": (), "attack": ()},
-        descriptions=(), prompts={"defense": (), "attack": (), "reference": ()}, evaluations=evaluations,
-        probes=(), class_prompts=(), digest="",
-    )  # fmt: skip
+            names = own.originals.names if own.originals is not None else ()
+            concept = image_sets.as_concept(own.name, own.prompts, names)
+            yield from image_sets.unfit(loaded, ("tasks", name, *path), method, concept)

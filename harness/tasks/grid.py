@@ -1,0 +1,276 @@
+"""What is measured of released models of one protected set: images before any attack, and attacks on concepts.
+
+Tasks that release models share it: they make the states (`Released`), and yield what `Grid` measures of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from harness.contracts.state import ModelState
+from harness.contracts.task import Label, Measurement
+from harness.core import registry, search, seeds
+from harness.core.concept import Concept
+from harness.core.identity import Input
+from harness.plan.builder import Builder, cycled
+from harness.stages.adapt import AdaptParameters, AttackerKnows, Judge, ProbeParameters, SpentBudget
+from harness.suite.spec import AttackSpec
+
+HELD_OUT = 3
+"""An adaptive attacker holds out one in this many of its images to judge probes."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released model under one seed, with the labels that its measurements use."""
+
+    defense: str
+    method: str
+    profile: str
+    seed: int
+    state: ModelState
+    label: str
+    is_weak: bool = False
+    undefended: ModelState | None = None  # the state of `none`, where the defense changes no weight
+    must_honour: frozenset[str] = frozenset()
+
+    def met_by(self, attack: AttackSpec | None) -> ModelState:
+        """Return the state that an attack (None: sampling before any attack) works on.
+
+        A defense that changes no weight has no effect on attackers who ignore its frozen names and hooks, nor on an
+        honest attack that these do not concern: both share the stages of the undefended model.
+        """
+        if self.undefended is None:
+            return self.state
+        if attack is None:
+            is_affected = "sampling_hooks" in self.must_honour
+        elif attack.attacker == "adaptive":
+            is_affected = False
+        else:
+            trains = registry.get("attack", attack.method).trains_released_weights
+            is_affected = bool(self.must_honour - {"frozen"}) or ("frozen" in self.must_honour and trains)
+        return self.state if is_affected else self.undefended
+
+
+class Grid:
+    """The measurements of one protected set; see the module."""
+
+    def __init__(
+        self, task: str, targets: tuple[str, ...], build: Builder, further: Mapping[str, Label] = MappingProxyType({})
+    ):
+        """`further`: labels that all its measurements have beside the grid's."""
+        self.task, self.targets, self.build, self.further = task, targets, build, further
+
+    def attacked(self, released: Released, name: str, role: str) -> Iterator[Measurement]:
+        """Yield the measurement of each attack of the task on a concept."""
+        for index, attack in self.build.loaded.attacks_on(self.task):
+            if role == "target" or attack.innocents:
+                yield Attack(self, released, name, role, index).measurement()
+
+    def real(self, name: str) -> Measurement:
+        """Add the scores of real images: the ceiling that an attack can reach."""
+        build, images = self.build, self.build.images(name)
+        concept = build.concepts[name]
+        scores = build.scores(concept, {"images": build.read(images)}, f"real images of {name}", concept.descriptions)
+        build.unit(f"score real images of {name}", scores.values())
+        return self.measurement(None, name, "real", (0,), images, scores)
+
+    def floor(self, name: str, other: str) -> Measurement:
+        """Add the scores of another concept's images: those of a model that draws something else."""
+        build = self.build
+        concept, images = build.concepts[name], build.images(other)
+        words = [e.description for e in concept.evaluations]
+        descriptions = cycled(words, build.concepts[other].count("attack"))
+        text = f"images of {other} against the references of {name} (floor)"
+        scores = build.scores(concept, {"images": build.read(images)}, text, descriptions)
+        build.unit(f"score {text}", scores.values())
+        return self.measurement(None, name, "floor", (0,), images, scores)
+
+    def before(self, released: Released, name: str, role: str) -> Measurement:
+        """Add the images that the released model draws before any attack (step 0)."""
+        build, concept = self.build, self.build.concepts[name]
+        text = f"{name} before the attack ({released.label})"
+        sample = build.sample(concept, released.seed, (0,), released.met_by(None).inputs(), f"sample {text}")
+        scores = build.scores(concept, {"sample": build.read(sample)}, text)
+        build.unit(f"sample {text}", [sample, *scores.values()])
+        return self.measurement(released, name, role, (0,), sample, scores)
+
+    def measurement(
+        self,
+        released: Released | None,
+        concept: str,
+        role: str,
+        steps: tuple[int, ...],
+        observed: str,
+        scores: Mapping[str, str],
+        attack: AttackSpec | None = None,
+    ) -> Measurement:
+        """Return the measurement of a concept; `released` None: for images that no released model drew."""
+        defended = released.state.layers[-1:] if released is not None else ()
+        return Measurement(
+            labels={
+                "task": self.task,
+                "defense": released.defense if released else "",
+                "method": released.method if released else "",
+                "profile": released.profile if released else "",
+                "is_weak": released.is_weak if released else False,
+                "protected": self.targets,
+                "attack": attack.name if attack else "",
+                "attacker": attack.attacker if attack else "",
+                "n_probes": attack.search.probes if attack and attack.search else 0,
+                "concept": concept,
+                "role": role,
+                "seed": released.seed if released else 0,
+                **self.further,
+            },
+            observed=observed,
+            scores=scores,
+            steps=steps,
+            needs={layer.kind: layer.key for layer in defended},
+            is_apart=attack is not None,
+        )
+
+
+class Attack:
+    """One attack on one concept: the probes of an adaptive attacker, the trajectory, its images and their scores."""
+
+    def __init__(self, grid: Grid, released: Released, concept: str, role: str, index: int):
+        self.grid, self.build, self.released, self.role = grid, grid.build, released, role
+        self.concept: Concept = self.build.concepts[concept]
+        self.index = index
+        self.spec = self.build.suite.attacks[index]
+        self.cls = registry.get("attack", self.spec.method)
+        self.values = self.build.loaded.parameters["attacks", str(index)]
+        self.steps, self.batch_size = self.build.loaded.budget(index)
+        self.called = self.cls.called(self.values, self.concept.words)
+        self.identity, self.local = self.build.identified(self.cls, self.values)
+        self.space = _space(self.spec, self.cls, self.values)
+        self.prior = _prior_images(self.cls, self.values, self.space)
+        self.text = f"{self.spec.name} on {concept} ({released.label})"
+        self.work = float(self.steps[-1] * self.batch_size * self.cls.passes_an_example(self.values))
+
+    def measurement(self) -> Measurement:
+        """Add all stages of the attack, and return its measurement."""
+        build, spec, concept, seed = self.build, self.spec, self.concept, self.released.seed
+        shared = build.share("adapt", self.index, concept.name, make=self._parameters)
+        state = self.released.met_by(spec).inputs()
+        inputs = {**state, "images": build.read(build.images(concept.name))}
+        if self.prior:
+            inputs["prior"] = build.read(build.prior_images(concept, self.prior))
+        if spec.search is not None:
+            inputs |= self._probes(shared["parameters"], inputs)
+        workers = build.suite.resources.workers
+        adapt = build.stage(
+            "adapt",
+            **shared,
+            component=registry.component(self.cls),
+            inputs=inputs,
+            local={"parameters": self.local} if self.local else {},
+            seed=seeds.derive("attack", seed, concept.name),  # without the defense: all meet the same noise
+            label=f"adapt {self.text}",
+            work=self.work,
+            workers=workers if self.cls.can_share(self.values) and self.batch_size % workers == 0 else 1,
+        )
+        sample = build.sample(
+            concept, seed, self.steps, {**state, "adapt": build.read(adapt)}, f"sample {self.text}",
+            called=self.called, restore=tuple(sorted(spec.restore)),
+            attacker=None if spec.attacker == "honest" else spec.attacker,
+        )  # fmt: skip
+        scores = build.scores(concept, {"sample": build.read(sample)}, self.text, images=spec.images)
+        build.unit(self.text, [adapt, sample, *scores.values()])
+        return self.grid.measurement(
+            self.released, concept.name, self.role, self.steps, sample, scores, spec
+        )
+
+    def _parameters(self) -> AdaptParameters:
+        concept = self.concept
+        return AdaptParameters(
+            parameters=self.identity,
+            budget=SpentBudget(self.steps, self.batch_size, self.spec.images),
+            attacker=self.spec.attacker,
+            concept=AttackerKnows(
+                kind=concept.kind,
+                captions=tuple(concept.words.renamed(text, self.called) for text in concept.captions["attack"]),
+                called=self.called,
+                words=concept.words if self.cls.uses_words else None,
+                prior_captions=cycled(concept.class_prompts, self.prior) if self.prior else None,
+            ),
+            restore=tuple(sorted(self.spec.restore)) or None,
+        )
+
+    def _probes(self, attack: AdaptParameters, inputs: Mapping[str, Input]) -> dict[str, Input]:
+        """Add the probes of an adaptive attacker's search on one released model; return them by role."""
+        build, concept, count = self.build, self.concept, self.spec.search.probes
+        base = self.released.seed, concept.name
+        new = search.explored(count)
+        probes: dict[str, Input] = {}
+
+        def add(index: int, known: Mapping[str, Input], which: Mapping[str, int], seed: int) -> None:
+            label = f"probe {index + 1} of {count}: {self.text}"
+            key = build.stage(
+                "probe",
+                self._probe(attack, which),
+                component=registry.component(self.cls),
+                inputs={**inputs, **known},
+                local={"parameters": dict(self.local), "metric": self._judge().local},
+                seed=seed,
+                label=label,
+                work=self.work + len(concept.probes) * search.IMAGES * build.sampling.passes_an_image,
+            )
+            probes[f"probe.{index}"] = build.read(key)
+            build.unit(label, [key])
+
+        at_once = self.spec.search.at_once
+        for first in range(0, new, at_once):
+            known = dict(probes)
+            for index in range(first, min(first + at_once, new)):
+                add(index, known, {"place": index - first}, seeds.derive("search", *base))
+        known = dict(probes)
+        for place in range(count - new):
+            pair = place // 2 + 1  # both of a pair have one seed, so that only their settings differ
+            add(new + place, known, {"repeat": place}, seeds.derive("search", *base, pair))
+        return probes
+
+    def _judge(self) -> Any:
+        """Return the metric of the suite that probes are judged by."""
+        wanted = self.spec.search.metric or search.judge(self.build.suite.metrics)
+        return next(metric for metric in self.build.metrics if metric.name == wanted)
+
+    def _probe(self, attack: AdaptParameters, which: Mapping[str, int]) -> ProbeParameters:
+        """Return the parameters of a probe: the attack's, its search space, and how it is judged."""
+        concept, judge = self.concept, self._judge()
+        available = attack.budget.images or concept.count("attack")
+        return ProbeParameters(
+            parameters=attack.parameters,
+            budget=attack.budget,
+            attacker=attack.attacker,
+            concept=attack.concept,
+            restore=attack.restore,
+            space=self.space,
+            search=search.VERSION,
+            held_out=max(1, available // HELD_OUT),
+            prompts=tuple(concept.words.renamed(e.prompt, self.called) for e in concept.probes),
+            descriptions=tuple(e.description for e in concept.probes),
+            sampling=self.build.sampling.alone,
+            metric=Judge(judge.component, judge.parameters),
+            **which,
+        )
+
+
+def _space(attack: AttackSpec, cls: type, values: Any) -> dict[str, Any]:
+    """Return the search space of the attack, as JSON values; {} without a search."""
+    if attack.search is None:
+        return {}
+    return search.as_json(search.given(attack.search.space) or cls.search_space(values))
+
+
+def _prior_images(cls: type, values: Any, space: Mapping[str, Any]) -> int:
+    """Return the largest number of class images that the attack may train on, for any choice of its search."""
+    prior = cls.prior_images(values)
+    if "prior_weight" in space or "prior_images" in space:
+        asked = space.get("prior_images", {}).get("values", [getattr(values, "prior_images", 0)])
+        prior = max(prior, *asked)
+    return prior
