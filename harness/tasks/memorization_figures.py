@@ -16,8 +16,8 @@ from harness.store.layout import step_folder
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from harness.analysis.cells import Cell
     from harness.contracts.diagnostic import MeasuredRun
-    from harness.tasks.memorization_lines import Cell
 
 Line = Mapping[str, Any]
 Detected = Sequence[tuple[Line, "Cell", "Cell"]]

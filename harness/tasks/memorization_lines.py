@@ -15,60 +15,13 @@ from harness.stages.own_similarity import FILE as SIMILARITIES_FILE
 from harness.tasks.memorization_columns import DRAWN, MITIGATIONS, STATISTICS
 
 if TYPE_CHECKING:
-    import numpy as np
     from pandas import DataFrame
 
     from harness.analysis import statistics
+    from harness.analysis.cells import Cell
     from harness.contracts.diagnostic import MeasuredRun
 
 Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The values of one group of rows: a line for each seed, a column for each prompt."""
-
-    values: np.ndarray  # [seeds, prompts]
-    seeds: tuple[int, ...]
-    first: Mapping[str, Any]  # its first row
-    keys: tuple[tuple[str, str], ...]  # (sample key, score key) of each seed
-
-    @property
-    def estimate(self) -> statistics.Estimate:
-        """The mean, with the chance of seeds and prompts."""
-        from harness.analysis import statistics
-
-        return statistics.estimate([self.values.T[None]], lambda means: means.mean(axis=(1, 2, 3)))
-
-
-def cells(rows: DataFrame, names: list[str]) -> dict[tuple, Cell]:
-    """Return combination of labels -> its values, for whole seeds: those with as many prompts as any other."""
-    import numpy as np
-
-    found = {}
-    for label, own in rows.groupby(names, sort=False, observed=True):
-        by_seed = {}
-        for seed, part in own.groupby("seed", sort=True):
-            ordered = part.sort_values("prompt_index", kind="stable")
-            first = ordered.iloc[0]
-            by_seed[int(seed)] = ordered["value"].to_numpy(), (str(first["sample_key"]), str(first["score_key"]))
-        longest = max(len(values) for values, _ in by_seed.values())
-        kept = {seed: each for seed, each in by_seed.items() if len(each[0]) == longest}
-        found[label] = Cell(
-            np.stack([values for values, _ in kept.values()]), tuple(kept), own.iloc[0].to_dict(),
-            tuple(keys for _, keys in kept.values()),
-        )  # fmt: skip
-    return found
-
-
-def common(first: Cell, second: Cell) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the values of two cells at the seeds that both have."""
-    both = [seed for seed in first.seeds if seed in second.seeds]
-    return (
-        first.values[[first.seeds.index(seed) for seed in both]],
-        second.values[[second.seeds.index(seed) for seed in both]],
-        len(both),
-    )
 
 
 # -- detection -------------------------------------------------------------------------------------------------------
@@ -77,6 +30,7 @@ def common(first: Cell, second: Cell) -> tuple[np.ndarray, np.ndarray, int]:
 def detections(rows: DataFrame) -> Iterator[tuple[Line, Cell, Cell]]:
     """Yield the line of each detector against each set of negatives, with the scores of both sides."""
     from harness.analysis import detection
+    from harness.analysis.cells import cells, common
 
     if not len(rows):
         return
@@ -119,6 +73,8 @@ def detections(rows: DataFrame) -> Iterator[tuple[Line, Cell, Cell]]:
 
 def drawn(rows: DataFrame, run: MeasuredRun) -> list[Line]:
     """Return a line for each model and set of prompts."""
+    from harness.analysis.cells import cells
+
     if not len(rows):
         return []
     found = cells(rows, ["task", "defense", "concept", "metric"])
@@ -205,6 +161,7 @@ def traded(rows: DataFrame, task: str) -> Traded | None:
     import numpy as np
 
     from harness.analysis import statistics
+    from harness.analysis.cells import cells
 
     own = rows[(rows["task"] == task) & (rows["role"] == "memorized") & (rows["defense"] != "base")]
     if not len(own):

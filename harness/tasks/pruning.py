@@ -109,7 +109,8 @@ class _Plan:
     def measurements(self, targets: tuple[str, ...]) -> Iterator[Measurement]:
         """Yield the measurements of one set of targets."""
         build, spec = self.build, self.spec
-        grid = Grid(self.name, targets, build, {"part": GRID})
+        text_metric = next((metric.name for metric in build.metrics if metric.cls.name == "clip_text"), "")
+        grid = Grid(self.name, targets, build, {"part": GRID, "text_metric": text_metric})
         roles = [(c, "target") for c in targets] + [(c, "innocent") for c in spec.innocents]
         utility = [(c, "utility") for c in build.suite.utility]
         for name, _ in roles:
@@ -245,5 +246,6 @@ class _Plan:
             "concept": concept,
             "role": role,
             "seed": model.seed,
+            **grid.further,
             "part": part,
         }

@@ -1,0 +1,184 @@
+"""The lines of the pruning tables, from rows: what each recipe keeps and suppresses, and what it costs.
+
+The registry imports this module with the tasks, so numpy is imported inside functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.tasks.pruning_columns import COST, MEASURES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pandas import DataFrame
+
+    from harness.analysis import statistics
+    from harness.contracts.diagnostic import MeasuredRun
+
+Line = dict[str, Any]
+CP = "cp"
+"""The share of a target's prompts that fit the model's image less than the base model's, with the same seed."""
+ORIGINAL, PRUNED = "original", "pruned"
+LESS_IS_WANTED = frozenset({"target", "works"})
+"""Measures in which a recipe should be far from the concept."""
+
+
+def of(rows: DataFrame) -> list[Line]:
+    """Return a line for each task, set of targets, measure, metric and model, with its difference to the control.
+
+    A measure is the part or role: general, works, target, innocent, utility. Differences are paired by concept, prompt
+    and seed; p-values are corrected over the recipes of one task, set, measure and metric (Holm).
+    """
+    own = rows[(rows["attack"] == "") & ~rows["role"].isin(("real", "floor"))]
+    own = own.assign(measure=own["role"].where(own["part"] != "works", "works"))
+    lines = []
+    for (task, protected, measure, metric), group in own.groupby(
+        ["task", "protected", "measure", "metric"], sort=False, observed=True
+    ):
+        about = {"task": task, "targets": protected, "measure": measure, "metric": metric}
+        by_model = {label: _cells(part) for label, part in group.groupby("defense", sort=False, observed=True)}
+        first = {label: part.iloc[0] for label, part in group.groupby("defense", sort=False, observed=True)}
+        direction = str(group["direction"].iloc[0])
+        lines += _compared(about, direction, by_model, first)
+        if measure == "target" and group["text_metric"].iloc[0] == metric and ORIGINAL in by_model:
+            beaten = {label: _fits_less(cells, by_model[ORIGINAL]) for label, cells in by_model.items()}
+            known = {label: cells for label, cells in beaten.items() if cells and label != ORIGINAL}
+            lines += _compared({**about, "metric": CP}, "lower", known, first)
+    return lines
+
+
+def _cells(rows: DataFrame) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+    """Return concept -> (seeds, values [prompts, seeds]), for whole seeds."""
+    from harness.analysis.cells import cells
+
+    found = cells(rows, ["concept"])
+    return {str(name[0] if isinstance(name, tuple) else name): (c.seeds, c.values.T) for name, c in found.items()}
+
+
+def _fits_less(cells: Mapping[str, tuple], base: Mapping[str, tuple]) -> dict[str, tuple]:
+    """Return concept -> 1 where a model's value is strictly lower than the base's, at the seeds that both have."""
+    made = {}
+    for name, (seeds, values) in cells.items():
+        if name not in base:
+            continue
+        theirs, others = base[name]
+        both = [seed for seed in seeds if seed in theirs]
+        if both:
+            mine = values[:, [seeds.index(s) for s in both]]
+            made[name] = tuple(both), (mine < others[:, [theirs.index(s) for s in both]]).astype(float)
+    return made
+
+
+def _compared(
+    about: Line, direction: str, by_model: Mapping[str, Mapping[str, tuple]], first: Mapping[str, Any]
+) -> list[Line]:
+    """Return the lines of one metric: each model's mean, and the recipes' differences to the control."""
+    from harness.analysis.statistics import holm
+
+    control = next((label for label in by_model if first[label]["method"] == "none"), None)
+    lines, tested = [], []
+    for label, cells in by_model.items():
+        line = dict.fromkeys(MEASURES) | about | {
+            "recipe": label,
+            "method": "distill" if label == control else str(first[label]["method"]),
+            "profile": str(first[label]["profile"]),
+            "direction": direction,
+            "n_concepts": len(cells),
+            "n_seeds": min(len(seeds) for seeds, _ in cells.values()),
+        }  # fmt: skip
+        line |= _interval("value", _estimated([cells], lambda means: means[:, :, 0].mean(axis=(1, 2))))
+        if control is not None and label != control:
+            estimate = _estimated(
+                [cells, by_model[control]], lambda means: (means[:, :, 0] - means[:, :, 1]).mean(axis=(1, 2))
+            )
+            line |= _interval("difference", estimate)
+            if label not in (ORIGINAL, PRUNED) and estimate is not None:
+                tested.append((line, estimate.p_value()))
+        lines.append(line)
+    for (line, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
+        line["p"] = p
+    return lines
+
+
+def _estimated(
+    models: Sequence[Mapping[str, tuple]], statistic: Callable[[np.ndarray], np.ndarray]
+) -> statistics.Estimate | None:
+    """Estimate a statistic over the concepts and seeds that all models have; None: there are none."""
+    import numpy as np
+
+    from harness.analysis import statistics
+
+    names = [name for name in models[0] if all(name in model for model in models)]
+    seeds = [s for s in models[0][names[0]][0] if all(s in model[n][0] for model in models for n in names)]
+    if not names or not seeds:
+        return None
+    cells = [
+        np.stack([model[name][1][:, [model[name][0].index(s) for s in seeds]] for model in models]) for name in names
+    ]
+    return statistics.estimate(cells, statistic)
+
+
+def _interval(name: str, of: statistics.Estimate | None) -> Line:
+    if of is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    low, high = of.interval()
+    return {name: of.value, f"{name}_low": low, f"{name}_high": high}
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def costs(rows: DataFrame, run: MeasuredRun) -> Iterator[Line]:
+    """Yield a line for each task, set of targets and recipe: the student's size, and what its stages cost.
+
+    Means over seeds. Seconds and memory are those of the machines that did the stages.
+    """
+    general = rows[rows["part"] == "general"]
+    once = general[["task", "protected", "defense", "method", "seed", "sample_key"]].drop_duplicates()
+    for (task, protected, label), own in once.groupby(["task", "protected", "defense"], sort=False, observed=True):
+        found: list[Line] = []
+        student: Line = {}
+        for key in own["sample_key"]:
+            record = run.store.record("replay", str(key))
+            drawn = record["ledger"]
+            line: Line = {"drawing_seconds": record["seconds"], "drawing_bytes": drawn["peak_memory_bytes"]}
+            inputs = record["identity"]["inputs"]
+            steps = [
+                run.store.record(role, inputs[role])["ledger"] for role in ("distill", "erase") if role in inputs
+            ]
+            if steps:
+                numbers = [each["numbers"] for each in steps]
+                line |= {
+                    "training_seconds": sum(sum(each["seconds"].values()) for each in steps),
+                    "training_bytes": max(each["peak_memory_bytes"] for each in steps),
+                    "passes": sum(each["forward_passes"] + 2 * each["backward_passes"] for each in steps),
+                    "lower_samples": _sum(numbers, "lower_samples"),
+                    "upper_samples": _sum(numbers, "upper_samples"),
+                    "trainable_parameters": max((n.get("trainable_parameters", 0) for n in numbers), default=0) or None,
+                }
+            if "prune" in inputs:
+                student = run.store.record("prune", inputs["prune"])["ledger"]["numbers"]
+            found.append(line)
+        yield {
+            **dict.fromkeys(COST),
+            "task": task,
+            "targets": protected,
+            "recipe": label,
+            "n_seeds": len(found),
+            "macs": student.get("macs"),
+            "macs_share": student["macs"] / student["macs_of_teacher"] if student else 1.0,
+            "parameters": student.get("parameters"),
+            **{name: _mean([line.get(name) for line in found]) for name in found[0]},
+        }
+
+
+def _sum(numbers: Sequence[Mapping[str, float]], name: str) -> float | None:
+    known = [each[name] for each in numbers if name in each]
+    return sum(known) if known else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
