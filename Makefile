@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# each takes a core and about 3 GB; a file's tests stay together, since they share models
+TEST_PROCESSES ?= 2
 
 .PHONY: quickstart test lint setup browser clean
 
@@ -14,7 +16,7 @@ quickstart: setup
 	$(BIN)/python -m harness run suites/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Line = Mapping[str, Any]
 Detected = Sequence[tuple[Line, "Cell", "Cell"]]
 MARKS = "osD^vP*X<>"
+DRAWN_BY = {"base": "drawn before memorizing", "none": "drawn after memorizing"}
 SHEET_ROWS, SHEET_IMAGES = 8, 4
 """Prompts of each kind on the sheet, and images of each model for a prompt."""
 
@@ -200,7 +201,7 @@ def _lay_out(pictures: Sequence[tuple[str, Any, Mapping[str, list[Any]]]], path:
         if name != last:
             write.text((gap, top), name, fill="black")
             left = gap
-            of_models = [(f"drawn by {called}", len(own)) for called, own in drawn.items()]
+            of_models = [(DRAWN_BY.get(called, called), len(own)) for called, own in drawn.items()]
             for called, count in (("training image", 1), *of_models):
                 write.text((left, top + head), called, fill="#555555")
                 left += count * (side + gap) + 2 * gap

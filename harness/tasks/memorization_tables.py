@@ -116,12 +116,18 @@ def _papers(run: MeasuredRun, task: str, lines: Sequence[Line]) -> Iterator[Sect
     methods = {line["method"] for line in lines}
     own = [row for row in run.papers if row.paper == "memorization" and row.task == task and row.defense in methods]
     if own:
-        headers = ("method", "model", "setting", "metric", "value", "status", "source")
-        rows = [
-            [row.defense, row.model, row.setting, row.metric, row.printed, row.status, row.source] for row in own
-        ]  # fmt: skip
-        note = ("As printed: other models, prompts and encoders, so not to be compared with the numbers above.",)
-        yield Section(f"Papers' numbers on {task}", (), headers, rows, "l" * len(headers), note)
+        sources = list(dict.fromkeys(row.source for row in own))
+        printed: dict[tuple[str, ...], list[str]] = {}
+        for row in own:
+            about = row.defense, row.model, row.setting, row.status, str(sources.index(row.source) + 1)
+            printed.setdefault(about, []).append(f"{row.metric} {row.printed}")
+        headers = ("method", "model", "setting", "as printed", "status", "source")
+        rows = [[*about[:3], ", ".join(values), *about[3:]] for about, values in printed.items()]
+        notes = (
+            "Other models, prompts and encoders, so not to be compared with the numbers above. Sources:",
+            *(f"{place}. {source}" for place, source in enumerate(sources, 1)),
+        )
+        yield Section(f"Papers' numbers on {task}", (), headers, rows, "l" * len(headers), notes)
 
 
 def _by_task(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
