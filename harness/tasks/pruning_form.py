@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -57,6 +57,11 @@ class RecipeSpec(Strict):
     name: Label
     steps: Annotated[list[MethodSpec], Field(min_length=1, max_length=2)]
 
+    @property
+    def is_control(self) -> bool:
+        """Whether it distills only."""
+        return [step.method for step in self.steps] == [CONTROL]
+
 
 Recipe = Annotated[RecipeSpec, BeforeValidator(_named)]
 
@@ -91,9 +96,8 @@ class PruningSpec(TaskSpec):
             )
         return self
 
-    # what the checks of the attack grid ask of an entry
-    erase = None
-    preserve: tuple[()] = ()
+    preserve: ClassVar[tuple[str, ...]] = ()
+    """Checks of the attack grid ask for it; recipes preserve by general images."""
 
     @property
     def control(self) -> RecipeSpec:
