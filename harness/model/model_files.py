@@ -15,7 +15,10 @@ PREDICTIONS = ("epsilon", "v_prediction")
 """What a UNet may predict; training knows no other target."""
 SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 """Suffixes of files that hold a whole model."""
-_PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+WHY_NOT_PICKLED = (
+    "pickled weights are not loaded, since they can run code; save the model with safe_serialization=True"
+)
 _PLAIN = re.compile(r"[^.]+\.safetensors")  # also model-00001-of-00002.safetensors
 _VARIANT = re.compile(r"[^.]+\.([a-z0-9_]+?)(-[0-9]+-of-[0-9]+)?\.safetensors")
 
@@ -26,7 +29,7 @@ def mistakes(root: Path, variant: str | None) -> Iterator[str]:
     if not index.is_file():
         yield "has no model_index.json; give a diffusers folder"
         return
-    described = _read(index)
+    described = read(index)
     if described is None:
         yield "has a model_index.json that is not valid JSON"
         return
@@ -39,7 +42,7 @@ def mistakes(root: Path, variant: str | None) -> Iterator[str]:
         if what is not None:
             yield what
             return
-        for file in _chosen(root / component, variant):
+        for file in chosen(root / component, variant):
             if not is_whole(file):
                 yield (
                     f"has '{component}/{file.name}', which is cut short or no safetensors file (a Git LFS pointer is a "
@@ -48,7 +51,7 @@ def mistakes(root: Path, variant: str | None) -> Iterator[str]:
                 return
     if not (root / "tokenizer" / "vocab.json").is_file() and not (root / "tokenizer" / "tokenizer.json").is_file():
         yield "has no 'tokenizer/vocab.json'; copy the tokenizer of the model into it"
-    yield from settings(_read(root / "scheduler" / "scheduler_config.json"), _read(root / "unet" / "config.json"))
+    yield from settings(read(root / "scheduler" / "scheduler_config.json"), read(root / "unet" / "config.json"))
 
 
 def weights(component: str, names: Sequence[str], variant: str | None) -> str | None:
@@ -63,12 +66,9 @@ def weights(component: str, names: Sequence[str], variant: str | None) -> str | 
         return f"holds in '{component}' weights of variant {_quoted(variants)}, {wanted}; set 'variant: {variants[0]}'"
     if plain:
         return f"holds in '{component}' weights without a variant, none of variant '{variant}'; remove 'variant'"
-    pickled = [name for name in names if name.endswith(_PICKLED)]
+    pickled = [name for name in names if name.endswith(PICKLED)]
     if pickled:
-        return (
-            f"holds in '{component}' only '{one_line(pickled[0], 60)}': pickled weights are not loaded, since they can "
-            "run code; save the model with safe_serialization=True"
-        )
+        return f"holds in '{component}' only '{one_line(pickled[0], 60)}': {WHY_NOT_PICKLED}"
     return f"holds in '{component}' no safetensors weights; fetch it again"
 
 
@@ -92,20 +92,28 @@ def settings(scheduler: Mapping[str, Any] | None, unet: Mapping[str, Any] | None
 
 def is_whole(file: Path) -> bool:
     """Return whether a safetensors file is as long as its header says."""
+    return header(file) is not None
+
+
+def header(file: Path) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of the tensors of a safetensors file, by name; None if it is no such file, or not whole."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 0 < length <= size - 8:
-                return False
-            header = json.loads(opened.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return size == 8 + length + max(ends, default=0)
+                return None
+            tensors = json.loads(opened.read(length))
+        tensors.pop("__metadata__", None)
+        ends = [entry["data_offsets"][1] for entry in tensors.values()]
+        if size != 8 + length + max(ends, default=0):
+            return None
+        return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return False
+        return None
 
 
-def _chosen(folder: Path, variant: str | None) -> list[Path]:
+def chosen(folder: Path, variant: str | None) -> list[Path]:
     """Return the weight files that are loaded."""
     found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if variant is None:
@@ -117,7 +125,7 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def _read(path: Path) -> Mapping[str, Any] | None:
+def read(path: Path) -> Mapping[str, Any] | None:
     """Return a JSON object; None where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
