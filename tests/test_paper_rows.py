@@ -149,7 +149,8 @@ def test_numbers_of_memorization(table: str, model: str, defense: str, setting: 
 @pytest.mark.parametrize(
     ("table", "defense", "setting", "metric", "printed"),
     [
-        ("styles", "bilevel", "average of Monet, Picasso and Van Gogh; distilled and erased at once", "CSD", "39.04"),
+        ("styles", "bilevel_suppress", "average of Monet, Picasso and Van Gogh; distilled and erased at once", "CSD",
+         "39.04"),
         ("styles", "uce", "average of Monet, Picasso and Van Gogh; distilled, then erased", "CP", "82.66"),
         ("styles", "none", "no style erased; unpruned", "COCO FID", "15.11"),
         ("nudity", "concept_prune", "Ring-a-Bell prompts; distilled, then erased", "removal", "97.72"),
@@ -165,6 +166,22 @@ def test_numbers_of_memorization(table: str, model: str, defense: str, setting: 
 def test_numbers_of_pruned_bilevel(table: str, defense: str, setting: str, metric: str, printed: str):
     row = one("pruned_bilevel", table=table, defense=defense, setting=setting, metric=metric)
     assert (row.printed, row.value) == (printed, float(printed))
+
+
+def test_shares_of_pruned_bilevel_name_their_counts():
+    """CP of 150 prompts, but for one value that is none; removal of 238 and of 88."""
+    shares = [row for row in load("pruned_bilevel") if row.metric in ("CP", "removal") and row.value]
+    counts = {row: re.search(r"(\d+) of (150|238|88) prompts", row.note) for row in shares}
+    odd = [row for row in shares if "not k of 150 prompts" in row.note]
+
+    assert [(row.defense, row.printed) for row in odd] == [("bilevel_suppress", "97.6")]
+    assert all(counts[row] for row in shares if row not in odd)
+    for row in set(shares) - set(odd):
+        count, of = map(int, counts[row].groups())
+        assert abs(100 * count / of - row.value) < (0.1 if row.printed.endswith(".3") else 0.01)
+    assert all(abs(100 * count / 150 - 97.6) > 0.25 for count in range(151))
+    rows = [row for row in load("pruned_bilevel") if row.status == "second-hand" and row.model != "SD v2.1"]
+    assert rows and all("82 % of the operations kept" in row.note and "80 % by plots" in row.note for row in rows)
 
 
 def test_numbers_that_a_paper_contradicts_say_so():

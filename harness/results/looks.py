@@ -17,6 +17,7 @@ COLOURS = (
 )  # fmt: skip
 FIXED = (
     "none", "imma", "uce", "mima", "freezeasguard", "random_freeze", "esd", "freeze_component", "joint", "merged",
+    "concept_prune",
 )  # fmt: skip
 """Labels with a colour of COLOURS each, in its order: the bundled methods but mitigations, under their own names."""
 LINES, MARKS = ("-", "--", ":", "-."), "osD^"
