@@ -164,11 +164,6 @@ def trained_names(names: Iterable[str], variant: Variant) -> list[str]:
     return select(names, "cross_attention" if variant == "x" else "cross_attention_kv")
 
 
-def negated(unconditional: Tensor, conditional: Tensor, eta: float) -> Tensor:
-    """Return the training target from the original's two predictions."""
-    return unconditional - eta * (conditional - unconditional)
-
-
 @dataclass(frozen=True)
 class _Batch:
     """States partly denoised for the concept, with the target of its text's prediction at each."""
@@ -258,6 +253,8 @@ class _Fresh(_Source):
         """Return the batch of an iteration."""
         import torch
 
+        from harness.training.suppression import negated
+
         p, device = self.p, self.model.device
         generator = self.generator("draw", step)
         concepts = torch.randint(self.texts.shape[0], (p.batch_size,), generator=generator)
@@ -285,6 +282,8 @@ class _Pool(_Source):
 
     def __init__(self, model, run, p, phrases, trained):
         import torch
+
+        from harness.training.suppression import negated
 
         super().__init__(model, run, p, phrases)
         members = [(concept, j) for concept in range(len(phrases)) for j in range(p.pool)]

@@ -23,6 +23,8 @@ VARIANTS = {
     "mima-second_order": {"hypergradient": "finite_difference"},
     "mima-released": {"profile": "released"},
     "freezeasguard-released": {"profile": "released"},
+    "bilevel_suppress-paper": {"profile": "paper"},
+    "distill-denoising": {"output_weight": 0.0, "block_weight": 0.0},
 }
 """Other settings that train in ways of their own; what can go wrong there is tried of them."""
 CHEAP = [check for check in defenses.PROPERTIES if check is not defenses.agrees_between_processes]

@@ -109,7 +109,7 @@ BAD_PLUGINS = {
     "parameters without a form": (DEFENSE.replace("    @dataclass(frozen=True)\n", ""), "must be a frozen dataclass"),
     "unknown use": (
         DEFENSE.replace("    version = 1\n", "    version = 1\n    uses = frozenset({'target'})\n"),
-        "class Mine: `uses` holds 'target'; known: images, preserved, seed, targets",
+        "class Mine: `uses` holds 'target'; known: images, pairs, preserved, seed, targets, teacher",
     ),
     "unknown kind": (DEFENSE.replace('register("defense")', 'register("defence")'), "unknown kind 'defence'"),
 }

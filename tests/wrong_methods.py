@@ -137,6 +137,17 @@ class HookDefense(RightDefense):
         return super().released(model, weights)
 
 
+class TeachingDefense(RightDefense):
+    """Changes the teacher, which is frozen."""
+
+    uses = frozenset({"seed", "teacher"})
+
+    def protect(self, model, targets, preserved, run):
+        with torch.no_grad():
+            run.teacher.unet.conv_in.bias.add_(1.0)
+        return super().protect(model, targets, preserved, run)
+
+
 class MoreThanDeclaredDefense(RightDefense):
     def released(self, model, weights):
         more = select(model.parameters(), "time_embeddings")[0]
@@ -197,7 +208,7 @@ WRONG_DEFENSES = {
     "gives_the_same_bits_for_the_same_seed": (ChanceDefense,),
     "gives_other_bits_for_another_seed": (OneSeedDefense,),
     "goes_on_after_a_kill": (ForgetfulDefense, RestartingDefense),
-    "puts_the_model_back": (UndeclaredChangeDefense, HookDefense),
+    "puts_the_model_back": (UndeclaredChangeDefense, HookDefense, TeachingDefense),
     "releases_what_it_declares": (MoreThanDeclaredDefense, UndeclaredMaskDefense, UnknownSetDefense),
     "releases_finite_numbers": (NanDefense,),
     "fails_when_training_diverges": (DivergingDefense,),

@@ -63,12 +63,20 @@ def goes_on_after_a_kill(defense: Defense, setting: Setting) -> None:
 
 
 def puts_the_model_back(defense: Defense, setting: Setting) -> None:
-    """After the stage, `restore` gives the released model, bit for bit: no undeclared change or addition remains."""
+    """After the stage, `restore` gives the released model, bit for bit: no undeclared change or addition remains.
+
+    A teacher is as it was without being restored.
+    """
     from harness.conformance.released import Remembered
 
-    model = setting.model()
-    before = Remembered(model)
-    protected(defense, setting, model=model)
+    model, run = setting.model(), setting.run(_seed(defense))
+    lend(defense, setting, run)
+    before, of_teacher = Remembered(model), Remembered(run.teacher) if run.teacher else None
+    protected(defense, setting, run, model=model)
+    if of_teacher:
+        left_behind = of_teacher.left_behind(run.teacher)
+        if left_behind:
+            fail(defense, f"leaves {left_behind} in the teacher, which is frozen")
     if model.is_spent:
         raise NotApplicable("it spends the model (`use_up`), which the next stage loads anew")
     is_restorable = model.is_restorable()
@@ -134,11 +142,12 @@ def fails_when_training_diverges(defense: Defense, setting: Setting) -> None:
 
 
 def counts_its_passes(defense: Defense, setting: Setting) -> None:
-    """The ledger counts the UNet passes, forward and backward."""
+    """The ledger counts the UNet passes, forward and backward; a teacher's too."""
     prepared = prepare(defense, setting)
-    model = setting.model()
-    with passes.counted(model) as seen:
-        outcome = protected(defense, setting, prepared=prepared, model=model)
+    model, run = setting.model(), setting.run(_seed(defense))
+    lend(defense, setting, run)
+    with passes.counted(model, run.teacher) as seen:
+        outcome = protected(defense, setting, run, prepared=prepared, model=model)
     passes.require_counted(defense, outcome.run.ledger, seen)
 
 
@@ -158,7 +167,7 @@ def needs_only_what_it_declares(defense: Defense, setting: Setting) -> None:
     try:
         protected(defense, setting)
     except Exception as error:
-        left_out = ", ".join(sorted(Defense.uses - used)) or "nothing"
+        left_out = ", ".join(sorted(Defense.may_use - used)) or "nothing"
         fail(defense, f"fails without what it declares not to use ({left_out}): {type(error).__name__}: {error}")
 
 
@@ -209,11 +218,21 @@ def protected(
 ) -> Outcome:
     """Run a defense (after its preparation, unless given) on the parts of concepts that it declares to use."""
     run = run or setting.run(_seed(defense))
+    lend(defense, setting, run)
     run.prepared = prepare(defense, setting, run.seed) if prepared is None else prepared
     targets, preserved = concepts(defense, setting)
     released = defense.protect(model or setting.model(), targets, preserved, run)
     tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in released.tensors.items()}
     return Outcome(replace(released, tensors=tensors), run)
+
+
+def lend(defense: Defense, setting: Setting, run: Run) -> None:
+    """Give a run the teacher and the general images that the defense declares to use, unless it has them."""
+    used = defense.used(defense.parameters)
+    if "teacher" in used and run.teacher is None:
+        run.teacher = setting.model()
+    if "pairs" in used and run.pairs is None:
+        run.pairs = setting.pairs()
 
 
 def prepare(defense: Defense, setting: Setting, seed: int | None = 1) -> Mapping[str, Tensor]:

@@ -28,8 +28,8 @@ class Passes:
 
 
 @contextlib.contextmanager
-def counted(model: DiffusionModel) -> Iterator[Passes]:
-    """Yield the count of UNet passes in the block."""
+def counted(*models: DiffusionModel | None) -> Iterator[Passes]:
+    """Yield the count of passes in the block through the UNets of these models; None is no model."""
     seen = Passes()
 
     def note(module: Any, given: Any, made: Any) -> None:
@@ -41,11 +41,12 @@ def counted(model: DiffusionModel) -> Iterator[Passes]:
     def back(gradient: Any) -> None:
         seen.backward += len(gradient)
 
-    hook = model.unet.register_forward_hook(note)
+    hooks = [model.unet.register_forward_hook(note) for model in models if model is not None]
     try:
         yield seen
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def require_counted(method: Any, ledger: Ledger, seen: Passes) -> None:

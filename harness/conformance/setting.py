@@ -1,4 +1,6 @@
-"""The setting for checking a property: a small model, three concepts with images, a folder for runs. Plain data."""
+"""The setting for checking a property: a small model, three concepts with images, general images with captions, and a
+folder for runs. Plain data.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ from harness.core.errors import UserMistake
 from harness.model.source import ModelSource
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from harness.contracts.method import Method
     from harness.model.pipeline import DiffusionModel
 
@@ -23,7 +27,27 @@ NAMES = ("purse", "lamp", "cat")
 CLASS_PROMPT = "an object"
 OWN, PRIOR = 4, 2
 """Number of images of each concept, and of its class."""
+GENERAL = "general"
+"""The folder of general images; there are as many as of a concept."""
 _global_seeds = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class GeneralImages:
+    """Images that name no concept, with captions: `harness.model.run.Pairs`."""
+
+    files: tuple[Path, ...]
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """One an image."""
+        return tuple(f"scene number {index}" for index in range(len(self.files)))
+
+    def image(self, index: int) -> Image:
+        """Return an image, RGB."""
+        from harness.core import pictures
+
+        return pictures.read([self.files[index]])[0]
 
 
 @dataclass(frozen=True)
@@ -38,8 +62,8 @@ class Setting:
     @classmethod
     def make(cls, source: ModelSource, folder: Path, plugins: tuple[str, ...] = ()) -> Setting:
         """Return a setting in an existing folder, with generated images: different noise for each concept."""
-        for number, name in enumerate((*NAMES, "class")):
-            _write_noise(folder / "images" / name, OWN if name in NAMES else PRIOR, seed=number)
+        for number, name in enumerate((*NAMES, "class", GENERAL)):
+            _write_noise(folder / "images" / name, PRIOR if name == "class" else OWN, seed=number)
         return cls(source, folder, None, plugins)
 
     def predicting(self, prediction: str) -> Setting:
@@ -47,12 +71,16 @@ class Setting:
         return replace(self, prediction=prediction)
 
     def images(self, name: str) -> tuple[Path, ...]:
-        """Return the images of a concept, or of "class"."""
+        """Return the images of a concept, of "class" or of GENERAL."""
         return tuple(sorted((self.folder / "images" / name).glob("*.png")))
 
     def prior_images(self, count: int) -> tuple[Path, ...]:
         """Return `count` images of the class, repeating the few different ones."""
         return tuple(itertools.islice(itertools.cycle(self.images("class")), count))
+
+    def pairs(self) -> GeneralImages:
+        """Return general images with captions."""
+        return GeneralImages(self.images(GENERAL))
 
     def model(self) -> DiffusionModel:
         """Return the released model, newly loaded, on the CPU.

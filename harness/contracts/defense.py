@@ -64,6 +64,8 @@ class Defense(Method):
     Beside those of the default, "teacher": the base model, whole and frozen, as `run.teacher`; "pairs": the task's
     general images with captions, as `run.pairs`.
     """
+    may_use: ClassVar[frozenset[str]] = uses | {"teacher", "pairs"}
+    """All entries that `uses` may have."""
     can_erase: ClassVar[bool] = False
     """Whether it removes the target from what the model draws, so that a task may name it under `erase`."""
     max_targets: ClassVar[int | None] = None

@@ -104,9 +104,9 @@ def register(kind: str) -> Callable[[MethodClass], MethodClass]:
         choice = ONE_OF.get(kind, ())
         if choice and all(getattr(cls, function) is getattr(base, function) for function in choice):
             raise BadMethod(f"{where}: a {kind} needs the function {' or '.join(map(repr, choice))}")
-        unknown = sorted(set(getattr(cls, "uses", ())) - set(getattr(base, "uses", ())))
+        unknown = sorted(set(getattr(cls, "uses", ())) - set(getattr(base, "may_use", ())))
         if unknown:
-            raise BadMethod(f"{where}: `uses` holds {unknown[0]!r}; known: {', '.join(sorted(base.uses))}")
+            raise BadMethod(f"{where}: `uses` holds {unknown[0]!r}; known: {', '.join(sorted(base.may_use))}")
         if not isinstance(cls.name, str) or not _NAME.fullmatch(cls.name):
             raise BadMethod(f"{where}: name {cls.name!r} must be lower-case letters, digits and '_', at most 40")
         if isinstance(cls.version, bool) or not isinstance(cls.version, int):

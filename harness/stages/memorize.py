@@ -172,16 +172,15 @@ class Mixture:
         """Return the examples of a step; all draws are made on the CPU and depend only on (seed, step)."""
         import torch
 
-        from harness.training.diffusion import Draw
+        from harness.training.diffusion import Draw, draw_noise
 
         first = step * self._size
         chosen = self._order[first : first + self._size]
         source = torch.Generator().manual_seed(self._run.seed_for("batch", step))
         encoded = [self._kept(pair) if pair < self._planted else self._encoded(pair) for pair in chosen]
         mean, deviation = (torch.stack(each) for each in zip(*encoded, strict=True))
-        shape, device = tuple(mean.shape), self._model.device
-        posterior, noise = torch.randn(shape, generator=source), torch.randn(shape, generator=source)
-        timesteps = torch.randint(self._timesteps, (len(chosen),), generator=source)
+        device = self._model.device
+        posterior, noise, timesteps = draw_noise(mean.shape, self._timesteps, source)
         latents = (mean + deviation * posterior.to(device)) * self._model.vae.config.scaling_factor
         captions = self._hooks.rewritten((self._captions[pair] for pair in chosen), self._run.seed, first)
         embeddings = self._model.encode_text(captions).float()

@@ -109,6 +109,30 @@ class Draw:
         return Draw(*(getattr(self, f)[start:stop] for f in ("latents", "noise", "timesteps", "embeddings", "chosen")))
 
 
+def shuffled(count: int, batch_size: int, *, seed: int, step: int) -> list[int]:
+    """Return the indices of a step's batch among `count`, in epochs that are shuffled by the seed alone."""
+    from harness.core.seeds import mix
+
+    indices = []
+    orders: dict[int, list[int]] = {}
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, count)
+        if epoch not in orders:
+            order = torch.Generator().manual_seed(mix(seed, "epoch", epoch))
+            orders[epoch] = torch.randperm(count, generator=order).tolist()
+        indices.append(orders[epoch][place])
+    return indices
+
+
+def draw_noise(shape: Sequence[int], timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noise of the posterior [batch, channels, height, width], noise of the schedule, and timesteps [batch].
+
+    `shape`: that of the latents; all are on the CPU.
+    """
+    posterior, noise = torch.randn(tuple(shape), generator=generator), torch.randn(tuple(shape), generator=generator)
+    return posterior, noise, torch.randint(timesteps, (shape[0],), generator=generator)
+
+
 def draw(encoded: EncodedImages, batch_size: int, timesteps: int, *, seed: int, step: int, device) -> Draw:
     """Draw a batch that depends only on (seed, step).
 
@@ -118,21 +142,10 @@ def draw(encoded: EncodedImages, batch_size: int, timesteps: int, *, seed: int, 
     from harness.core.seeds import mix
 
     generator = torch.Generator().manual_seed(mix(seed, "batch", step))
-    count = len(encoded)
-    indices = []
-    orders: dict[int, list[int]] = {}
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, count)
-        if epoch not in orders:
-            order = torch.Generator().manual_seed(mix(seed, "epoch", epoch))
-            orders[epoch] = torch.randperm(count, generator=order).tolist()
-        indices.append(orders[epoch][place])
+    indices = shuffled(len(encoded), batch_size, seed=seed, step=step)
     chosen = torch.tensor(indices)
     flips = torch.randint(encoded.mean.shape[0], (batch_size,), generator=generator)
-    shape = (batch_size, *encoded.mean.shape[2:])
-    posterior_noise = torch.randn(shape, generator=generator)
-    noise = torch.randn(shape, generator=generator)
-    steps = torch.randint(timesteps, (batch_size,), generator=generator)
+    posterior_noise, noise, steps = draw_noise((batch_size, *encoded.mean.shape[2:]), timesteps, generator)
     where = encoded.mean.device
     chosen, flips = chosen.to(where), flips.to(where)
     latents = encoded.mean[flips, chosen] + encoded.deviation[flips, chosen] * posterior_noise.to(where)
@@ -211,13 +224,26 @@ def denoising_loss(
     Each process takes an equal share of the batch, and the mean over processes of the parts' sums is the result.
     Raises ValueError if the number of processes does not divide the batch.
     """
-    share, rest = divmod(len(batch), run.world.size)
+    own = own_share(len(batch), run)
+    rows = micro_batches(batch.rows(own.start, own.stop), run)
+    return [LossPart(model, run, scheduler, part, weight / len(own), text, weigh) for part in rows]
+
+
+def own_share(batch_size: int, run: Run) -> range:
+    """Return the places in a global batch that this process takes: an equal share.
+
+    Raises ValueError if the number of processes does not divide the batch.
+    """
+    share, rest = divmod(batch_size, run.world.size)
     if rest or not share:
-        raise ValueError(f"{run.world.size} processes do not divide a global batch of {len(batch)}")
-    first = run.world.rank * share
-    size = run.sharding.micro_batch_size or share
-    rows = [batch.rows(start, min(start + size, first + share)) for start in range(first, first + share, size)]
-    return [LossPart(model, run, scheduler, part, weight / share, text, weigh) for part in rows]
+        raise ValueError(f"{run.world.size} processes do not divide a global batch of {batch_size}")
+    return range(run.world.rank * share, (run.world.rank + 1) * share)
+
+
+def micro_batches(batch: Draw, run: Run) -> list[Draw]:
+    """Return the share of a process in parts whose graphs are in memory one at a time."""
+    size = run.sharding.micro_batch_size or len(batch)
+    return [batch.rows(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
 
 
 def are_rejected(parts: Sequence[LossPart]) -> bool:

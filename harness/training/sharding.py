@@ -68,6 +68,25 @@ def spread(
     return ZeroWeights(model, parameters, levels, run)
 
 
+def partition_frozen(model: DiffusionModel, run: Run) -> None:
+    """Partition the UNet of a model that is not trained, such as a teacher: under ZeRO 3 only, as what is trained.
+
+    The model cannot be restored afterwards: the next stage loads it again.
+    """
+    spread = run.sharding
+    if not spread.needs_deepspeed or spread.zero_stage < 3:
+        return
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    model.use_up(())
+    chosen = configuration(spread)
+    chosen["zero_optimization"].pop("offload_optimizer", None)  # there is none
+    model.engine, *_ = deepspeed.initialize(
+        model=_Autocast(model.unet, run), config=chosen, dist_init_required=False
+    )
+
+
 def no_levels(names: Sequence[str]) -> dict[str, Level]:
     """Return a level for weights that a method updates itself, so that they are spread and get gradients.
 
@@ -337,7 +356,7 @@ class ZeroWeights:
 
     # -- steps -------------------------------------------------------------------------------------------
 
-    def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
+    def step(self, level: str, gradient: Mapping[str, Tensor], rate: float = 1.0) -> None:
         """Take one step of a level with DeepSpeed's optimizer, on the pieces that it owns."""
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
@@ -355,7 +374,7 @@ class ZeroWeights:
                 safe_set_full_grad(parameter, value)
             else:
                 parameter.grad = value.clone()
-        self._optimizer.level = level
+        self._optimizer.level, self._optimizer.rate = level, rate
         if self.stage > 0:
             self.engine.optimizer.step()
         else:

@@ -98,8 +98,11 @@ class Weights(Protocol):
     def multiply(self, values: Mapping[str, Tensor], matrix: Tensor) -> Vector:
         """Return the product of each weight-shaped value [out, in] and a matrix [in, in]; `values` may be empty."""
 
-    def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
-        """Clip the gradient by the level's `clip_norm` and step its optimizer; only this level's weights change."""
+    def step(self, level: str, gradient: Mapping[str, Tensor], rate: float = 1.0) -> None:
+        """Clip the gradient by the level's `clip_norm` and step its optimizer; only this level's weights change.
+
+        `rate`: factor of the level's learning rate in this step, for a schedule.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """Return everything needed to resume; every process calls it, and the first one's result counts.
@@ -162,11 +165,13 @@ class LevelAdamW(torch.optim.AdamW):
 
     Each group has `levels`, the names of the levels that train it. `step` updates only the groups of the current
     `level`, so two levels may train the same weight, and DeepSpeed, which supports one optimizer, can own all groups.
+    `rate` is the factor of the level's learning rate in this step.
     """
 
     def __init__(self, groups: Sequence[Mapping], levels: Mapping[str, Level]):
         super().__init__([dict(g) for g in groups], betas=(0.9, 0.999), eps=1e-8)
         self.level: str | None = None
+        self.rate = 1.0
         self._levels = dict(levels)
         self.slots: dict[str, defaultdict] = {name: defaultdict(dict) for name in levels}
 
@@ -178,14 +183,13 @@ class LevelAdamW(torch.optim.AdamW):
         if level.momentum is not None:
             self._descend(level)
             return
-        rates = {"lr": level.learning_rate, "weight_decay": level.weight_decay}
+        rates = {"lr": self.rate * level.learning_rate, "weight_decay": level.weight_decay}
         try:
             self.param_groups = [{**g, **rates} for g in groups if self.level in g["levels"]]
             self.state = self.slots[self.level]
             super().step(closure)
         finally:
             self.param_groups, self.state = groups, state
-
 
     def _descend(self, level: Level) -> None:
         """Take a step of SGD as torch does, but with AdamW's weight decay; without momentum it keeps no state."""
@@ -199,8 +203,16 @@ class LevelAdamW(torch.optim.AdamW):
                     if "momentum" not in slot:
                         slot["momentum"] = torch.zeros_like(weight)
                     along = slot["momentum"].mul_(level.momentum).add_(weight.grad)
-                weight.mul_(1 - level.learning_rate * level.weight_decay)
-                weight.add_(along, alpha=-level.learning_rate)
+                weight.mul_(1 - self.rate * level.learning_rate * level.weight_decay)
+                weight.add_(along, alpha=-self.rate * level.learning_rate)
+
+
+def warmed(step: int, warmup_steps: int) -> float:
+    """Return the factor of a constant rate at a level's own step, counted from 0: linear over the warm-up, then 1.
+
+    The first step has rate 0, as with diffusers' `constant_with_warmup`: it fills the moments only.
+    """
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
 def grouped(levels: Mapping[str, Level]) -> list[tuple[frozenset[str], list[str]]]:
@@ -384,14 +396,14 @@ class LocalWeights:
         """Return value @ matrix for each value."""
         return {name: value @ matrix.to(value) for name, value in values.items()}
 
-    def step(self, level: str, gradient: Mapping[str, Tensor]) -> None:
+    def step(self, level: str, gradient: Mapping[str, Tensor], rate: float = 1.0) -> None:
         """Take one step of a level."""
         chosen = self.levels[level]
         for name in chosen.names:
             self.parameters[name].grad = gradient[name].to(self.parameters[name])
         if chosen.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_([self.parameters[n] for n in chosen.names], chosen.clip_norm)
-        self._optimizer.level = level
+        self._optimizer.level, self._optimizer.rate = level, rate
         self._optimizer.step()
         for name in chosen.names:
             self.parameters[name].grad = None

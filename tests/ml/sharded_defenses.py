@@ -19,6 +19,7 @@ from attacks.full_finetune import FullFinetune
 from defenses import joint, mima
 from defenses.freezing import freezeasguard
 from defenses.mitigation.noise_norm_filter import DropLargeNorms
+from defenses.pruning.bilevel import BilevelSuppress
 from harness.contracts.attack import AttackedConcept, Budget
 from harness.contracts.defense import ProtectedConcept
 from harness.contracts.hooks import AdaptationHook, HookSpec
@@ -29,6 +30,7 @@ from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run, World
 from harness.model.source import resolve_model
 from harness.suite.spec import ModelSpec
+from tests.ml import students
 
 COMMON = {"batch_size": 2, "upper_learning_rate": 1e-3}
 MIMA = {**COMMON, "rounds": 20, "lower_learning_rate": 0.5, "ridge": 1e-3}
@@ -48,6 +50,14 @@ MASKS = {
     }
     for profile in ("paper", "released")
 }  # fmt: skip
+STUDENTS = {
+    profile: {
+        "profile": profile, "steps": 6, "lower_steps": 2, "batch_size": 4, "warmup_steps": 1,
+        "lower_learning_rate": 1e-3, "upper_learning_rate": 1e-3,
+    }
+    for profile in ("released", "paper")
+}  # fmt: skip
+STUDENT_STAGES = ("zero2", "zero3")
 STAGES = {"zero0": Sharding(2), "zero1": Sharding(2, 1), "zero2": Sharding(2, 2), "zero3": Sharding(2, 3)}
 OFFLOADED = {"zero2_offload": Sharding(2, 2, "cpu"), "zero3_offload": Sharding(2, 3, "cpu")}
 
@@ -99,6 +109,20 @@ def masks(folder: Path, label: str, settings: Sharding, world: World) -> None:
         columns["frozen"] = torch.tensor([name in protection.frozen for name in protection.details])
         if world.rank == 0:
             _keep(folder, f"{label}.mask_{profile}", columns)
+
+
+def fine_tuned_students(folder: Path, label: str, settings: Sharding, world: World) -> None:
+    """Fine-tune a student beside its teacher, and keep its weights and what is held of the teacher's."""
+    files = tuple(sorted((folder / "purse").glob("*.png")))
+    for profile, changes in STUDENTS.items():
+        run = students.lent(_run(folder, f"{label}.student_{profile}", settings, world), _source(folder), files)
+        model = students.student_of(_source(folder))
+        defense = BilevelSuppress(dataclasses.replace(BilevelSuppress.Parameters(), **changes))
+        tensors = defense.protect(model, students.concepts(folder), [], run).tensors
+        if world.rank == 0:
+            _keep(folder, f"{label}.student_{profile}", tensors)
+            kept = {"numbers": run.ledger.numbers, "teacher": sum(p.numel() for p in run.teacher.unet.parameters())}
+            (folder / f"{label}.student_{profile}.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
 def fine_tuned(folder: Path, label: str, settings: Sharding, world: World) -> None:
@@ -219,6 +243,7 @@ def main(folder: Path) -> None:
         fine_tuned(folder, "alone", Sharding(), World())
         rejected(folder, "alone", Sharding(), World())
         filtered(folder, "alone", Sharding(), World())
+        fine_tuned_students(folder, "alone", Sharding(), World())
         for name, (cls, changes) in [*CASES.items(), EXACT, FIRST_ORDER]:
             _keep(folder, f"alone.{name}", released(folder, cls, changes, _run(folder, name, Sharding(), World()))[0])
         return
@@ -237,6 +262,8 @@ def main(folder: Path) -> None:
                 masks(folder, label, settings, world)
                 rejected(folder, label, settings, world)
                 filtered(folder, label, settings, world)
+            if label in STUDENT_STAGES:
+                fine_tuned_students(folder, label, settings, world)
         fine_tuned(folder, "zero2", STAGES["zero2"], world)
         (folder / f"bytes{world.rank}.json").write_text(json.dumps(held), encoding="utf-8")
         world.wait()

@@ -8,12 +8,13 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.esd import Esd, Parameters, _Fresh, _Pool, negated, trained_names
+from defenses.esd import Esd, Parameters, _Fresh, _Pool, trained_names
 from harness.contracts.defense import ProtectedConcept
 from harness.core import parameters
 from harness.model.pipeline import DiffusionModel
 from harness.model.source import resolve_model
 from harness.suite.spec import ModelSpec
+from harness.training.suppression import negated
 from tests import tiny
 
 SMALL = {"iterations": 6, "learning_rate": 1e-3, "sampling_steps": 5, "pool": 4, "batch_size": 2}
