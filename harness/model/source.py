@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.core import digests
 from harness.core.errors import UserMistake, one_line
-from harness.core.fetched import Fetched
+from harness.core.fetched import Fetched, snapshot
 from harness.core.paths import path_from
 from harness.model import model_files
 from harness.model.model_files import COMPONENTS
@@ -98,6 +99,13 @@ def has_sd1_shape(source: ModelSource) -> bool:
         return all(config[name] == value for name, value in _SD1_UNET.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def unet_config(source: ModelSource) -> dict[str, Any] | None:
+    """Return the configuration of a model's UNet; None where this machine does not have it yet."""
+    is_hub = source.identity["source"] == "hub"
+    folder = snapshot(source.location, source.revision) if is_hub else Path(source.location)
+    return None if folder is None else model_files.read(folder / "unet" / "config.json")
 
 
 def fetches(source: ModelSource) -> list[Fetched]:

@@ -9,7 +9,7 @@ distills only: the control. Three parts, each with its rows:
     grid      targets, innocents and utility concepts before any attack, and, if the suite has attacks, after them; the
               control takes the place of the undefended model, so gaps are what a recipe adds to distilling
 
-The base model (`original`) and the pruned student before any training (`pruned`) are rows of the first two parts, and
+The base model (`unpruned`) and the pruned student before any training (`pruned`) are rows of the first two parts, and
 of the grid before any attack.
 
 Differences from the released evaluation (rezashkv/unlearn-ft): each image has a seed, each caption one image; students
@@ -19,7 +19,7 @@ are compared with real works, not with the distilled model's own images; every r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts.state import ModelState
@@ -29,7 +29,7 @@ from harness.core import registry, seeds
 from harness.core.registry import register
 from harness.plan.builder import Builder, Metric
 from harness.stages.originals import OriginalsParameters
-from harness.stages.prune import PruneParameters
+from harness.stages.prune import STUDENT, PruneParameters
 from harness.stages.replay import ReplayParameters
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.suite.pairs import Pairs
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 GENERAL, WORKS, GRID = "general", "works", "grid"
 """The parts, as the column `part` of the rows names them."""
-ORIGINAL, PRUNED = "original", "pruned"
+UNPRUNED, PRUNED = "unpruned", "pruned"
 """Labels of the base model, and of the student before any training."""
 
 
@@ -119,7 +119,7 @@ class _Plan:
             yield grid.floor(name, targets[0])
         student = self._student()
         for seed in build.suite.seeds:
-            untrained = [(ORIGINAL, ModelState()), (PRUNED, student)]
+            untrained = [(UNPRUNED, ModelState()), (PRUNED, student)]
             for label, state in untrained:
                 model = Released(label, label, "", seed, state, f"{label}, seed {seed}")
                 yield from self._before(grid, model, [*roles, *utility])
@@ -146,11 +146,11 @@ class _Plan:
         data: dict[str, str] = {}
         local: dict[str, Any] = {}
         if own.folder is not None:
-            found = build.loaded.found[self.name, "student"]
-            data, local = {"student": found.digest}, {"student": str(found.folder)}
+            found = self.found.student
+            data, local = {STUDENT: found.digest}, {STUDENT: str(found.folder)}
         called = f"to {own.keep:g} of its work" if own.keep is not None else "by a given folder"
         key = build.stage(
-            "prune", PruneParameters(keep=own.keep), inputs={}, data=data, local=local,
+            "prune", PruneParameters(own.keep, tuple(own.drop) or None), inputs={}, data=data, local=local,
             label=f"prune the model {called}",
         )
         build.unit(build.plan.stages[key].label, [key])
@@ -161,14 +161,14 @@ class _Plan:
     ) -> Released:
         """Add the stages of a recipe under one seed."""
         state, values = student, None
-        for step, spec in enumerate(recipe.steps):
-            path = ("tasks", self.name, "recipes", str(index), "steps", str(step))
+        for step, spec in enumerate(recipe.chain):
+            path = ("tasks", self.name, "recipes", str(index), "chain", str(step))
             values = self.build.loaded.parameters[path]
             kind = "erase" if step else "distill"
             defense = registry.get("defense", spec.method)(values)
             key = self.build.release(kind, defense, spec.name, targets, (), seed, state, self.found.trained)
             state = state.over(kind, key)
-        last = recipe.steps[-1]
+        last = recipe.chain[-1]
         return Released(
             defense=recipe.name,
             # leaderboards compare with the model whose method is none
@@ -200,7 +200,9 @@ class _Plan:
         text = f"general captions ({model.label})"
         replay = build.stage(
             "replay",
-            ReplayParameters(own.captions, build.sampling.alone, "per_prompt", "epsilon"),
+            ReplayParameters(
+                own.captions, replace(build.sampling, images_per_prompt=1), "per_prompt", "epsilon"
+            ),
             inputs=model.state.inputs(),
             seed=seeds.derive("sampling", model.seed, GENERAL),  # without the model: all meet the same starting noise
             label=f"draw {text}",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from harness.core import registry
 from harness.core.errors import UserMistake, one_line
 from harness.suite.checks import asked, twice
 from harness.suite.loaded import LoadedSuite, Mistake
-from harness.tasks import image_sets, immunization_checks, pruning_data
+from harness.tasks import image_sets, immunization_checks, pruning_data, pruning_student
 from harness.tasks.pruning_data import General
 from harness.tasks.pruning_form import PruningSpec
 
 Entries = Mapping[str, PruningSpec]
-RESERVED = ("original", "pruned")
+RESERVED = ("unpruned", "pruned")
 """Labels of rows that are always there: the base model, and the student before any training."""
 
 
@@ -41,8 +42,8 @@ def _recipes(loaded: LoadedSuite, name: str, spec: PruningSpec) -> Iterator[Mist
     for index, recipe in enumerate(spec.recipes):
         if recipe.name in RESERVED:
             yield ("tasks", name, "recipes", index), f"'{recipe.name}' is the label of a row that is always there"
-        for step, method in enumerate(recipe.steps):
-            where = ("tasks", name, "recipes", index, "steps", step)
+        for step, method in enumerate(recipe.chain):
+            where = ("tasks", name, "recipes", index, "chain", step)
             values = loaded.parameters.get(tuple(map(str, where)))
             if values is None:  # its own mistakes are reported
                 continue
@@ -87,13 +88,19 @@ def after_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     for name, spec in entries.items():
         if loaded.suite.model is None or not set(spec.flat_targets()) <= loaded.concepts.keys():
             continue
+        student = None
+        try:
+            student, said = pruning_student.read(loaded, name, spec)
+            loaded.notices += said
+        except UserMistake as mistake:
+            messages += mistake.messages
         try:
             found = pruning_data.read(loaded, name, spec)
         except UserMistake as mistake:
             messages += mistake.messages
             continue
         loaded.notices += found.notices
-        loaded.found[name] = found
+        loaded.found[name] = replace(found, student=student)
         mistakes += _scored(loaded, name, spec, found)
     if messages:
         raise UserMistake(messages)

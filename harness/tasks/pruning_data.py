@@ -13,6 +13,7 @@ from harness.suite import pairs
 from harness.suite.loaded import LoadedSuite
 from harness.suite.pairs import Pairs
 from harness.tasks.pruning_form import PruningSpec
+from harness.tasks.pruning_student import Student
 
 LEAST = 8
 """General images that are trained on, at least."""
@@ -28,6 +29,8 @@ class General:
     works: Mapping[str, Pairs] = field(default_factory=dict)
     """Real works of targets of the testbed's catalog, by target."""
     notices: tuple[str, ...] = ()
+    student: Student | None = None
+    """The student, if it is in a folder."""
 
 
 def read(loaded: LoadedSuite, name: str, spec: PruningSpec) -> General:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from harness.model.unet_plan import DROPS
 from harness.suite.spec import ConceptName, Count, Label, Location, MethodSpec, Strict, TaskSpec
 from harness.tasks.immunization_form import ProtectedSet
 
@@ -19,6 +20,8 @@ class StudentSpec(Strict):
 
     keep: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the base UNet's multiply-accumulates that stays."""
+    drop: list[Literal[DROPS]] = []
+    """What is dropped whole in any case, before widths shrink: `harness.model.unet_plan.DROPS`."""
     folder: Location | None = None
     """A UNet as diffusers saves it, such as a published BK-SDM: `config.json` and safetensors, or a folder `unet` with
     them."""
@@ -27,6 +30,8 @@ class StudentSpec(Strict):
     def _one_source(self) -> StudentSpec:
         if (self.keep is None) == (self.folder is None):
             raise ValueError("give either 'keep' (a share of the base UNet's work) or 'folder' (a student that exists)")
+        if self.drop and self.keep is None:
+            raise ValueError("'drop' belongs to 'keep': a student in a folder is taken as it is")
         return self
 
 
@@ -45,9 +50,9 @@ class GeneralSpec(Strict):
 def _named(value: Any) -> Any:
     """Accept one method in place of a recipe of one step."""
     if isinstance(value, str):
-        return {"name": value, "steps": [value]}
-    if isinstance(value, dict) and "steps" not in value and "method" in value:
-        return {"name": value.get("name", value["method"]), "steps": [value]}
+        return {"name": value, "chain": [value]}
+    if isinstance(value, dict) and "chain" not in value and "method" in value:
+        return {"name": value.get("name", value["method"]), "chain": [value]}
     return value
 
 
@@ -55,12 +60,12 @@ class RecipeSpec(Strict):
     """How a student is fine-tuned: methods one after the other, the first of which trains the pruned student."""
 
     name: Label
-    steps: Annotated[list[MethodSpec], Field(min_length=1, max_length=2)]
+    chain: Annotated[list[MethodSpec], Field(min_length=1, max_length=2)]
 
     @property
     def is_control(self) -> bool:
         """Whether it distills only."""
-        return [step.method for step in self.steps] == [CONTROL]
+        return [step.method for step in self.chain] == [CONTROL]
 
 
 Recipe = Annotated[RecipeSpec, BeforeValidator(_named)]
@@ -122,8 +127,8 @@ class PruningSpec(TaskSpec):
 
     def _methods(self) -> Iterator[tuple[tuple[str | int, ...], str, MethodSpec]]:
         for index, recipe in enumerate(self.recipes):
-            for step, spec in enumerate(recipe.steps):
-                yield ("recipes", index, "steps", step), "defense", spec
+            for step, spec in enumerate(recipe.chain):
+                yield ("recipes", index, "chain", step), "defense", spec
         for name in ("alignment", "works"):
             if getattr(self, name) is not None:
                 yield (name,), "metric", getattr(self, name)

@@ -6,9 +6,10 @@ The registry imports this module with the tasks, so numpy is imported inside fun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from harness.tasks.pruning_columns import COST, MEASURES
+from harness.tasks.pruning_columns import ATTACKED, COST, MEASURES, SOON
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Line = dict[str, Any]
 CP = "cp"
 """The share of a target's prompts that fit the model's image less than the base model's, with the same seed."""
-ORIGINAL, PRUNED = "original", "pruned"
+UNPRUNED, PRUNED = "unpruned", "pruned"
 LESS_IS_WANTED = frozenset({"target", "works"})
 """Measures in which a recipe should be far from the concept."""
 
@@ -32,7 +33,7 @@ def of(rows: DataFrame) -> list[Line]:
     and seed; p-values are corrected over the recipes of one task, set, measure and metric (Holm).
     """
     own = rows[(rows["attack"] == "") & ~rows["role"].isin(("real", "floor"))]
-    own = own.assign(measure=own["role"].where(own["part"] != "works", "works"))
+    own = own.assign(measure=own["role"].astype(str).where(own["part"] != "works", "works"))
     lines = []
     for (task, protected, measure, metric), group in own.groupby(
         ["task", "protected", "measure", "metric"], sort=False, observed=True
@@ -42,9 +43,9 @@ def of(rows: DataFrame) -> list[Line]:
         first = {label: part.iloc[0] for label, part in group.groupby("defense", sort=False, observed=True)}
         direction = str(group["direction"].iloc[0])
         lines += _compared(about, direction, by_model, first)
-        if measure == "target" and group["text_metric"].iloc[0] == metric and ORIGINAL in by_model:
-            beaten = {label: _fits_less(cells, by_model[ORIGINAL]) for label, cells in by_model.items()}
-            known = {label: cells for label, cells in beaten.items() if cells and label != ORIGINAL}
+        if measure == "target" and group["text_metric"].iloc[0] == metric and UNPRUNED in by_model:
+            beaten = {label: _fits_less(cells, by_model[UNPRUNED]) for label, cells in by_model.items()}
+            known = {label: cells for label, cells in beaten.items() if cells and label != UNPRUNED}
             lines += _compared({**about, "metric": CP}, "lower", known, first)
     return lines
 
@@ -94,7 +95,7 @@ def _compared(
                 [cells, by_model[control]], lambda means: (means[:, :, 0] - means[:, :, 1]).mean(axis=(1, 2))
             )
             line |= _interval("difference", estimate)
-            if label not in (ORIGINAL, PRUNED) and estimate is not None:
+            if label not in (UNPRUNED, PRUNED) and estimate is not None:
                 tested.append((line, estimate.p_value()))
         lines.append(line)
     for (line, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
@@ -125,6 +126,99 @@ def _interval(name: str, of: statistics.Estimate | None) -> Line:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
     low, high = of.interval()
     return {name: of.value, f"{name}_low": low, f"{name}_high": high}
+
+
+# -- attacks -----------------------------------------------------------------------------------------------------------
+
+AFTER, BEFORE, CONTROL_AFTER, CONTROL_BEFORE = range(4)
+
+
+def attacks(rows: DataFrame) -> list[Line]:
+    """Return a line for each task, set of targets, attack, metric, step and recipe, by the targets' rows.
+
+    `regained` is the share of what the recipe suppressed that the attack brings back: (after - before) / (control
+    before - before). `difference` is after less the control after, both paired by concept, prompt and seed.
+    """
+    from harness.analysis.statistics import holm
+
+    grid = rows[(rows["part"] == "grid") & (rows["role"] == "target") & ~rows["defense"].isin((UNPRUNED, PRUNED))]
+    lines = []
+    for (task, protected, metric), group in grid.groupby(["task", "protected", "metric"], sort=False, observed=True):
+        first = {label: part.iloc[0] for label, part in group.groupby("defense", sort=False, observed=True)}
+        control = next((label for label in first if first[label]["method"] == "none"), None)
+        before = _by_model(group[group["attack"] == ""])
+        attacked = group[group["attack"] != ""]
+        for (attack, attacker, step), own in attacked.groupby(["attack", "attacker", "step"], sort=False, observed=True):
+            after = _by_model(own)
+            tested = []
+            for label, cells in after.items():
+                line = dict.fromkeys(ATTACKED) | {
+                    "task": task, "targets": protected, "attack": attack, "attacker": attacker, "metric": metric,
+                    "direction": str(group["direction"].iloc[0]), "step": int(step), "recipe": label,
+                    "method": "distill" if label == control else str(first[label]["method"]),
+                    "n_concepts": len(cells), "n_seeds": min(len(seeds) for seeds, _ in cells.values()),
+                }  # fmt: skip
+                lines.append(line)
+                if label not in before or control not in before or control not in after:
+                    continue
+                models = [cells, before[label], after[control], before[control]]
+                for name, place in (("after", AFTER), ("before", BEFORE)):
+                    line |= _interval(name, _estimated(models, partial(_mean_of, place)))
+                line["control_after"] = _value(_estimated(models, partial(_mean_of, CONTROL_AFTER)))
+                line["control_before"] = _value(_estimated(models, partial(_mean_of, CONTROL_BEFORE)))
+                if label == control:
+                    continue
+                difference = _estimated(models, partial(_gap, AFTER, CONTROL_AFTER))
+                line |= _interval("difference", difference)
+                suppressed = _estimated(models, partial(_gap, CONTROL_BEFORE, BEFORE))
+                line |= _interval("suppressed", suppressed)
+                if suppressed is not None and _excludes_zero(suppressed):
+                    line |= _interval("regained", _estimated(models, _regained))
+                tested.append((line, None if difference is None else difference.p_value()))
+            for (line, _), p_value in zip(tested, holm([p_value for _, p_value in tested]), strict=True):
+                line["p"] = p_value
+    return lines
+
+
+def _by_model(rows: DataFrame) -> dict[str, dict[str, tuple]]:
+    return {str(label): _cells(part) for label, part in rows.groupby("defense", sort=False, observed=True)}
+
+
+def _mean_of(place: int, means: np.ndarray) -> np.ndarray:
+    return means[:, :, place].mean(axis=(1, 2))
+
+
+def _gap(first: int, second: int, means: np.ndarray) -> np.ndarray:
+    return _mean_of(first, means) - _mean_of(second, means)
+
+
+def _regained(means: np.ndarray) -> np.ndarray:
+    return _gap(AFTER, BEFORE, means) / _gap(CONTROL_BEFORE, BEFORE, means)
+
+
+def _value(of: statistics.Estimate | None) -> float | None:
+    return None if of is None else of.value
+
+
+def _excludes_zero(of: statistics.Estimate) -> bool:
+    """Return whether a difference is there: with one seed, which allows no claim, whether it is not zero."""
+    low, high = of.interval()
+    return of.value != 0 if low is None else low > 0 or high < 0
+
+
+def soon(lines: Sequence[Line]) -> list[Line]:
+    """Return, for each attack and recipe that suppressed, the first step read at which half and 90 % are regained."""
+    made: dict[tuple, Line] = {}
+    for line in lines:
+        if line["regained"] is None:
+            continue
+        place = tuple(line[name] for name in ("task", "targets", "attack", "attacker", "metric", "recipe"))
+        own = made.setdefault(place, dict.fromkeys(SOON) | dict(zip(SOON, place, strict=False)))
+        own["last_step"] = max(own["last_step"] or 0, line["step"])
+        for name, share in (("half_step", 0.5), ("most_step", 0.9)):
+            if line["regained"] >= share and (own[name] is None or line["step"] < own[name]):
+                own[name] = line["step"]
+    return list(made.values())
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

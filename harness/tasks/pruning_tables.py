@@ -26,8 +26,9 @@ SUPPRESSION_NOTES = (
     "CP score has its own distilled model as reference: ours differs). general: held-out captions that name no target.",
 )
 ATTACK_NOTES = (
-    "none: the control, distilled only; sgr: how far below it an attack's images stay, in %, and its interval. "
-    "recovery: the attack's gain over the control's. One line for the last step of each attack.",
+    "Similarity to the targets after an attack. difference: to the control after the same attack, with its 95 % interval; "
+    "*: not explained by chance (paired tests, corrected over recipes by Holm). regained: the share of what a recipe "
+    "suppressed, against the control, that the attack brings back; empty where nothing is shown to be suppressed.",
 )
 
 
@@ -43,23 +44,19 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
     yield Figure("suppression_sheet", partial(figures.sheet, run, rows))
     grid = rows[rows["part"] == "grid"]
     if (grid["attack"] != "").any():
-        yield from _attacked(run, grid)
+        yield from _attacked(rows)
 
 
-def _attacked(run: MeasuredRun, grid: DataFrame) -> Iterator[Table | Figure]:
-    """Yield the tables of the attack grid: the control is what gaps are measured against."""
-    from harness.analysis.claims import claims
-    from harness.analysis.curves import COLUMNS as CURVE_COLUMNS
-    from harness.analysis.curves import curves
-    from harness.analysis.leaderboard import COLUMNS, leaderboard
+def _attacked(rows: DataFrame) -> Iterator[Table | Figure]:
+    """Yield the tables of what attacks bring back, and the curves."""
     from harness.analysis.measurements import Measurements
     from harness.results.figures import recovery_curves
 
-    measured = Measurements(grid)
-    found = claims(measured, leaderboard(measured, run.gates))
-    yield Table("student_attacks", COLUMNS, found.lines, [_attacks(found.lines)])
-    yield Table("student_curves", CURVE_COLUMNS, curves(measured))
-    yield Figure("student_recovery", partial(recovery_curves, measured, role="target"))
+    lines = lines_of.attacks(rows)
+    soon = lines_of.soon(lines)
+    yield Table("student_attacks", columns.ATTACKED, lines, [_attacks(lines)])
+    yield Table("student_recovery", columns.SOON, soon, [_soon(soon)] if soon else [])
+    yield Figure("student_curves", partial(recovery_curves, Measurements(rows[rows["part"] == "grid"]), role="target"))
 
 
 def _tasks(lines: Sequence[Line]) -> list[tuple[str, str]]:
@@ -121,31 +118,53 @@ def _count(value: float | None) -> str:
 
 
 def _attacks(lines: Sequence[Line]) -> Section:
-    last = {}
-    for line in lines:
-        place = line["task"], line["attack"], line["attacker"], line["metric"]
-        last[place] = max(line["step"], last.get(place, 0))
     headers = (
-        "task", "attack", "metric", "step", "recipe", "before", "after", "control after", "sgr", "recovery", "valid",
+        "task", "targets", "attack", "metric", "step", "recipe", "before", "after", "control after", "difference",
+        "regained %",
     )  # fmt: skip
     rows = [
         [
-            line["task"], line["attack"], line["metric"], str(line["step"]), line["defense"],
-            *(_plain(line[name]) for name in ("target_before", "target_defended", "target_none")), _sgr(line),
-            _plain(line["recovery"]), "yes" if line["valid"] else f"no: {line['reason']}",
+            line["task"], line["targets"], _called(line), line["metric"], str(line["step"]), line["recipe"],
+            *(_plain(line[name]) for name in ("before", "after", "control_after")), _difference(line), _share(line),
         ]
         for line in lines
-        if line["step"] == last[line["task"], line["attack"], line["attacker"], line["metric"]]
     ]  # fmt: skip
-    return Section(ATTACKS, (), headers, rows, "lllrlrrrrrl", ATTACK_NOTES)
+    return Section(ATTACKS, (), headers, rows, "llllrlrrrrr", ATTACK_NOTES)
 
 
-def _sgr(line: Line) -> str:
-    if line["sgr"] is None:
+def _called(line: Line) -> str:
+    return line["attack"] if line["attacker"] == "honest" else f"{line['attack']} ({line['attacker']})"
+
+
+def _difference(line: Line) -> str:
+    if line["difference"] is None:
         return "–"
-    low, high = line["sgr_low"], line["sgr_high"]
-    bounds = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * line['sgr']:.1f}{bounds}"
+    bounds = ""
+    if line["difference_low"] is not None:
+        bounds = f" [{line['difference_low']:.3f}, {line['difference_high']:.3f}]"
+    sure = "*" if line["p"] is not None and line["p"] < 0.05 else ""
+    return f"{line['difference']:+.3f}{bounds}{sure}"
+
+
+def _share(line: Line) -> str:
+    if line["regained"] is None:
+        return "–"
+    low, high = line["regained_low"], line["regained_high"]
+    return f"{100 * line['regained']:.0f}" + ("" if low is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
+
+
+def _soon(lines: Sequence[Line]) -> Section:
+    headers = ("task", "targets", "attack", "metric", "recipe", "half at step", "90 % at step")
+    rows = [
+        [
+            line["task"], line["targets"], _called(line), line["metric"], line["recipe"],
+            *(f"above {line['last_step']}" if line[name] is None else str(line[name])
+              for name in ("half_step", "most_step")),
+        ]
+        for line in lines
+    ]  # fmt: skip
+    note = ("The first step that was read at which an attack had brought back half, or 90 %, of what was suppressed.",)
+    return Section("How soon concepts come back", (), headers, rows, "lllllrr", note)
 
 
 def _plain(value: float | None) -> str:
