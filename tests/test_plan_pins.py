@@ -29,7 +29,7 @@ PINS = {
     "memorization_testbed": "87b23442e78264b431fcf0b466d5bcc1",  # 568 stages, 163 units, 222 trials
     "mima_full": "40f59568ba8900039d26f132a0cf92f6",  # 11062 stages, 3457 units, 3397 trials
     "mima_testbed": "cca95849054f0d82d588d081c8213f4d",  # 1321 stages, 337 units, 294 trials
-    "mitigations_testbed": "16b6af7f8c5ec3acebb55937c9c5772c",  # 256 stages, 67 units, 87 trials
+    "mitigations_testbed": "78f22984c32c4b5eaddf8e002ae2df01",  # 256 stages, 67 units, 87 trials
     "quickstart": "069d017e774b360e2055b6ee4f5dc242",  # 563 stages, 153 units, 128 trials
     "smoke": "551e31ae40204e65ed3ca60cdfbcdd4a",  # 137 stages, 44 units, 23 trials
 }

@@ -67,6 +67,7 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
             f"nothing to do: all {len(opened.plan.stages)} stages of '{opened.plan.suite}' are committed; "
             f"the tables are in {opened.folder}",
             highlight=False,
+            soft_wrap=True,
         )
         return ExitCode.DONE
     _require(opened, options)
@@ -129,6 +130,7 @@ def _walked(
         f"{opened.plan.suite}: {counted(walk.total, 'unit')} to do, {len(walk.cached)} done before; "
         f"results in {opened.folder}",
         highlight=False,
+        soft_wrap=True,  # a path in a pipe stays whole
     )
     started = time.monotonic()
     heartbeat.sweep(opened.folder)

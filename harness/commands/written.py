@@ -40,7 +40,7 @@ def show(opened: Opened, written: Written, console: Console) -> None:
     from harness.results import console as terminal
 
     terminal.show(written.shown, console, before_note="  ")
-    console.print(f"written: {opened.folder}/{written.files[0]} and more", highlight=False)
+    console.print(f"written: {opened.folder}/{written.files[0]} and more", highlight=False, soft_wrap=True)
 
 
 def write_resolved(opened: Opened) -> None:
