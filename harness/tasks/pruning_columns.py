@@ -11,8 +11,8 @@ COST = (
 ATTACKED = (
     "task", "targets", "attack", "attacker", "metric", "direction", "step", "recipe", "method", "n_concepts", "n_seeds",
     "before", "before_low", "before_high", "after", "after_low", "after_high", "control_before", "control_after",
-    "difference", "difference_low", "difference_high", "p", "suppressed", "suppressed_low", "suppressed_high", "regained",
-    "regained_low", "regained_high",
+    "difference", "difference_low", "difference_high", "p", "suppressed", "suppressed_low", "suppressed_high",
+    "regained", "regained_low", "regained_high",
 )  # fmt: skip
 SOON = (
     "task", "targets", "attack", "attacker", "metric", "recipe", "half_step", "most_step", "last_step",

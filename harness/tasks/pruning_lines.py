@@ -137,46 +137,55 @@ def attacks(rows: DataFrame) -> list[Line]:
     """Return a line for each task, set of targets, attack, metric, step and recipe, by the targets' rows.
 
     `regained` is the share of what the recipe suppressed that the attack brings back: (after - before) / (control
-    before - before). `difference` is after less the control after, both paired by concept, prompt and seed.
+    before - before), where it is shown to have suppressed anything. `difference` is after less the control after. All
+    are paired by concept, prompt and seed; p-values are corrected over recipes (Holm).
     """
-    from harness.analysis.statistics import holm
-
     grid = rows[(rows["part"] == "grid") & (rows["role"] == "target") & ~rows["defense"].isin((UNPRUNED, PRUNED))]
     lines = []
     for (task, protected, metric), group in grid.groupby(["task", "protected", "metric"], sort=False, observed=True):
-        first = {label: part.iloc[0] for label, part in group.groupby("defense", sort=False, observed=True)}
-        control = next((label for label in first if first[label]["method"] == "none"), None)
+        first = {str(label): part.iloc[0] for label, part in group.groupby("defense", sort=False, observed=True)}
         before = _by_model(group[group["attack"] == ""])
         attacked = group[group["attack"] != ""]
-        for (attack, attacker, step), own in attacked.groupby(["attack", "attacker", "step"], sort=False, observed=True):
-            after = _by_model(own)
-            tested = []
-            for label, cells in after.items():
-                line = dict.fromkeys(ATTACKED) | {
-                    "task": task, "targets": protected, "attack": attack, "attacker": attacker, "metric": metric,
-                    "direction": str(group["direction"].iloc[0]), "step": int(step), "recipe": label,
-                    "method": "distill" if label == control else str(first[label]["method"]),
-                    "n_concepts": len(cells), "n_seeds": min(len(seeds) for seeds, _ in cells.values()),
-                }  # fmt: skip
-                lines.append(line)
-                if label not in before or control not in before or control not in after:
-                    continue
-                models = [cells, before[label], after[control], before[control]]
-                for name, place in (("after", AFTER), ("before", BEFORE)):
-                    line |= _interval(name, _estimated(models, partial(_mean_of, place)))
-                line["control_after"] = _value(_estimated(models, partial(_mean_of, CONTROL_AFTER)))
-                line["control_before"] = _value(_estimated(models, partial(_mean_of, CONTROL_BEFORE)))
-                if label == control:
-                    continue
-                difference = _estimated(models, partial(_gap, AFTER, CONTROL_AFTER))
-                line |= _interval("difference", difference)
-                suppressed = _estimated(models, partial(_gap, CONTROL_BEFORE, BEFORE))
-                line |= _interval("suppressed", suppressed)
-                if suppressed is not None and _excludes_zero(suppressed):
-                    line |= _interval("regained", _estimated(models, _regained))
-                tested.append((line, None if difference is None else difference.p_value()))
-            for (line, _), p_value in zip(tested, holm([p_value for _, p_value in tested]), strict=True):
-                line["p"] = p_value
+        names = ["attack", "attacker", "step"]
+        for place, own in attacked.groupby(names, sort=False, observed=True):
+            about = {"task": task, "targets": protected, "metric": metric, **dict(zip(names, place, strict=True))}
+            about |= {"step": int(about["step"]), "direction": str(group["direction"].iloc[0])}
+            lines += _attacked(about, before, _by_model(own), first)
+    return lines
+
+
+def _attacked(
+    about: Line, before: Mapping[str, Mapping[str, tuple]], after: Mapping[str, Mapping[str, tuple]],
+    first: Mapping[str, Any],
+) -> list[Line]:
+    """Return the lines of one attack at one step by one metric."""
+    from harness.analysis.statistics import holm
+
+    control = next((label for label in after if first[label]["method"] == "none"), None)
+    lines, tested = [], []
+    for label, cells in after.items():
+        line = dict.fromkeys(ATTACKED) | about | {
+            "recipe": label, "method": "distill" if label == control else str(first[label]["method"]),
+            "n_concepts": len(cells), "n_seeds": min(len(seeds) for seeds, _ in cells.values()),
+        }  # fmt: skip
+        lines.append(line)
+        if control is None or label not in before or control not in before:
+            continue
+        models = [cells, before[label], after[control], before[control]]
+        line |= _interval("after", _estimated(models, partial(_mean_of, AFTER)))
+        line |= _interval("before", _estimated(models, partial(_mean_of, BEFORE)))
+        line["control_after"] = _value(_estimated(models, partial(_mean_of, CONTROL_AFTER)))
+        line["control_before"] = _value(_estimated(models, partial(_mean_of, CONTROL_BEFORE)))
+        if label == control:
+            continue
+        difference = _estimated(models, partial(_gap, AFTER, CONTROL_AFTER))
+        suppressed = _estimated(models, partial(_gap, CONTROL_BEFORE, BEFORE))
+        line |= _interval("difference", difference) | _interval("suppressed", suppressed)
+        if suppressed is not None and _is_shown(suppressed, line["direction"]):
+            line |= _interval("regained", _estimated(models, _regained))
+        tested.append((line, None if difference is None else difference.p_value()))
+    for (line, _), p_value in zip(tested, holm([p_value for _, p_value in tested]), strict=True):
+        line["p"] = p_value
     return lines
 
 
@@ -200,10 +209,10 @@ def _value(of: statistics.Estimate | None) -> float | None:
     return None if of is None else of.value
 
 
-def _excludes_zero(of: statistics.Estimate) -> bool:
-    """Return whether a difference is there: with one seed, which allows no claim, whether it is not zero."""
-    low, high = of.interval()
-    return of.value != 0 if low is None else low > 0 or high < 0
+def _is_shown(suppressed: statistics.Estimate, direction: str) -> bool:
+    """Return whether a recipe is shown to be further from the concept than the control; one seed shows nothing."""
+    low, high = suppressed.interval()
+    return low is not None and (high < 0 if direction == "lower" else low > 0)
 
 
 def soon(lines: Sequence[Line]) -> list[Line]:

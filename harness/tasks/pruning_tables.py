@@ -26,9 +26,10 @@ SUPPRESSION_NOTES = (
     "CP score has its own distilled model as reference: ours differs). general: held-out captions that name no target.",
 )
 ATTACK_NOTES = (
-    "Similarity to the targets after an attack. difference: to the control after the same attack, with its 95 % interval; "
-    "*: not explained by chance (paired tests, corrected over recipes by Holm). regained: the share of what a recipe "
-    "suppressed, against the control, that the attack brings back; empty where nothing is shown to be suppressed.",
+    "Similarity to the targets after an attack. difference: to the control after the same attack, with its 95 % "
+    "interval; *: not explained by chance (paired tests, corrected over recipes by Holm). regained: the share of what "
+    "a recipe suppressed, against the control, that the attack brings back; empty where nothing is shown to be "
+    "suppressed.",
 )
 
 
