@@ -1,0 +1,122 @@
+"""The lines of the pruning tables from rows: worked by hand on two recipes, one target, two prompts and seeds."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from harness.tasks import pruning_lines as lines_of
+
+LABELS = {"task": "t", "protected": "star", "profile": "", "direction": "higher", "text_metric": "text", "attacker": ""}
+
+
+def rows(values: dict[tuple, list[list[float]]], **further) -> pd.DataFrame:
+    """Rows of {(defense, method, part, role, attack, step, metric): [[by prompt] by seed]}."""
+    made = []
+    for (defense, method, part, role, attack, step, metric), by_seed in values.items():
+        for seed, by_prompt in enumerate(by_seed):
+            for prompt, value in enumerate(by_prompt):
+                made.append(
+                    {**LABELS, "defense": defense, "method": method, "part": part, "role": role, "attack": attack,
+                     "step": step, "metric": metric, "seed": seed, "prompt_index": prompt, "value": value,
+                     "concept": "star" if role == "target" else role, "sample_key": "k", "score_key": "s",
+                     "attacker": "honest" if attack else "", **further}
+                )  # fmt: skip
+    return pd.DataFrame(made)
+
+
+def target(defense: str, method: str, by_seed, attack: str = "", step: int = 0, metric: str = "image"):
+    """The key and values of a target's rows."""
+    return {(defense, method, "grid", "target", attack, step, metric): by_seed}
+
+
+BEFORE = {
+    **target("unpruned", "unpruned", [[0.9, 0.7], [0.9, 0.7]]),
+    **target("distilled", "none", [[0.8, 0.6], [0.8, 0.6]]),
+    **target("bilevel", "bilevel_suppress", [[0.2, 0.0], [0.2, 0.0]]),
+    **target("two_stage", "suppress", [[0.8, 0.6], [0.8, 0.6]]),
+}
+AFTER = {
+    **target("distilled", "none", [[0.8, 0.8], [0.8, 0.8]], "lora", 10),
+    **target("bilevel", "bilevel_suppress", [[0.5, 0.3], [0.5, 0.3]], "lora", 10),
+    **target("two_stage", "suppress", [[0.8, 0.6], [0.8, 0.6]], "lora", 10),
+    **target("distilled", "none", [[0.8, 0.8], [0.8, 0.8]], "lora", 40),
+    **target("bilevel", "bilevel_suppress", [[0.8, 0.6], [0.8, 0.6]], "lora", 40),
+    **target("two_stage", "suppress", [[0.8, 0.6], [0.8, 0.6]], "lora", 40),
+}
+
+
+def test_means_and_differences_are_paired_with_the_control():
+    """The mean over prompts and seeds, and the distance from what is distilled only."""
+    lines = {line["recipe"]: line for line in lines_of.of(rows(BEFORE)) if line["metric"] == "image"}
+
+    assert lines["unpruned"]["value"] == pytest.approx(0.8)
+    assert lines["distilled"]["value"] == pytest.approx(0.7) and lines["distilled"]["difference"] is None
+    assert lines["distilled"]["method"] == "distill"
+    assert lines["bilevel"]["difference"] == pytest.approx(-0.6)
+    assert lines["bilevel"]["p"] < 0.05 and lines["two_stage"]["p"] == 1.0
+    assert lines["unpruned"]["p"] is None  # no recipe: it is no part of the family of tests
+
+
+def test_cp_counts_prompts_that_fit_less_than_the_unpruned_image():
+    """Strictly less, prompt by prompt and seed by seed."""
+    text = {
+        **target("unpruned", "unpruned", [[30, 20], [30, 20]], metric="text"),
+        **target("distilled", "none", [[29, 20], [30, 19]], metric="text"),
+        **target("bilevel", "bilevel_suppress", [[10, 10], [10, 10]], metric="text"),
+    }
+    cp = {line["recipe"]: line["value"] for line in lines_of.of(rows(text)) if line["metric"] == "cp"}
+
+    assert cp == {"distilled": 0.5, "bilevel": 1.0}
+
+
+def test_works_are_a_measure_apart():
+    """Their rows are of targets, but compared with other images."""
+    values = {
+        **target("distilled", "none", [[0.8], [0.8]]),
+        ("distilled", "none", "works", "target", "", 0, "image"): [[0.1], [0.1]],
+    }
+    found = {line["measure"]: line["value"] for line in lines_of.of(rows(values))}
+
+    assert found == {"target": pytest.approx(0.8), "works": pytest.approx(0.1)}
+
+
+def test_regained_is_the_share_of_what_was_suppressed():
+    """From the recipe's own start to the control's; half at step 10, all at step 40."""
+    lines = {(line["recipe"], line["step"]): line for line in lines_of.attacks(rows(BEFORE | AFTER))}
+
+    first, last = lines["bilevel", 10], lines["bilevel", 40]
+    assert (first["before"], first["after"]) == (pytest.approx(0.1), pytest.approx(0.4))
+    assert (first["control_before"], first["control_after"]) == (pytest.approx(0.7), pytest.approx(0.8))
+    assert first["suppressed"] == pytest.approx(0.6) and first["regained"] == pytest.approx(0.5)
+    assert last["regained"] == pytest.approx(1.0)
+    assert first["difference"] == pytest.approx(-0.4)
+    assert 0.05 < first["p"] < 1  # -0.3 and -0.5 for two prompts
+
+
+def test_nothing_is_regained_where_nothing_was_suppressed():
+    """Neither for a recipe that is like the control, nor for the control, nor for one seed."""
+    lines = lines_of.attacks(rows(BEFORE | AFTER))
+    assert all(line["regained"] is None for line in lines if line["recipe"] != "bilevel")
+
+    one_seed = {key: by_seed[:1] for key, by_seed in (BEFORE | AFTER).items()}
+    assert all(line["regained"] is None for line in lines_of.attacks(rows(one_seed)))
+
+
+def test_for_a_distance_more_is_suppressed():
+    """The concept is further away where the metric is greater."""
+    turned = {key: [[1 - value for value in own] for own in by_seed] for key, by_seed in (BEFORE | AFTER).items()}
+    lines = {
+        (line["recipe"], line["step"]): line for line in lines_of.attacks(rows(turned, direction="lower"))
+    }  # fmt: skip
+
+    assert lines["bilevel", 10]["regained"] == pytest.approx(0.5)
+
+
+def test_how_soon_is_the_first_step_that_was_read():
+    """Half at the first, 90 % at the second; a recipe that suppressed nothing has no line."""
+    soon = lines_of.soon(lines_of.attacks(rows(BEFORE | AFTER)))
+
+    assert [(line["recipe"], line["half_step"], line["most_step"], line["last_step"]) for line in soon] == [
+        ("bilevel", 10, 40, 40)
+    ]
