@@ -191,8 +191,10 @@ def test_attention_that_does_nothing_is_dropped(config):
     teacher = random_unet(CONFIG)
     with torch.no_grad():
         for name, module in teacher.named_modules():
-            if ".attentions." in name and name.split(".")[-2] == "attentions" and name not in dict(
-                random_unet(config).named_modules()
+            if (
+                ".attentions." in name
+                and name.split(".")[-2] == "attentions"
+                and name not in dict(random_unet(config).named_modules())
             ):
                 module.proj_out.weight.zero_()
                 module.proj_out.bias.zero_()
@@ -254,7 +256,7 @@ def test_the_largest_units_stay():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"block_out_channels": [12, 16, 16]}, "'conv_in' of the student has 12 units in 4 parts, its teacher's 8 in 4"),
+        ({"block_out_channels": [12, 16, 16]}, "'conv_in' of the student has 12 units in 4 parts, its teacher's 8"),
         ({"block_out_channels": [4, 8, 16]}, "are not equal where its teacher's, \\[8, 16, 16\\], are"),
         ({"block_out_channels": [16, 16, 8], "norm_num_groups": 8}, "not equal where"),
         ({"norm_num_groups": 2}, "units in 2 parts, its teacher's 8 in 4"),
@@ -377,9 +379,7 @@ def base(tmp_path, model):
 def take(desk, folder: Path, digest: str | None = None):
     """Do the stage of a student from a folder."""
     digest = digest or digests.of_folder(folder)
-    return desk.do(
-        "prune", PruneParameters(), seed=None, data={"student": digest}, local={"student": str(folder)}
-    )
+    return desk.do("prune", PruneParameters(), seed=None, data={"student": digest}, local={"student": str(folder)})
 
 
 def test_a_student_from_a_folder_is_taken_as_it_is(desk, base):
