@@ -217,6 +217,19 @@ def test_the_same_configuration_is_a_copy_to_the_bit():
     assert [len(channels) for channels in kept.values()] == [8, 16, 16, 16, 16, 16, 8]
 
 
+def test_settings_that_a_teacher_leaves_to_diffusers_are_changed_too():
+    """diffusers lists them in a configuration, and puts its defaults back in a UNet that is made of it."""
+    teacher = random_unet({**CONFIG, "block_out_channels": [16, 16, 16], "time_embedding_dim": None})
+    given = {key: value for key, value in teacher.config.items() if key not in ("mid_block_type", "time_embedding_dim")}
+    teacher = UNet2DConditionModel.from_config(given)
+    config = {**teacher.config, "block_out_channels": [8] * 3, "time_embedding_dim": 64, "mid_block_type": None}
+    student = pruned(teacher, config)
+
+    assert {"mid_block_type", "time_embedding_dim"} <= set(teacher.config["_use_default_values"])
+    assert student.mid_block is None and student.config.mid_block_type is None
+    assert student.time_embedding.linear_2.out_features == student.config.time_embedding_dim == 64
+
+
 def test_pruning_is_the_same_every_time_and_draws_nothing():
     """Also for equal weights: the first of each group stay."""
     teacher = random_unet({**TWICE, "attention_head_dim": [4, 4, 4]})
