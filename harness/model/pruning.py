@@ -46,8 +46,10 @@ def pruned(unet: UNet2DConditionModel, config: Mapping[str, Any]) -> UNet2DCondi
     from diffusers import UNet2DConditionModel
 
     weights = _Selection(unet, config).weights()
+    # without diffusers' own entries: it would put its defaults in place of values that its list of defaults names
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device("meta"):  # no weights are drawn
-        student = UNet2DConditionModel.from_config(dict(config))
+        student = UNet2DConditionModel.from_config(own)
     student.load_state_dict(weights, strict=True, assign=True)
     return student.requires_grad_(False).eval()
 

@@ -72,7 +72,8 @@ def _made(parameters: PruneParameters, work: StageAtWork, model: DiffusionModel)
     dropped = [f"{key} {_plain(config[key])}" for key in BLOCKS if _plain(config[key]) != _plain(before[key])]
     widths = f"widths {list(levels(config).widths)} of {list(levels(before).widths)}"
     work.run.notify(f"the student has {', '.join([widths, *dropped])}")
-    return pruned(model.unet, config)
+    with work.run.ledger.phase("prune"):
+        return pruned(model.unet, config)
 
 
 def _plain(value: Any) -> Any:
@@ -93,7 +94,8 @@ def _taken(work: StageAtWork, model: DiffusionModel) -> UNet2DConditionModel:
         digests.of_folder.cache_clear()  # a warm process may have read the folder before it was changed
         if digests.of_folder(folder) != work.stage.data[STUDENT]:
             raise UserMistake(f"{called} was changed after the suite was read; run it again")
-        own = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+        with work.run.ledger.phase("load"):
+            own = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserMistake(f"{called} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     wrong = list(student_files.unfit(own.config, model.unet.config))

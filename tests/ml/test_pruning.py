@@ -191,8 +191,10 @@ def test_attention_that_does_nothing_is_dropped(config):
     teacher = random_unet(CONFIG)
     with torch.no_grad():
         for name, module in teacher.named_modules():
-            if ".attentions." in name and name.split(".")[-2] == "attentions" and name not in dict(
-                random_unet(config).named_modules()
+            if (
+                ".attentions." in name
+                and name.split(".")[-2] == "attentions"
+                and name not in dict(random_unet(config).named_modules())
             ):
                 module.proj_out.weight.zero_()
                 module.proj_out.bias.zero_()
@@ -213,6 +215,19 @@ def test_the_same_configuration_is_a_copy_to_the_bit():
     assert all(own[name].data_ptr() != tensor.data_ptr() for name, tensor in teacher.state_dict().items())
     kept = kept_channels(teacher, student)
     assert [len(channels) for channels in kept.values()] == [8, 16, 16, 16, 16, 16, 8]
+
+
+def test_settings_that_a_teacher_leaves_to_diffusers_are_changed_too():
+    """diffusers lists them in a configuration, and puts its defaults back in a UNet that is made of it."""
+    teacher = random_unet({**CONFIG, "block_out_channels": [16, 16, 16], "time_embedding_dim": None})
+    given = {key: value for key, value in teacher.config.items() if key not in ("mid_block_type", "time_embedding_dim")}
+    teacher = UNet2DConditionModel.from_config(given)
+    config = {**teacher.config, "block_out_channels": [8] * 3, "time_embedding_dim": 64, "mid_block_type": None}
+    student = pruned(teacher, config)
+
+    assert {"mid_block_type", "time_embedding_dim"} <= set(teacher.config["_use_default_values"])
+    assert student.mid_block is None and student.config.mid_block_type is None
+    assert student.time_embedding.linear_2.out_features == student.config.time_embedding_dim == 64
 
 
 def test_pruning_is_the_same_every_time_and_draws_nothing():
@@ -254,7 +269,7 @@ def test_the_largest_units_stay():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"block_out_channels": [12, 16, 16]}, "'conv_in' of the student has 12 units in 4 parts, its teacher's 8 in 4"),
+        ({"block_out_channels": [12, 16, 16]}, "'conv_in' of the student has 12 units in 4 parts, its teacher's 8"),
         ({"block_out_channels": [4, 8, 16]}, "are not equal where its teacher's, \\[8, 16, 16\\], are"),
         ({"block_out_channels": [16, 16, 8], "norm_num_groups": 8}, "not equal where"),
         ({"norm_num_groups": 2}, "units in 2 parts, its teacher's 8 in 4"),
@@ -377,9 +392,7 @@ def base(tmp_path, model):
 def take(desk, folder: Path, digest: str | None = None):
     """Do the stage of a student from a folder."""
     digest = digest or digests.of_folder(folder)
-    return desk.do(
-        "prune", PruneParameters(), seed=None, data={"student": digest}, local={"student": str(folder)}
-    )
+    return desk.do("prune", PruneParameters(), seed=None, data={"student": digest}, local={"student": str(folder)})
 
 
 def test_a_student_from_a_folder_is_taken_as_it_is(desk, base):
