@@ -197,6 +197,12 @@ class NoiseOnlyDefense(RightDefense):
         return noise
 
 
+class InterpretingDefense(RightDefense):
+    """Declares that it does not depend on what the model predicts."""
+
+    interprets_predictions = False
+
+
 class ScatteredDefense(RightDefense):
     """Depends on the number of processes."""
 
@@ -215,7 +221,7 @@ WRONG_DEFENSES = {
     "counts_its_passes": (UncountedDefense,),
     "estimates_its_passes": (DearDefense,),
     "needs_only_what_it_declares": (GreedyDefense,),
-    "reads_predictions_as_the_model_means_them": (NoiseOnlyDefense,),
+    "reads_predictions_as_the_model_means_them": (NoiseOnlyDefense, InterpretingDefense),
     "agrees_between_processes": (ScatteredDefense,),
 }
 """By property: defenses that violate it."""

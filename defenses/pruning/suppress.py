@@ -54,6 +54,7 @@ class Suppress(Defense):
     threat_model = ThreatModel(changes=("unet",))
     uses = frozenset({"targets", "images", "teacher", "seed"})
     can_erase = True
+    interprets_predictions = False
     can_shard = True
     Parameters = Parameters
     quick = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0}

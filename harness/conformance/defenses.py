@@ -172,9 +172,16 @@ def needs_only_what_it_declares(defense: Defense, setting: Setting) -> None:
 
 
 def reads_predictions_as_the_model_means_them(defense: Defense, setting: Setting) -> None:
-    """With the same weights declared to predict velocity, a method with UNet passes gives another result."""
+    """With the same weights declared to predict velocity, a method with UNet passes gives another result.
+
+    One that declares to compare predictions with predictions only gives the same.
+    """
     noise, velocity = (protected(defense, setting.predicting(p)) for p in (EPSILON, VELOCITY))
     differs = difference(noise.protection, velocity.protection)
+    if not defense.interprets_predictions:
+        if differs:
+            fail(defense, f"releases another {differs} for a model that predicts velocity (`interprets_predictions`)")
+        return
     if noise.run.ledger.forward_passes and differs is None:
         fail(defense, "releases the same for a model that predicts velocity as for one that predicts noise")
     if differs and not noise.run.ledger.forward_passes:

@@ -70,6 +70,9 @@ class Defense(Method):
     """Whether it removes the target from what the model draws, so that a task may name it under `erase`."""
     max_targets: ClassVar[int | None] = None
     """How many concepts it can protect together; None: any number."""
+    interprets_predictions: ClassVar[bool] = True
+    """Whether its passes through the UNet depend on what the model predicts, noise or velocity; False: it compares
+    predictions with predictions only."""
     can_shard: ClassVar[bool] = False
     """Whether `protect` trains through `harness.training.sharding`, so that several processes can share it: each calls
     it with a `run` that has its rank, and all return the same protection."""
