@@ -15,12 +15,13 @@ from harness.results import adaptation_cost, definitions
 from harness.results.comparison import SHOWN as SHOWN_OF_COMPARISON
 from harness.results.leaderboard import LEGEND, SHOWN
 from harness.tasks import memorization_columns as memorization
+from harness.tasks import pruning_columns as pruning
 from tests.conftest import run_python
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "definitions.md"
 NOT_COLUMNS = {
     "direction_higher", "direction_lower", "direction_none", "interval_over_seeds", "interval_over_seeds_and_prompts",
-    "front", "shown_step",
+    "front", "shown_step", "cp",
 }  # fmt: skip
 
 
@@ -37,7 +38,8 @@ GENERAL = (
 MEMORIZATION = (
     memorization.DETECTION, memorization.DRAWN, memorization.MITIGATIONS, memorization.EQUAL, memorization.TOKENS,
 )  # fmt: skip
-TABLES = (*GENERAL, masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS, *MEMORIZATION)
+PRUNING = (pruning.MEASURES, pruning.COST, pruning.ATTACKED, pruning.SOON)
+TABLES = (*GENERAL, masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS, *MEMORIZATION, *PRUNING)
 """With those of the bundled diagnostics."""
 
 

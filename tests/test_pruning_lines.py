@@ -117,6 +117,6 @@ def test_how_soon_is_the_first_step_that_was_read():
     """Half at the first, 90 % at the second; a recipe that suppressed nothing has no line."""
     soon = lines_of.soon(lines_of.attacks(rows(BEFORE | AFTER)))
 
-    assert [(line["recipe"], line["half_step"], line["most_step"], line["last_step"]) for line in soon] == [
+    assert [(line["recipe"], line["half_step"], line["most_step"], line["last_read_step"]) for line in soon] == [
         ("bilevel", 10, 40, 40)
     ]

@@ -11,6 +11,7 @@ from harness.core.errors import one_line
 from harness.tasks import memorization_columns as columns
 from harness.tasks import memorization_figures as figures
 from harness.tasks import memorization_lines as lines_of
+from harness.tasks import paper_sections
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -44,7 +45,8 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
     detected = list(lines_of.detections(rows[part == "detection"]))
     if detected:
         lines = [line for line, _, _ in detected]
-        yield Table("detection", columns.DETECTION, lines, [_detection(lines), *_papers(run, "detection", lines)])
+        sections = [_detection(lines), *paper_sections.of(run, "memorization", "detection", lines)]
+        yield Table("detection", columns.DETECTION, lines, sections)
         yield Figure("detection_roc", partial(figures.roc, detected))
         yield Figure("detection_scores", partial(figures.scores, detected))
     images = rows[part.isin(("replay", "mitigation"))]
@@ -57,7 +59,7 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
         mitigated = [dict(line) for line in lines_of.mitigations(drawn, images, run)]
         if len(mitigated) > len({line["task"] for line in mitigated}) * (2 if _has_base(drawn) else 1):
             full = [{**dict.fromkeys(extra), **line} for line in mitigated]
-            sections = [_mitigation(mitigated, extra), *_papers(run, "mitigation", mitigated)]
+            sections = [_mitigation(mitigated, extra), *paper_sections.of(run, "memorization", "mitigation", mitigated)]
             yield Table("mitigations", (*columns.MITIGATIONS, *extra), full, sections)
             equal = list(lines_of.at_equal_similarity(images, drawn))
             yield Table("mitigations_at_equal_similarity", columns.EQUAL, equal, [_equal(equal)])
@@ -109,25 +111,6 @@ def _detection(lines: Sequence[Line]) -> Section:
         for task, own in _by_task(lines)
     )
     return Section(DETECTION_TITLE, text, headers, rows, "lllrrrrrrr", DETECTION_NOTES)
-
-
-def _papers(run: MeasuredRun, task: str, lines: Sequence[Line]) -> Iterator[Section]:
-    """Yield papers' numbers of the methods that were measured, if they are asked for: of detection, or mitigation."""
-    methods = {line["method"] for line in lines}
-    own = [row for row in run.papers if row.paper == "memorization" and row.task == task and row.defense in methods]
-    if own:
-        sources = list(dict.fromkeys(row.source for row in own))
-        printed: dict[tuple[str, ...], list[str]] = {}
-        for row in own:
-            about = row.defense, row.model, row.setting, row.status, str(sources.index(row.source) + 1)
-            printed.setdefault(about, []).append(f"{row.metric} {row.printed}")
-        headers = ("method", "model", "setting", "as printed", "status", "source")
-        rows = [[*about[:3], ", ".join(values), *about[3:]] for about, values in printed.items()]
-        notes = (
-            "Other models, prompts and encoders, so not to be compared with the numbers above. Sources:",
-            *(f"{place}. {source}" for place, source in enumerate(sources, 1)),
-        )
-        yield Section(f"Papers' numbers on {task}", (), headers, rows, "l" * len(headers), notes)
 
 
 def _by_task(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:

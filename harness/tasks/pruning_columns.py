@@ -5,8 +5,8 @@ MEASURES = (
     "value", "value_low", "value_high", "difference", "difference_low", "difference_high", "p",
 )  # fmt: skip
 COST = (
-    "task", "targets", "recipe", "n_seeds", "macs", "macs_share", "parameters", "trainable_parameters", "lower_samples",
-    "upper_samples", "passes", "training_seconds", "training_bytes", "drawing_seconds", "drawing_bytes",
+    "task", "targets", "recipe", "n_seeds", "macs", "macs_share", "student_parameters", "trainable_parameters",
+    "lower_samples", "upper_samples", "training_passes", "training_seconds", "training_bytes", "drawing_seconds", "drawing_bytes",
 )  # fmt: skip
 ATTACKED = (
     "task", "targets", "attack", "attacker", "metric", "direction", "step", "recipe", "method", "n_concepts", "n_seeds",
@@ -15,5 +15,5 @@ ATTACKED = (
     "regained", "regained_low", "regained_high",
 )  # fmt: skip
 SOON = (
-    "task", "targets", "attack", "attacker", "metric", "recipe", "half_step", "most_step", "last_step",
+    "task", "targets", "attack", "attacker", "metric", "recipe", "half_step", "most_step", "last_read_step",
 )  # fmt: skip

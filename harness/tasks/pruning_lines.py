@@ -223,7 +223,7 @@ def soon(lines: Sequence[Line]) -> list[Line]:
             continue
         place = tuple(line[name] for name in ("task", "targets", "attack", "attacker", "metric", "recipe"))
         own = made.setdefault(place, dict.fromkeys(SOON) | dict(zip(SOON, place, strict=False)))
-        own["last_step"] = max(own["last_step"] or 0, line["step"])
+        own["last_read_step"] = max(own["last_read_step"] or 0, line["step"])
         for name, share in (("half_step", 0.5), ("most_step", 0.9)):
             if line["regained"] >= share and (own[name] is None or line["step"] < own[name]):
                 own[name] = line["step"]
@@ -256,7 +256,7 @@ def costs(rows: DataFrame, run: MeasuredRun) -> Iterator[Line]:
                 line |= {
                     "training_seconds": sum(sum(each["seconds"].values()) for each in steps),
                     "training_bytes": max(each["peak_memory_bytes"] for each in steps),
-                    "passes": sum(each["forward_passes"] + 2 * each["backward_passes"] for each in steps),
+                    "training_passes": sum(each["forward_passes"] + 2 * each["backward_passes"] for each in steps),
                     "lower_samples": _sum(numbers, "lower_samples"),
                     "upper_samples": _sum(numbers, "upper_samples"),
                     "trainable_parameters": max((n.get("trainable_parameters", 0) for n in numbers), default=0) or None,
@@ -272,7 +272,7 @@ def costs(rows: DataFrame, run: MeasuredRun) -> Iterator[Line]:
             "n_seeds": len(found),
             "macs": student.get("macs"),
             "macs_share": student["macs"] / student["macs_of_teacher"] if student else 1.0,
-            "parameters": student.get("parameters"),
+            "student_parameters": student.get("parameters"),
             **{name: _mean([line.get(name) for line in found]) for name in found[0]},
         }
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts.table import Figure, Section, Table
+from harness.tasks import paper_sections
 from harness.tasks import pruning_columns as columns
 from harness.tasks import pruning_figures as figures
 from harness.tasks import pruning_lines as lines_of
@@ -38,7 +39,9 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
     if "part" not in rows or not len(rows):
         return
     lines = lines_of.of(rows)
-    yield Table("suppression", columns.MEASURES, lines, [_suppression(lines, name) for name in _tasks(lines)])
+    sections = [_suppression(lines, name) for name in _tasks(lines)]
+    sections += paper_sections.of(run, "pruned_bilevel", "suppression", [*lines, {"method": "none"}])
+    yield Table("suppression", columns.MEASURES, lines, sections)
     costs = list(lines_of.costs(rows, run))
     yield Table("student_cost", columns.COST, costs, [_cost(costs)])
     yield Figure("suppression_tradeoff", partial(figures.tradeoff, lines))
@@ -102,8 +105,8 @@ def _cost(costs: Sequence[Line]) -> Section:
         [
             line["task"], line["targets"], line["recipe"], f"{line['macs_share']:.3f}", *(
                 _count(line[name])
-                for name in ("parameters", "trainable_parameters", "lower_samples", "upper_samples", "passes",
-                             "training_seconds")
+                for name in ("student_parameters", "trainable_parameters", "lower_samples", "upper_samples",
+                             "training_passes", "training_seconds")
             ),
             "–" if line["training_bytes"] is None else f"{line['training_bytes'] / 1e9:.2f}",
             _count(line["drawing_seconds"]),
@@ -159,7 +162,7 @@ def _soon(lines: Sequence[Line]) -> Section:
     rows = [
         [
             line["task"], line["targets"], _called(line), line["metric"], line["recipe"],
-            *(f"above {line['last_step']}" if line[name] is None else str(line[name])
+            *(f"above {line['last_read_step']}" if line[name] is None else str(line[name])
               for name in ("half_step", "most_step")),
         ]
         for line in lines

@@ -1,0 +1,150 @@
+"""The report's section on pruned students, definitions of its columns, and which papers' numbers belong beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.analysis.definitions import OURS, Definition
+from harness.contracts.diagnostic import Diagnostic, PageSection
+from harness.core.registry import register
+from harness.results.reading import mean_of, read_table
+
+if TYPE_CHECKING:
+    from harness.analysis.paper_rows import PaperRow
+    from harness.suite.spec import Suite
+
+KIND = "pruning"
+PAPER = "pruned_bilevel"
+"""The name of the file with the paper's numbers."""
+FILES = ("suppression.csv", "student_cost.csv", "student_attacks.csv", "student_recovery.csv")
+FIGURES = ("suppression_tradeoff.png", "suppression_sheet.png", "student_curves.png")
+TEMPLATE = Path(__file__).with_name("pruning.html.jinja")
+STUDENT = "Student's t over seeds and prompts: harness.analysis.statistics"
+
+
+def _limits(name: str, title: str) -> tuple[Definition, Definition]:
+    """Return the definitions of the limits of an interval."""
+    return tuple(
+        Definition(
+            f"{name}_{end}", f"{title}, {word} limit", "",
+            f"{word.capitalize()} limit of the 95 % interval: chance in prompts and in seeds of training and drawing. "
+            "Empty for one seed.", STUDENT,
+        )
+        for end, word in (("low", "lower"), ("high", "upper"))
+    )  # fmt: skip
+
+
+DEFINITIONS = (
+    Definition("targets", "targets", "", "The concepts that are suppressed together, joined by +.", OURS),
+    Definition(
+        "measure", "measure", "",
+        "general: held-out captions that name no target; target, innocent, utility: concepts against their references; "
+        "works: drawn targets against real works of them.", OURS,
+    ),
+    Definition(
+        "recipe", "recipe", "",
+        "How a student was fine-tuned: the suite's label. unpruned: the base model; pruned: the student before any "
+        "training.", OURS,
+    ),
+    Definition(
+        "cp", "CP score", "share of prompts with text similarity < the unpruned model's",
+        "Over a target's prompts, each against the unpruned model's image of the same prompt and seed.",
+        "Shirkavand et al. (CVPR 2025), whose reference is the distilled model's own image: ours differs",
+    ),
+    Definition("value", "value", "", "Mean of a metric over concepts, prompts and seeds.", OURS),
+    Definition("n_concepts", "concepts, number", "", "How many concepts the mean is over.", OURS),
+    Definition("difference", "difference to the control", "recipe - distilled only", "Paired by concept, prompt and "
+               "seed; after an attack, to the control after the same attack.", OURS),
+    Definition("macs", "MACs", "", "Multiply-accumulates of one pass of the student's UNet over one sample.", OURS),
+    Definition("macs_share", "MACs kept", "MACs / MACs of the base model", "1 for the base model.", OURS),
+    Definition("student_parameters", "parameters", "", "Of the student's UNet.", OURS),
+    Definition("trainable_parameters", "trained parameters", "", "The most that a step of the recipe trains.", OURS),
+    Definition("lower_samples", "lower samples", "", "Images that the lower level's losses read, with repeats.", OURS),
+    Definition("upper_samples", "upper samples", "", "Images that the suppression losses read, with repeats.", OURS),
+    Definition("training_passes", "training, passes", "", "UNet passes of all steps; a backward pass counts two.", OURS),
+    Definition("training_seconds", "training, seconds", "", "All steps of the recipe, as measured.", OURS),
+    Definition("training_bytes", "training, bytes", "", "Peak memory of the recipe's steps.", OURS),
+    Definition("drawing_seconds", "drawing, seconds", "", "Drawing the held-out captions once.", OURS),
+    Definition("drawing_bytes", "drawing, bytes", "", "Peak memory of that.", OURS),
+    Definition("after", "after", "", "Similarity to the targets after an attack.", OURS),
+    Definition("control_before", "control before", "", "The control's before the attack.", OURS),
+    Definition("control_after", "control after", "", "The control's after the same attack.", OURS),
+    Definition("suppressed", "suppressed", "control before - before", "What the recipe took away.", OURS),
+    Definition(
+        "regained", "regained", "(after - before) / (control before - before)",
+        "The share of it that the attack brings back. Empty where the interval of what was suppressed holds zero.",
+        OURS,
+    ),
+    Definition("half_step", "half at step", "", "First step read at which half is regained.", OURS),
+    Definition("most_step", "90 % at step", "", "First step read at which 90 % is regained.", OURS),
+    Definition("last_read_step", "last step", "", "The last step that was read.", OURS),
+    *_limits("value", "value"),
+    *_limits("difference", "difference to the control"),
+    *_limits("before", "before"),
+    *_limits("after", "after"),
+    *_limits("suppressed", "suppressed"),
+    *_limits("regained", "regained"),
+)  # fmt: skip
+
+
+@register("diagnostic")
+class PruningReport(Diagnostic):
+    """The page's section on pruning tasks; their tables are the task's."""
+
+    name = "pruning"
+    version = 1
+    title = "Pruned students"
+    definitions = DEFINITIONS
+
+    def of(self, run: Any) -> None:
+        """Return None: the task writes the tables."""
+        return None
+
+    def belongs_beside(self, row: PaperRow, suite: Suite) -> bool | None:
+        """Return True for the paper's rows beside a suite with such a task; None for others."""
+        has_task = any(task.kind == KIND for task in suite.tasks.values())
+        return True if has_task and row.paper == PAPER else None
+
+    def section(self, folder: Path) -> PageSection | None:
+        """Return the section, from the run's tables; None if the run has no such task."""
+        read = {name: read_table(folder / name) for name in FILES}
+        if not read["suppression.csv"]:
+            return None
+        lines = [_numbers(line, "value", "difference", "p") for line in read["suppression.csv"]]
+        context = {
+            "figures": tuple(name for name in FIGURES if (folder / name).is_file()),
+            "sets": _pivoted(lines),
+            "costs": [
+                _numbers(line, "macs_share", "student_parameters", "lower_samples", "upper_samples", "training_seconds")
+                for line in read["student_cost.csv"]
+            ],
+            "attacks": [
+                _numbers(line, "before", "after", "control_after", "difference", "regained", "p")
+                for line in read["student_attacks.csv"]
+            ],
+            "soon": read["student_recovery.csv"],
+        }
+        data = tuple(name for name in FILES if read[name])
+        figures = context["figures"]
+        return PageSection("Pruned students", "pruning", TEMPLATE.read_text(encoding="utf-8"), context, figures, data)
+
+
+def _pivoted(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each task and set of targets, the measures as columns and the recipes as rows."""
+    made = []
+    for task, targets in dict.fromkeys((line["task"], line["targets"]) for line in lines):
+        own = [line for line in lines if (line["task"], line["targets"]) == (task, targets)]
+        measures = list(dict.fromkeys((line["measure"], line["metric"]) for line in own))
+        known = {(line["recipe"], line["measure"], line["metric"]): line for line in own}
+        recipes = list(dict.fromkeys(line["recipe"] for line in own))
+        rows = [(recipe, [known.get((recipe, *each)) for each in measures]) for recipe in recipes]
+        made.append({"task": task, "targets": targets, "measures": measures, "rows": rows})
+    return made
+
+
+def _numbers(line: Mapping[str, str], *names: str) -> dict[str, Any]:
+    """Return a line with some columns, and their limits, as numbers or None."""
+    columns = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    return {**line, **{name: mean_of([line], name) for name in columns}}
