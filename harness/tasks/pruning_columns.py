@@ -6,7 +6,8 @@ MEASURES = (
 )  # fmt: skip
 COST = (
     "task", "targets", "recipe", "n_seeds", "macs", "macs_share", "student_parameters", "trainable_parameters",
-    "lower_samples", "upper_samples", "training_passes", "training_seconds", "training_bytes", "drawing_seconds", "drawing_bytes",
+    "lower_samples", "upper_samples", "training_passes", "training_seconds", "training_bytes", "drawing_seconds",
+    "drawing_bytes",
 )  # fmt: skip
 ATTACKED = (
     "task", "targets", "attack", "attacker", "metric", "direction", "step", "recipe", "method", "n_concepts", "n_seeds",
