@@ -63,7 +63,7 @@ DEFINITIONS = (
     Definition("trainable_parameters", "trained parameters", "", "The most that a step of a recipe trains.", OURS),
     Definition("lower_samples", "lower samples", "", "Images that the lower losses read, with repeats.", OURS),
     Definition("upper_samples", "upper samples", "", "Images that the suppression loss reads, with repeats.", OURS),
-    Definition("training_passes", "training, passes", "", "UNet passes of all steps; a backward pass counts two.", OURS),
+    Definition("training_passes", "training, passes", "", "UNet passes of all steps; backward counts two.", OURS),
     Definition("training_seconds", "training, seconds", "", "All steps of the recipe, as measured.", OURS),
     Definition("training_bytes", "training, bytes", "", "Peak memory of the recipe's steps.", OURS),
     Definition("drawing_seconds", "drawing, seconds", "", "Drawing the held-out captions once.", OURS),
