@@ -33,8 +33,12 @@ if TYPE_CHECKING:
 
 TIMESTEPS = 1000
 """Of the training of every Stable Diffusion model; the time embedding is fitted over these."""
-CUT = 1e-4
-"""Singular values of the time embedding below this share of the largest are left out of the fit."""
+CUT = 1e-2
+"""Singular values of the time embedding below this share of the largest are left out of the fit.
+
+On the testbed's UNet from 64 channels to 48, the output of the time embedding is then off by 12 % in the mean square,
+with weights of at most 0.4; 1e-4 gives 11 %, but weights of 16. The nearest frequencies without a fit: 38 %.
+"""
 
 
 def pruned(unet: UNet2DConditionModel, config: Mapping[str, Any]) -> UNet2DConditionModel:
