@@ -236,15 +236,11 @@ class _Penalty(_Alternating):
         return self.lower_step(index, done * self.every + place) if place < self.every else self._outer(index, done)
 
     def _outer(self, index: int, done: int) -> dict[str, float]:
-        import torch
-
         from harness.training.distillation import mean_terms
         from harness.training.suppression import mean_loss
 
         lower, upper = self.lower.at(index, self.p.penalty), self.upper.at(done)
-        with torch.no_grad():
-            for part in lower:
-                part()
+        self.weights.evaluate(lower)
         second = mean_terms(lower)["lower_loss"]
         self._exchange()
         self._take("upper", [*upper, *lower], done)

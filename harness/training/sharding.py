@@ -278,6 +278,14 @@ class ZeroWeights:
         self._run.ledger.backward_passes += self._run.ledger.forward_passes - before
         return self._slopes(names)
 
+    @torch.no_grad()
+    def evaluate(self, loss: Loss) -> None:
+        """Evaluate every part; afterwards weights are partitioned again."""
+        for part in loss:
+            part()
+        # DeepSpeed keeps what a forward pass gathered for the backward pass, which does not come
+        self.engine.empty_partition_cache()
+
     def _forget_gradients(self) -> None:
         self.engine.zero_grad()
         optimizer = self.engine.optimizer

@@ -80,6 +80,9 @@ class Weights(Protocol):
     def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
         """Return the gradient of the loss, averaged over all processes; zero for weights it does not depend on."""
 
+    def evaluate(self, loss: Loss) -> None:
+        """Evaluate every part without a gradient, for the values that parts keep; a collective call."""
+
     def curvature(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
         """Return H v over `names` by differentiating twice; H is the Hessian of `loss` over `names` and v's names.
 
@@ -366,6 +369,12 @@ class LocalWeights:
         """Return the gradient of the loss."""
         with self._counted(1):
             return differentiate(loss, {n: self.parameters[n] for n in names})
+
+    @torch.no_grad()
+    def evaluate(self, loss: Loss) -> None:
+        """Evaluate every part."""
+        for part in loss:
+            part()
 
     def curvature(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
         """Return H v over `names` by differentiating twice."""

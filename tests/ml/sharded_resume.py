@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from defenses.pruning import bilevel
 from harness.core.sharding import Sharding
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run, World
@@ -29,6 +30,7 @@ from harness.training import sharding
 from harness.training.loop import StepOver, train
 from harness.training.masking import MaskedWeights, MaskRule
 from harness.training.weights import Level
+from tests.ml import students
 
 HALF, STEPS, BATCH = 3, 6, 4
 SETTINGS = {
@@ -47,6 +49,7 @@ LEARNERS = {
     ],
     "masked_fp32": [("none", "zero3"), ("zero3", "zero2"), ("zero2", "none")],
     "masked_bf16": [("none", "zero3"), ("zero3", "none")],
+    "second_student": [("none", "zero3"), ("zero3", "zero2"), ("zero2", "none")],
 }  # fmt: skip
 """By what is trained: (setting of the first half, of the second half)."""
 
@@ -56,7 +59,10 @@ def trained(folder: Path, work: Path, learner: str, setting: str, world: World, 
     source = resolve_model(ModelSpec(id=str(folder / "model")), "test", folder)
     model = DiffusionModel.load(source, torch.device("cpu"))
     run = Run(1, torch.device("cpu"), "fp32", work, sharding=SETTINGS[setting], world=world, keeps_end=True)
-    made = {"levels": Levels, "masked_fp32": Masked, "masked_bf16": Masked}[learner](model, run, learner)
+    if learner == "second_student":
+        run = students.lent(run, source, tuple(sorted((folder / "purse").glob("*.png"))))
+    kinds = {"levels": Levels, "masked_fp32": Masked, "masked_bf16": Masked, "second_student": Students}
+    made = kinds[learner](model, run, learner)
     train(run, StepOver(made.step, made), steps, "a test's training")
     return made
 
@@ -148,6 +154,22 @@ class Masked(Learner):
         else:
             self.moved.mask_step(slope)
         return {"norm": 1.0}
+
+
+class Students(Learner):
+    """Two students in turn: the bilevel fine-tuning of the paper, with an outer step after each inner one."""
+
+    def __init__(self, model: DiffusionModel, run: Run, kind: str):
+        super().__init__(model, run)
+        p = bilevel.Parameters(
+            profile="paper", lower_steps=1, steps=STEPS, batch_size=BATCH, lower_learning_rate=1e-3,
+            upper_learning_rate=1e-3,
+        )  # fmt: skip
+        self.moved = bilevel._Penalty(p, model, students.concepts(run.folder.parent), run)
+
+    def step(self, index: int) -> dict[str, float]:
+        """Take a step of one of them."""
+        return self.moved.step(index)
 
 
 def main(folder: Path) -> None:

@@ -62,8 +62,7 @@ def test_twenty_steps_are_those_of_a_plain_loop(source, files, make_run):
         stepped(optimizer, schedule, lower_loss(plain, teacher, scheduler, batches.batch(step))) for step in range(20)
     ]
 
-    moved = max(float((p - q).detach().abs().max()) for p, q in zip(plain.parameters(), teacher.parameters(), strict=True))
-    print(f"weights differ by {apart(released.tensors, plain):.1e}, they moved by {moved:.1e}")
+    print(f"weights differ by {apart(released.tensors, plain):.1e}")
     assert seen["lower_loss"] == pytest.approx(losses, rel=1e-6)
     assert apart(released.tensors, plain) < 1e-6
     assert run.ledger.numbers["lower_samples"] == 80

@@ -37,7 +37,8 @@ def _start(folder: Path, count: int) -> list[subprocess.Popen]:
 def everything(tiny_folder, tmp_path_factory):
     """The folder with the results of all pairs."""
     folder = tmp_path_factory.mktemp("resumed")
-    (folder / "model").symlink_to(tiny_folder / "model")
+    for name in ("model", "purse", "cat"):
+        (folder / name).symlink_to(tiny_folder / name)
     processes = [*_start(folder, 1), *_start(folder, 2)]
     try:
         while any(process.poll() is None for process in processes):
