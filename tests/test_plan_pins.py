@@ -32,6 +32,9 @@ PINS = {
     "mitigations_testbed": "78f22984c32c4b5eaddf8e002ae2df01",  # 256 stages, 67 units, 87 trials
     "quickstart": "069d017e774b360e2055b6ee4f5dc242",  # 563 stages, 153 units, 128 trials
     "smoke": "551e31ae40204e65ed3ca60cdfbcdd4a",  # 137 stages, 44 units, 23 trials
+    "pruning": "4c71297dc67b83ac8cc7483106cd79eb",
+    "pruning_smoke": "22bf988e5edc34d4e7bc512a7c96eb31",
+    "pruning_testbed": "73e09a165b7f267524441773191997ef",
 }
 IMAGES = 6
 """Of each folder that a suite asks for and that does not ship; two a split."""
@@ -119,9 +122,19 @@ def memorization(root: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def pruning(root: Path) -> list[str]:
+    """Return overrides that give `pruning.yaml` small files in place of those that do not ship."""
+    (root / "coco").mkdir()
+    for index in range(14):
+        write_bitmap(root / "coco" / f"{index}.bmp", bytes([index, 3, 5]))
+        (root / "coco" / f"{index}.txt").write_text(f"a view number {index}", encoding="utf-8")
+    return [f"tasks.styles.general={{folder: {root}/coco, held_out: 4}}", "tasks.styles.student={keep: 0.8}"]
+
+
 def made(path: Path, root: Path) -> plan.Plan:
     """Return the plan of a bundled suite."""
     overrides = memorization(root) if path.stem == "memorization" else folders(path, root)
+    overrides += pruning(root) if path.stem == "pruning" else []
     return plan.make(suite.load(path, overrides))
 
 

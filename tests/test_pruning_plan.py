@@ -105,7 +105,7 @@ def test_a_target_is_no_more_left_out_of_its_own_works_than_others(write):
 def test_every_model_draws_general_captions_from_the_same_noise(write):
     """One image a caption."""
     made = plan.make(suite.load(write()))
-    drawn = [stage for stage in of_kind(made, "replay")]
+    drawn = of_kind(made, "replay")
 
     assert {stage.parameters.sampling.images_per_prompt for stage in drawn} == {1}
     assert len({stage.seed for stage in drawn}) == 2  # seeds
