@@ -16,7 +16,7 @@ NEAR = 0.01
 PRECISE, DROPPED = 5.0, 0.2
 """What weighs against an uneven choice of widths: the distance from the share, and each thing that is dropped.
 
-Measured once on the testbed, as the mean squared distance from the teacher's predictions after 90 steps of distillation.
+Measured once on the testbed, as mean squared distance from the teacher's predictions after 90 steps of distillation.
 At 0.8: .070 with half of the finest level, .047 with all widths but without two of DROPS. At 0.55: .058 with 5/8 of the
 coarsest level, .068 with 3/4 of the finest, 7/8 of the coarsest and without two of DROPS.
 """
