@@ -58,7 +58,7 @@ def test_layers_whose_order_keys_would_not_hold_are_refused():
     """And stages that are no layer at all."""
     with pytest.raises(ValueError, match=r"erase, immunize.*\(got immunize, erase\)"):
         ModelState().over("immunize", "a").over("erase", "b").inputs()
-    with pytest.raises(ValueError, match="a stage of kind sample is no layer; layers are erase, immunize"):
+    with pytest.raises(ValueError, match="kind sample is no layer; layers are prune, distill, erase, immunize"):
         ModelState().over("sample", "a").inputs()
 
 

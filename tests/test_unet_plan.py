@@ -186,13 +186,13 @@ def test_macs_of_widths_are_a_polynomial(config):
 @pytest.mark.parametrize(
     ("config", "keep", "drop", "words"),
     [
-        (SMALL, 0.5, (), "keep: 0.5 of the model's MACs cannot be reached to within 0.01; the nearest shares are"),
-        (TESTBED, 0.001, (), "keep: 0.001 of the model's MACs cannot be reached"),
+        (SMALL, 0.5, (), "0.5 of the model's MACs cannot be reached to within 0.01; the nearest shares are"),
+        (TESTBED, 0.001, (), "0.001 of the model's MACs cannot be reached"),
         (SD1, 0.9, ("middle", "layers"), "the nearest share is 0.636"),
-        (SD1, 0, (), "keep: the share of MACs that stays must be above 0 and below 1 (got 0)"),
+        (SD1, 0, (), "the share of MACs that stays must be above 0 and below 1 (got 0)"),
         (SD1, 1, (), "(got 1)"),
-        (SD1, 0.8, ("midle",), "drop: 'midle' is unknown; did you mean 'middle'?"),
-        (TESTBED, 0.5, ("layers",), "drop: the UNet has nothing to drop by layers"),
+        (SD1, 0.8, ("midle",), "'midle' is nothing to drop; did you mean 'middle'?"),
+        (TESTBED, 0.5, ("layers",), "the UNet has no layers to drop; drop less"),
         ({**SD1, "class_embed_type": "timestep"}, 0.8, (), "cannot be pruned: its class_embed_type is 'timestep'"),
         ({**SD1, "down_block_types": ["AttnDownBlock2D"] * 4}, 0.8, (), "'AttnDownBlock2D', which is not supported"),
         ({**SD1, "mid_block_type": "Other"}, 0.8, (), "its mid_block_type is 'Other'"),
@@ -209,6 +209,19 @@ def test_what_cannot_be_pruned_is_said(config, keep, drop, words):
     assert len(caught.value.messages) == 1 and words in caught.value.messages[0]
 
 
+@pytest.mark.parametrize("value", [0, -4, 2.5, "4", True, [], [4, "x"], [[4]], {}], ids=repr)
+@pytest.mark.parametrize(
+    "key",
+    ["block_out_channels", "attention_head_dim", "layers_per_block", "cross_attention_dim", "norm_num_groups",
+     "transformer_layers_per_block", "in_channels", "out_channels", "time_embedding_dim", "sample_size",
+     "downsample_padding", "down_block_types", "up_block_types", "mid_block_type"],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_refused(key, value):
+    """By the key, whatever a file holds."""
+    with pytest.raises(UnknownUNet, match=key):
+        shapes({**SD1, key: value})
+
+
 def test_nearly_all_is_not_all():
     """A student is smaller than its teacher."""
     assert macs(planned(SD1, 0.995)) < macs(SD1)
@@ -223,7 +236,7 @@ def test_up_and_down_blocks_must_be_as_many():
 def test_planning_needs_no_torch():
     """So `validate` can tell whether a share can be reached."""
     code = (
-        "import sys; from harness.model.unet_plan import planned; import harness.suite.student; "
+        "import sys; from harness.model.unet_plan import planned; import harness.model.student_files; "
         f"planned({SD1!r}, 0.8); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
 

@@ -23,7 +23,7 @@ def mistakes(folder: Path) -> Iterator[str]:
         yield "has no 'config.json' that can be read, nor 'unet/config.json'; give the folder of a UNet"
         return
     if config.get("_class_name") != CLASS:
-        yield f"holds a {one_line(config.get('_class_name'), 60)}; only a {CLASS} can be a student"
+        yield f"holds '{one_line(config.get('_class_name'), 60)}'; only a {CLASS} can be a student"
         return
     try:
         wanted = unet_layers.shapes(config)

@@ -123,7 +123,7 @@ def levels(config: Mapping[str, Any]) -> Levels:
     down = _types(config, "down_block_types", _DOWN, [*_DOWN][1:] * 3 + [*_DOWN][:1])
     up = _types(config, "up_block_types", _UP, [*_UP][:1] + [*_UP][1:] * 3)
     middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
-    if middle not in _MIDDLE:
+    if middle not in list(_MIDDLE):
         raise UnknownUNet(f"its mid_block_type is {middle!r}, which is not supported")
     widths = _each(config, "block_out_channels", (320, 640, 1280, 1280), len(down))
     if len(up) != len(down):
@@ -141,9 +141,9 @@ def levels(config: Mapping[str, Any]) -> Levels:
         up=up[::-1],
         middle=_MIDDLE[middle],
         groups=groups,
-        time=config.get("time_embedding_dim") or 4 * widths[0],
-        latents=config.get("in_channels", 4),
-        prediction=config.get("out_channels", 4),
+        time=_one(config, "time_embedding_dim", 4 * widths[0]),
+        latents=_one(config, "in_channels", 4),
+        prediction=_one(config, "out_channels", 4),
         sizes=_sizes(config, len(down)),
     )
     if any(found.attends(level) and width < found.heads[level] for level, width in enumerate(widths)):
@@ -293,10 +293,18 @@ def _types(config: Mapping[str, Any], key: str, known: Mapping[str, bool], defau
     given = config.get(key, default)
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise UnknownUNet(f"its {key} is {given!r}, not a list of block types")
-    unknown = next((name for name in given if name not in known), None)
-    if unknown is not None:
-        raise UnknownUNet(f"its {key} name {unknown!r}, which is not supported; known: {', '.join(known)}")
+    unknown = [name for name in given if name not in list(known)]
+    if unknown:
+        raise UnknownUNet(f"its {key} name {unknown[0]!r}, which is not supported; known: {', '.join(known)}")
     return tuple(known[name] for name in given)
+
+
+def _one(config: Mapping[str, Any], key: str, default: int) -> int:
+    """Return a whole number; the default where there is none."""
+    given = config.get(key)
+    if given is not None and not _is_count(given):
+        raise UnknownUNet(f"its {key} is {given!r}, not a whole number above 0")
+    return default if given is None else given
 
 
 def _each(config: Mapping[str, Any], key: str, default: Any, count: int) -> tuple[int, ...]:
@@ -313,7 +321,7 @@ def _sizes(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
     sides = [given, given] if _is_count(given) else given
     if not isinstance(sides, Sequence) or len(sides) != 2 or not all(map(_is_count, sides)):
         raise UnknownUNet(f"its sample_size is {given!r}, not the side of the latents")
-    padding, found = config.get("downsample_padding", 1), []
+    padding, found = _one(config, "downsample_padding", 1), []
     for _ in range(count):
         found.append(sides[0] * sides[1])
         sides = [(side + 2 * padding - 3) // 2 + 1 for side in sides]

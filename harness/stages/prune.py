@@ -23,8 +23,8 @@ STUDENT = "student"
 """A student from a folder: its digest is in the stage's `data`, its path in its `local`, both under this name."""
 
 
-BLOCKS = ("down_block_types", "mid_block_type", "up_block_types", "layers_per_block")
-"""Keys of a configuration that say which blocks there are."""
+SHOWN = ("block_out_channels", "layers_per_block", "down_block_types", "mid_block_type", "up_block_types")
+"""Keys of a configuration by which a line describes a student."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class Prune(StageKind):
 
 
 def _made(parameters: PruneParameters, work: StageAtWork, model: DiffusionModel) -> UNet2DConditionModel:
-    """Return a student of the model, pruned by magnitude; say what was dropped and how wide it is."""
+    """Return a student of the model, pruned by magnitude; say in a line what it has."""
     from harness.model.pruning import pruned
-    from harness.model.unet_layers import levels
+    from harness.model.unet_layers import macs
     from harness.model.unet_plan import planned
 
-    before = model.unet.config
-    config = planned(before, parameters.keep, parameters.drop or (), model.tokenizer.model_max_length)
-    dropped = [f"{key} {_plain(config[key])}" for key in BLOCKS if _plain(config[key]) != _plain(before[key])]
-    widths = f"widths {list(levels(config).widths)} of {list(levels(before).widths)}"
-    work.run.notify(f"the student has {', '.join([widths, *dropped])}")
+    before, tokens = model.unet.config, model.tokenizer.model_max_length
+    config = planned(before, parameters.keep, parameters.drop or (), tokens)
+    share = macs(config, tokens) / macs(before, tokens)
+    changed = [f"{key} {_plain(config[key])}" for key in SHOWN if _plain(config[key]) != _plain(before[key])]
+    work.run.notify(f"the student keeps {share:.3f} of the MACs: {', '.join(changed)}")
     with work.run.ledger.phase("prune"):
         return pruned(model.unet, config)
 

@@ -18,7 +18,7 @@ from harness.core.errors import StageFailure
 from harness.model.pruning import kept_channels, pruned
 from harness.model.unet_layers import FIXED, FREQUENCIES, Units, layers, levels, macs
 from harness.model.unet_plan import NEAR, planned
-from harness.stages.prune import PruneParameters
+from harness.stages.prune import SHOWN, PruneParameters
 from harness.training import lora
 from tests.ml.at_work import Desk
 
@@ -350,14 +350,23 @@ def test_a_student_that_diffusers_loads_alone_predicts_the_same(desk, model, tmp
     assert abs(numbers["macs"] / numbers["macs_of_teacher"] - 0.6) <= NEAR and parameters < before[0]
 
 
-def test_a_student_is_made_of_the_base_models_weights(desk, model):
-    """Its channels are known again beside the base model."""
-    folder, _ = made(desk)
+def list_of(value):
+    """Return a tuple as a list, as files have it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_a_student_is_made_of_the_base_models_weights(desk, model, caplog):
+    """Its channels are known again beside the base model; a line says what it has."""
+    folder, numbers = made(desk)
     student = UNet2DConditionModel.from_pretrained(folder / "unet")
 
     assert levels(student.config) == levels(planned(model.unet.config, 0.6))
     kept = kept_channels(model.unet, student)
     assert torch.equal(student.conv_in.weight, model.unet.conv_in.weight[kept["down_blocks.0"]])
+    share = numbers["macs"] / numbers["macs_of_teacher"]
+    changed = [key for key in SHOWN if list_of(student.config[key]) != list_of(model.unet.config[key])]
+    said = ", ".join(f"{key} {list_of(student.config[key])}" for key in changed)
+    assert f"the student keeps {share:.3f} of the MACs: {said}" in caplog.text and changed
 
 
 def test_an_adapter_finds_its_layers_in_a_student(desk, model):

@@ -1,4 +1,4 @@
-"""A student of a suite, judged by its files before any compute; and shares that no pruned UNet keeps."""
+"""Students in folders, judged by their files before any compute."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from harness.core.errors import UserMistake
 from harness.core.paths import GENERATOR
-from harness.model.source import ModelSource
+from harness.model.student_files import mistakes, resized, unfit
 from harness.model.unet_layers import shapes
-from harness.suite import student
 
-TESTBED = ModelSource({"source": "testbed", "revision": "x"}, str(GENERATOR))
-HUB = ModelSource({"source": "hub", "id": "some/model", "revision": "0" * 40}, "some/model", "0" * 40)
+TESTBED = json.loads((GENERATOR / "unet" / "config.json").read_text())
+SD1 = {"cross_attention_dim": 768}
 CONFIG = {
-    **json.loads((GENERATOR / "unet" / "config.json").read_text()), "block_out_channels": [16, 32],
-    "attention_head_dim": [8, 2],
+    **TESTBED, "block_out_channels": [16, 32], "attention_head_dim": [8, 2],
 }  # fmt: skip
 
 
@@ -43,19 +40,15 @@ def write_weights(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
 
 
-def of_folder(path: Path, base: ModelSource = TESTBED):
-    """Return what is read of a folder, given by its name."""
-    return student.of_folder(path, path.name, "s.yaml:3: student", base)
+def said_of(folder: Path, base=TESTBED) -> list[str]:
+    """Return what is wrong with a student, and whether it fits a base model's configuration."""
+    return [*mistakes(folder), *unfit(json.loads((folder / "config.json").read_text()), base)]
 
 
-def test_student_is_taken_from_its_folder_or_from_unet(tmp_path):
-    """The same one; its digest is that of what is loaded."""
-    read, said = of_folder(write(tmp_path / "one"))
-    inner, _ = of_folder(write(tmp_path / "two" / "unet").parent)
-    other, _ = of_folder(write(tmp_path / "three", block_out_channels=[32, 64]))
-
-    assert said == [] and read.folder == str(tmp_path / "one") and inner.folder == str(tmp_path / "two" / "unet")
-    assert read.digest == inner.digest != other.digest
+def test_student_that_fits_is_taken(tmp_path):
+    """With narrower levels, or with fewer blocks."""
+    assert said_of(write(tmp_path / "one")) == []
+    assert said_of(write(tmp_path / "two", mid_block_type=None, down_block_types=["DownBlock2D"] * 2)) == []
 
 
 def test_student_in_several_files_is_taken(tmp_path):
@@ -66,15 +59,17 @@ def test_student_in_several_files_is_taken(tmp_path):
     for part, own in enumerate((tensors[:9], tensors[9:]), 1):
         write_weights(folder / f"diffusion_pytorch_model-0000{part}-of-00002.safetensors", dict(own))
 
-    assert of_folder(folder)[0].folder == str(folder)
+    assert said_of(folder) == []
 
 
 def test_student_of_another_size_is_said(tmp_path):
     """It works at the base model's."""
-    _, said = of_folder(write(tmp_path / "one", sample_size=32))
+    write(tmp_path, sample_size=32)
 
-    assert said == ["s.yaml:3: student: the student's sample_size 32 is replaced by the base model's, 16"]
-    assert of_folder(tmp_path / "one", HUB)[1] == []  # the base model's is not here
+    assert said_of(tmp_path) == []
+    said = ["the student's sample_size 32 is replaced by the base model's, 16"]
+    assert list(resized({**CONFIG, "sample_size": 32}, TESTBED)) == said
+    assert list(resized(CONFIG, TESTBED)) == list(resized(CONFIG, {})) == []
 
 
 def without(folder: Path, name: str) -> None:
@@ -104,14 +99,11 @@ def edited(folder: Path, **change) -> None:
     [
         (lambda f: without(f, "config.json"), "has no 'config.json' that can be read, nor 'unet/config.json'"),
         (lambda f: (f / "config.json").write_text("[]"), "has no 'config.json' that can be read"),
-        (lambda f: write(f, _class_name="AutoencoderKL"), "holds a AutoencoderKL; only a UNet2DConditionModel can be"),
+        (lambda f: write(f, _class_name="AutoencoderKL"), "holds 'AutoencoderKL'; only a UNet2DConditionModel can be"),
         (
             lambda f: write(f, {}, class_embed_type="timestep"),
             "cannot be a student: its class_embed_type is 'timestep'",
         ),
-        (lambda f: write(f, in_channels=9), "has in_channels 9, the base model 4; give a student of this base model"),
-        (lambda f: write(f, out_channels=8), "has out_channels 8, the base model 4"),
-        (lambda f: write(f, cross_attention_dim=768), "has cross_attention_dim 768, the base model 128"),
         (lambda f: without(f, "diffusion_pytorch_model.safetensors"), "holds no weights; 'diffusion_pytorch_model.saf"),
         (lambda f: renamed(f, "model.safetensors"), "holds no weights; 'diffusion_pytorch_model.safetensors' is"),
         (
@@ -134,39 +126,27 @@ def edited(folder: Path, **change) -> None:
     ],
 )
 def test_student_that_cannot_be_used_is_refused(tmp_path, spoil, words):
-    """In one line, at its place."""
+    """In one line."""
     folder = write(tmp_path / "one")
     spoil(folder)
-    with pytest.raises(UserMistake) as caught:
-        of_folder(folder)
+    (message,) = mistakes(folder)
 
-    (message,) = caught.value.messages
-    assert message.startswith("s.yaml:3: student: folder 'one' ") and words in message and "\n" not in message
+    assert words in message and "\n" not in message
 
 
-def test_folder_that_does_not_exist_is_refused():
-    """By its name."""
-    with pytest.raises(UserMistake, match="s.yaml:3: student: folder 'gone' does not exist; give the folder of a UNet"):
-        of_folder(Path("/nowhere/gone"))
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"in_channels": 9}, "has in_channels 9, the base model 4; give a student of this base model"),
+        ({"out_channels": 8}, "has out_channels 8, the base model 4"),
+        ({"cross_attention_dim": 768}, "has cross_attention_dim 768, the base model 128"),
+        ({"cross_attention_dim": [128, 64]}, "has cross_attention_dim [128, 64], the base model 128"),
+    ],
+)
+def test_student_that_does_not_fit_its_base_model_is_refused(change, words):
+    """What is passed to a UNet, and taken from it; diffusers' defaults count."""
+    (message,) = unfit({**CONFIG, **change}, TESTBED)
 
-
-def test_share_that_cannot_be_reached_is_refused_before_any_compute():
-    """With the base model's text tokens; of a hub's model its stage refuses it."""
-    student.require_reachable(TESTBED, 0.8, (), "s.yaml:4: student")
-    student.require_reachable(HUB, 0.001, (), "s.yaml:4: student")
-    with pytest.raises(UserMistake) as caught:
-        student.require_reachable(TESTBED, 0.001, (), "s.yaml:4: student")
-
-    (message,) = caught.value.messages
-    assert message.startswith(
-        "s.yaml:4: student: keep: 0.001 of the model's MACs cannot be reached to within 0.01; the ne"
-    )
-
-
-def test_tokens_are_those_of_the_base_model(monkeypatch):
-    """The share depends on them."""
-    seen = []
-    monkeypatch.setattr(student.unet_plan, "planned", lambda config, keep, drop, tokens: seen.append(tokens))
-    student.require_reachable(TESTBED, 0.8, (), "keep")
-
-    assert seen == [16]
+    assert words in message
+    assert list(unfit({**CONFIG, "cross_attention_dim": [128, 128]}, TESTBED)) == []
+    assert list(unfit({**SD1, "in_channels": 4}, SD1)) == []
