@@ -78,7 +78,8 @@ class Parameters:
     object_templates: Annotated[tuple[Text, ...], Field(min_length=1)] = OBJECT_TEMPLATES[:20]
     """Texts that name an object, {}."""
     class_words: Annotated[tuple[Text, ...], Field(min_length=1)] = ("object",)
-    """What takes the object's place in the texts without it; several take turns over the templates."""
+    """What takes the object's place in the texts without it; several take turns over the templates, without one that
+    is the object's own name."""
 
     def __post_init__(self):
         for name, held in {"style_template": ("{thing}", "{}"), "plain_template": ("{thing}",)}.items():
@@ -114,6 +115,9 @@ class ConceptPrune(Defense):
     presets = {
         # for the embedded testbed, whose texts have 16 tokens (docs/presets.md)
         "testbed": {
+            "ratio": 0.3,
+            "share_of_steps": 0.35,
+            "normalise": "none",
             "steps": 25,
             "guidance": 3.0,
             "things": COMMON_OBJECTS[:20],
@@ -122,6 +126,7 @@ class ConceptPrune(Defense):
             "object_templates": (
                 "{}", "a picture of {}", *(f"a picture of {{}} in {s} style" for s in _TESTBED_STYLES),
             ),
+            "class_words": COMMON_OBJECTS[:9],  # "object" draws nothing in particular; one more than the templates
         },
     }
 
@@ -181,7 +186,7 @@ def texts_of(target: ProtectedConcept, p: Parameters) -> Texts:
             tuple(p.style_template.replace("{thing}", t).replace("{}", target.phrase) for t in p.things),
             tuple(p.plain_template.replace("{thing}", t) for t in p.things),
         )
-    words = p.class_words
+    words = [w for w in p.class_words if w.casefold() != target.phrase.casefold()] or p.class_words
     return Texts(
         tuple(template.replace("{}", target.phrase) for template in p.object_templates),
         tuple(template.replace("{}", words[i % len(words)]) for i, template in enumerate(p.object_templates)),

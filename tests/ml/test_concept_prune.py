@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import torch
 
 from defenses.pruning import wanda
 from defenses.pruning.concept_prune import ConceptPrune, Parameters, Texts, _Norms, chosen, texts_of
+from harness.cli import main
 from harness.contracts.defense import ProtectedConcept
 from harness.core import parameters
+from harness.core.errors import ExitCode
 from harness.core.seeds import mix
 from harness.training.selection import select
 
@@ -268,6 +272,13 @@ def test_texts_of_a_style_and_of_an_object():
     )
 
 
+def test_class_words_that_are_the_object_are_left_out():
+    """A list of common objects may hold the target."""
+    texts = texts_of(ProtectedConcept("object", "Thing"), _parameters())
+
+    assert texts.base == ("a photo of a object", "the object", "my object")
+
+
 def test_defaults_are_20_texts_of_50_steps():
     """As far as the released code's settings are known."""
     p = Parameters()
@@ -305,8 +316,8 @@ def test_settings_that_cannot_work_are_refused(given, words):
 def test_a_concept_that_no_text_names_is_refused_before_any_drawing(model, make_run):
     """Its words are the class words, or are cut off."""
     run = make_run()
-    with pytest.raises(ValueError, match="'the object' and 'the object' are the same to the text encoder"):
-        _prune(model, run, ProtectedConcept("object", "object"))
+    with pytest.raises(ValueError, match="'a photo of a object' are the same to the text encoder"):
+        _prune(model, run, ProtectedConcept("object", "object"), class_words=("object",))
     with pytest.raises(ValueError, match="are the same to the text encoder"):
         _prune(model, run, style_template="x" * 80 + "{thing} {}", plain_template="x" * 80 + "{thing}")
     assert run.ledger.forward_passes == 0
@@ -353,3 +364,37 @@ def test_a_state_of_other_texts_is_dropped(model, make_run):
     other = _Norms(model, make_run(), _parameters(), [("a",), ("b",)], _weights(model))
     with pytest.raises(UnfitState):
         norms.load_state(other.state())
+
+
+SUITE = """\
+name: pruned
+model: {{id: {folder}/model}}
+seeds: 1
+concepts:
+  purse: {{kind: object, label: purse, folder: {folder}/purse, evaluation_prompts: [a purse]}}
+  vangogh: {{kind: style, label: van gogh, generate: {{per_split: 2}}}}
+  dog: {{kind: object, label: dog, generate: {{per_split: 1}}}}
+tasks:
+  relearning: {{erase: &prune {quick}, targets: [vangogh]}}
+  personalization: {{targets: [purse]}}
+defenses: [none, *prune]
+attacks: [{{method: lora, steps: [1], batch_size: 2}}]
+metrics: [{{method: clip_image, backbone: "local-dir:{folder}/clip", pretrained: null}}]
+utility: [dog]
+sampling: {{steps: 2, images_per_prompt: 1}}
+"""
+
+
+def test_a_suite_may_erase_by_it_and_have_it_as_a_row(tiny_folder, tmp_path):
+    """Re-learning of what it erased, and a row of both tasks."""
+    quick = {"method": "concept_prune", "steps": 2, "things": ["cat"], "object_templates": ["a {}"]}
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(SUITE.format(folder=tiny_folder, quick=json.dumps(quick)), encoding="utf-8")
+
+    assert main(["run", str(suite), "--runs", str(tmp_path / "runs"), "--executor", "serial"]) == ExitCode.DONE
+    rows = list(csv.DictReader((tmp_path / "runs" / "pruned" / "rows.csv").read_text(encoding="utf-8").splitlines()))
+    for task in ("relearning", "personalization"):
+        steps = {r["step"] for r in rows if (r["task"], r["defense"], r["role"]) == (task, "concept_prune", "target")}
+        assert steps == {"0", "1"}
+    erased = [json.loads(p.read_text(encoding="utf-8")) for p in tmp_path.glob("runs/store/erase/*/record.json")]
+    assert len(erased) == 1 and erased[0]["ledger"]["numbers"]["zeroed_weights"] > 0
