@@ -242,6 +242,19 @@ def test_shares_and_micro_batches_add_up_to_the_whole(source, files, make_run):
     assert (shares[0] - whole).norm() > 0.1 * whole.norm()
 
 
+def test_gradient_checkpointing_changes_memory_only(source, files, make_run):
+    """Blocks recompute their insides; their outputs are seen once."""
+    ends = []
+    for name, sharding in (("plain", Sharding()), ("checkpointed", Sharding(gradient_checkpointing=True))):
+        run = lent(dataclasses.replace(make_run(1, name), sharding=sharding), source, files)
+        model = student_of(source)
+        ends.append(Distill(dataclasses.replace(SMALL, steps=2, warmup_steps=0)).protect(model, [], [], run).tensors)
+        model.restore()
+    one, other = (torch.cat([t.flatten() for t in tensors.values()]) for tensors in ends)
+
+    assert (one - other).norm() < 1e-5 * one.norm()
+
+
 def test_the_teacher_is_asked_only_where_a_term_compares_with_it(source, files, make_run):
     """Its passes are counted, and none of them has a backward pass."""
     for changes, forward in (({}, 16), ({"output_weight": 0.0, "block_weight": 0.0}, 8)):
