@@ -202,3 +202,15 @@ def test_sections_that_are_not_needed_may_be_left_out(write):
     made = plan.make(suite.load(write(change)))
 
     assert not of_kind(made, "adapt") and of_kind(made, "distill")
+
+
+def test_what_trains_on_general_images_is_no_defense_of_an_immunization_task(tmp_path, capsys):
+    """It is refused with the kind of task where it belongs."""
+    whole = yaml.safe_load((SUITES / "smoke.yaml").read_text(encoding="utf-8"))
+    whole["defenses"].append("distill")
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+
+    assert main(["validate", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "distill trains on general images with captions: it is a recipe of a task of kind pruning" in said

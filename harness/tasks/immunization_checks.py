@@ -20,7 +20,7 @@ Entries = Mapping[str, ImmunizationSpec]
 
 def before_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Return the mistakes that can be found before images are read."""
-    checks = (_erasers, duplicates, crossed_concepts, _undefended, _protected_together, no_attack)
+    checks = (_erasers, _trainers, duplicates, crossed_concepts, _undefended, _protected_together, no_attack)
     return [mistake for check in checks for mistake in check(loaded, entries)]
 
 
@@ -38,6 +38,18 @@ def _erasers(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
         (("tasks", name, "erase"), f"'{task.erase.method}' is a defense that cannot erase; known: {', '.join(able)}")
         for name, task in entries.items()
         if task.erase is not None and task.erase.method in known and task.erase.method not in able
+    ]
+
+
+def _trainers(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
+    """Find defenses that train on general images, which this task has none of."""
+    known = registry.names("defense")
+    own = [(("defenses", index), spec) for index, spec in enumerate(loaded.suite.defenses)]
+    own += [(("tasks", name, "erase"), task.erase) for name, task in entries.items()]
+    return [
+        (path, f"{spec.method} trains on general images with captions: it is a recipe of a task of kind pruning")
+        for path, spec in own
+        if spec is not None and spec.method in known and "pairs" in registry.get("defense", spec.method).uses
     ]
 
 
