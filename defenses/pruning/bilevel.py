@@ -7,8 +7,8 @@ Shirkavand et al., CVPR 2025 (arXiv 2412.15341):
 L_low is the loss of `harness/training/distillation.py`, L_up that of `harness/training/suppression.py`. The paper and
 its released program solve this differently; a profile selects one, and sets the parameters that are None:
 
-    released  One set of weights. After every 10 steps of AdamW on L_low, one step on L_up by another AdamW with moments
-              of its own. Both rates are constant after a warm-up of 250 steps, counted in each level's own steps: an
+    released  One set of weights. After every 10 steps of AdamW on L_low, one step on L_up by another AdamW with other
+              moments. Both rates are constant after a warm-up of 250 steps, counted in each level's own steps: an
               eighth of 2,000 upper steps run below their rate. No clipping, no weight decay. There is no penalty and no
               second student.
     paper     min_theta max_vartheta L_up(theta) + lambda (L_low(theta) - L_low(vartheta)), lambda = 100: K = 20 steps
@@ -28,7 +28,7 @@ styles accepts several; only a configuration with one is released).
 Differences from the paper: the L_up that the digest prints, |eps_theta(x_t, c') - eps(x_t, c)|^2 with an anchor c',
 agrees neither with the digest's words nor with the program; the program's target serves in both profiles.
 Differences from the released program: images are cropped at the centre (released: at random); one caption an image
-(COCO has five, each a row of its own there); 20,000 lower steps, where its checkpoint of that name has 20,001; a model
+(COCO has five, each in a row there); 20,000 lower steps, where its checkpoint of that name has 20,001; a model
 that predicts noise is weighed by the standard min-SNR; the student is what the suite prunes or names.
 """
 
@@ -85,7 +85,7 @@ class Parameters(LowerLoss, ByProfile):
     upper_learning_rate: Rate = 5e-6
     """Of AdamW on the upper loss (paper: of the outer step)."""
     warmup_steps: Warmup | None = None
-    """The rate of each level grows linearly from 0 over so many of its own steps."""
+    """The rate of each level grows linearly from 0 over so many steps of that level."""
     penalty: Annotated[float, Field(gt=0, le=1e6)] = 100.0
     """lambda of the profile paper."""
     strength: Weight = 1.0

@@ -10,7 +10,7 @@ Released configurations: 512 pixels, 20,000 steps of 64 (the checkpoint that is 
 one loss only are `output_weight: 0, block_weight: 0` and `denoising_weight: 0`.
 
 Differences from the released program: images are cropped at the centre (released: at random); one caption an image
-(COCO has five, each a row of its own there); the student is not its APTP expert but what the suite prunes or names, and
+(COCO has five, each in a row there); the student is not its APTP expert but what the suite prunes or names, and
 blocks that the student lacks, or whose widths differ, are handled as `harness/training/block_outputs.py` says; a model
 that predicts noise is weighed by the standard min-SNR. How the paper differs from its program: see `bilevel.py`.
 """

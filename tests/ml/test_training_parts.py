@@ -10,7 +10,7 @@ from harness.core.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from harness.training import token_embedding, words
 from harness.training.loop import StepOver, train
 from harness.training.token_embedding import LearnedWord
-from harness.training.weights import Level, LocalWeights, grouped, installed
+from harness.training.weights import Level, LocalWeights, grouped, installed, warmed
 
 
 def _parameters() -> dict[str, nn.Parameter]:
@@ -236,3 +236,26 @@ def test_resumed_optimizer_state_lies_where_the_weights_do():
     assert {name.split("/")[-1]: value.device.type for name, value in kept.items() if name.startswith("slot/")} == {
         "step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=["adamw", "sgd"])
+def test_a_schedule_scales_the_rate_of_a_step(options):
+    """A step at half the rate is a step of a level with half of it, weight decay too; the next one is whole again."""
+    ends = []
+    for rate, factor in ((1e-2, 0.5), (5e-3, 1.0)):
+        weights = LocalWeights({"a": nn.Parameter(torch.ones(3))}, {"one": Level(("a",), rate, 0.1, **options)})
+        for _ in range(2):
+            weights.step("one", {"a": torch.tensor([1.0, -2.0, 0.5])}, factor)
+        half = weights.read(["a"])["a"]
+        weights.step("one", {"a": torch.ones(3)})
+        ends.append((half, weights.read(["a"])["a"]))
+    (scaled, whole), (slow, slower) = ends
+
+    assert torch.allclose(scaled, slow, rtol=0, atol=1e-7)
+    assert (whole - scaled).norm() > 1.5 * (slower - slow).norm()
+
+
+def test_a_warm_up_starts_at_zero_as_that_of_diffusers():
+    """And ends at the whole rate; without one, every step has it."""
+    assert [warmed(step, 4) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [warmed(step, 0) for step in range(2)] == [1.0, 1.0]
