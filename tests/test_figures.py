@@ -104,7 +104,7 @@ def test_a_defense_keeps_its_colour_across_runs():
 
 
 def test_bundled_defenses_have_a_fixed_colour():
-    """A new method gets a line in the table. Not so mitigations, many settings of few methods, and students' recipes."""
+    """A new method gets a line in the table. Not so mitigations, settings of few methods, and students' recipes."""
     modules = {name: registry.get("defense", name).__module__ for name in registry.names("defense")}
     bundled = {name for name, module in modules.items() if module.startswith("defenses.")}
     mitigations = {name for name in bundled if modules[name].startswith("defenses.mitigation.")}

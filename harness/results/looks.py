@@ -19,7 +19,7 @@ FIXED = (
     "none", "imma", "uce", "mima", "freezeasguard", "random_freeze", "esd", "freeze_component", "joint", "merged",
     "concept_prune",
 )  # fmt: skip
-"""Labels with a colour of COLOURS each, in its order: the bundled methods that change a model as it is, under their own names."""
+"""Labels with a colour of COLOURS each, in its order: the bundled methods that change a model as it is."""
 LINES, MARKS = ("-", "--", ":", "-."), "osD^"
 """Line and marker of the first defense of a colour, of the second, and so on."""
 
