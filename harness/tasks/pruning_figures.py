@@ -5,13 +5,14 @@ The registry imports this module with the tasks, so matplotlib is imported insid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core.errors import one_line
 from harness.results.looks import COLOURS
 from harness.store.layout import step_folder
+from harness.tasks.pruning_lines import CP
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,13 +29,15 @@ SIDE = 96
 def tradeoff(lines: Sequence[Line], path: Path) -> bool:
     """Draw a panel for each task and set of targets: quality of general images against similarity to the targets.
 
-    By the first metric of sets and the first metric of targets. Returns False where a run has none of them.
+    By the first metric of sets, and the first metric of targets, one that is no alignment with text if there is one.
+    Returns False where a run has none of them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     quality = _first(lines, "general", lower=True) or _first(lines, "general")
-    similarity = _first(lines, "target")
+    texts = {CP, *(line["metric"] for line in lines if line["measure"] == "general")}
+    similarity = _first(lines, "target", without=texts) or _first(lines, "target")
     if quality is None or similarity is None:
         return False
     panels = list(dict.fromkeys((line["task"], line["targets"]) for line in lines))
@@ -55,24 +58,27 @@ def tradeoff(lines: Sequence[Line], path: Path) -> bool:
                 axis.plot([x["value_low"], x["value_high"]], [y["value"]] * 2, color=colour, lw=0.8, alpha=0.6)
                 axis.plot([x["value"]] * 2, [y["value_low"], y["value_high"]], color=colour, lw=0.8, alpha=0.6)
         axis.set_xlabel(f"{quality} of general captions ({_wanted(lines, quality)})", fontsize=8)
-        axis.set_ylabel(f"{similarity} of targets before any attack (low is wanted)", fontsize=8)
+        axis.set_ylabel(f"{similarity} of targets (low is wanted)", fontsize=8)
         axis.set_title(one_line(f"{task}: {targets}", 60), fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(panels):]:
         axis.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 * columns, fontsize=7, frameon=False)
     figure.set_dpi(150)
     FigureCanvasAgg(figure).print_png(path)
     return True
 
 
-def _first(lines: Sequence[Line], measure: str, *, lower: bool = False) -> str | None:
+def _first(
+    lines: Sequence[Line], measure: str, *, lower: bool = False, without: Collection[str] = ()
+) -> str | None:
     """Return the first metric of a measure; `lower`: of those whose less is better."""
     return next(
         (line["metric"] for line in lines
-         if line["measure"] == measure and (not lower or line["direction"] == "lower")),
+         if line["measure"] == measure and (not lower or line["direction"] == "lower")
+         and line["metric"] not in without),
         None,
     )  # fmt: skip
 
