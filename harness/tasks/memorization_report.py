@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.analysis.definitions import OURS, Definition
-from harness.contracts.diagnostic import Diagnostic, PageSection
+from harness.contracts.diagnostic import PageSection
 from harness.core.registry import register
-from harness.results.reading import mean_of, read_table
+from harness.results.reading import read_table
 from harness.tasks.memorization_columns import STATISTICS
+from harness.tasks.task_report import TaskReport, limits, numbers
 
 if TYPE_CHECKING:
-    from harness.analysis.paper_rows import PaperRow
-    from harness.suite.spec import Suite
+    pass
 
-KIND = "memorization"
-PAPER = "memorization"
-"""The name of the file with papers' numbers."""
 WEN = "Wen et al. (ICLR 2024), released code"
 FILES = ("detection.csv", "mitigations.csv", "mitigations_at_equal_similarity.csv", "replays.csv", "tokens.csv")
 FIGURES = (
@@ -30,17 +27,8 @@ BOOTSTRAP = "bootstrap over prompts and seeds: harness.analysis.detection"
 STUDENT = "Student's t over seeds and prompts: harness.analysis.statistics"
 
 
-def _limits(name: str, title: str, source: str) -> tuple[Definition, Definition]:
-    """Return the definitions of the limits of an interval."""
-    return tuple(
-        Definition(
-            f"{name}_{end}", f"{title}, {word} limit", "",
-            f"{word.capitalize()} limit of the 95 % interval: chance in prompts and in seeds of drawing, not in "
-            "training the memorizing model. Empty for one seed.", source,
-        )
-        for end, word in (("low", "lower"), ("high", "upper"))
-    )  # fmt: skip
-
+CHANCE = "chance in prompts and in seeds of drawing, not in training the memorizing model"
+"""What intervals cover."""
 
 DEFINITIONS = (
     Definition("detector", "detector", "", "The suite's label of a detector; method: what it is.", OURS),
@@ -146,33 +134,26 @@ DEFINITIONS = (
     Definition("prompt", "prompt", "", "The prompt as it was asked for.", OURS),
     Definition("token_index", "token, number", "", "Index of the token, from 0; start and end are left out.", OURS),
     Definition("token", "token", "", "The token as text.", OURS),
-    *_limits("auc", "AUC", BOOTSTRAP),
-    *_limits("balanced_accuracy", "balanced accuracy", BOOTSTRAP),
-    *_limits("tpr_below", "TPR below 1 % FPR", BOOTSTRAP),
-    *_limits("tpr_nearest", "TPR at 1 % FPR", BOOTSTRAP),
-    *_limits("similarity", "similarity", STUDENT),
-    *_limits("alignment", "alignment", STUDENT),
-    *_limits("unplanted_alignment", "alignment, unplanted", STUDENT),
+    *limits("auc", "AUC", CHANCE, BOOTSTRAP),
+    *limits("balanced_accuracy", "balanced accuracy", CHANCE, BOOTSTRAP),
+    *limits("tpr_below", "TPR below 1 % FPR", CHANCE, BOOTSTRAP),
+    *limits("tpr_nearest", "TPR at 1 % FPR", CHANCE, BOOTSTRAP),
+    *limits("similarity", "similarity", CHANCE, STUDENT),
+    *limits("alignment", "alignment", CHANCE, STUDENT),
+    *limits("unplanted_alignment", "alignment, unplanted", CHANCE, STUDENT),
 )  # fmt: skip
 
 
 @register("diagnostic")
-class MemorizationReport(Diagnostic):
+class MemorizationReport(TaskReport):
     """The page's section on memorization tasks; their tables are the task's."""
 
     name = "memorization"
     version = 1
     title = "Memorization"
     definitions = DEFINITIONS
-
-    def of(self, run: Any) -> None:
-        """Return None: the task writes the tables."""
-        return None
-
-    def belongs_beside(self, row: PaperRow, suite: Suite) -> bool | None:
-        """Return True for the rows on memorization beside a suite with such a task; None for others."""
-        has_task = any(task.kind == KIND for task in suite.tasks.values())
-        return True if has_task and row.paper == PAPER else None
+    kind = "memorization"
+    paper = "memorization"
 
     def section(self, folder: Path) -> PageSection | None:
         """Return the section, from the run's tables; None if the run has no such task."""
@@ -182,28 +163,22 @@ class MemorizationReport(Diagnostic):
         figures = tuple(name for name in FIGURES if (folder / name).is_file())
         context = {
             "figures": figures,
-            "detection": [_numbers(line, *STATISTICS, "passes") for line in read["detection.csv"]],
+            "detection": [numbers(line, *STATISTICS, "passes") for line in read["detection.csv"]],
             "statistics": STATISTICS,
             "replays": [
-                _numbers(line, "similarity", "alignment", "recognised")
+                numbers(line, "similarity", "alignment", "recognised")
                 for line in read["replays.csv"]
                 if line["mitigation"] in ("base", "none")
             ],
             "mitigations": [
-                _numbers(line, "similarity", "alignment", "unplanted_alignment", "passes_an_image")
+                numbers(line, "similarity", "alignment", "unplanted_alignment", "passes_an_image")
                 for line in read["mitigations.csv"]
             ],
-            "equal": [_numbers(line, "level", "alignment") for line in read["mitigations_at_equal_similarity.csv"]],
+            "equal": [numbers(line, "level", "alignment") for line in read["mitigations_at_equal_similarity.csv"]],
             "explained": _explained(read["tokens.csv"]),
         }
         data = tuple(name for name in FILES if read[name])
         return PageSection("Memorization", "memorization", TEMPLATE.read_text(encoding="utf-8"), context, figures, data)
-
-
-def _numbers(line: Mapping[str, str], *names: str) -> dict[str, Any]:
-    """Return a line with some columns, and their limits, as numbers or None."""
-    columns = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-    return {**line, **{name: mean_of([line], name) for name in columns}}
 
 
 def _explained(lines: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:

@@ -7,34 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.analysis.definitions import OURS, Definition
-from harness.contracts.diagnostic import Diagnostic, PageSection
+from harness.contracts.diagnostic import PageSection
 from harness.core.registry import register
-from harness.results.reading import mean_of, read_table
+from harness.results.reading import read_table
+from harness.tasks.task_report import TaskReport, limits, numbers
 
 if TYPE_CHECKING:
-    from harness.analysis.paper_rows import PaperRow
-    from harness.suite.spec import Suite
+    pass
 
-KIND = "pruning"
-PAPER = "pruned_bilevel"
-"""The name of the file with the paper's numbers."""
 FILES = ("suppression.csv", "student_cost.csv", "student_attacks.csv", "student_recovery.csv")
 FIGURES = ("suppression_tradeoff.png", "suppression_sheet.png", "student_curves.png")
 TEMPLATE = Path(__file__).with_name("pruning.html.jinja")
 STUDENT = "Student's t over seeds and prompts: harness.analysis.statistics"
 
 
-def _limits(name: str, title: str) -> tuple[Definition, Definition]:
-    """Return the definitions of the limits of an interval."""
-    return tuple(
-        Definition(
-            f"{name}_{end}", f"{title}, {word} limit", "",
-            f"{word.capitalize()} limit of the 95 % interval: chance in prompts and in seeds of training and drawing. "
-            "Empty for one seed.", STUDENT,
-        )
-        for end, word in (("low", "lower"), ("high", "upper"))
-    )  # fmt: skip
-
+CHANCE = "chance in prompts and in seeds of training and drawing"
+"""What intervals cover."""
 
 DEFINITIONS = (
     Definition("targets", "targets", "", "The concepts that are suppressed together, joined by +.", OURS),
@@ -80,48 +68,41 @@ DEFINITIONS = (
     Definition("half_step", "half at step", "", "First step read at which half is regained.", OURS),
     Definition("most_step", "90 % at step", "", "First step read at which 90 % is regained.", OURS),
     Definition("last_read_step", "last step", "", "The last step that was read.", OURS),
-    *_limits("value", "value"),
-    *_limits("difference", "difference to the control"),
-    *_limits("before", "before"),
-    *_limits("after", "after"),
-    *_limits("suppressed", "suppressed"),
-    *_limits("regained", "regained"),
+    *limits("value", "value", CHANCE, STUDENT),
+    *limits("difference", "difference to the control", CHANCE, STUDENT),
+    *limits("before", "before", CHANCE, STUDENT),
+    *limits("after", "after", CHANCE, STUDENT),
+    *limits("suppressed", "suppressed", CHANCE, STUDENT),
+    *limits("regained", "regained", CHANCE, STUDENT),
 )  # fmt: skip
 
 
 @register("diagnostic")
-class PruningReport(Diagnostic):
+class PruningReport(TaskReport):
     """The page's section on pruning tasks; their tables are the task's."""
 
     name = "pruning"
     version = 1
     title = "Pruned students"
     definitions = DEFINITIONS
-
-    def of(self, run: Any) -> None:
-        """Return None: the task writes the tables."""
-        return None
-
-    def belongs_beside(self, row: PaperRow, suite: Suite) -> bool | None:
-        """Return True for the paper's rows beside a suite with such a task; None for others."""
-        has_task = any(task.kind == KIND for task in suite.tasks.values())
-        return True if has_task and row.paper == PAPER else None
+    kind = "pruning"
+    paper = "pruned_bilevel"
 
     def section(self, folder: Path) -> PageSection | None:
         """Return the section, from the run's tables; None if the run has no such task."""
         read = {name: read_table(folder / name) for name in FILES}
         if not read["suppression.csv"]:
             return None
-        lines = [_numbers(line, "value", "difference", "p") for line in read["suppression.csv"]]
+        lines = [numbers(line, "value", "difference", "p") for line in read["suppression.csv"]]
         context = {
             "figures": tuple(name for name in FIGURES if (folder / name).is_file()),
             "sets": _pivoted(lines),
             "costs": [
-                _numbers(line, "macs_share", "student_parameters", "lower_samples", "upper_samples", "training_seconds")
+                numbers(line, "macs_share", "student_parameters", "lower_samples", "upper_samples", "training_seconds")
                 for line in read["student_cost.csv"]
             ],
             "attacks": [
-                _numbers(line, "before", "after", "control_after", "difference", "regained", "p")
+                numbers(line, "before", "after", "control_after", "difference", "regained", "p")
                 for line in read["student_attacks.csv"]
             ],
             "soon": read["student_recovery.csv"],
@@ -142,9 +123,3 @@ def _pivoted(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         rows = [(recipe, [known.get((recipe, *each)) for each in measures]) for recipe in recipes]
         made.append({"task": task, "targets": targets, "measures": measures, "rows": rows})
     return made
-
-
-def _numbers(line: Mapping[str, str], *names: str) -> dict[str, Any]:
-    """Return a line with some columns, and their limits, as numbers or None."""
-    columns = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-    return {**line, **{name: mean_of([line], name) for name in columns}}
