@@ -234,47 +234,49 @@ def soon(lines: Sequence[Line]) -> list[Line]:
 
 
 def costs(rows: DataFrame, run: MeasuredRun) -> Iterator[Line]:
-    """Yield a line for each task, set of targets and recipe: the student's size, and what its stages cost.
+    """Yield a line for each task, set of targets and model: its size, and what its stages cost.
 
     Means over seeds. Seconds and memory are those of the machines that did the stages.
     """
     general = rows[rows["part"] == "general"]
-    once = general[["task", "protected", "defense", "method", "seed", "sample_key"]].drop_duplicates()
-    for (task, protected, label), own in once.groupby(["task", "protected", "defense"], sort=False, observed=True):
-        found: list[Line] = []
-        student: Line = {}
-        for key in own["sample_key"]:
-            record = run.store.record("replay", str(key))
-            drawn = record["ledger"]
-            line: Line = {"drawing_seconds": record["seconds"], "drawing_bytes": drawn["peak_memory_bytes"]}
-            inputs = record["identity"]["inputs"]
-            steps = [
-                run.store.record(role, inputs[role])["ledger"] for role in ("distill", "erase") if role in inputs
-            ]
-            if steps:
-                numbers = [each["numbers"] for each in steps]
-                line |= {
-                    "training_seconds": sum(sum(each["seconds"].values()) for each in steps),
-                    "training_bytes": max(each["peak_memory_bytes"] for each in steps),
-                    "training_passes": sum(each["forward_passes"] + 2 * each["backward_passes"] for each in steps),
-                    "lower_samples": _sum(numbers, "lower_samples"),
-                    "upper_samples": _sum(numbers, "upper_samples"),
-                    "trainable_parameters": max((n.get("trainable_parameters", 0) for n in numbers), default=0) or None,
-                }
-            if "prune" in inputs:
-                student = run.store.record("prune", inputs["prune"])["ledger"]["numbers"]
-            found.append(line)
-        yield {
-            **dict.fromkeys(COST),
-            "task": task,
-            "targets": protected,
-            "recipe": label,
-            "n_seeds": len(found),
-            "macs": student.get("macs"),
-            "macs_share": student["macs"] / student["macs_of_teacher"] if student else 1.0,
-            "student_parameters": student.get("parameters"),
-            **{name: _mean([line.get(name) for line in found]) for name in found[0]},
-        }
+    once = general[["task", "protected", "defense", "seed", "sample_key"]].drop_duplicates()
+    for task, of_task in once.groupby("task", sort=False, observed=True):
+        records = {key: run.store.record("replay", str(key)) for key in of_task["sample_key"].unique()}
+        inputs = [record["identity"]["inputs"] for record in records.values()]
+        pruned = next((each["prune"] for each in inputs if "prune" in each), None)
+        sizes = run.store.record("prune", pruned)["ledger"]["numbers"] if pruned else {}
+        for (protected, label), own in of_task.groupby(["protected", "defense"], sort=False, observed=True):
+            found = [_cost(records[key], run) for key in own["sample_key"]]
+            end = "_of_teacher" if label == UNPRUNED else ""
+            yield {
+                **dict.fromkeys(COST),
+                "task": task,
+                "targets": protected,
+                "recipe": label,
+                "n_seeds": len(found),
+                "macs": sizes.get(f"macs{end}"),
+                "macs_share": sizes[f"macs{end}"] / sizes["macs_of_teacher"] if sizes else None,
+                "student_parameters": sizes.get(f"parameters{end}"),
+                **{name: _mean([line.get(name) for line in found]) for name in found[0]},
+            }
+
+
+def _cost(record: Mapping[str, Any], run: MeasuredRun) -> Line:
+    """Return what a model's drawing of general captions cost, and what the steps of its recipe did before."""
+    line: Line = {"drawing_seconds": record["seconds"], "drawing_bytes": record["ledger"]["peak_memory_bytes"]}
+    inputs = record["identity"]["inputs"]
+    steps = [run.store.record(role, inputs[role])["ledger"] for role in ("distill", "erase") if role in inputs]
+    if not steps:
+        return line
+    numbers = [each["numbers"] for each in steps]
+    return line | {
+        "training_seconds": sum(sum(each["seconds"].values()) for each in steps),
+        "training_bytes": max(each["peak_memory_bytes"] for each in steps),
+        "training_passes": sum(each["forward_passes"] + 2 * each["backward_passes"] for each in steps),
+        "lower_samples": _sum(numbers, "lower_samples"),
+        "upper_samples": _sum(numbers, "upper_samples"),
+        "trainable_parameters": max((each.get("trainable_parameters", 0) for each in numbers), default=0) or None,
+    }
 
 
 def _sum(numbers: Sequence[Mapping[str, float]], name: str) -> float | None:

@@ -43,6 +43,7 @@ def test_budgets_are_in_the_table(smoke):
     cost = api.load(smoke).table("student_cost").set_index("recipe")
 
     assert cost.loc["unpruned", "macs_share"] == 1.0
+    assert cost.loc["unpruned", "student_parameters"] > cost.loc["pruned", "student_parameters"]
     assert cost.loc["distilled", "macs_share"] == pytest.approx(0.8, abs=0.01)
     assert cost.loc["distilled", ["lower_samples", "upper_samples"]].tolist() == [4, 0]
     assert cost.loc["bilevel", ["lower_samples", "upper_samples"]].tolist() == [4, 4]
