@@ -59,8 +59,9 @@ def test_nearest_training_images_are_compared_with_the_attack_split(runs):
 
 NEEDS_PHOTOGRAPHS = {"mima_full": ["--set", "tasks.personalization=null"]}
 """Suites with a task on images that do not ship, and the option that leaves it out."""
-OF_OWN_FILES = {"freezeasguard", "memorization"}
-"""All of their tasks are on such files: test_freezeasguard_suite.py and test_memorization_suite.py check them."""
+OF_OWN_FILES = {"freezeasguard", "memorization", "pruning"}
+"""All of their tasks are on such files: test_freezeasguard_suite.py, test_memorization_suite.py and
+test_pruning_suite.py check them."""
 SUITES = [path for path in sorted(SMOKE.parent.glob("*.yaml")) if path.stem not in OF_OWN_FILES]
 
 
