@@ -1,4 +1,4 @@
-"""A pruned student: a UNet with a configuration of its own, made of the base model's weights, or from a folder."""
+"""A pruned student: a UNet with another configuration, made of the base model's weights, or from a folder."""
 
 from __future__ import annotations
 
