@@ -33,7 +33,6 @@ from harness.contracts.table import Figure, Table
 if TYPE_CHECKING:
     from harness.analysis.claims import Claims
     from harness.analysis.definitions import Definition
-    from harness.analysis.leaderboard import Gates
     from harness.analysis.measurements import Measurements
     from harness.analysis.paper_rows import PaperRow
     from harness.core.identity import Stage
@@ -79,10 +78,6 @@ class MeasuredRun(Protocol):
     @property
     def store(self) -> Store:
         """The store of committed stages."""
-
-    @property
-    def gates(self) -> Gates:
-        """The thresholds that decide whether a line counts."""
 
     @property
     def measurements(self) -> Measurements:

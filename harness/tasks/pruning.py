@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts.state import ModelState
-from harness.contracts.table import Figure, Section, Table
-from harness.contracts.task import Label, Measurement, Task
+from harness.contracts.table import Figure, Table
+from harness.contracts.task import Measurement, Task
 from harness.core import registry, seeds
 from harness.core.registry import register
 from harness.plan.builder import Builder, Metric
@@ -37,7 +37,7 @@ from harness.suite.spec import MethodSpec
 from harness.tasks import pruning_checks
 from harness.tasks.grid import Grid, Released
 from harness.tasks.pruning_data import General
-from harness.tasks.pruning_form import PruningSpec, RecipeSpec
+from harness.tasks.pruning_form import PRUNED, UNPRUNED, PruningSpec, RecipeSpec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 GENERAL, WORKS, GRID = "general", "works", "grid"
 """The parts, as the column `part` of the rows names them."""
-UNPRUNED, PRUNED = "unpruned", "pruned"
-"""Labels of the base model, and of the student before any training."""
 
 
 @register("task")
@@ -82,10 +80,6 @@ class Pruning(Task):
         from harness.tasks import pruning_tables
 
         return pruning_tables.of(run, rows)
-
-    def shown(self, made: Sequence[Table | Figure]) -> list[Section]:
-        """Return the sections of the tables."""
-        return [section for table in made if isinstance(table, Table) for section in table.sections]
 
     def plan(self, name: str, spec: PruningSpec, build: Builder) -> Iterator[Measurement]:
         """Yield the measurements, one set of targets after the other."""
@@ -171,7 +165,7 @@ class _Plan:
         last = recipe.chain[-1]
         return Released(
             defense=recipe.name,
-            # leaderboards compare with the model whose method is none
+            # tables and curves compare with the model whose method is none
             method="none" if recipe.is_control else last.method,
             profile=str(getattr(values, "profile", "")),
             seed=seed,
@@ -218,7 +212,7 @@ class _Plan:
                 metric, {"sample": build.read(replay)}, originals, f"general images of {self.name}", own.captions, text
             )
         build.unit(f"draw {text}", [replay, *scores.values()])
-        return Measurement(self._labels(grid, model, GENERAL, GENERAL, GENERAL), observed=replay, scores=scores)
+        return self._measured(grid, model, GENERAL, GENERAL, GENERAL, replay, scores)
 
     def _works(self, grid: Grid, model: Released, target: str, sample: str) -> Measurement:
         """Add the scores of drawn targets against real works of them."""
@@ -230,24 +224,11 @@ class _Plan:
             f"real works of {target}", words, text,
         )  # fmt: skip
         build.unit(f"score {text}", [score])
-        return Measurement(
-            self._labels(grid, model, target, "target", WORKS), observed=sample, scores={metric.name: score}
-        )
+        return self._measured(grid, model, target, "target", WORKS, sample, {metric.name: score})
 
-    def _labels(self, grid: Grid, model: Released, concept: str, role: str, part: str) -> dict[str, Label]:
-        return {
-            "task": self.name,
-            "defense": model.defense,
-            "method": model.method,
-            "profile": model.profile,
-            "is_weak": False,
-            "protected": grid.targets,
-            "attack": "",
-            "attacker": "",
-            "n_probes": 0,
-            "concept": concept,
-            "role": role,
-            "seed": model.seed,
-            **grid.further,
-            "part": part,
-        }
+    def _measured(
+        self, grid: Grid, model: Released, concept: str, role: str, part: str, observed: str, scores: dict[str, str]
+    ) -> Measurement:
+        """Return the measurement of another part, with the grid's labels."""
+        own = grid.measurement(model, concept, role, (0,), observed, scores)
+        return replace(own, labels={**own.labels, "part": part})

@@ -11,11 +11,9 @@ from harness.suite.checks import asked, twice
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.tasks import image_sets, immunization_checks, pruning_data, pruning_student
 from harness.tasks.pruning_data import General
-from harness.tasks.pruning_form import PruningSpec
+from harness.tasks.pruning_form import PRUNED, UNPRUNED, PruningSpec
 
 Entries = Mapping[str, PruningSpec]
-RESERVED = ("unpruned", "pruned")
-"""Labels of rows that are always there: the base model, and the student before any training."""
 
 
 def before_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
@@ -40,7 +38,7 @@ def _listed_twice(name: str, spec: PruningSpec) -> list[Mistake]:
 def _recipes(loaded: LoadedSuite, name: str, spec: PruningSpec) -> Iterator[Mistake]:
     """Find methods that cannot be a step of a recipe."""
     for index, recipe in enumerate(spec.recipes):
-        if recipe.name in RESERVED:
+        if recipe.name in (UNPRUNED, PRUNED):
             yield ("tasks", name, "recipes", index), f"'{recipe.name}' is the label of a row that is always there"
         for step, method in enumerate(recipe.chain):
             where = ("tasks", name, "recipes", index, "chain", step)

@@ -11,6 +11,8 @@ from harness.model.unet_plan import DROPS
 from harness.suite.spec import ConceptName, Count, Label, Location, MethodSpec, Strict, TaskSpec
 from harness.tasks.immunization_form import ProtectedSet
 
+UNPRUNED, PRUNED = "unpruned", "pruned"
+"""Labels of rows that are always there: the base model, and the student before any training."""
 CONTROL = "distill"
 """The method of the control: students that are distilled only."""
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harness.tasks.pruning_columns import ATTACKED, COST, MEASURES, SOON
+from harness.tasks.pruning_form import PRUNED, UNPRUNED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Line = dict[str, Any]
 CP = "cp"
 """The share of a target's prompts that fit the model's image less than the base model's, with the same seed."""
-UNPRUNED, PRUNED = "unpruned", "pruned"
 LESS_IS_WANTED = frozenset({"target", "works"})
 """Measures in which a recipe should be far from the concept."""
 
