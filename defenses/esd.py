@@ -149,6 +149,11 @@ class Esd(Defense):
             return {"loss": loss.value}
 
         train(run, StepOver(step, weights), p.iterations, "ESD")
+        run.ledger.numbers |= {
+            "general_samples": 0,
+            "concept_samples": p.iterations * p.batch_size,  # drawn by the model itself
+            "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+        }
         return Protection(tensors=weights.whole(list(trained)))
 
 

@@ -128,6 +128,11 @@ class Uce(Defense):
                 wanted = torch.cat([_wanted(weight, old, new, p.technique) for old, new in slices])
                 residual = p.erase_scale * (wanted - concept @ weight.T).T @ concept
                 edited[name] = (weight + torch.linalg.solve(gram, residual.T).T).float()
+        run.ledger.numbers |= {
+            "general_samples": 0,  # texts alone
+            "concept_samples": 0,
+            "trainable_parameters": sum(weight.numel() for weight in edited.values()),
+        }
         return Protection(tensors=edited)
 
     def _pairs(self, targets: Sequence[ProtectedConcept]) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from tests.conftest import run_python
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "definitions.md"
 NOT_COLUMNS = {
     "direction_higher", "direction_lower", "direction_none", "interval_over_seeds", "interval_over_seeds_and_prompts",
-    "front", "shown_step", "cp",
+    "front", "shown_step", "cp", "cp_distilled",
 }  # fmt: skip
 
 
@@ -38,7 +38,9 @@ GENERAL = (
 MEMORIZATION = (
     memorization.DETECTION, memorization.DRAWN, memorization.MITIGATIONS, memorization.EQUAL, memorization.TOKENS,
 )  # fmt: skip
-PRUNING = (pruning.MEASURES, pruning.COST, pruning.ATTACKED, pruning.SOON)
+PRUNING = (
+    pruning.MEASURES, pruning.PAIRS, pruning.EQUAL, pruning.COST, pruning.ATTACKED, pruning.SOON,
+)  # fmt: skip
 TABLES = (*GENERAL, masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS, *MEMORIZATION, *PRUNING)
 """With those of the bundled diagnostics."""
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from harness.tasks import pruning_lines as lines_of
+from harness.tasks import pruning_pairs as pairs_of
 
 LABELS = {"task": "t", "protected": "star", "profile": "", "direction": "higher", "text_metric": "text", "attacker": ""}
 
@@ -120,3 +121,97 @@ def test_how_soon_is_the_first_step_that_was_read():
     assert [(line["recipe"], line["half_step"], line["most_step"], line["last_read_step"]) for line in soon] == [
         ("bilevel", 10, 40, 40)
     ]
+
+
+def test_cp_against_the_control_leaves_the_control_out():
+    """0.5 for a recipe that fits less for every second prompt."""
+    text = {
+        **target("distilled", "none", [[30, 20], [30, 20]], metric="text"),
+        **target("bilevel", "bilevel_suppress", [[29, 21], [29, 21]], metric="text"),
+    }
+    lines = [line for line in lines_of.of(rows(text)) if line["metric"] == "cp_distilled"]
+
+    assert [(line["recipe"], line["value"]) for line in lines] == [("bilevel", 0.5)]
+
+
+# -- recipes against each other ----------------------------------------------------------------------------------------
+
+
+def general(defense: str, method: str, by_seed):
+    """The key and values of a metric of general images as a set: one value a seed, less is better."""
+    return {(defense, method, "general", "general", "", 0, "cmmd"): [[value] for value in by_seed]}
+
+
+def both(quality: dict, similarity: dict) -> pd.DataFrame:
+    """Rows of both measures, each with its direction."""
+    return pd.concat([rows(quality, direction="lower"), rows(similarity)], ignore_index=True)
+
+
+CURVE = both(
+    {
+        **general("distilled", "none", [0.0, 0.0, 0.0]),
+        **general("weak", "suppress", [1.0, 1.0, 1.0]),
+        **general("strong", "suppress", [3.0, 3.0, 3.0]),
+        **general("bilevel", "bilevel_suppress", [2.0, 2.0, 2.0]),
+        **general("broken", "esd", [4.0, 4.0, 4.0]),
+        **general("better", "uce", [-1.0, -1.0, -1.0]),
+    },
+    {
+        **target("distilled", "none", [[0.8, 0.6]] * 3),
+        **target("weak", "suppress", [[0.6, 0.4]] * 3),
+        **target("strong", "suppress", [[0.2, 0.0]] * 3),
+        **target("bilevel", "bilevel_suppress", [[0.2, 0.2]] * 3),
+        **target("broken", "esd", [[0.0, 0.0]] * 3),
+        **target("better", "uce", [[0.5, 0.5]] * 3),
+    },
+)
+
+
+def test_similarity_at_equal_quality_is_read_between_the_settings_of_a_curve():
+    """Half way between weak (0.5) and strong (0.1) the curve has 0.3; what is worse than all of it is not compared."""
+    lines = {line["recipe"]: line for line in pairs_of.at_equal_quality(CURVE)}
+
+    assert list(lines) == ["bilevel", "broken", "better"]
+    own = lines["bilevel"]
+    assert (own["quality"], own["curve"], own["n_settings"]) == ("cmmd", "suppress", 2)
+    assert (own["recipe_quality"], own["recipe_similarity"]) == (2.0, pytest.approx(0.2))
+    assert own["difference"] == pytest.approx(0.2 - 0.3)
+    assert lines["broken"]["difference"] is None and lines["broken"]["p"] is None
+    assert lines["better"]["difference"] == pytest.approx(0.5 - 0.7)  # the control is the curve's best end
+
+
+def test_chance_in_quality_widens_the_interval_at_equal_quality():
+    """The level at which the curve is read is measured."""
+    noisy = CURVE.copy()
+    own = (noisy["defense"] == "bilevel") & (noisy["metric"] == "cmmd")
+    noisy.loc[own, "value"] = [1.5, 2.0, 2.5]
+    by_data = [
+        next(line for line in pairs_of.at_equal_quality(data) if line["recipe"] == "bilevel") for data in (CURVE, noisy)
+    ]
+    sure, unsure = (line["difference_high"] - line["difference_low"] for line in by_data)
+
+    assert by_data[1]["difference"] == pytest.approx(by_data[0]["difference"])
+    assert unsure > sure
+
+
+def test_one_setting_is_no_curve():
+    """Nothing is interpolated from the control to a single recipe."""
+    few = CURVE[CURVE["defense"] != "strong"]
+
+    assert list(pairs_of.at_equal_quality(few)) == []
+
+
+def test_pairs_are_differences_of_recipes_over_each_set_and_all():
+    """The control is left out; sets count alike when they are put together."""
+    raised = CURVE["value"].where(CURVE["defense"] != "weak", CURVE["value"] + 0.2)
+    second = CURVE.assign(protected="moon", value=raised)
+    lines = {
+        (line["targets"], line["measure"], line["recipe"], line["other"]): line["difference"]
+        for line in pairs_of.pairs(pd.concat([CURVE, second], ignore_index=True))
+    }
+
+    assert lines["star", "target", "weak", "strong"] == pytest.approx(0.4)
+    assert lines["moon", "target", "weak", "strong"] == pytest.approx(0.6)
+    assert lines["all", "target", "weak", "strong"] == pytest.approx(0.5)
+    assert lines["all", "general", "weak", "strong"] == pytest.approx(-1.9)
+    assert not any("distilled" in key for key in lines)

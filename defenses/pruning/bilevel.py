@@ -108,6 +108,11 @@ class Parameters(LowerLoss, ByProfile):
         return self.steps // (self.chosen("lower_steps") + (self.profile == "paper"))
 
     @property
+    def lower_steps_in_all(self) -> int:
+        """How many lower steps are taken; in the profile paper by the second student."""
+        return self.upper_steps * self.chosen("lower_steps") if self.profile == "paper" else self.steps
+
+    @property
     def iterations(self) -> int:
         """Steps of the training loop; each uses one batch of the lower loss."""
         return self.upper_steps * (self.chosen("lower_steps") + 1) if self.profile == "paper" else self.steps
@@ -156,8 +161,8 @@ class BilevelSuppress(Defense):
         made = (_Penalty if p.profile == "paper" else _Alternating)(p, model, targets, run)
         train(run, made, p.iterations, "bilevel fine-tuning")
         run.ledger.numbers |= {
-            "lower_samples": p.iterations * p.batch_size,
-            "upper_samples": p.upper_steps * p.batch_size,
+            "general_samples": p.iterations * p.batch_size,
+            "concept_samples": p.upper_steps * p.batch_size,
         }
         return Protection(tensors=made.released())
 
@@ -170,6 +175,7 @@ class _Alternating:
 
         self.p, self.names = p, unet_names(model)
         self.every, self.warmup_steps = p.chosen("lower_steps"), p.chosen("warmup_steps")
+        self.steps_of = {"lower": p.lower_steps_in_all, "upper": p.upper_steps}
         self.lower, self.upper = distillation(model, run, p), suppression(model, targets, run, p, p.strength)
         levels = {
             "lower": Level(self.names, p.lower_learning_rate),
@@ -199,9 +205,10 @@ class _Alternating:
 
     def _take(self, level: str, parts: Sequence, done: int) -> None:
         """Step a level along the gradient of a loss, after `done` steps of it."""
-        from harness.training.weights import warmed
+        from harness.training.weights import rate_factor
 
-        self.weights.step(level, self.weights.gradient(parts, self.names), warmed(done, self.warmup_steps))
+        factor = rate_factor(done, self.steps_of[level], self.warmup_steps, self.p.cooldown)
+        self.weights.step(level, self.weights.gradient(parts, self.names), factor)
 
     def released(self) -> dict[str, Tensor]:
         """Return the weights, whole."""

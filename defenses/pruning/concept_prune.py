@@ -172,8 +172,8 @@ class ConceptPrune(Defense):
             "zeroed_weights": zeroed,
             "zeroed_share": zeroed / of,
             "drawn_images": sum(len(t) for t in drawn) * p.images_per_prompt,
-            "lower_samples": 0,  # of the budget of pruned students' recipes: nothing is trained
-            "upper_samples": 0,
+            "general_samples": 0,  # of the budget of pruned students' recipes: nothing is trained
+            "concept_samples": 0,
             "trainable_parameters": 0,
         }
         return Protection(tensors=tensors, details=details)

@@ -72,7 +72,7 @@ class Distill(Defense):
         """Return the fine-tuned UNet's weights."""
         from harness.training.distillation import mean_terms
         from harness.training.loop import StepOver, train
-        from harness.training.weights import Level, warmed
+        from harness.training.weights import Level, rate_factor
 
         p, names = self.parameters, unet_names(model)
         loss = distillation(model, run, p)
@@ -80,9 +80,10 @@ class Distill(Defense):
 
         def step(index: int) -> dict[str, float]:
             parts = loss.at(index)
-            weights.step("lower", weights.gradient(parts, names), warmed(index, p.warmup_steps))
+            factor = rate_factor(index, p.steps, p.warmup_steps, p.cooldown)
+            weights.step("lower", weights.gradient(parts, names), factor)
             return mean_terms(parts)
 
         train(run, StepOver(step, weights), p.steps, "distillation")
-        run.ledger.numbers |= {"lower_samples": p.steps * p.batch_size, "upper_samples": 0}
+        run.ledger.numbers |= {"general_samples": p.steps * p.batch_size, "concept_samples": 0}
         return Protection(tensors=weights.whole(names))

@@ -77,7 +77,7 @@ class Suppress(Defense):
         """Return the fine-tuned UNet's weights."""
         from harness.training.loop import StepOver, train
         from harness.training.suppression import mean_loss
-        from harness.training.weights import Level, warmed
+        from harness.training.weights import Level, rate_factor
 
         p, names = self.parameters, unet_names(model)
         loss = suppression(model, targets, run, p, p.strength)
@@ -85,9 +85,10 @@ class Suppress(Defense):
 
         def step(index: int) -> dict[str, float]:
             parts = loss.at(index)
-            weights.step("upper", weights.gradient(parts, names), warmed(index, p.warmup_steps))
+            factor = rate_factor(index, p.steps, p.warmup_steps, p.cooldown)
+            weights.step("upper", weights.gradient(parts, names), factor)
             return {"upper_loss": mean_loss(parts)}
 
         train(run, StepOver(step, weights), p.steps, "suppression")
-        run.ledger.numbers |= {"lower_samples": 0, "upper_samples": p.steps * p.batch_size}
+        run.ledger.numbers |= {"general_samples": 0, "concept_samples": p.steps * p.batch_size}
         return Protection(tensors=weights.whole(names))

@@ -21,7 +21,9 @@ class Progress:
         self.total_work = sum(self._work(i) for i in walk.missing)
         self.done_work = 0.0
         self.first_done: tuple[float, float] | None = None  # (time, work done until then)
-        self.work_by_name = {walk.unit(i).name: self._work(i) for i in walk.missing}
+        self.work_by_name: dict[str, list[float]] = {}  # units may have one name: theirs are counted in any order
+        for index in walk.missing:
+            self.work_by_name.setdefault(walk.unit(index).name, []).append(self._work(index))
         self.bar = None
         if console.is_terminal:
             self.bar = Progress(
@@ -33,6 +35,12 @@ class Progress:
     def _work(self, index: int) -> float:
         """Return the weight of a unit: its passes, plus the cost of starting and scoring in units of passes."""
         return 200.0 + sum(self.walk.plan.stages[k].work for k in self.walk.unit(index).stages)
+
+    def _count(self, unit: str) -> None:
+        """Count a unit's work as done, once for each missing unit of that name."""
+        known = self.work_by_name.get(unit)
+        if known:
+            self.done_work += known.pop()
 
     def __enter__(self) -> Progress:
         if self.bar:
@@ -60,7 +68,7 @@ class Progress:
         elif event == "stage_progress" and self.bar:
             self.bar.update(self.task, eta=f"step {data['done']} of {data['total']}; {self._eta()}")
         elif event == "unit_done":
-            self.done_work += self.work_by_name.get(data["unit"], 0.0)
+            self._count(data["unit"])
             self.first_done = self.first_done or (time.monotonic(), self.done_work)
             if self.bar:
                 self.bar.update(self.task, completed=finished, eta=self._eta())
@@ -76,7 +84,7 @@ class Progress:
         elif event == "notice":
             self.console.print(f"note: {data['message']}", markup=False, highlight=False, soft_wrap=True)
         elif event == "unit_failed":
-            self.done_work += self.work_by_name.get(data["unit"], 0.0)
+            self._count(data["unit"])
             if not disk.is_full(data["message"]):  # which ends the run, and is said once, at its end
                 self.console.print(f"failed: {data['message']}", style="red", markup=False, highlight=False)
 

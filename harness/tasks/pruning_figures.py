@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness.core.errors import one_line
 from harness.results.looks import COLOURS
 from harness.store.layout import step_folder
-from harness.tasks.pruning_lines import CP
+from harness.tasks.pruning_lines import CP, CP_DISTILLED
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -36,8 +36,7 @@ def tradeoff(lines: Sequence[Line], path: Path) -> bool:
     from matplotlib.figure import Figure
 
     quality = _first(lines, "general", lower=True) or _first(lines, "general")
-    texts = {CP, *(line["metric"] for line in lines if line["measure"] == "general")}
-    similarity = _first(lines, "target", without=texts) or _first(lines, "target")
+    similarity = leading_target_metric(lines)
     if quality is None or similarity is None:
         return False
     panels = list(dict.fromkeys((line["task"], line["targets"]) for line in lines))
@@ -69,6 +68,12 @@ def tradeoff(lines: Sequence[Line], path: Path) -> bool:
     figure.set_dpi(150)
     FigureCanvasAgg(figure).print_png(path)
     return True
+
+
+def leading_target_metric(lines: Sequence[Line]) -> str | None:
+    """Return the first metric of targets, one that is no alignment with text if there is one."""
+    texts = {CP, CP_DISTILLED, *(line["metric"] for line in lines if line["measure"] == "general")}
+    return _first(lines, "target", without=texts) or _first(lines, "target")
 
 
 def _first(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.tasks.pruning_columns import ATTACKED, COST, MEASURES, SOON
 from harness.tasks.pruning_form import PRUNED, UNPRUNED
+from harness.tasks.pruning_values import Line, interval_of, measured, stacked, values_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from harness.analysis import statistics
     from harness.contracts.diagnostic import MeasuredRun
 
-Line = dict[str, Any]
-CP = "cp"
-"""The share of a target's prompts that fit the model's image less than the base model's, with the same seed."""
+CP, CP_DISTILLED = "cp", "cp_distilled"
+"""The share of a target's prompts that fit the model's image less than the base model's, or the control's, with one
+seed."""
 LESS_IS_WANTED = frozenset({"target", "works"})
 """Measures in which a recipe should be far from the concept."""
 
@@ -32,30 +33,24 @@ def of(rows: DataFrame) -> list[Line]:
     A measure is the part or role: general, works, target, innocent, utility. Differences are paired by concept, prompt
     and seed; p-values are corrected over the recipes of one task, set, measure and metric (Holm).
     """
-    own = rows[(rows["attack"] == "") & ~rows["role"].isin(("real", "floor"))]
-    own = own.assign(measure=own["role"].astype(str).where(own["part"] != "works", "works"))
+    own = measured(rows)
     lines = []
     for (task, protected, measure, metric), group in own.groupby(
         ["task", "protected", "measure", "metric"], sort=False, observed=True
     ):
         about = {"task": task, "targets": protected, "measure": measure, "metric": metric}
-        by_model = {label: _cells(part) for label, part in group.groupby("defense", sort=False, observed=True)}
-        first = {label: part.iloc[0] for label, part in group.groupby("defense", sort=False, observed=True)}
+        by_model = _by_model(group)
+        first = {str(label): part.iloc[0] for label, part in group.groupby("defense", sort=False, observed=True)}
         direction = str(group["direction"].iloc[0])
         lines += _compared(about, direction, by_model, first)
-        if measure == "target" and group["text_metric"].iloc[0] == metric and UNPRUNED in by_model:
-            beaten = {label: _fits_less(cells, by_model[UNPRUNED]) for label, cells in by_model.items()}
-            known = {label: cells for label, cells in beaten.items() if cells and label != UNPRUNED}
-            lines += _compared({**about, "metric": CP}, "lower", known, first)
+        if measure == "target" and group["text_metric"].iloc[0] == metric:
+            control = next((label for label in by_model if first[label]["method"] == "none"), None)
+            for name, reference in ((CP, UNPRUNED), (CP_DISTILLED, control)):
+                if reference in by_model:
+                    beaten = {label: _fits_less(own, by_model[reference]) for label, own in by_model.items()}
+                    known = {label: own for label, own in beaten.items() if own and label != reference}
+                    lines += _compared({**about, "metric": name}, "lower", known, first)
     return lines
-
-
-def _cells(rows: DataFrame) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-    """Return concept -> (seeds, values [prompts, seeds]), for whole seeds."""
-    from harness.analysis.cells import cells
-
-    found = cells(rows, ["concept"])
-    return {str(name[0] if isinstance(name, tuple) else name): (c.seeds, c.values.T) for name, c in found.items()}
 
 
 def _fits_less(cells: Mapping[str, tuple], base: Mapping[str, tuple]) -> dict[str, tuple]:
@@ -89,12 +84,12 @@ def _compared(
             "n_concepts": len(cells),
             "n_seeds": min(len(seeds) for seeds, _ in cells.values()),
         }  # fmt: skip
-        line |= _interval("value", _estimated([cells], lambda means: means[:, :, 0].mean(axis=(1, 2))))
+        line |= interval_of("value", _estimated([cells], lambda means: means[:, :, 0].mean(axis=(1, 2))))
         if control is not None and label != control:
             estimate = _estimated(
                 [cells, by_model[control]], lambda means: (means[:, :, 0] - means[:, :, 1]).mean(axis=(1, 2))
             )
-            line |= _interval("difference", estimate)
+            line |= interval_of("difference", estimate)
             if label not in (UNPRUNED, PRUNED) and estimate is not None:
                 tested.append((line, estimate.p_value()))
         lines.append(line)
@@ -107,25 +102,10 @@ def _estimated(
     models: Sequence[Mapping[str, tuple]], statistic: Callable[[np.ndarray], np.ndarray]
 ) -> statistics.Estimate | None:
     """Estimate a statistic over the concepts and seeds that all models have; None: there are none."""
-    import numpy as np
-
     from harness.analysis import statistics
 
-    names = [name for name in models[0] if all(name in model for model in models)]
-    seeds = [s for s in models[0][names[0]][0] if all(s in model[n][0] for model in models for n in names)]
-    if not names or not seeds:
-        return None
-    cells = [
-        np.stack([model[name][1][:, [model[name][0].index(s) for s in seeds]] for model in models]) for name in names
-    ]
-    return statistics.estimate(cells, statistic)
-
-
-def _interval(name: str, of: statistics.Estimate | None) -> Line:
-    if of is None:
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    low, high = of.interval()
-    return {name: of.value, f"{name}_low": low, f"{name}_high": high}
+    cells, _ = stacked(models)
+    return statistics.estimate(cells, statistic) if cells else None
 
 
 # -- attacks -----------------------------------------------------------------------------------------------------------
@@ -172,17 +152,17 @@ def _attacked(
         if control is None or label not in before or control not in before:
             continue
         models = [cells, before[label], after[control], before[control]]
-        line |= _interval("after", _estimated(models, partial(_mean_of, AFTER)))
-        line |= _interval("before", _estimated(models, partial(_mean_of, BEFORE)))
+        line |= interval_of("after", _estimated(models, partial(_mean_of, AFTER)))
+        line |= interval_of("before", _estimated(models, partial(_mean_of, BEFORE)))
         line["control_after"] = _value(_estimated(models, partial(_mean_of, CONTROL_AFTER)))
         line["control_before"] = _value(_estimated(models, partial(_mean_of, CONTROL_BEFORE)))
         if label == control:
             continue
         difference = _estimated(models, partial(_gap, AFTER, CONTROL_AFTER))
         suppressed = _estimated(models, partial(_gap, CONTROL_BEFORE, BEFORE))
-        line |= _interval("difference", difference) | _interval("suppressed", suppressed)
+        line |= interval_of("difference", difference) | interval_of("suppressed", suppressed)
         if suppressed is not None and _is_shown(suppressed, line["direction"]):
-            line |= _interval("regained", _estimated(models, _regained))
+            line |= interval_of("regained", _estimated(models, _regained))
         tested.append((line, None if difference is None else difference.p_value()))
     for (line, _), p_value in zip(tested, holm([p_value for _, p_value in tested]), strict=True):
         line["p"] = p_value
@@ -190,7 +170,8 @@ def _attacked(
 
 
 def _by_model(rows: DataFrame) -> dict[str, dict[str, tuple]]:
-    return {str(label): _cells(part) for label, part in rows.groupby("defense", sort=False, observed=True)}
+    grouped = rows.groupby("defense", sort=False, observed=True)
+    return {str(label): values_of(part, ["concept"]) for label, part in grouped}
 
 
 def _mean_of(place: int, means: np.ndarray) -> np.ndarray:
@@ -273,10 +254,16 @@ def _cost(record: Mapping[str, Any], run: MeasuredRun) -> Line:
         "training_seconds": sum(sum(each["seconds"].values()) for each in steps),
         "training_bytes": max(each["peak_memory_bytes"] for each in steps),
         "training_passes": sum(each["forward_passes"] + 2 * each["backward_passes"] for each in steps),
-        "lower_samples": _sum(numbers, "lower_samples"),
-        "upper_samples": _sum(numbers, "upper_samples"),
+        "general_samples": _sum(numbers, "general_samples"),
+        "concept_samples": _sum(numbers, "concept_samples"),
         "trainable_parameters": max((each.get("trainable_parameters", 0) for each in numbers), default=0) or None,
+        "concept_parameters": _suppressing(inputs, numbers[-1]),
     }
+
+
+def _suppressing(inputs: Mapping[str, str], last: Mapping[str, float]) -> float | None:
+    """Return how many parameters the suppression may change; None for a model that is distilled only."""
+    return last.get("trainable_parameters") if "erase" in inputs or last.get("concept_samples") else None
 
 
 def _sum(numbers: Sequence[Mapping[str, float]], name: str) -> float | None:

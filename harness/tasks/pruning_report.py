@@ -15,7 +15,11 @@ from harness.tasks.task_report import TaskReport, limits, numbers
 if TYPE_CHECKING:
     pass
 
-FILES = ("suppression.csv", "student_cost.csv", "student_attacks.csv", "student_recovery.csv")
+FILES = (
+    "suppression.csv", "recipe_pairs.csv", "suppression_at_equal_quality.csv", "student_cost.csv",
+    "student_attacks.csv", "student_recovery.csv",
+)  # fmt: skip
+COST_SHOWN = ("macs_share", "student_parameters", "general_samples", "concept_samples", "training_seconds")
 FIGURES = ("suppression_tradeoff.png", "suppression_sheet.png", "student_curves.png")
 TEMPLATE = Path(__file__).with_name("pruning.html.jinja")
 STUDENT = "Student's t over seeds and prompts: harness.analysis.statistics"
@@ -41,6 +45,11 @@ DEFINITIONS = (
         "Over a target's prompts, each against the unpruned model's image of the same prompt and seed.",
         "Shirkavand et al. (CVPR 2025), whose reference is the distilled model's own image: ours differs",
     ),
+    Definition(
+        "cp_distilled", "CP score, control", "share of prompts with text similarity < the control's",
+        "The same against the control's image. A model that suppresses nothing has about 0.5.",
+        "Shirkavand et al. (CVPR 2025), second-hand: their reference is the pruned and distilled model",
+    ),
     Definition("value", "value", "", "Mean of a metric over concepts, prompts and seeds.", OURS),
     Definition("n_concepts", "concepts, number", "", "How many concepts the mean is over.", OURS),
     Definition("difference", "difference to the control", "recipe - distilled only", "Paired by concept, prompt and "
@@ -49,8 +58,23 @@ DEFINITIONS = (
     Definition("macs_share", "MACs kept", "MACs / MACs of the base model", "1 for the base model.", OURS),
     Definition("student_parameters", "parameters", "", "Of the student's UNet.", OURS),
     Definition("trainable_parameters", "trained parameters", "", "The most that a step of a recipe trains.", OURS),
-    Definition("lower_samples", "lower samples", "", "Images that the lower losses read, with repeats.", OURS),
-    Definition("upper_samples", "upper samples", "", "Images that the suppression loss reads, with repeats.", OURS),
+    Definition(
+        "concept_parameters", "parameters trained to suppress", "",
+        "Of the step that suppresses; uce solves for them, concept_prune trains none.", OURS,
+    ),
+    Definition("general_samples", "general samples", "", "General images that the losses read, with repeats.", OURS),
+    Definition(
+        "concept_samples", "concept samples", "",
+        "Images of targets that the losses read, with repeats; for esd states that the model draws.", OURS,
+    ),
+    Definition("other", "other recipe", "", "The recipe whose value is subtracted.", OURS),
+    Definition("quality", "quality", "", "The metric of general images at which two are compared.", OURS),
+    Definition(
+        "curve", "curve", "",
+        "Recipes that end in one method and profile, in different strengths, joined with the control.", OURS,
+    ),
+    Definition("recipe_quality", "quality of the recipe", "", "Its mean of that metric.", OURS),
+    Definition("recipe_similarity", "similarity of the recipe", "", "Its mean similarity to the targets.", OURS),
     Definition("training_passes", "training, passes", "", "UNet passes of all steps; backward counts two.", OURS),
     Definition("training_seconds", "training, seconds", "", "All steps of the recipe, as measured.", OURS),
     Definition("training_bytes", "training, bytes", "", "Peak memory of the recipe's steps.", OURS),
@@ -98,8 +122,12 @@ class PruningReport(TaskReport):
             "figures": tuple(name for name in FIGURES if (folder / name).is_file()),
             "sets": _pivoted(lines),
             "costs": [
-                numbers(line, "macs_share", "student_parameters", "lower_samples", "upper_samples", "training_seconds")
-                for line in read["student_cost.csv"]
+                numbers(line, *COST_SHOWN) for line in read["student_cost.csv"]
+            ],
+            "pairs": [numbers(line, "difference", "p") for line in read["recipe_pairs.csv"]],
+            "equal": [
+                numbers(line, "recipe_quality", "recipe_similarity", "difference", "p")
+                for line in read["suppression_at_equal_quality.csv"]
             ],
             "attacks": [
                 numbers(line, "before", "after", "control_after", "difference", "regained", "p")

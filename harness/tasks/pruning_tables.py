@@ -7,10 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts.table import Figure, Section, Table
+from harness.core.counted import counted
 from harness.tasks import paper_sections
 from harness.tasks import pruning_columns as columns
 from harness.tasks import pruning_figures as figures
 from harness.tasks import pruning_lines as lines_of
+from harness.tasks import pruning_pairs as pairs_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -23,8 +25,9 @@ SUPPRESSION_NOTES = (
     "Mean over concepts, prompts and seeds, with its 95 % interval. +, -: differs from the control (distilled only) in "
     "paired tests, corrected over recipes (Holm); without a sign chance explains the difference.",
     "target, works: drawn targets against the base model's images of them, and against real works; low is wanted. cp: "
-    "share of a target's prompts that fit the image less than the unpruned model's image of the same seed (the paper's "
-    "CP score has its own distilled model as reference: ours differs). general: held-out captions that name no target.",
+    "share of a target's prompts that fit the image less than the unpruned model's image of the same seed; "
+    "cp_distilled: less than the control's, the paper's kind of reference, where 0.5 is chance. general: held-out "
+    "captions that name no target.",
 )
 ATTACK_NOTES = (
     "Similarity to the targets after an attack. difference: to the control after the same attack, with its 95 % "
@@ -42,6 +45,9 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
     sections = [_suppression(lines, name) for name in _tasks(lines)]
     sections += paper_sections.of(run, "pruned_bilevel", "suppression", [*lines, {"method": "none"}])
     yield Table("suppression", columns.MEASURES, lines, sections)
+    pairs, equal = list(pairs_of.pairs(rows)), list(pairs_of.at_equal_quality(rows))
+    yield Table("recipe_pairs", columns.PAIRS, pairs, [_pairs(pairs, lines)] if pairs else [])
+    yield Table("suppression_at_equal_quality", columns.EQUAL, equal, [_equal(equal, lines)] if equal else [])
     costs = list(lines_of.costs(rows, run))
     yield Table("student_cost", columns.COST, costs, [_cost(costs)])
     yield Figure("suppression_tradeoff", partial(figures.tradeoff, lines))
@@ -79,7 +85,7 @@ def _suppression(lines: Sequence[Line], of: tuple[str, str]) -> Section:
     headers = ("model", *(f"{measure}: {metric}" for measure, metric in measures))
     seeds = max(line["n_seeds"] for line in own)
     return Section(
-        f"{SUPPRESSION}: {of[0]}, {of[1]}", (f"{seeds} seeds.",), headers, rows, "l" + "r" * len(measures),
+        f"{SUPPRESSION}: {of[0]}, {of[1]}", (f"{counted(seeds, 'seed')}.",), headers, rows, "l" + "r" * len(measures),
         SUPPRESSION_NOTES,
     )  # fmt: skip
 
@@ -96,24 +102,78 @@ def _value(line: Line | None) -> str:
     return text
 
 
+def _pairs(pairs: Sequence[Line], lines: Sequence[Line]) -> Section:
+    """Return the differences of pairs over all sets of targets: metrics of sets, and similarity to the targets."""
+    wanted = figures.leading_target_metric(lines)
+    shown = [
+        line for line in pairs
+        if (line["measure"] == "general" and line["direction"] == "lower") or line["measure"] == "works"
+        or (line["measure"], line["metric"]) == ("target", wanted)
+    ]  # fmt: skip
+    pooled = {line["task"] for line in shown if line["targets"] == pairs_of.ALL}
+    shown = [line for line in shown if line["targets"] == pairs_of.ALL or line["task"] not in pooled]
+    measures = list(dict.fromkeys((line["measure"], line["metric"]) for line in shown))
+    known = {
+        (line["task"], line["targets"], line["recipe"], line["other"], line["measure"], line["metric"]): line
+        for line in shown
+    }
+    rows = [
+        [*place[:2], f"{place[2]} - {place[3]}", *(
+            _difference(known[(*place, *each)]) if (*place, *each) in known else "–" for each in measures
+        )]
+        for place in dict.fromkeys(each[:4] for each in known)
+    ]  # fmt: skip
+    headers = ("task", "targets", "recipes", *(f"{measure}: {metric}" for measure, metric in measures))
+    note = (
+        "Differences paired by set of targets, concept, prompt and seed, with their 95 % interval. *: not explained by "
+        "chance (corrected over pairs by Holm).",
+    )
+    return Section("Recipes against each other", (), headers, rows, "lll" + "r" * len(measures), note)
+
+
+def _equal(equal: Sequence[Line], lines: Sequence[Line]) -> Section:
+    headers = (
+        "task", "targets", "quality by", "recipe", "its quality", "its similarity", "beside the curve of", "difference",
+    )  # fmt: skip
+    wanted = ("target", figures.leading_target_metric(lines))
+    rows = [
+        [
+            line["task"], line["targets"], line["quality"], line["recipe"], _plain(line["recipe_quality"]),
+            _plain(line["recipe_similarity"]), f"{line['curve']} ({line['n_settings']} settings)", _difference(line),
+        ]
+        for line in equal if (line["measure"], line["metric"]) == wanted
+    ]  # fmt: skip
+    notes = (
+        "A curve joins the control and recipes of one method in different strengths. difference: the recipe's "
+        "similarity to its targets less that of the curve at the recipe's quality, linear between settings, with its "
+        "95 % interval; *: not explained by chance (Holm). –: the recipe is worse in quality than any setting of the "
+        "curve; one that is better than any is compared with the curve's best end.",
+        f"By {wanted[1]}; the other metrics are in suppression_at_equal_quality.csv.",
+    )
+    return Section("Suppression at equal quality", (), headers, rows, "llllrrlr", notes)
+
+
 def _cost(costs: Sequence[Line]) -> Section:
     headers = (
-        "task", "targets", "model", "MACs kept", "parameters", "trained", "lower samples", "upper samples", "passes",
-        "training s", "GB", "drawing s",
+        "task", "targets", "model", "MACs kept", "parameters", "trained", "trained to suppress", "general samples",
+        "concept samples", "passes", "training s", "GB", "drawing s",
     )  # fmt: skip
     rows = [
         [
             line["task"], line["targets"], line["recipe"], f"{line['macs_share']:.3f}", *(
                 _count(line[name])
-                for name in ("student_parameters", "trainable_parameters", "lower_samples", "upper_samples",
-                             "training_passes", "training_seconds")
+                for name in ("student_parameters", "trainable_parameters", "concept_parameters", "general_samples",
+                             "concept_samples", "training_passes", "training_seconds")
             ),
             "–" if line["training_bytes"] is None else f"{line['training_bytes'] / 1e9:.2f}",
             _count(line["drawing_seconds"]),
         ]
         for line in costs
     ]  # fmt: skip
-    note = ("Samples: images that the losses of both levels read. Seconds and memory: of the stages' machines.",)
+    note = (
+        "Samples: images that the losses read, with repeats; general ones, and those of concepts. Seconds and memory: "
+        "of the stages' machines.",
+    )
     return Section(COST_TITLE, (), headers, rows, "lll" + "r" * (len(headers) - 3), note)
 
 

@@ -92,7 +92,7 @@ def test_the_released_schedule_is_that_of_a_plain_loop(source, lend, targets):
     assert seen["upper_loss"] == pytest.approx(upper, rel=1e-6)
     assert apart(released, plain) < 1e-6
     numbers = run.ledger.numbers
-    assert (numbers["lower_samples"], numbers["upper_samples"]) == (80, 16)
+    assert (numbers["general_samples"], numbers["concept_samples"]) == (80, 16)
     assert numbers["trainable_parameters"] == sum(p.numel() for p in plain.parameters())
     # teacher and student at 80 general images; two passes of the teacher and one of the student at 16 of the concepts
     assert (run.ledger.forward_passes, run.ledger.backward_passes) == (2 * 80 + 3 * 16, 80 + 16)
@@ -122,7 +122,7 @@ def test_the_penalty_form_is_that_of_a_plain_loop(source, lend, targets):
     assert seen["fine_tuning_gap"] == pytest.approx(gaps, abs=1e-6)
     assert run.ledger.numbers["fine_tuning_gap"] == seen["fine_tuning_gap"][-1]
     assert apart(released, theta) < 1e-6
-    assert (run.ledger.numbers["lower_samples"], run.ledger.numbers["upper_samples"]) == (80, 16)
+    assert (run.ledger.numbers["general_samples"], run.ledger.numbers["concept_samples"]) == (80, 16)
     # a lower batch an iteration, and the gap's pass of the second student
     assert (run.ledger.forward_passes, run.ledger.backward_passes) == (2 * 80 + 4 * 4 + 3 * 16, 80 + 16)
 

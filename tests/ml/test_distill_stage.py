@@ -63,7 +63,7 @@ def test_a_narrower_student_is_distilled(wide, tmp_path, keep):
     assert after.keys() == {f"unet.{name}" for name in before}
     assert all(after[f"unet.{name}"].shape == tensor.shape for name, tensor in before.items())
     assert ledger["numbers"]["trainable_parameters"] == sum(t.numel() for t in before.values())
-    assert ledger["numbers"]["lower_samples"] == 6
+    assert ledger["numbers"]["general_samples"] == 6
     assert ledger["numbers"]["lower_blocks"] > 0
     assert ledger["forward_passes"] == 12
     apply(base, [(desk.store.path(student.kind, student.key), ()), (folder, ())])

@@ -65,7 +65,7 @@ def test_twenty_steps_are_those_of_a_plain_loop(source, files, make_run):
     print(f"weights differ by {apart(released.tensors, plain):.1e}")
     assert seen["lower_loss"] == pytest.approx(losses, rel=1e-6)
     assert apart(released.tensors, plain) < 1e-6
-    assert run.ledger.numbers["lower_samples"] == 80
+    assert run.ledger.numbers["general_samples"] == 80
     assert run.ledger.numbers["trainable_parameters"] == sum(p.numel() for p in plain.parameters())
 
 

@@ -45,9 +45,9 @@ def test_budgets_are_in_the_table(smoke):
     assert cost.loc["unpruned", "macs_share"] == 1.0
     assert cost.loc["unpruned", "student_parameters"] > cost.loc["pruned", "student_parameters"]
     assert cost.loc["distilled", "macs_share"] == pytest.approx(0.8, abs=0.01)
-    assert cost.loc["distilled", ["lower_samples", "upper_samples"]].tolist() == [4, 0]
-    assert cost.loc["bilevel", ["lower_samples", "upper_samples"]].tolist() == [4, 4]
-    assert cost.loc["two_stage", ["lower_samples", "upper_samples"]].tolist() == [4, 2]
+    assert cost.loc["distilled", ["general_samples", "concept_samples"]].tolist() == [4, 0]
+    assert cost.loc["bilevel", ["general_samples", "concept_samples"]].tolist() == [4, 4]
+    assert cost.loc["two_stage", ["general_samples", "concept_samples"]].tolist() == [4, 2]
     assert (cost.loc[MODELS[2:], "training_seconds"] > 0).all()
 
 

@@ -66,7 +66,7 @@ def test_twenty_steps_are_those_of_a_plain_loop(source, tiny_folder, make_run):
     print(f"weights differ by {apart(released.tensors, plain):.1e}")
     assert seen == pytest.approx(losses, rel=1e-6)
     assert apart(released.tensors, plain) < 1e-6
-    assert run.ledger.numbers["upper_samples"] == 80
+    assert run.ledger.numbers["concept_samples"] == 80
     assert run.ledger.numbers["trainable_parameters"] == sum(p.numel() for p in plain.parameters())
     # of each example one pass of the student, and two of the teacher, which have no backward pass
     assert (run.ledger.forward_passes, run.ledger.backward_passes) == (240, 80)

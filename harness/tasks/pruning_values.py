@@ -1,0 +1,65 @@
+"""Measured values of pruning tasks: which rows a measure has, by concept, prompt and seed, and how models are stacked.
+
+The registry imports this module with the tasks, so numpy is imported inside functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pandas import DataFrame
+
+    from harness.analysis import statistics
+
+Line = dict[str, Any]
+Values = tuple[tuple[int, ...], "np.ndarray"]
+"""Seeds, and values [prompts, seeds]."""
+
+
+def measured(rows: DataFrame) -> DataFrame:
+    """Return the rows before any attack, without references, with a column `measure`.
+
+    A measure is the part or role: general, works, target, innocent, utility.
+    """
+    own = rows[(rows["attack"] == "") & ~rows["role"].isin(("real", "floor"))]
+    return own.assign(measure=own["role"].astype(str).where(own["part"] != "works", "works"))
+
+
+def values_of(rows: DataFrame, names: Sequence[str]) -> dict[Any, Values]:
+    """Return label -> values, for whole seeds; a label is the value of the only name, or a tuple of several."""
+    from harness.analysis.cells import cells
+
+    found = cells(rows, list(names))
+    labels = {label: label if isinstance(label, tuple) else (label,) for label in found}
+    return {
+        (str(labels[label][0]) if len(names) == 1 else tuple(map(str, labels[label]))): (cell.seeds, cell.values.T)
+        for label, cell in found.items()
+    }
+
+
+def stacked(models: Sequence[Mapping[Any, Values]]) -> tuple[list[np.ndarray], int]:
+    """Return (an array [models, prompts, seeds] of each concept that all have, number of seeds that all have).
+
+    ([], 0): there are none.
+    """
+    import numpy as np
+
+    names = [name for name in models[0] if all(name in model for model in models)] if models else []
+    known = [set(model[name][0]) for model in models for name in names]
+    seeds = sorted(set.intersection(*known)) if known else []
+    if not seeds:
+        return [], 0
+    return [
+        np.stack([model[name][1][:, [model[name][0].index(s) for s in seeds]] for model in models]) for name in names
+    ], len(seeds)
+
+
+def interval_of(name: str, of: statistics.Estimate | None) -> Line:
+    """Return an estimate and its limits as columns; None where there is none."""
+    if of is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    low, high = of.interval()
+    return {name: of.value, f"{name}_low": low, f"{name}_high": high}
