@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from harness import cli, plan, suite
-from harness.core import digests
+from harness.core import digests, paths
 from tests import tiny
 
 SUITE = """\
@@ -227,3 +228,35 @@ def small_setting(tmp_path_factory):
     tiny.save_pipeline(folder / "model")
     (folder / "work").mkdir()
     return Setting.make(resolve_model(ModelSpec(id=str(folder / "model")), "test", folder), folder / "work")
+
+
+@pytest.fixture
+def write(request, tmp_path, monkeypatch):
+    """A function that writes a bundled suite with changes of its only task and returns the file.
+
+    The suite is the one that the test's module names in `SMOKE`.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    known = yaml.safe_load((paths.SUITES / f"{request.module.SMOKE}.yaml").read_text(encoding="utf-8"))
+    (task,) = known["tasks"]
+
+    def write(change=lambda task, whole: None):
+        whole = json.loads(json.dumps(known))
+        change(whole["tasks"][task], whole)
+        path = tmp_path / "suite.yaml"
+        path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def refused(write, capsys):
+    """A function that returns the lines with which `validate` refuses that suite after changes."""
+
+    def refused(change):
+        code = cli.main(["validate", str(write(change))])
+        assert code == 2
+        return capsys.readouterr().err
+
+    return refused

@@ -6,41 +6,11 @@ import json
 import shutil
 
 import pytest
-import yaml
 
 from harness import plan, suite
-from harness.core.paths import SUITES
 from tests.conftest import write_images
 
-SMOKE = yaml.safe_load((SUITES / "memorization_smoke.yaml").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """A function that writes the smoke suite with changes of its task and returns the file."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def write(change=lambda task, whole: None):
-        whole = json.loads(json.dumps(SMOKE))
-        change(whole["tasks"]["planted"], whole)
-        path = tmp_path / "suite.yaml"
-        path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
-        return path
-
-    return write
-
-
-@pytest.fixture
-def refused(write, capsys):
-    """A function that returns the lines with which `validate` refuses the smoke suite after changes."""
-    from harness.cli import main
-
-    def refused(change):
-        code = main(["validate", str(write(change))])
-        assert code == 2
-        return capsys.readouterr().err
-
-    return refused
+SMOKE = "memorization_smoke"
 
 
 def kinds(made) -> dict[str, int]:

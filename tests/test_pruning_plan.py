@@ -13,35 +13,8 @@ from harness.core.paths import SUITES
 from harness.core.words import found_in
 from tests.conftest import write_images
 
-SMOKE = yaml.safe_load((SUITES / "pruning_smoke.yaml").read_text(encoding="utf-8"))
+SMOKE = "pruning_smoke"
 TARGETS = ("star", "noto style")
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """A function that writes the smoke suite with changes of its task and returns the file."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def write(change=lambda task, whole: None):
-        whole = json.loads(json.dumps(SMOKE))
-        change(whole["tasks"]["kept80"], whole)
-        path = tmp_path / "suite.yaml"
-        path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
-        return path
-
-    return write
-
-
-@pytest.fixture
-def refused(write, capsys):
-    """A function that returns the lines with which `validate` refuses the smoke suite after changes."""
-
-    def refused(change):
-        code = main(["validate", str(write(change))])
-        assert code == 2
-        return capsys.readouterr().err
-
-    return refused
 
 
 def of_kind(made, kind: str) -> list:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harness import api
@@ -11,7 +12,7 @@ from harness.cli import main
 from harness.core.paths import SUITES
 from tests import tiny
 
-TABLES = ("suppression", "student_cost", "student_attacks", "student_recovery")
+TABLES = ("suppression", "recipe_pairs", "student_cost", "student_attacks", "student_recovery")
 PICTURES = ("suppression_tradeoff", "suppression_sheet", "student_curves")
 MODELS = ["unpruned", "pruned", "distilled", "bilevel", "two_stage", "distilled_uce"]
 
@@ -48,6 +49,11 @@ def test_budgets_are_in_the_table(smoke):
     assert cost.loc["distilled", ["general_samples", "concept_samples"]].tolist() == [4, 0]
     assert cost.loc["bilevel", ["general_samples", "concept_samples"]].tolist() == [4, 4]
     assert cost.loc["two_stage", ["general_samples", "concept_samples"]].tolist() == [4, 2]
+    assert cost.loc["distilled_uce", ["general_samples", "concept_samples"]].tolist() == [4, 0]
+    whole = cost.loc["distilled", "student_parameters"]
+    assert cost.loc["bilevel", "concept_parameters"] == cost.loc["two_stage", "concept_parameters"] == whole
+    assert 0 < cost.loc["distilled_uce", "concept_parameters"] < whole
+    assert np.isnan(cost.loc["distilled", "concept_parameters"])
     assert (cost.loc[MODELS[2:], "training_seconds"] > 0).all()
 
 
