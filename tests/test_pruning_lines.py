@@ -180,6 +180,25 @@ def test_similarity_at_equal_quality_is_read_between_the_settings_of_a_curve():
     assert lines["better"]["difference"] == pytest.approx(0.5 - 0.7)  # the control is the curve's best end
 
 
+def test_a_setting_that_another_beats_in_both_does_not_count():
+    """The control is worse than weak in quality and in similarity: at its quality the curve has weak's."""
+    turned = CURVE.copy()
+    turned.loc[(turned["defense"] == "distilled") & (turned["metric"] == "cmmd"), "value"] = 2.0
+    lines = {line["recipe"]: line for line in pairs_of.at_equal_quality(turned)}
+
+    assert lines["bilevel"]["difference"] == pytest.approx(0.2 - 0.5)
+    assert lines["better"]["difference"] == pytest.approx(0.5 - 0.5)
+
+
+def test_distances_and_alignments_are_turned():
+    """The same data with quality as more is better, and the similarity as a distance."""
+    other = {"lower": "higher", "higher": "lower"}
+    turned = CURVE.assign(value=-CURVE["value"], direction=CURVE["direction"].map(other))
+    found = [[line["difference"] for line in pairs_of.at_equal_quality(data)] for data in (CURVE, turned)]
+
+    assert found[1] == [None if value is None else pytest.approx(-value) for value in found[0]]
+
+
 def test_chance_in_quality_widens_the_interval_at_equal_quality():
     """The level at which the curve is read is measured."""
     noisy = CURVE.copy()

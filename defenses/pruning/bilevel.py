@@ -108,17 +108,12 @@ class Parameters(LowerLoss, ByProfile):
         return self.steps // (self.chosen("lower_steps") + (self.profile == "paper"))
 
     @property
-    def lower_steps_in_all(self) -> int:
-        """How many lower steps are taken; in the profile paper by the second student."""
-        return self.upper_steps * self.chosen("lower_steps") if self.profile == "paper" else self.steps
-
-    @property
     def iterations(self) -> int:
         """Steps of the training loop; each uses one batch of the lower loss."""
         return self.upper_steps * (self.chosen("lower_steps") + 1) if self.profile == "paper" else self.steps
 
 
-_TESTBED: dict[str, Any] = {"batch_size": 8, "lower_learning_rate": 2e-4, "upper_learning_rate": 1e-4}
+_TESTBED: dict[str, Any] = {"batch_size": 8, "lower_learning_rate": 2e-4, "upper_learning_rate": 3e-4}
 
 
 @register("defense")
@@ -136,9 +131,9 @@ class BilevelSuppress(Defense):
         "warmup_steps": 0,
     }  # fmt: skip
     presets = {
-        # for the embedded testbed: a first guess, no trials yet
+        # for the embedded testbed: docs/presets.md says how they were found
         "testbed": {**_TESTBED, "steps": 400, "warmup_steps": 5},
-        "testbed_paper": {**_TESTBED, "profile": "paper", "steps": 840},
+        "testbed_paper": {**_TESTBED, "profile": "paper", "steps": 420},
     }
 
     @classmethod
@@ -175,7 +170,6 @@ class _Alternating:
 
         self.p, self.names = p, unet_names(model)
         self.every, self.warmup_steps = p.chosen("lower_steps"), p.chosen("warmup_steps")
-        self.steps_of = {"lower": p.lower_steps_in_all, "upper": p.upper_steps}
         self.lower, self.upper = distillation(model, run, p), suppression(model, targets, run, p, p.strength)
         levels = {
             "lower": Level(self.names, p.lower_learning_rate),
@@ -205,10 +199,9 @@ class _Alternating:
 
     def _take(self, level: str, parts: Sequence, done: int) -> None:
         """Step a level along the gradient of a loss, after `done` steps of it."""
-        from harness.training.weights import rate_factor
+        from harness.training.weights import warmed
 
-        factor = rate_factor(done, self.steps_of[level], self.warmup_steps, self.p.cooldown)
-        self.weights.step(level, self.weights.gradient(parts, self.names), factor)
+        self.weights.step(level, self.weights.gradient(parts, self.names), warmed(done, self.warmup_steps))
 
     def released(self) -> dict[str, Tensor]:
         """Return the weights, whole."""

@@ -49,7 +49,7 @@ class Distill(Defense):
     Parameters = Parameters
     quick = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0}
     presets = {
-        # for the embedded testbed: a first guess, no trials yet
+        # for the embedded testbed: docs/presets.md says how it was found
         "testbed": {"steps": 400, "batch_size": 8, "learning_rate": 2e-4, "warmup_steps": 5},
     }
 
@@ -72,7 +72,7 @@ class Distill(Defense):
         """Return the fine-tuned UNet's weights."""
         from harness.training.distillation import mean_terms
         from harness.training.loop import StepOver, train
-        from harness.training.weights import Level, rate_factor
+        from harness.training.weights import Level, warmed
 
         p, names = self.parameters, unet_names(model)
         loss = distillation(model, run, p)
@@ -80,8 +80,7 @@ class Distill(Defense):
 
         def step(index: int) -> dict[str, float]:
             parts = loss.at(index)
-            factor = rate_factor(index, p.steps, p.warmup_steps, p.cooldown)
-            weights.step("lower", weights.gradient(parts, names), factor)
+            weights.step("lower", weights.gradient(parts, names), warmed(index, p.warmup_steps))
             return mean_terms(parts)
 
         train(run, StepOver(step, weights), p.steps, "distillation")

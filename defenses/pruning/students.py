@@ -20,7 +20,6 @@ Steps = Annotated[int, Field(ge=1, le=10_000_000)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Warmup = Annotated[int, Field(ge=0, le=1_000_000)]
 Weight = Annotated[float, Field(ge=0, le=1000)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 FORWARD_AND_BACKWARD = 3.0
 """Passes of an example: a backward pass counts 2."""
@@ -34,8 +33,6 @@ class Batches:
     """Images of each step, of either loss; global: over all processes. Released: 16 on each of four GPUs."""
     flip: bool = True
     """Mirror half of the images at random."""
-    cooldown: Share = 0.0
-    """Over the last share of a level's steps its rate falls linearly towards 0. Released: 0, a constant rate."""
 
 
 @dataclass(frozen=True, kw_only=True)

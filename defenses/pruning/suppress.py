@@ -59,7 +59,7 @@ class Suppress(Defense):
     Parameters = Parameters
     quick = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0}
     presets = {
-        # for the embedded testbed: a first guess, no trials yet
+        # for the embedded testbed: docs/presets.md says how it was found
         "testbed": {"steps": 40, "batch_size": 8, "learning_rate": 1e-4, "warmup_steps": 5},
     }
 
@@ -77,7 +77,7 @@ class Suppress(Defense):
         """Return the fine-tuned UNet's weights."""
         from harness.training.loop import StepOver, train
         from harness.training.suppression import mean_loss
-        from harness.training.weights import Level, rate_factor
+        from harness.training.weights import Level, warmed
 
         p, names = self.parameters, unet_names(model)
         loss = suppression(model, targets, run, p, p.strength)
@@ -85,8 +85,7 @@ class Suppress(Defense):
 
         def step(index: int) -> dict[str, float]:
             parts = loss.at(index)
-            factor = rate_factor(index, p.steps, p.warmup_steps, p.cooldown)
-            weights.step("upper", weights.gradient(parts, names), factor)
+            weights.step("upper", weights.gradient(parts, names), warmed(index, p.warmup_steps))
             return {"upper_loss": mean_loss(parts)}
 
         train(run, StepOver(step, weights), p.steps, "suppression")

@@ -91,34 +91,41 @@ def at_level(
             continue
 
         def read(means: np.ndarray, own: list[int] = own) -> np.ndarray:
-            return _on_curve(means, own, size, np.full(len(means), level))
+            lows, highs = means[:, own], means[:, [size + place for place in own]]
+            order = np.argsort(lows, axis=1)
+            lows, highs = np.take_along_axis(lows, order, 1), np.take_along_axis(highs, order, 1)
+            return np.array([np.interp(level, x, y) for x, y in zip(lows, highs, strict=True)])
 
         found[name] = both.estimate(read)
     return found
 
 
-def beside(both: Resampled, curve: Sequence[int], place: int, *, less_is_better: bool) -> Estimate | None:
-    """Return a setting's cost less that of a curve at the setting's quality, linear between neighbours on the curve.
+def beside(
+    both: Resampled, curve: Sequence[int], place: int, *, less_is_better: bool, less_is_wanted: bool
+) -> Estimate | None:
+    """Return a setting's result less the best that a curve reaches at the setting's quality or a better one.
 
-    None: the setting's quality is worse than any on the curve. If it is better than any, it is compared with the
-    curve's best end; so is each bootstrap sample beyond an end.
+    The curve's result at a quality is linear between neighbouring settings, and never worse than at a better quality:
+    a setting that is beaten in both does not count. None: the setting's quality is worse than any on the curve. If it
+    is better than any, it is compared with the curve's best end; so is each bootstrap sample beyond an end.
 
-    `both`: the means of all settings' quality, then, in the same order, of their cost. `curve`: indices of its
-    settings; `place`: that of the setting. Unlike `at_level` the level is measured, and its chance is in the interval.
+    `both`: the means of all settings' quality, then, in the same order, of their result. `curve`: indices of its
+    settings; `place`: that of the setting. `less_is_better`: of the quality; `less_is_wanted`: of the result. Unlike
+    `at_level` the level is measured, and its chance is in the interval. The best of several noisy settings looks a
+    little better than it is, which favours the curve.
     """
     size, own = len(both.value) // 2, list(curve)
-    qualities = both.value[own]
-    if both.value[place] > qualities.max() if less_is_better else both.value[place] < qualities.min():
+    quality, result = (1.0 if less_is_better else -1.0), (1.0 if less_is_wanted else -1.0)
+    if quality * both.value[place] > (quality * both.value[own]).max():
         return None
-    return both.estimate(lambda means: means[:, size + place] - _on_curve(means, own, size, means[:, place]))
 
+    def apart(means: np.ndarray) -> np.ndarray:
+        level, reached = quality * means[:, place], result * means[:, size + place]
+        first, second = quality * means[:, own], result * means[:, [size + index for index in own]]
+        order = np.argsort(first, axis=1)
+        first, second = np.take_along_axis(first, order, 1), np.take_along_axis(second, order, 1)
+        best = np.minimum.accumulate(second, axis=1)
+        at = np.array([np.interp(*each) for each in zip(level, first, best, strict=True)])
+        return result * (reached - at)
 
-def _on_curve(means: np.ndarray, own: list[int], size: int, levels: np.ndarray) -> np.ndarray:
-    """Return the second quantity of a curve where its first one is at a level.
-
-    [draws, 2 x size], [draws] -> [draws].
-    """
-    first, second = means[:, own], means[:, [size + place for place in own]]
-    order = np.argsort(first, axis=1)
-    first, second = np.take_along_axis(first, order, 1), np.take_along_axis(second, order, 1)
-    return np.array([np.interp(level, x, y) for level, x, y in zip(levels, first, second, strict=True)])
+    return both.estimate(apart)

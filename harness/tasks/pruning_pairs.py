@@ -63,6 +63,8 @@ def pairs(rows: DataFrame) -> Iterator[Line]:
 def at_equal_quality(rows: DataFrame) -> Iterator[Line]:
     """Yield a line for each recipe beside each curve: its similarity to the targets less the curve's at its quality.
 
+    The curve's is the best that it reaches at that quality or a better one.
+
     A curve begins at the control, and joins recipes that end in one method and profile, of which there must be two or
     more: they differ in strength. Holm over the lines of one quality and one similarity.
     """
@@ -81,8 +83,9 @@ def at_equal_quality(rows: DataFrame) -> Iterator[Line]:
                         if place in places or both is None:
                             continue
                         found = tradeoff.beside(
-                            both, places, place, less_is_better=group.directions[quality] == "lower"
-                        )
+                            both, places, place, less_is_better=group.directions[quality] == "lower",
+                            less_is_wanted=group.directions[similarity] == "higher",  # to be unlike the concept
+                        )  # fmt: skip
                         lines.append(dict.fromkeys(EQUAL) | {
                             "task": group.task, "targets": group.targets, "quality": quality[1],
                             "measure": similarity[0], "metric": similarity[1],

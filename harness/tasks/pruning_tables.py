@@ -145,9 +145,9 @@ def _equal(equal: Sequence[Line], lines: Sequence[Line]) -> Section:
     ]  # fmt: skip
     notes = (
         "A curve joins the control and recipes of one method in different strengths. difference: the recipe's "
-        "similarity to its targets less that of the curve at the recipe's quality, linear between settings, with its "
-        "95 % interval; *: not explained by chance (Holm). –: the recipe is worse in quality than any setting of the "
-        "curve; one that is better than any is compared with the curve's best end.",
+        "similarity to its targets less the least that the curve reaches at the recipe's quality or a better one, "
+        "linear between settings, with its 95 % interval; *: not explained by chance (Holm). –: the recipe is worse in "
+        "quality than any setting of the curve; one that is better than any is compared with the curve's best end.",
         f"By {wanted[1]}; the other metrics are in suppression_at_equal_quality.csv.",
     )
     return Section("Suppression at equal quality", (), headers, rows, "llllrrlr", notes)

@@ -210,16 +210,12 @@ class LevelAdamW(torch.optim.AdamW):
                 weight.add_(along, alpha=-self.rate * level.learning_rate)
 
 
-def rate_factor(step: int, steps: int, warmup_steps: int, cooldown: float = 0.0) -> float:
-    """Return the factor of a constant rate at a level's own step, counted from 0 of `steps`.
+def warmed(step: int, warmup_steps: int) -> float:
+    """Return the factor of a constant rate at a level's own step, counted from 0: linear over the warm-up, then 1.
 
-    It grows linearly over the warm-up, and falls linearly over the last share `cooldown` of the steps, of which each
-    still changes the weights. The first step of a warm-up has rate 0, as with diffusers' `constant_with_warmup`: it
-    fills the moments only.
+    The first step has rate 0, as with diffusers' `constant_with_warmup`: it fills the moments only.
     """
-    rising = step / warmup_steps if warmup_steps else 1.0
-    falling = (steps - step) / (cooldown * steps) if cooldown else 1.0
-    return min(1.0, rising, falling)
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
 def grouped(levels: Mapping[str, Level]) -> list[tuple[frozenset[str], list[str]]]:

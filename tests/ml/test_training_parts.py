@@ -10,7 +10,7 @@ from harness.core.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from harness.training import token_embedding, words
 from harness.training.loop import StepOver, train
 from harness.training.token_embedding import LearnedWord
-from harness.training.weights import Level, LocalWeights, grouped, installed, rate_factor
+from harness.training.weights import Level, LocalWeights, grouped, installed, warmed
 
 
 def _parameters() -> dict[str, nn.Parameter]:
@@ -257,11 +257,5 @@ def test_a_schedule_scales_the_rate_of_a_step(options):
 
 def test_a_warm_up_starts_at_zero_as_that_of_diffusers():
     """And ends at the whole rate; without one, every step has it."""
-    assert [rate_factor(step, 6, 4) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
-    assert [rate_factor(step, 2, 0) for step in range(2)] == [1.0, 1.0]
-
-
-def test_a_rate_falls_over_the_last_share_of_the_steps():
-    """To a step above 0, so that each step counts; a warm-up that overlaps it ends where both meet."""
-    assert [rate_factor(step, 8, 0, 0.5) for step in range(8)] == [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
-    assert [rate_factor(step, 4, 4, 1.0) for step in range(4)] == [0.0, 0.25, 0.5, 0.25]
+    assert [warmed(step, 4) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [warmed(step, 0) for step in range(2)] == [1.0, 1.0]
