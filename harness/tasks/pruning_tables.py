@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ SUPPRESSION_NOTES = (
     "share of a target's prompts that fit the image less than the unpruned model's image of the same seed; "
     "cp_distilled: less than the control's, the paper's kind of reference, where 0.5 is chance. general: held-out "
     "captions that name no target.",
+    "Other metrics of targets, innocents and utility: in suppression.csv.",
 )
 ATTACK_NOTES = (
     "Similarity to the targets after an attack. difference: to the control after the same attack, with its 95 % "
@@ -43,6 +45,7 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
         return
     lines = lines_of.of(rows)
     sections = [_suppression(lines, name) for name in _tasks(lines)]
+    sections[-1] = replace(sections[-1], notes=SUPPRESSION_NOTES)
     sections += paper_sections.of(run, "pruned_bilevel", "suppression", [*lines, {"method": "none"}])
     yield Table("suppression", columns.MEASURES, lines, sections)
     pairs, equal = list(pairs_of.pairs(rows)), list(pairs_of.at_equal_quality(rows))
@@ -76,7 +79,11 @@ def _tasks(lines: Sequence[Line]) -> list[tuple[str, str]]:
 def _suppression(lines: Sequence[Line], of: tuple[str, str]) -> Section:
     """Return one table for a task and a set of targets: a row a model, a column a measure and metric."""
     own = [line for line in lines if (line["task"], line["targets"]) == of]
-    measures = list(dict.fromkeys((line["measure"], line["metric"]) for line in own))
+    leading = figures.leading_target_metric(lines)
+    measures = [
+        (measure, metric) for measure, metric in dict.fromkeys((line["measure"], line["metric"]) for line in own)
+        if measure in ("general", "works") or metric in (leading, lines_of.CP_DISTILLED)
+    ]  # fmt: skip
     recipes = list(dict.fromkeys(line["recipe"] for line in own))
     known = {(line["recipe"], line["measure"], line["metric"]): line for line in own}
     rows = [
@@ -84,10 +91,8 @@ def _suppression(lines: Sequence[Line], of: tuple[str, str]) -> Section:
     ]  # fmt: skip
     headers = ("model", *(f"{measure}: {metric}" for measure, metric in measures))
     seeds = max(line["n_seeds"] for line in own)
-    return Section(
-        f"{SUPPRESSION}: {of[0]}, {of[1]}", (f"{counted(seeds, 'seed')}.",), headers, rows, "l" + "r" * len(measures),
-        SUPPRESSION_NOTES,
-    )  # fmt: skip
+    title = f"{SUPPRESSION}: {of[0]}, {of[1]}"
+    return Section(title, (f"{counted(seeds, 'seed')}.",), headers, rows, "l" + "r" * len(measures))
 
 
 def _value(line: Line | None) -> str:
