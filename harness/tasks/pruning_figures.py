@@ -5,14 +5,14 @@ The registry imports this module with the tasks, so matplotlib is imported insid
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core.errors import one_line
 from harness.results.looks import COLOURS
 from harness.store.layout import step_folder
-from harness.tasks.pruning_lines import CP, CP_DISTILLED
+from harness.tasks.pruning_values import leading_target_metric
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -70,20 +70,11 @@ def tradeoff(lines: Sequence[Line], path: Path) -> bool:
     return True
 
 
-def leading_target_metric(lines: Sequence[Line]) -> str | None:
-    """Return the first metric of targets, one that is no alignment with text if there is one."""
-    texts = {CP, CP_DISTILLED, *(line["metric"] for line in lines if line["measure"] == "general")}
-    return _first(lines, "target", without=texts) or _first(lines, "target")
-
-
-def _first(
-    lines: Sequence[Line], measure: str, *, lower: bool = False, without: Collection[str] = ()
-) -> str | None:
+def _first(lines: Sequence[Line], measure: str, *, lower: bool = False) -> str | None:
     """Return the first metric of a measure; `lower`: of those whose less is better."""
     return next(
         (line["metric"] for line in lines
-         if line["measure"] == measure and (not lower or line["direction"] == "lower")
-         and line["metric"] not in without),
+         if line["measure"] == measure and (not lower or line["direction"] == "lower")),
         None,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.tasks.pruning_columns import ATTACKED, COST, MEASURES, SOON
 from harness.tasks.pruning_form import PRUNED, UNPRUNED
-from harness.tasks.pruning_values import Line, interval_of, measured, stacked, values_of
+from harness.tasks.pruning_values import CP, CP_DISTILLED, Line, interval_of, measured, stacked, values_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 
     from harness.analysis import statistics
     from harness.contracts.diagnostic import MeasuredRun
-
-CP, CP_DISTILLED = "cp", "cp_distilled"
-"""The share of a target's prompts that fit the model's image less than the base model's, or the control's, with one
-seed."""
-LESS_IS_WANTED = frozenset({"target", "works"})
-"""Measures in which a recipe should be far from the concept."""
 
 
 def of(rows: DataFrame) -> list[Line]:

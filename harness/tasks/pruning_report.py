@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.analysis.definitions import OURS, Definition
 from harness.contracts.diagnostic import PageSection
 from harness.core.registry import register
 from harness.results.reading import read_table
+from harness.tasks.pruning_values import shown_measures
 from harness.tasks.task_report import TaskReport, limits, numbers
-
-if TYPE_CHECKING:
-    pass
 
 FILES = (
     "suppression.csv", "recipe_pairs.csv", "suppression_at_equal_quality.csv", "student_cost.csv",
@@ -145,7 +143,7 @@ def _pivoted(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     made = []
     for task, targets in dict.fromkeys((line["task"], line["targets"]) for line in lines):
         own = [line for line in lines if (line["task"], line["targets"]) == (task, targets)]
-        measures = list(dict.fromkeys((line["measure"], line["metric"]) for line in own))
+        measures = shown_measures(own)
         known = {(line["recipe"], line["measure"], line["metric"]): line for line in own}
         recipes = list(dict.fromkeys(line["recipe"] for line in own))
         rows = [(recipe, [known.get((recipe, *each)) for each in measures]) for recipe in recipes]

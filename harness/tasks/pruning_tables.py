@@ -14,6 +14,7 @@ from harness.tasks import pruning_columns as columns
 from harness.tasks import pruning_figures as figures
 from harness.tasks import pruning_lines as lines_of
 from harness.tasks import pruning_pairs as pairs_of
+from harness.tasks.pruning_values import leading_target_metric, shown_measures
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -79,11 +80,7 @@ def _tasks(lines: Sequence[Line]) -> list[tuple[str, str]]:
 def _suppression(lines: Sequence[Line], of: tuple[str, str]) -> Section:
     """Return one table for a task and a set of targets: a row a model, a column a measure and metric."""
     own = [line for line in lines if (line["task"], line["targets"]) == of]
-    leading = figures.leading_target_metric(lines)
-    measures = [
-        (measure, metric) for measure, metric in dict.fromkeys((line["measure"], line["metric"]) for line in own)
-        if measure in ("general", "works") or metric in (leading, lines_of.CP_DISTILLED)
-    ]  # fmt: skip
+    measures = shown_measures(own)
     recipes = list(dict.fromkeys(line["recipe"] for line in own))
     known = {(line["recipe"], line["measure"], line["metric"]): line for line in own}
     rows = [
@@ -109,7 +106,7 @@ def _value(line: Line | None) -> str:
 
 def _pairs(pairs: Sequence[Line], lines: Sequence[Line]) -> Section:
     """Return the differences of pairs over all sets of targets: metrics of sets, and similarity to the targets."""
-    wanted = figures.leading_target_metric(lines)
+    wanted = leading_target_metric(lines)
     shown = [
         line for line in pairs
         if (line["measure"] == "general" and line["direction"] == "lower") or line["measure"] == "works"
@@ -140,7 +137,7 @@ def _equal(equal: Sequence[Line], lines: Sequence[Line]) -> Section:
     headers = (
         "task", "targets", "quality by", "recipe", "its quality", "its similarity", "beside the curve of", "difference",
     )  # fmt: skip
-    wanted = ("target", figures.leading_target_metric(lines))
+    wanted = ("target", leading_target_metric(lines))
     rows = [
         [
             line["task"], line["targets"], line["quality"], line["recipe"], _plain(line["recipe_quality"]),

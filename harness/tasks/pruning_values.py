@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Line = dict[str, Any]
 Values = tuple[tuple[int, ...], "np.ndarray"]
 """Seeds, and values [prompts, seeds]."""
+CP, CP_DISTILLED = "cp", "cp_distilled"
+"""The share of a target's prompts that fit the model's image less than the base model's, or the control's, with one
+seed."""
 
 
 def measured(rows: DataFrame) -> DataFrame:
@@ -63,3 +66,20 @@ def interval_of(name: str, of: statistics.Estimate | None) -> Line:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
     low, high = of.interval()
     return {name: of.value, f"{name}_low": low, f"{name}_high": high}
+
+
+def leading_target_metric(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the first metric of targets, one that is no alignment with text if there is one."""
+    texts = {CP, CP_DISTILLED, *(line["metric"] for line in lines if line["measure"] == "general")}
+    listed = [line["metric"] for line in lines if line["measure"] == "target"]
+    return next((metric for metric in listed if metric not in texts), listed[0] if listed else None)
+
+
+def shown_measures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return the (measure, metric) that tables for people show; all are in the file."""
+    leading = leading_target_metric(lines)
+    known = dict.fromkeys((line["measure"], line["metric"]) for line in lines)
+    return [
+        (measure, metric) for measure, metric in known
+        if measure in ("general", "works") or metric in (leading, CP_DISTILLED)
+    ]  # fmt: skip
