@@ -234,3 +234,18 @@ def test_pairs_are_differences_of_recipes_over_each_set_and_all():
     assert lines["all", "target", "weak", "strong"] == pytest.approx(0.5)
     assert lines["all", "general", "weak", "strong"] == pytest.approx(-1.9)
     assert not any("distilled" in key for key in lines)
+
+
+def test_attacks_are_also_measured_over_all_sets_of_a_task():
+    """What is regained is that of all targets together, not the mean of the sets' shares."""
+    one = rows(BEFORE | AFTER)
+    other = one.assign(protected="moon", value=one["value"].where(one["defense"] != "bilevel", one["value"] + 0.3))
+    lines = {
+        (line["targets"], line["recipe"], line["step"]): line
+        for line in lines_of.attacks(pd.concat([one, other], ignore_index=True))
+    }
+
+    assert lines["star", "bilevel", 10]["regained"] == pytest.approx(0.3 / 0.6)
+    assert lines["moon", "bilevel", 10]["regained"] == pytest.approx(0.3 / 0.3)
+    assert lines["all", "bilevel", 10]["regained"] == pytest.approx((0.3 + 0.3) / (0.6 + 0.3))
+    assert lines["all", "bilevel", 10]["n_concepts"] == 2

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.tasks.pruning_columns import ATTACKED, COST, MEASURES, SOON
 from harness.tasks.pruning_form import PRUNED, UNPRUNED
-from harness.tasks.pruning_values import CP, CP_DISTILLED, Line, interval_of, measured, stacked, values_of
+from harness.tasks.pruning_values import CP, CP_DISTILLED, Line, groups_of, interval_of, measured, stacked, values_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,7 +108,7 @@ AFTER, BEFORE, CONTROL_AFTER, CONTROL_BEFORE = range(4)
 
 
 def attacks(rows: DataFrame) -> list[Line]:
-    """Return a line for each task, set of targets, attack, metric, step and recipe, by the targets' rows.
+    """Return a line for each task, set of targets (and all), attack, metric, step and recipe, by the targets' rows.
 
     `regained` is the share of what the recipe suppressed that the attack brings back: (after - before) / (control
     before - before), where it is shown to have suppressed anything. `difference` is after less the control after. All
@@ -116,15 +116,16 @@ def attacks(rows: DataFrame) -> list[Line]:
     """
     grid = rows[(rows["part"] == "grid") & (rows["role"] == "target") & ~rows["defense"].isin((UNPRUNED, PRUNED))]
     lines = []
-    for (task, protected, metric), group in grid.groupby(["task", "protected", "metric"], sort=False, observed=True):
-        first = {str(label): part.iloc[0] for label, part in group.groupby("defense", sort=False, observed=True)}
-        before = _by_model(group[group["attack"] == ""])
-        attacked = group[group["attack"] != ""]
-        names = ["attack", "attacker", "step"]
-        for place, own in attacked.groupby(names, sort=False, observed=True):
-            about = {"task": task, "targets": protected, "metric": metric, **dict(zip(names, place, strict=True))}
-            about |= {"step": int(about["step"]), "direction": str(group["direction"].iloc[0])}
-            lines += _attacked(about, before, _by_model(own), first)
+    for (task, metric), of_task in grid.groupby(["task", "metric"], sort=False, observed=True):
+        for targets, kept in groups_of(of_task["protected"]):
+            group = of_task[of_task["protected"].isin(kept)]
+            first = {str(label): part.iloc[0] for label, part in group.groupby("defense", sort=False, observed=True)}
+            before = _by_model(group[group["attack"] == ""])
+            names = ["attack", "attacker", "step"]
+            for place, own in group[group["attack"] != ""].groupby(names, sort=False, observed=True):
+                about = {"task": task, "targets": targets, "metric": metric, **dict(zip(names, place, strict=True))}
+                about |= {"step": int(about["step"]), "direction": str(group["direction"].iloc[0])}
+                lines += _attacked(about, before, _by_model(own), first)
     return lines
 
 
@@ -165,7 +166,7 @@ def _attacked(
 
 def _by_model(rows: DataFrame) -> dict[str, dict[str, tuple]]:
     grouped = rows.groupby("defense", sort=False, observed=True)
-    return {str(label): values_of(part, ["concept"]) for label, part in grouped}
+    return {str(label): values_of(part, ["protected", "concept"]) for label, part in grouped}
 
 
 def _mean_of(place: int, means: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.tasks.pruning_columns import EQUAL, PAIRS
 from harness.tasks.pruning_form import PRUNED, UNPRUNED
-from harness.tasks.pruning_values import Line, Values, interval_of, measured, stacked, values_of
+from harness.tasks.pruning_values import Line, Values, groups_of, interval_of, measured, stacked, values_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 ByRecipe = Mapping[str, Mapping[tuple[str, str], Values]]
 """Recipe -> (targets, concept) -> values."""
-ALL = "all"
-"""The targets of lines over all sets of a task together."""
 ABOUT_TARGETS = frozenset({"target", "works"})
 
 
@@ -104,8 +102,7 @@ def _groups(rows: DataFrame) -> Iterator[_Group]:
     own = measured(rows)
     own = own[~own["defense"].isin((UNPRUNED, PRUNED))]
     for task, of_task in own.groupby("task", sort=False, observed=True):
-        sets = list(dict.fromkeys(of_task["protected"]))
-        for targets, kept in [*((name, [name]) for name in sets), *([(ALL, sets)] if len(sets) > 1 else [])]:
+        for targets, kept in groups_of(of_task["protected"]):
             group = of_task[of_task["protected"].isin(kept)]
             by_measure, directions = {}, {}
             for (measure, metric), part in group.groupby(["measure", "metric"], sort=False, observed=True):

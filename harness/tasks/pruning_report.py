@@ -10,7 +10,7 @@ from harness.analysis.definitions import OURS, Definition
 from harness.contracts.diagnostic import PageSection
 from harness.core.registry import register
 from harness.results.reading import read_table
-from harness.tasks.pruning_values import shown_measures
+from harness.tasks.pruning_values import leading_target_metric, over_all, shown_measures
 from harness.tasks.task_report import TaskReport, limits, numbers
 
 FILES = (
@@ -27,7 +27,8 @@ CHANCE = "chance in prompts and in seeds of training and drawing"
 """What intervals cover."""
 
 DEFINITIONS = (
-    Definition("targets", "targets", "", "The concepts that are suppressed together, joined by +.", OURS),
+    Definition("targets", "targets", "", "The concepts that are suppressed together, joined by +; all: every set of the "
+               "task.", OURS),
     Definition(
         "measure", "measure", "",
         "general: held-out captions that name no target; target, innocent, utility: concepts against their references; "
@@ -116,23 +117,27 @@ class PruningReport(TaskReport):
         if not read["suppression.csv"]:
             return None
         lines = [numbers(line, "value", "difference", "p") for line in read["suppression.csv"]]
+        leading = leading_target_metric(lines)
         context = {
+            "leading": leading,
             "figures": tuple(name for name in FIGURES if (folder / name).is_file()),
             "sets": _pivoted(lines),
-            "costs": [
-                numbers(line, *COST_SHOWN) for line in read["student_cost.csv"]
+            "costs": [numbers(line, *COST_SHOWN) for line in read["student_cost.csv"]],
+            "pairs": [
+                numbers(line, "difference", "p") for line in over_all(read["recipe_pairs.csv"])
+                if line["measure"] in ("general", "works") or line["metric"] == leading
             ],
-            "pairs": [numbers(line, "difference", "p") for line in read["recipe_pairs.csv"]],
             "equal": [
                 numbers(line, "recipe_quality", "recipe_similarity", "difference", "p")
-                for line in read["suppression_at_equal_quality.csv"]
+                for line in over_all(read["suppression_at_equal_quality.csv"])
+                if (line["measure"], line["metric"]) == ("target", leading)
             ],
             "attacks": [
                 numbers(line, "before", "after", "control_after", "difference", "regained", "p")
-                for line in read["student_attacks.csv"]
+                for line in over_all(read["student_attacks.csv"]) if line["metric"] == leading
             ],
-            "soon": read["student_recovery.csv"],
-        }
+            "soon": [line for line in over_all(read["student_recovery.csv"]) if line["metric"] == leading],
+        }  # fmt: skip
         data = tuple(name for name in FILES if read[name])
         figures = context["figures"]
         return PageSection("Pruned students", "pruning", TEMPLATE.read_text(encoding="utf-8"), context, figures, data)

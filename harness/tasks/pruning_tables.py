@@ -14,7 +14,7 @@ from harness.tasks import pruning_columns as columns
 from harness.tasks import pruning_figures as figures
 from harness.tasks import pruning_lines as lines_of
 from harness.tasks import pruning_pairs as pairs_of
-from harness.tasks.pruning_values import leading_target_metric, shown_measures
+from harness.tasks.pruning_values import leading_target_metric, over_all, shown_measures
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -36,7 +36,7 @@ ATTACK_NOTES = (
     "Similarity to the targets after an attack. difference: to the control after the same attack, with its 95 % "
     "interval; *: not explained by chance (paired tests, corrected over recipes by Holm). regained: the share of what "
     "a recipe suppressed, against the control, that the attack brings back; empty where nothing is shown to be "
-    "suppressed.",
+    "suppressed. Other metrics and each set of targets are in student_attacks.csv.",
 )
 
 
@@ -58,18 +58,19 @@ def of(run: MeasuredRun, rows: DataFrame) -> Iterator[Table | Figure]:
     yield Figure("suppression_sheet", partial(figures.sheet, run, rows))
     grid = rows[rows["part"] == "grid"]
     if (grid["attack"] != "").any():
-        yield from _attacked(rows)
+        yield from _attacked(rows, leading_target_metric(lines))
 
 
-def _attacked(rows: DataFrame) -> Iterator[Table | Figure]:
-    """Yield the tables of what attacks bring back, and the curves."""
+def _attacked(rows: DataFrame, leading: str | None) -> Iterator[Table | Figure]:
+    """Yield the tables of what attacks bring back, for people over all sets of targets by one metric, and curves."""
     from harness.analysis.measurements import Measurements
     from harness.results.figures import recovery_curves
 
     lines = lines_of.attacks(rows)
     soon = lines_of.soon(lines)
-    yield Table("student_attacks", columns.ATTACKED, lines, [_attacks(lines)])
-    yield Table("student_recovery", columns.SOON, soon, [_soon(soon)] if soon else [])
+    shown = [[line for line in over_all(listed) if line["metric"] == leading] for listed in (lines, soon)]
+    yield Table("student_attacks", columns.ATTACKED, lines, [_attacks(shown[0])])
+    yield Table("student_recovery", columns.SOON, soon, [_soon(shown[1])] if shown[1] else [])
     yield Figure("student_curves", partial(recovery_curves, Measurements(rows[rows["part"] == "grid"]), role="target"))
 
 
@@ -108,12 +109,10 @@ def _pairs(pairs: Sequence[Line], lines: Sequence[Line]) -> Section:
     """Return the differences of pairs over all sets of targets: metrics of sets, and similarity to the targets."""
     wanted = leading_target_metric(lines)
     shown = [
-        line for line in pairs
+        line for line in over_all(pairs)
         if (line["measure"] == "general" and line["direction"] == "lower") or line["measure"] == "works"
         or (line["measure"], line["metric"]) == ("target", wanted)
     ]  # fmt: skip
-    pooled = {line["task"] for line in shown if line["targets"] == pairs_of.ALL}
-    shown = [line for line in shown if line["targets"] == pairs_of.ALL or line["task"] not in pooled]
     measures = list(dict.fromkeys((line["measure"], line["metric"]) for line in shown))
     known = {
         (line["task"], line["targets"], line["recipe"], line["other"], line["measure"], line["metric"]): line
@@ -134,25 +133,29 @@ def _pairs(pairs: Sequence[Line], lines: Sequence[Line]) -> Section:
 
 
 def _equal(equal: Sequence[Line], lines: Sequence[Line]) -> Section:
-    headers = (
-        "task", "targets", "quality by", "recipe", "its quality", "its similarity", "beside the curve of", "difference",
-    )  # fmt: skip
+    """Return the differences at equal quality: a row a recipe and curve, a column a metric of quality."""
     wanted = ("target", leading_target_metric(lines))
-    rows = [
-        [
-            line["task"], line["targets"], line["quality"], line["recipe"], _plain(line["recipe_quality"]),
-            _plain(line["recipe_similarity"]), f"{line['curve']} ({line['n_settings']} settings)", _difference(line),
-        ]
-        for line in equal if (line["measure"], line["metric"]) == wanted
-    ]  # fmt: skip
+    shown = [line for line in over_all(equal) if (line["measure"], line["metric"]) == wanted]
+    qualities = list(dict.fromkeys(line["quality"] for line in shown))
+    names = ("task", "targets", "recipe", "curve")
+    known = {(*(line[name] for name in names), line["quality"]): line for line in shown}
+    rows = []
+    for place in dict.fromkeys(key[:-1] for key in known):
+        own = [known.get((*place, quality)) for quality in qualities]
+        one = next(line for line in own if line is not None)
+        rows.append([
+            *place[:3], _plain(one["recipe_similarity"]), f"{place[3]} ({one['n_settings']} settings)",
+            *("–" if line is None else _difference(line) for line in own),
+        ])  # fmt: skip
+    headers = ("task", "targets", "recipe", "similarity", "beside the curve of", *(f"equal {q}" for q in qualities))
     notes = (
-        "A curve joins the control and recipes of one method in different strengths. difference: the recipe's "
-        "similarity to its targets less the least that the curve reaches at the recipe's quality or a better one, "
-        "linear between settings, with its 95 % interval; *: not explained by chance (Holm). –: the recipe is worse in "
-        "quality than any setting of the curve; one that is better than any is compared with the curve's best end.",
-        f"By {wanted[1]}; the other metrics are in suppression_at_equal_quality.csv.",
+        "A curve joins the control and recipes of one method in different strengths. equal: the recipe's similarity to "
+        "its targets less the least that the curve reaches at the recipe's quality or a better one, linear between "
+        "settings, with its 95 % interval; *: not explained by chance (Holm). –: the recipe is worse in quality than "
+        "any setting of the curve; one that is better than any is compared with the curve's best end.",
+        f"By {wanted[1]}; other metrics and each set of targets are in suppression_at_equal_quality.csv.",
     )
-    return Section("Suppression at equal quality", (), headers, rows, "llllrrlr", notes)
+    return Section("Suppression at equal quality", (), headers, rows, "lllrl" + "r" * len(qualities), notes)
 
 
 def _cost(costs: Sequence[Line]) -> Section:

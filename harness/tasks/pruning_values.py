@@ -20,6 +20,8 @@ Values = tuple[tuple[int, ...], "np.ndarray"]
 CP, CP_DISTILLED = "cp", "cp_distilled"
 """The share of a target's prompts that fit the model's image less than the base model's, or the control's, with one
 seed."""
+ALL = "all"
+"""The targets of lines over all sets of a task together."""
 
 
 def measured(rows: DataFrame) -> DataFrame:
@@ -83,3 +85,15 @@ def shown_measures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         (measure, metric) for measure, metric in known
         if measure in ("general", "works") or metric in (leading, CP_DISTILLED)
     ]  # fmt: skip
+
+
+def groups_of(sets: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return (targets of the lines, sets of targets): each set, then all together if there are more."""
+    names = list(dict.fromkeys(map(str, sets)))
+    return [*((name, [name]) for name in names), *([(ALL, names)] if len(names) > 1 else [])]
+
+
+def over_all(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the lines over all sets of a task, or those of its only one: what tables for people show."""
+    pooled = {line["task"] for line in lines if line["targets"] == ALL}
+    return [line for line in lines if line["targets"] == ALL or line["task"] not in pooled]
