@@ -27,8 +27,10 @@ CHANCE = "chance in prompts and in seeds of training and drawing"
 """What intervals cover."""
 
 DEFINITIONS = (
-    Definition("targets", "targets", "", "The concepts that are suppressed together, joined by +; all: every set of the "
-               "task.", OURS),
+    Definition(
+        "targets", "targets", "", "The concepts that are suppressed together, joined by +; all: every set of the task.",
+        OURS,
+    ),
     Definition(
         "measure", "measure", "",
         "general: held-out captions that name no target; target, innocent, utility: concepts against their references; "
