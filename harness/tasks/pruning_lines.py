@@ -166,7 +166,7 @@ def _attacked(
 
 def _by_model(rows: DataFrame) -> dict[str, dict[str, tuple]]:
     grouped = rows.groupby("defense", sort=False, observed=True)
-    return {str(label): values_of(part, ["protected", "concept"]) for label, part in grouped}
+    return {str(label): values_of(part) for label, part in grouped}
 
 
 def _mean_of(place: int, means: np.ndarray) -> np.ndarray:

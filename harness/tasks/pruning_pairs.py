@@ -109,7 +109,7 @@ def _groups(rows: DataFrame) -> Iterator[_Group]:
                 place = str(measure), str(metric)
                 directions[place] = str(part["direction"].iloc[0])
                 by_measure[place] = {
-                    str(label): values_of(each, ["protected", "concept"])
+                    str(label): values_of(each)
                     for label, each in part.groupby("defense", sort=False, observed=True)
                 }
             first = {

@@ -33,16 +33,12 @@ def measured(rows: DataFrame) -> DataFrame:
     return own.assign(measure=own["role"].astype(str).where(own["part"] != "works", "works"))
 
 
-def values_of(rows: DataFrame, names: Sequence[str]) -> dict[Any, Values]:
-    """Return label -> values, for whole seeds; a label is the value of the only name, or a tuple of several."""
+def values_of(rows: DataFrame) -> dict[tuple[str, str], Values]:
+    """Return (set of targets, concept) -> values, for whole seeds."""
     from harness.analysis.cells import cells
 
-    found = cells(rows, list(names))
-    labels = {label: label if isinstance(label, tuple) else (label,) for label in found}
-    return {
-        (str(labels[label][0]) if len(names) == 1 else tuple(map(str, labels[label]))): (cell.seeds, cell.values.T)
-        for label, cell in found.items()
-    }
+    found = cells(rows, ["protected", "concept"])
+    return {(str(label[0]), str(label[1])): (cell.seeds, cell.values.T) for label, cell in found.items()}
 
 
 def stacked(models: Sequence[Mapping[Any, Values]]) -> tuple[list[np.ndarray], int]:

@@ -6,7 +6,9 @@
     python -m tests.benchmarks.sd_shape --work DIR --shape tiny           # of this script itself, in minutes
 
 Models and images are random, so the numbers of the rows mean nothing; what a stage costs does not depend on them. The
-folder keeps models and finished stages: a run that was cut goes on. On two CPU cores it takes hours and up to 24 GB.
+folder keeps models and finished stages: a run that was cut goes on. At SD's shape it was not run yet: on two CPU cores
+expect hours, and more than 20 GB.
+
 With --gpu each stage takes more steps (GPU_STEPS), and the table also gives the share of the card's peak throughput,
 if the card is in PEAK_TFLOPS, for a UNet of SD 1.x's shape at 512 pixels.
 """
