@@ -11,8 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.core.fetched import Fetched
+from harness.core.fetched import Fetched, Unlocated
 from harness.core.finite import require_finite
+from harness.core.hub import HubModel
 from metrics.open_clip_tables import check_activation
 
 if TYPE_CHECKING:
@@ -53,16 +54,16 @@ def fetched(backbone: str, kind: str, pretrained: str | None = None) -> list[Fet
     if is_from_hub:
         name, _, revision = backbone.removeprefix("hf-hub:").partition("@")
         weights, config = _FILES[kind]
-        return [Fetched(name, (weights, (config,)), revision or None)]
+        return [HubModel(name, (weights, (config,)), _BESIDE[kind], revision=revision or None)]
     if kind == "clip":
         if pretrained is None:
             return []  # random weights
         known = OPEN_CLIP_HUB.get((backbone, pretrained))
         name = f"open_clip's {backbone}/{pretrained}"
-        return [Fetched(known[0], (_FILES[kind][0],), size=4 * known[1])] if known else [Fetched(name)]
+        return [HubModel(known[0], (_FILES[kind][0],), size=4 * known[1])] if known else [Unlocated(name)]
     if "." not in backbone:
-        return [Fetched(f"timm's {backbone}")]  # timm chooses the weights
-    return [Fetched(f"timm/{backbone}", (_FILES[kind][0],), size=TIMM_SIZES.get(backbone))]
+        return [Unlocated(f"timm's {backbone}")]  # timm chooses the weights
+    return [HubModel(f"timm/{backbone}", (_FILES[kind][0],), size=TIMM_SIZES.get(backbone))]
 
 
 _FILES = {
@@ -70,6 +71,8 @@ _FILES = {
     "vit": (("model.safetensors", "pytorch_model.bin"), "config.json"),
 }
 """Weights (the first file that exists is used) and configuration in a hub repository."""
+_BESIDE = {"clip": ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "*.model"), "vit": ()}
+"""Small files that are read too: a tokenizer."""
 OPEN_CLIP_HUB = {
     ("ViT-B-32-quickgelu", "openai"): ("timm/vit_base_patch32_clip_224.openai", 151_277_313),
     ("ViT-B-16-quickgelu", "openai"): ("timm/vit_base_patch16_clip_224.openai", 149_620_737),

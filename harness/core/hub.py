@@ -1,0 +1,293 @@
+"""Repositories of the Hugging Face hub: what they hold, and their files in the cache of the hub's own client.
+
+Files are placed as the client places them (`models--ORG--NAME/blobs/ETAG`, linked from `snapshots/COMMIT/PATH`; the
+newest commit in `refs/main`), so that every library finds them. A blob is named by its digest: the SHA-256 of a large
+file, git's SHA-1 of a small one. So what is in the cache can be checked without network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import quote, urlsplit
+
+from harness.core import download
+from harness.core.download import Digest
+from harness.core.errors import UserMistake, one_line
+from harness.core.fetched import Fetched, File, Held, Progress
+from harness.core.files import write_text
+from harness.core.memory import Memory
+
+_SHARD = re.compile(r"-[0-9]+-of-([0-9]+)[-.]")
+SITE = "https://huggingface.co"
+TOKEN = "HF_TOKEN, or `hf auth login`"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file that a repository holds."""
+
+    path: str
+    size: int
+    digest: Digest
+
+    @property
+    def etag(self) -> str:
+        """The name of its blob in the cache."""
+        return self.digest.hex
+
+
+@dataclass(frozen=True)
+class HubFiles(Fetched):
+    """Files of a repository. Base class of models and data sets."""
+
+    parts: tuple[tuple[str, ...], ...] = ()
+    """For each part, file patterns: files of the first that is there are needed."""
+    beside: tuple[str, ...] = ()
+    """Patterns of small files that are fetched too where they exist."""
+
+    repository: ClassVar[str]
+    """ "model" or "dataset"."""
+
+    def __post_init__(self) -> None:
+        """Refuse patterns that are no texts."""
+        if not all(isinstance(pattern, str) for part in self.parts for pattern in part):
+            raise TypeError("parts: for each part a tuple of file patterns")
+
+    @property
+    def origin(self) -> str:
+        """The hub's host."""
+        return urlsplit(endpoint()).hostname or endpoint()
+
+    @property
+    def root(self) -> Path:
+        """Its folder in the hub's cache."""
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE) / f"{self.repository}s--{self.id.replace('/', '--')}"
+
+    def folder(self) -> Path | None:
+        """Return the folder of its revision in the cache; None if there is none."""
+        return snapshot(self.id, self.revision, self.repository)
+
+    def is_cached(self) -> bool:
+        """Return whether the cache holds every part."""
+        folder = self.folder()
+        # exists() follows the cache's links: a half-fetched file does not exist
+        return folder is not None and all(
+            any(_is_whole(list(folder.glob(pattern))) for pattern in part) for part in self.parts
+        )
+
+    def refuse(self, names: Sequence[str]) -> str | None:
+        """Return why a repository with these files cannot be used; None if it can."""
+        return None
+
+    def fetch(self, progress: Progress, locked: Held | None = None) -> Held:
+        """Fetch missing files into the hub's cache. The newest commit is asked for only where none is known."""
+        commit = self.revision
+        if commit is None and self.is_cached():
+            commit = self.folder().name
+        elif commit is None:
+            commit = locked.revision if locked is not None and locked.revision else newest(self, progress)
+        known = replace(self, revision=commit)
+        if not known.is_cached() or not _sound(known, progress):
+            known.bring(progress)
+            if self.revision is None:
+                (self.root / "refs").mkdir(exist_ok=True)
+                write_text(self.root / "refs" / "main", commit)
+        folder = known.folder()
+        return Held(tuple(_held(known, folder)), commit)
+
+
+    def bring(self, progress: Progress) -> None:
+        """Fetch the files of a known revision that the cache does not hold."""
+        for listed in _wanted(self, listing(self, progress)):
+            _place(self, listed, progress)
+
+
+@dataclass(frozen=True)
+class HubModel(HubFiles):
+    """Weights of a model repository."""
+
+    kind = "hub model"
+    repository = "model"
+
+
+def endpoint() -> str:
+    """Return the address of the hub: HF_ENDPOINT, or the usual one."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def at_endpoint(url: str) -> tuple[str, dict[str, str]]:
+    """Return an address of the hub at HF_ENDPOINT, with the headers of a login; other addresses as they are."""
+    if not url.startswith((f"{SITE}/", f"{endpoint()}/")):
+        return url, {}
+    return url.replace(SITE, endpoint(), 1), headers()
+
+
+def headers() -> dict[str, str]:
+    """Return the headers of a login on the hub; {} without a token."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def snapshot(repository: str, revision: str | None, kind: str = "model") -> Path | None:
+    """Return the folder of a revision in the hub's cache, by the cache's documented layout; None: there is none."""
+    from huggingface_hub import constants
+
+    root = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
+    if revision is None:
+        try:
+            revision = (root / "refs" / "main").read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            return None
+    folder = root / "snapshots" / revision
+    return folder if revision and folder.is_dir() else None
+
+
+def newest(of: HubFiles, progress: Progress) -> str:
+    """Return the newest commit of a repository. Raises UserMistake."""
+    url = f"{endpoint()}/api/{of.repository}s/{of.id}/revision/main"
+    found, _ = download.get_json(url, of.id, progress, headers(), lambda response: refusal(of, response))
+    commit = found.get("sha") if isinstance(found, dict) else None
+    if not isinstance(commit, str):
+        raise UserMistake(f"{of.id}: {of.origin} answers without a commit; does HF_ENDPOINT name a hub?")
+    return commit
+
+
+def listing(of: HubFiles, progress: Progress) -> list[Listed]:
+    """Return the files of a repository at its revision. Raises UserMistake."""
+    url: str | None = f"{endpoint()}/api/{of.repository}s/{of.id}/tree/{quote(of.revision, safe='')}?recursive=true"
+    found: list[Listed] = []
+    while url:
+        page, response = download.get_json(url, of.id, progress, headers(), lambda response: refusal(of, response))
+        try:
+            found += [_listed(entry, of) for entry in page if entry["type"] == "file"]
+        except (KeyError, TypeError):
+            raise UserMistake(f"{of.id}: the list of files that {of.origin} sends cannot be read") from None
+        url = response.links.get("next", {}).get("url")
+    return found
+
+
+def refusal(of: HubFiles, response: Any) -> str | None:
+    """Return what the hub means by a status, in words that say what to do."""
+    code, status = response.headers.get("X-Error-Code", ""), response.status_code
+    page = f"{endpoint()}/{'datasets/' if of.repository == 'dataset' else ''}{of.id}"
+    has_token = "Authorization" in headers()
+    if status == 429:
+        return None if has_token else f"or log in for a higher limit ({TOKEN})"
+    if code == "GatedRepo":
+        if has_token:
+            return f"its licence is not accepted by the owner of your token ({status}): accept it at {page}"
+        return f"its licence must be accepted ({status}): accept it at {page}, then give a token ({TOKEN})"
+    if status == 401 and has_token:
+        return f"your token is not valid, or does not see it ({status}); renew it ({TOKEN}), and check the id"
+    if status == 401:
+        return f"does not exist, or is private ({status}): check the id, or log in ({TOKEN})"
+    if status == 403:
+        return f"your token may not read it ({status}): ask its owner for access at {page}"
+    if code == "RevisionNotFound":
+        return f"has no revision '{of.revision}' (404); copy the commit from {page}/commits/main"
+    if code == "EntryNotFound":
+        return f"does not hold {one_line(urlsplit(response.url).path.rpartition('/')[2], 80)} (404)"
+    if status == 404:
+        return f"no such {of.repository} on {of.origin} (404); check the id"
+    return None
+
+
+def _listed(entry: Mapping[str, Any], of: HubFiles) -> Listed:
+    lfs = entry.get("lfs")
+    digest = Digest(lfs["oid"], of=of.origin) if lfs else Digest(entry["oid"], is_git=True, of=of.origin)
+    return Listed(entry["path"], entry["size"], digest)
+
+
+def _is_whole(files: Sequence[Path]) -> bool:
+    """Return whether there are files, and all shards of those that are of several."""
+    there = [file for file in files if file.exists()]
+    of = [int(found[1]) for file in there if (found := _SHARD.search(file.name))]
+    return bool(there) and (not of or len(of) >= max(of))
+
+
+def _wanted(of: HubFiles, listed: Sequence[Listed]) -> list[Listed]:
+    """Return the files that are needed, small ones first: what is there is complete when the weights are."""
+    names = [one.path for one in listed]
+    why_not = of.refuse(names)
+    if why_not is not None:
+        raise UserMistake(f"{of.id} at {of.revision} {why_not}")
+    chosen = {name for pattern in of.beside for name in names if matches(name, pattern)}
+    for part in of.parts:
+        own = next((found for pattern in part if (found := [n for n in names if matches(n, pattern)])), None)
+        if own is None:
+            raise UserMistake(f"{of.id} at {of.revision} holds no {' or '.join(part)}")
+        chosen |= set(own)
+    return sorted((one for one in listed if one.path in chosen), key=lambda one: (one.size, one.path))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a path has a pattern, as `Path.glob` takes it: * stays within a folder."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def _place(of: HubFiles, listed: Listed, progress: Progress) -> None:
+    """Fetch a file into the cache and link it from the snapshot."""
+    if ".." in Path(listed.path).parts or listed.path.startswith("/"):
+        raise UserMistake(f"{of.id}: holds a file with the path '{one_line(listed.path)}', which is not placed")
+    blob = of.root / "blobs" / listed.etag
+    url = f"{endpoint()}/{'datasets/' if of.repository == 'dataset' else ''}{of.id}/resolve/{of.revision}/"
+    download.download(
+        url + quote(listed.path), blob, f"{of.id}: {listed.path}", progress, size=listed.size, digest=listed.digest,
+        headers=headers(), explain=lambda response: refusal(of, response),
+    )  # fmt: skip
+    place = of.root / "snapshots" / of.revision / listed.path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists():
+        return
+    place.unlink(missing_ok=True)  # a link to nothing
+    try:
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    except OSError:  # no links here: the client moves the file too
+        os.replace(blob, place)
+
+
+def _files(of: HubFiles, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield (name, path) of the files of a snapshot that are asked for."""
+    for pattern in dict.fromkeys([p for part in of.parts for p in part] + list(of.beside)):
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path
+
+
+def _held(of: HubFiles, folder: Path) -> list[File]:
+    memory = Memory("fetched.json")
+    found = {}
+    for name, path in _files(of, folder):
+        found[name] = File(name, memory.of(path, download.sha256), path.stat().st_size)
+    memory.save()
+    return [found[name] for name in sorted(found)]
+
+
+def _sound(of: HubFiles, progress: Progress) -> bool:
+    """Return whether every file has the digest that its blob is named by; remove the others."""
+    memory = Memory("checked.json")
+    is_sound = True
+    for name, path in _files(of, of.folder()):
+        blob = path.resolve()
+        if blob.parent.name != "blobs" or len(blob.name) not in (40, 64):
+            continue  # no name to compare with
+        digest = Digest(blob.name, is_git=len(blob.name) == 40)
+        if memory.of(blob, lambda path, digest=digest: download.fits(path, digest)) is not True:
+            progress.say(f"{of.id}: {name} in the cache is damaged: removed, to be fetched again")
+            path.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            is_sound = False
+    memory.save()
+    return is_sound

@@ -1,0 +1,356 @@
+"""`fetch` against a hub on loopback: what comes, what is recorded, and one line for everything that goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from harness.core import download
+from tests import loopback_hub
+from tests.conftest import write_model
+
+MODEL, CLIP = "org/model", "org/clip"
+WEIGHTS = b"w" * 40_000
+UNET = "unet/model.safetensors"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with a model and an encoder, and an empty cache of its client."""
+    from huggingface_hub import constants
+
+    write_model(tmp_path / "served" / "model", weights=WEIGHTS)
+    for extra in ("safety_checker/model.safetensors", "unet/model.bin", "README.md"):
+        path = tmp_path / "served" / "model" / extra
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"not needed")
+    clip = tmp_path / "served" / "clip"
+    clip.mkdir()
+    (clip / "open_clip_model.safetensors").write_bytes(b"c" * 20_000)
+    (clip / "open_clip_config.json").write_text("{}")
+    monkeypatch.setattr(download, "PAUSES_S", (0.0,))
+    monkeypatch.setattr(download, "BLOCK", 1_000)  # what is lost of a transfer that breaks
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub cache"))
+    with loopback_hub.running() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        hub.add(MODEL, tmp_path / "served" / "model")
+        hub.add(CLIP, clip)
+        yield hub
+
+
+@pytest.fixture
+def fetch(project, hub):
+    """A function that fetches a suite that needs both repositories; it returns the outcome."""
+    commit = hub.repositories["models", MODEL].commit
+    project.write(
+        project.edited(
+            ("model: model", f"model: {{id: {MODEL}, revision: {commit}}}"),
+            ("[clip_image, clip_text]", f"[{{method: clip_image, backbone: 'hf-hub:{CLIP}'}}, target_class_accuracy]"),
+            (", target_class_accuracy]", "]"),
+        )
+    )
+    return lambda *more: project.cli("fetch", str(project.suite), "--runs", str(project.runs), *more)
+
+
+@pytest.fixture
+def lock(project):
+    """A function that returns the items of the lock file by id."""
+
+    def read() -> dict:
+        found = json.loads((project.runs / "small" / "suite.lock.json").read_text())
+        return {item["item"]["id"]: item for item in found["items"]}
+
+    return read
+
+
+def cached(hub, id: str = MODEL) -> Path:
+    """Return the folder of a repository in the client's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{id.replace('/', '--')}"
+
+
+def transfers(hub, part: str) -> list[str]:
+    """Return the ranges of the requests for content of a large file."""
+    return [asked for how, path, asked in hub.asked if how == "GET" and part in path]
+
+
+def test_everything_is_fetched_and_recorded(fetch, hub, lock, project):
+    """By commit, with digests and sizes; afterwards nothing is missing."""
+    outcome = fetch()
+
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[-1].startswith("all is here: ")
+    model = lock()[MODEL]
+    assert model["revision"] == hub.repositories["models", MODEL].commit
+    assert {file["name"]: file["size"] for file in model["files"]}[UNET] > len(WEIGHTS)
+    assert lock()[CLIP]["revision"] == hub.repositories["models", CLIP].commit
+    assert "fetched: " not in project.validate().out
+
+
+def test_a_second_fetch_asks_nothing(fetch, hub):
+    """What is here is checked by the digests that name it."""
+    fetch()
+    hub.asked.clear()
+    hub.stop()
+
+    outcome = fetch()
+
+    assert (outcome.code, outcome.err, hub.asked) == (0, "", [])
+
+
+def test_what_is_not_needed_is_not_fetched(fetch, hub):
+    """No safety checker, no pickles, no pages."""
+    fetch()
+
+    (snapshot,) = (cached(hub) / "snapshots").iterdir()
+    names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+    assert UNET in names and "tokenizer/vocab.json" in names and "scheduler/scheduler_config.json" in names
+    assert not names & {"safety_checker/model.safetensors", "unet/model.bin", "README.md"}
+
+
+def test_the_variant_is_what_comes(fetch, hub, project, tmp_path):
+    """Of half precision and whole, the one that the suite names."""
+    served = tmp_path / "served" / "model"
+    for component in ("unet", "vae", "text_encoder"):
+        shutil.copy(served / component / "model.safetensors", served / component / "model.fp16.safetensors")
+    project.write(project.suite.read_text().replace("model: {id", "model: {variant: fp16, id"))
+
+    assert fetch().code == 0
+    assert [p.name for p in cached(hub).rglob("model*.safetensors")] == ["model.fp16.safetensors"] * 3
+
+
+def test_a_long_list_of_files_is_read_to_its_end(fetch, hub):
+    """The hub sends it in pages."""
+    hub.page = 3
+
+    assert fetch().code == 0
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_transfer_that_breaks_is_continued(fetch, hub, times):
+    """Where it was cut off, and as often as something new comes."""
+    hub.plant("cdn/*", cut_after=9_000, times=times)
+
+    assert fetch().code == 0
+    assert [asked for asked in transfers(hub, "cdn/") if asked][0].startswith("bytes=")
+
+
+def test_a_fetch_that_was_ended_is_continued_by_the_next(fetch, hub, monkeypatch):
+    """The part stays; the next process asks for the rest."""
+    monkeypatch.setattr(download, "TRIES", 1)
+    hub.plant("cdn/*", cut_after=9_000, times=1)
+    broken = fetch()
+    hub.asked.clear()
+
+    outcome = fetch()
+
+    assert broken.code == 2 and "the same command continues there" in broken.err
+    assert outcome.code == 0
+    assert "bytes=9000-" in transfers(hub, "cdn/")
+
+
+def test_a_part_of_another_file_is_dropped(fetch, hub, monkeypatch):
+    """What was kept does not fit the digest: fetched from the start, and said."""
+    monkeypatch.setattr(download, "TRIES", 1)
+    hub.plant("cdn/*", cut_after=9_000, times=1)
+    fetch()
+    (part,) = cached(hub).rglob("*.part")
+    part.write_bytes(b"x" * 9_000)
+
+    outcome = fetch()
+
+    assert outcome.code == 0
+    assert "what was kept of an earlier try does not fit" in outcome.out
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(fetch, hub):
+    """Its name is its digest."""
+    fetch()
+    (file,) = cached(hub).glob(f"snapshots/*/{UNET}")
+    file.resolve().write_bytes(b"damaged")
+
+    outcome = fetch()
+
+    assert outcome.code == 0
+    assert f"{UNET} in the cache is damaged: removed, to be fetched again" in outcome.out
+    assert WEIGHTS in file.read_bytes()
+
+
+FAILURES = {
+    "gated": (("*/tree/*",), {"status": 401, "headers": {"X-Error-Code": "GatedRepo"}},
+              "org/model: its licence must be accepted (401): accept it at "),
+    "private": (("*/tree/*",), {"status": 401, "headers": {"X-Error-Code": "RepoNotFound"}},
+                "org/model: does not exist, or is private (401): check the id, or log in (HF_TOKEN"),
+    "forbidden": (("*/tree/*",), {"status": 403}, "org/model: your token may not read it (403)"),
+    "no such repository": (("*/tree/*",), {"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}},
+                           "org/model: no such model on 127.0.0.1 (404); check the id"),
+    "no such commit": (("*/tree/*",), {"status": 404, "headers": {"X-Error-Code": "RevisionNotFound"}},
+                       "(404); copy the commit from "),
+    "throttled": (("*/tree/*",), {"status": 429, "headers": {"Retry-After": "3600"}},
+                  "throttles (429) and asks to wait 3600 s more; try later, or log in for a higher limit"),
+    "server": (("*/tree/*",), {"status": 503}, "127.0.0.1 fails (error 503); try later"),
+    "wrong digest": (("cdn/*",), {"content": b"z" * 50_000}, "wrong digest: SHA-256 "),
+    "wrong digest of a small file": (("*/tokenizer/vocab.json",), {"content": b"{}"}, "wrong digest: git's SHA-1 "),
+    "silent": (("cdn/*",), {"delay_s": 0.6}, "127.0.0.1 was silent for 0.2 s; try later, or set HF_HUB_DOWNLOAD_TIMEOUT"),
+    "cut": (("cdn/*",), {"cut_after": 0}, "127.0.0.1 ended the transfer too early, 2 times; try again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_each_failure_is_one_line(fetch, hub, monkeypatch, what):
+    """It says what and what to do; exit code 2, no traceback; the other item is fetched all the same."""
+    monkeypatch.setattr(download, "TRIES", 2)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    (pattern,), failure, words = FAILURES[what]
+    repository = hub.repositories["models", MODEL]
+    if pattern == "cdn/*":  # not those of the other repository
+        pattern = f"cdn/{hashlib.sha256(repository.files()[UNET].read_bytes()).hexdigest()}"
+    hub.plant(pattern.replace("*/tree", f"api/models/{MODEL}/tree"), **failure)
+
+    outcome = fetch()
+
+    assert outcome.code == 2
+    (line,) = outcome.errors
+    assert words in line
+    assert "Traceback" not in outcome.out + outcome.err and "Retrying" not in outcome.out + outcome.err
+    assert cached(hub, CLIP).exists()
+    assert not list(cached(hub).rglob("*.part")) or what in ("silent", "cut")
+
+
+def test_a_login_that_has_not_accepted_is_told_apart(fetch, hub, monkeypatch):
+    """With a token the way on is another one; the token is sent to the hub, and not to its storage."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.plant(f"api/models/{MODEL}/tree/*", status=403, headers={"X-Error-Code": "GatedRepo"})
+
+    outcome = fetch()
+
+    assert "its licence is not accepted by the owner of your token (403): accept it at " in outcome.err
+    assert "hf_secret" not in outcome.out + outcome.err
+
+
+def test_a_throttled_request_waits_as_long_as_it_is_asked(fetch, hub):
+    """And says so."""
+    hub.plant(f"api/models/{MODEL}/tree/*", status=429, headers={"Retry-After": "0"}, times=2)
+
+    outcome = fetch()
+
+    assert outcome.code == 0
+    assert outcome.out.count("127.0.0.1 throttles (429): next try in 0 s") == 2
+
+
+def test_no_network_is_said_once_for_each_item(fetch, hub):
+    """The second is not tried."""
+    hub.stop()
+
+    outcome = fetch()
+
+    assert outcome.code == 2
+    assert outcome.errors[0].endswith("org/model: no connection to 127.0.0.1; check the network")
+    assert outcome.errors[1].endswith("org/clip: not tried: no connection to 127.0.0.1")
+
+
+def test_a_name_that_cannot_be_resolved(fetch, hub, monkeypatch):
+    """Without network there is no name service."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.invalid")
+
+    def refuse(*arguments, **further):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+    outcome = fetch()
+
+    assert "org/model: the name 'hub.invalid' cannot be resolved: no network, or no such host" in outcome.err
+
+
+def test_no_space_is_said_before_anything_comes(fetch, hub, monkeypatch):
+    """How much is needed, how much is free, and where."""
+    usage = type("Usage", (), {"free": 30_000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+    outcome = fetch()
+
+    assert outcome.code == 2
+    assert "no space: 40 kB are needed, 30 kB are free in " in outcome.errors[0]
+
+
+def test_offline_says_what_is_missing(fetch, hub, monkeypatch):
+    """The user forbids the network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    outcome = fetch()
+
+    assert outcome.code == 2
+    assert all("HF_HUB_OFFLINE is set; unset it, then: python -m harness fetch " in line for line in outcome.errors)
+
+
+# -- the lock file --------------------------------------------------------------------------------------------
+
+
+def test_the_revision_of_the_lock_is_fetched_where_the_suite_pins_none(fetch, hub, lock, tmp_path):
+    """A second machine takes the same files, though the hub has a newer commit."""
+    first = hub.repositories["models", CLIP].commit
+    fetch()
+    shutil.rmtree(cached(hub, CLIP))
+    hub.plant(f"api/models/{CLIP}/revision/main", status=500)  # is not asked
+
+    assert fetch().code == 0
+    assert (cached(hub, CLIP) / "refs" / "main").read_text() == first
+
+
+def test_differences_from_the_lock_are_errors(fetch, hub, project):
+    """One line for each: a file that has other content, and another commit."""
+    fetch()
+    path = project.runs / "small" / "suite.lock.json"
+    changed = json.loads(path.read_text())
+    for item in changed["items"]:
+        if item["item"]["id"] == CLIP:
+            item["revision"] = "b" * 40
+        else:
+            next(file for file in item["files"] if file["name"] == UNET)["sha256"] = "0" * 64
+    path.write_text(json.dumps(changed))
+
+    outcome = fetch()
+
+    assert outcome.code == 2
+    assert f"org/model: differs from {path}: '{UNET}' has SHA-256 " in outcome.errors[0]
+    assert f"org/clip: differs from {path}: revision " in outcome.errors[1]
+    assert json.loads(path.read_text()) == changed
+
+
+def test_another_lock_file_may_be_named(fetch, tmp_path):
+    """Such as one that is kept with the suite."""
+    outcome = fetch("--lock", str(tmp_path / "kept.json"))
+
+    assert outcome.code == 0
+    assert len(json.loads((tmp_path / "kept.json").read_text())["items"]) == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1, "items": [{}]}', '{"format": 7, "items": []}'])
+def test_a_lock_file_that_cannot_be_read_is_refused(fetch, tmp_path, text):
+    """In one line."""
+    (tmp_path / "lock.json").write_text(text)
+
+    outcome = fetch("--lock", str(tmp_path / "lock.json"))
+
+    assert outcome.code == 2
+    assert "lock.json: is " in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_a_suite_of_local_files_needs_nothing(project):
+    """And says so."""
+    project.write(project.edited(("[clip_image, clip_text]", "[{method: clip_image, preset: testbed}]")))
+
+    outcome = project.cli("fetch", str(project.suite), "--runs", str(project.runs))
+
+    assert outcome.code == 0
+    assert "nothing is fetched: all that this suite needs" in outcome.out
