@@ -200,7 +200,7 @@ FAILURES = {
     "server": (("*/tree/*",), {"status": 503}, "127.0.0.1 fails (error 503); try later"),
     "wrong digest": (("cdn/*",), {"content": b"z" * 50_000}, "wrong digest: SHA-256 "),
     "wrong digest of a small file": (("*/tokenizer/vocab.json",), {"content": b"{}"}, "wrong digest: git's SHA-1 "),
-    "silent": (("cdn/*",), {"delay_s": 0.6}, "127.0.0.1 was silent for 0.2 s; try later, or set HF_HUB_DOWNLOAD_TIMEOUT"),
+    "silent": (("cdn/*",), {"delay_s": 0.6}, "127.0.0.1 was silent for 0.2 s; try later, or set HF_HUB"),
     "cut": (("cdn/*",), {"cut_after": 0}, "127.0.0.1 ended the transfer too early, 2 times; try again"),
 }  # fmt: skip
 
