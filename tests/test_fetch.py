@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from harness.core import download
-from tests import loopback_hub
 from tests.conftest import write_model
 
 MODEL, CLIP = "org/model", "org/clip"
@@ -20,10 +19,8 @@ UNET = "unet/model.safetensors"
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub with a model and an encoder, and an empty cache of its client."""
-    from huggingface_hub import constants
-
+def hub(hub, tmp_path):
+    """A hub with a model and an encoder."""
     write_model(tmp_path / "served" / "model", weights=WEIGHTS)
     for extra in ("safety_checker/model.safetensors", "unet/model.bin", "README.md"):
         path = tmp_path / "served" / "model" / extra
@@ -33,17 +30,9 @@ def hub(monkeypatch, tmp_path):
     clip.mkdir()
     (clip / "open_clip_model.safetensors").write_bytes(b"c" * 20_000)
     (clip / "open_clip_config.json").write_text("{}")
-    monkeypatch.setattr(download, "PAUSES_S", (0.0,))
-    monkeypatch.setattr(download, "BLOCK", 1_000)  # what is lost of a transfer that breaks
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub cache"))
-    with loopback_hub.running() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        hub.add(MODEL, tmp_path / "served" / "model")
-        hub.add(CLIP, clip)
-        yield hub
+    hub.add(MODEL, tmp_path / "served" / "model")
+    hub.add(CLIP, clip)
+    return hub
 
 
 @pytest.fixture

@@ -102,11 +102,11 @@ def _fetch_all(asked: Mapping[Fetched, Sequence[tuple]], lock: Lock, progress: P
 
 def _end(asked: Mapping[Fetched, Sequence[tuple]], lock: Lock, loaded: LoadedSuite) -> None:
     """Print what is here now."""
-    from harness.suite import fetching
+    from harness.suite import image_sources
 
     files = [file for one in asked if (held := lock.of(one)) is not None for file in held.files]
     if not files:
         return
     print(f"{counted(len(files), 'file')} checked; recorded in {lock.path}")
     if all(one.is_cached() for one in asked):
-        print(f"all is here: `{fetching.command(loaded).replace(' fetch ', ' run ')}` needs no network")
+        print(f"all is here: `{image_sources.command(loaded, 'run')}` needs no network")

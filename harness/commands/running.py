@@ -22,7 +22,7 @@ from harness.executors.walk import Summary, Walk
 from harness.stages import code, heartbeat, tracking
 from harness.stages.workplace import Workplace
 from harness.store.store import WORK_DAYS
-from harness.suite import fetching
+from harness.suite import fetching, locked
 from harness.suite.preflight import preflight
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
             highlight=False,
         )
     write_resolved(opened)
-    return _walked(opened, options, walk, redo, console)
+    with fetching.offline_if_fetched(opened.loaded, opened.folder / locked.NAME):
+        return _walked(opened, options, walk, redo, console)
 
 
 def _redone(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
+import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core.errors import UserMistake
@@ -56,13 +58,8 @@ def missing(loaded: LoadedSuite) -> list[str]:
         elif not cached:
             found.append(f"must be fetched: {_from(loaded, one, paths)}")
     if any(line.startswith("must") for line in found):
-        found.append(command(loaded) + " fetches what is missing")
+        found.append(image_sources.command(loaded) + " fetches what is missing")
     return found
-
-
-def command(loaded: LoadedSuite) -> str:
-    """Return the command that fetches what a suite needs."""
-    return f"python -m harness fetch {shlex.quote(loaded.source.name)}"
 
 
 def not_here_either(loaded: LoadedSuite) -> list[str]:
@@ -71,7 +68,7 @@ def not_here_either(loaded: LoadedSuite) -> list[str]:
     if all(source.is_cached() for source in images):
         return []
     return [
-        f"{loaded.source.where(paths[0])}: not here either: {_from(loaded, one, paths)}"
+        f"{loaded.source.where(paths[0])}: not here yet: {_from(loaded, one, paths)}"
         for one, paths in of_suite(loaded).items()
         if one.is_cached() is False and not isinstance(one, image_sources.Source)
     ]
@@ -110,10 +107,37 @@ def _refuse(loaded: LoadedSuite, asked: Mapping[Fetched, Sequence[tuple]]) -> No
         raise UserMistake(
             [
                 f"{loaded.source.where(paths[0])}: {_from(loaded, one, paths)} is not in the local cache, and "
-                f"HF_HUB_OFFLINE is set; unset it, then: {command(loaded)}"
+                f"HF_HUB_OFFLINE is set; unset it, then: {image_sources.command(loaded)}"
                 for one, paths in asked.items()
             ]
         )
+
+
+@contextlib.contextmanager
+def offline_if_fetched(loaded: LoadedSuite, lock: Path) -> Iterator[bool]:
+    """Let libraries, here and in processes of this one, not ask the hub if `fetch` brought all that the suite needs.
+
+    Otherwise they would ask for newer commits of what is here, and wait where there is no network. Yields whether it is
+    so.
+    """
+    from huggingface_hub import constants
+
+    asked = of_suite(loaded)
+    if not asked or constants.HF_HUB_OFFLINE or not lock.exists() or not all(one.is_cached() for one in asked):
+        yield False
+        return
+    known = os.environ.get(OFFLINE)
+    os.environ[OFFLINE], constants.HF_HUB_OFFLINE = "1", True
+    try:
+        yield True
+    finally:
+        constants.HF_HUB_OFFLINE = False
+        os.environ.pop(OFFLINE)
+        if known is not None:
+            os.environ[OFFLINE] = known
+
+
+OFFLINE = "HF_HUB_OFFLINE"
 
 
 def is_offline() -> bool:

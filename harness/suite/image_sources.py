@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
-from harness.core.paths import path_from
+from harness.core.paths import SUITES, path_from
 from harness.suite import left_out, materialized
 from harness.suite.archives import Archive
 from harness.suite.data_sets import DataSet
@@ -63,6 +63,13 @@ def folder(loaded: LoadedSuite, path: Path_, spec: ImagesFrom, about: str) -> Im
     return ImageFolder(made, called, [f"{about}: {one_line(note)}" for note in materialized.notes(where)])
 
 
+def command(loaded: LoadedSuite, verb: str = "fetch") -> str:
+    """Return the command that fetches what a suite needs, or another with the same suite."""
+    path = Path(loaded.source.name)
+    name = path.stem if path.parent == SUITES else loaded.source.name
+    return f"python -m harness {verb} {shlex.quote(name)}"
+
+
 def not_here(loaded: LoadedSuite, source: Source) -> str:
     """Return one line about images that were not fetched: of all parts of the suite that wait for the same."""
     whole, paths = None, []
@@ -80,5 +87,5 @@ def not_here(loaded: LoadedSuite, source: Source) -> str:
     others = f"; or leave them out: {without}" if without else ""
     return (
         f"{loaded.source.where(paths[0])}: images of {first}{more} are not here: {whole} from {whole.origin}; fetch "
-        f"them: python -m harness fetch {shlex.quote(loaded.source.name)}{others}"
+        f"them: {command(loaded)}{others}"
     )
