@@ -56,6 +56,7 @@ class Hub:
         self.plain: dict[str, bytes] = {}  # path -> content, served at the second server
         self.failures: list[tuple[str, Failure]] = []
         self.asked: list[tuple[str, str, str]] = []  # (method, path, Range)
+        self.logins: list[str] = []  # paths that were asked for with a token
         self.page = 1000  # files of a list at a time
         self._servers: list[ThreadingHTTPServer] = []
 
@@ -152,6 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path).lstrip("/")
         self.hub.asked.append((self.command, path, self.headers.get("Range", "")))
+        if self.headers.get("Authorization"):
+            self.hub.logins.append(path)
         failure = self.hub.failure_of(path)
         if failure is not None:
             time.sleep(failure.delay_s)

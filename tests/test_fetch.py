@@ -343,3 +343,71 @@ def test_a_suite_of_local_files_needs_nothing(project):
 
     assert outcome.code == 0
     assert "nothing is fetched: all that this suite needs" in outcome.out
+
+
+def test_two_parts_of_one_repository_are_two_items(hub, project):
+    """Such as the variants of a metric that keeps all its weights in one place."""
+    from harness.core.fetched import Silent
+    from harness.core.hub import HubModel
+    from harness.suite.locked import Lock
+
+    items = [HubModel(CLIP, ((name,),)) for name in ("open_clip_model.safetensors", "open_clip_config.json")]
+    kept = Lock(project.folder / "lock.json", {})
+    for one in items:
+        kept.add(one, one.fetch(Silent()))
+    kept.write()
+
+    assert [len(Lock.read(kept.path).of(one).files) for one in items] == [1, 1]
+
+
+def test_a_branch_is_fetched_at_its_commit(hub):
+    """As its name stands for it in the client's cache."""
+    from harness.core.fetched import Silent
+    from harness.core.hub import HubModel
+
+    one = HubModel(CLIP, (("open_clip_config.json",),), revision="main")
+    held = one.fetch(Silent())
+
+    assert held.revision == hub.repositories["models", CLIP].commit
+    assert one.is_cached() and (cached(hub, CLIP) / "refs" / "main").read_text() == held.revision
+
+
+def test_shards_are_there_when_all_are(hub, tmp_path):
+    """A fetch that was broken off between two of them is not complete."""
+    from harness.core.fetched import Silent
+    from harness.core.hub import HubModel
+
+    served = tmp_path / "served" / "sharded"
+    served.mkdir()
+    for index in (1, 2):
+        (served / f"model-0000{index}-of-00002.safetensors").write_bytes(bytes([index]))
+    hub.add("org/sharded", served)
+    one = HubModel("org/sharded", (("model.safetensors", "model-*-of-*.safetensors"),))
+    one.fetch(Silent())
+    (first, second) = sorted(one.folder().iterdir())
+
+    assert one.is_cached()
+    second.unlink()
+    assert not one.is_cached()
+
+
+def test_a_login_is_for_the_hub_alone(hub, fetch, monkeypatch):
+    """Its storage gets no token: addresses there are signed."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    assert fetch().code == 0
+    assert {path.split("/")[0] for path in hub.logins} == {"api", "org"}
+
+
+def test_a_cache_of_someone_else_is_one_line(fetch, hub, monkeypatch):
+    """What cannot be written, and what to set."""
+
+    def refuse(*arguments, **further):
+        raise PermissionError(13, "Permission denied", "/shared/hub")
+
+    monkeypatch.setattr("harness.core.hub.HubFiles.bring", refuse)
+
+    outcome = fetch()
+
+    assert outcome.code == 2
+    assert "org/model: cannot be kept: /shared/hub: Permission denied; set HF_HOME" in outcome.errors[0]

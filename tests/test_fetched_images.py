@@ -84,6 +84,19 @@ def test_images_of_an_archive_are_those_of_a_folder(project, hub, source, fetch,
     assert fetch().code == 0
 
 
+def test_the_copy_in_the_folder_of_a_run_reads_the_same(project, hub, source, fetch):
+    """It names the archive, not a place in the cache."""
+    from harness.suite import resolved
+
+    of_archive(project, hub.put("images.zip", zipped(source)))
+    fetch()
+    loaded = suite.load(project.suite)
+    copy = project.runs / "small" / resolved.RESOLVED
+    copy.write_text(resolved.text(loaded, copy.parent), encoding="utf-8")
+
+    assert plan.make(suite.load(copy)).stages == plan.make(loaded).stages
+
+
 def test_what_is_not_fetched_is_said_once_with_the_way_out(project, hub, source):
     """What, from where, how large, the command, and the option that leaves it out."""
     of_archive(project, hub.put("images.zip", zipped(source)), ", size: 3_400_000_000")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.commands import arguments
+from harness.core import disk
 from harness.core.counted import counted
-from harness.core.errors import ExitCode, UserMistake
+from harness.core.errors import ExitCode, UserMistake, one_line
 
 if TYPE_CHECKING:
     from harness.core.fetched import Fetched, Progress
@@ -91,6 +92,12 @@ def _fetch_all(asked: Mapping[Fetched, Sequence[tuple]], lock: Lock, progress: P
             mistakes += mistake.messages
             if isinstance(mistake, Unreachable):
                 silent.add(one.origin)
+            continue
+        except OSError as error:  # a cache that belongs to someone else
+            if disk.is_full(error):
+                raise
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            mistakes.append(f"{one.id}: cannot be kept: {one_line(what, 300)}; set HF_HOME or XDG_CACHE_HOME")
             continue
         differences = lock.compare(one, held)
         mistakes += differences

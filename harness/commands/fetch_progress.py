@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from harness.core.errors import one_line
 from harness.core.fetched import Progress, format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EVERY_S = 5.0
 """Seconds between two lines about one file."""
@@ -57,7 +61,7 @@ class Lines:
 class Bar:
     """A bar with speed and remaining time."""
 
-    def __init__(self):
+    def __init__(self, console: Console | None = None):
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -70,7 +74,8 @@ class Bar:
 
         self.bar = Progress(
             TextColumn("  {task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-            TimeRemainingColumn(), console=Console(markup=False, emoji=False), transient=True,
+            TimeRemainingColumn(), console=console or Console(markup=False, emoji=False),
+            transient=True,
         )  # fmt: skip
         self.task, self.name, self.received = None, "", 0
 
@@ -99,6 +104,7 @@ class Bar:
 
     def _close(self) -> None:
         if self.task is not None:
+            self.bar.refresh()
             self.bar.remove_task(self.task)
             self.bar.stop()
             self.task = None

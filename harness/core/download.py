@@ -97,7 +97,8 @@ def download(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f"{target.name}.lock")):  # another process may fetch the same
-        if not target.exists():
+        was_there = target.exists()
+        if not was_there:
             part = target.with_name(target.name + PARTIAL)
             order = _Order(url, part, about, progress, digest, headers or {}, explain)
             was_resumed = part.exists() and part.stat().st_size > 0
@@ -109,7 +110,8 @@ def download(
             _check(part, digest, about)
             os.replace(part, target)
             drop(part)
-        return File(target.name, sha256(target), target.stat().st_size)
+        is_known = digest is not None and not digest.is_git and len(digest.hex) == 64 and not was_there
+        return File(target.name, digest.hex if is_known else sha256(target), target.stat().st_size)
 
 
 def drop(part: Path) -> None:

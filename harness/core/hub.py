@@ -23,8 +23,11 @@ from harness.core.fetched import Fetched, File, Held, Progress
 from harness.core.files import write_text
 from harness.core.memory import Memory
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"-[0-9]+-of-([0-9]+)[-.]")
 SITE = "https://huggingface.co"
+MAIN = "main"
+"""The branch of the newest commit."""
 TOKEN = "HF_TOKEN, or `hf auth login`"
 
 
@@ -83,6 +86,10 @@ class HubFiles(Fetched):
             any(_is_whole(list(folder.glob(pattern))) for pattern in part) for part in self.parts
         )
 
+    def asked(self) -> dict[str, Any]:
+        """Return what identifies it in a lock file."""
+        return {**super().asked(), "files": [list(part) for part in self.parts]}
+
     def refuse(self, names: Sequence[str]) -> str | None:
         """Return why a repository with these files cannot be used; None if it can."""
         return None
@@ -90,16 +97,18 @@ class HubFiles(Fetched):
     def fetch(self, progress: Progress, locked: Held | None = None) -> Held:
         """Fetch missing files into the hub's cache. The newest commit is asked for only where none is known."""
         commit = self.revision
-        if commit is None and self.is_cached():
-            commit = self.folder().name
-        elif commit is None:
-            commit = locked.revision if locked is not None and locked.revision else newest(self, progress)
+        if not is_commit(commit):
+            if self.is_cached():
+                commit = self.folder().name
+            else:
+                commit = locked.revision if locked is not None and locked.revision else newest(self, progress)
         known = replace(self, revision=commit)
         if not known.is_cached() or not _sound(known, progress):
             known.bring(progress)
-            if self.revision is None:
-                (self.root / "refs").mkdir(exist_ok=True)
-                write_text(self.root / "refs" / "main", commit)
+            if commit != self.revision:
+                ref = self.root / "refs" / (self.revision or MAIN)
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                write_text(ref, commit)
         folder = known.folder()
         return Held(tuple(_held(known, folder)), commit)
 
@@ -125,6 +134,11 @@ def endpoint() -> str:
     return constants.ENDPOINT
 
 
+def is_commit(revision: str | None) -> bool:
+    """Return whether a revision is a commit, which cannot move."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
 def at_endpoint(url: str) -> tuple[str, dict[str, str]]:
     """Return an address of the hub at HF_ENDPOINT, with the headers of a login; other addresses as they are."""
     if not url.startswith((f"{SITE}/", f"{endpoint()}/")):
@@ -145,9 +159,9 @@ def snapshot(repository: str, revision: str | None, kind: str = "model") -> Path
     from huggingface_hub import constants
 
     root = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
-    if revision is None:
+    if not is_commit(revision):
         try:
-            revision = (root / "refs" / "main").read_text(encoding="utf-8").strip()
+            revision = (root / "refs" / (revision or MAIN)).read_text(encoding="utf-8").strip()
         except (OSError, ValueError):
             return None
     folder = root / "snapshots" / revision
@@ -155,8 +169,8 @@ def snapshot(repository: str, revision: str | None, kind: str = "model") -> Path
 
 
 def newest(of: HubFiles, progress: Progress) -> str:
-    """Return the newest commit of a repository. Raises UserMistake."""
-    url = f"{endpoint()}/api/{of.repository}s/{of.id}/revision/main"
+    """Return the newest commit of a repository, or of the branch or tag that is asked for. Raises UserMistake."""
+    url = f"{endpoint()}/api/{of.repository}s/{of.id}/revision/{quote(of.revision or MAIN, safe='')}"
     found, _ = download.get_json(url, of.id, progress, headers(), lambda response: refusal(of, response))
     commit = found.get("sha") if isinstance(found, dict) else None
     if not isinstance(commit, str):
@@ -169,7 +183,8 @@ def listing(of: HubFiles, progress: Progress) -> list[Listed]:
     url: str | None = f"{endpoint()}/api/{of.repository}s/{of.id}/tree/{quote(of.revision, safe='')}?recursive=true"
     found: list[Listed] = []
     while url:
-        page, response = download.get_json(url, of.id, progress, headers(), lambda response: refusal(of, response))
+        url, own = at_endpoint(url)  # the next page: a login is for the hub alone
+        page, response = download.get_json(url, of.id, progress, own, lambda response: refusal(of, response))
         try:
             found += [_listed(entry, of) for entry in page if entry["type"] == "file"]
         except (KeyError, TypeError):
@@ -242,6 +257,9 @@ def _place(of: HubFiles, listed: Listed, progress: Progress) -> None:
     if ".." in Path(listed.path).parts or listed.path.startswith("/"):
         raise UserMistake(f"{of.id}: holds a file with the path '{one_line(listed.path)}', which is not placed")
     blob = of.root / "blobs" / listed.etag
+    if blob.exists() and not download.fits(blob, listed.digest):
+        progress.say(f"{of.id}: {listed.path} in the cache is damaged: removed, to be fetched again")
+        blob.unlink()
     url = f"{endpoint()}/{'datasets/' if of.repository == 'dataset' else ''}{of.id}/resolve/{of.revision}/"
     download.download(
         url + quote(listed.path), blob, f"{of.id}: {listed.path}", progress, size=listed.size, digest=listed.digest,
@@ -270,7 +288,9 @@ def _held(of: HubFiles, folder: Path) -> list[File]:
     memory = Memory("fetched.json")
     found = {}
     for name, path in _files(of, folder):
-        found[name] = File(name, memory.of(path, download.sha256), path.stat().st_size)
+        blob = path.resolve().name  # of a large file its SHA-256, which was checked
+        digest = blob if len(blob) == 64 else memory.of(path, download.sha256)
+        found[name] = File(name, digest, path.stat().st_size)
     memory.save()
     return [found[name] for name in sorted(found)]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.core import disk
 from harness.core.errors import UserMistake, one_line
 from harness.core.fetched import Fetched, File, Held
 from harness.core.files import write_json
@@ -73,11 +74,18 @@ class Lock:
         self.entries[_key(one.asked())] = {"item": one.asked(), "revision": held.revision, "files": files}
 
     def write(self) -> None:
-        """Write the file if it has changed."""
-        if self.is_changed:
+        """Write the file if it has changed. Raises UserMistake if that is not possible."""
+        if not self.is_changed:
+            return
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, {"format": FORMAT, "items": [self.entries[key] for key in sorted(self.entries)]})
-            self.is_changed = False
+        except OSError as error:
+            if disk.is_full(error):
+                raise
+            why = one_line(error.strerror)
+            raise UserMistake(f"{self.path}: cannot be written: {why}; name another with --lock") from None
+        self.is_changed = False
 
 
 def _key(asked: Mapping[str, Any]) -> str:
