@@ -226,6 +226,16 @@ def test_a_login_that_has_not_accepted_is_told_apart(fetch, hub, monkeypatch):
     assert "hf_secret" not in outcome.out + outcome.err
 
 
+def test_a_server_that_fails_for_a_while_is_asked_again(fetch, hub):
+    """And it is said, in our words."""
+    hub.plant(f"api/models/{MODEL}/tree/*", status=503, times=2)
+
+    outcome = fetch()
+
+    assert outcome.code == 0
+    assert outcome.out.count("org/model: 127.0.0.1 fails (503): next try in 0 s") == 2
+
+
 def test_a_throttled_request_waits_as_long_as_it_is_asked(fetch, hub):
     """And says so."""
     hub.plant(f"api/models/{MODEL}/tree/*", status=429, headers={"Retry-After": "0"}, times=2)
@@ -269,7 +279,9 @@ def test_no_space_is_said_before_anything_comes(fetch, hub, monkeypatch):
     outcome = fetch()
 
     assert outcome.code == 2
-    assert "no space: 40 kB are needed, 30 kB are free in " in outcome.errors[0]
+    assert "org/model: no space: 12" in outcome.errors[0]
+    assert " kB are needed, 30 kB are free in " in outcome.errors[0]
+    assert not list(cached(hub).rglob("blobs/*"))
 
 
 def test_offline_says_what_is_missing(fetch, hub, monkeypatch):
@@ -411,3 +423,23 @@ def test_a_cache_of_someone_else_is_one_line(fetch, hub, monkeypatch):
 
     assert outcome.code == 2
     assert "org/model: cannot be kept: /shared/hub: Permission denied; set HF_HOME" in outcome.errors[0]
+
+
+def test_a_run_asks_the_hub_nothing_if_all_was_fetched(fetch, hub, project):
+    """Libraries would look for newer commits of what is here; without the lock file they may."""
+    from huggingface_hub import constants
+
+    from harness import suite
+    from harness.suite import fetching
+
+    fetch()
+    loaded, lock = suite.load(project.suite), project.runs / "small" / "suite.lock.json"
+
+    with fetching.offline_if_fetched(loaded, lock) as is_offline:
+        assert is_offline and constants.HF_HUB_OFFLINE is True
+    assert constants.HF_HUB_OFFLINE is False
+    with fetching.offline_if_fetched(loaded, project.runs / "no lock") as is_offline:
+        assert not is_offline and constants.HF_HUB_OFFLINE is False
+    shutil.rmtree(cached(hub, CLIP))
+    with fetching.offline_if_fetched(loaded, lock) as is_offline:
+        assert not is_offline

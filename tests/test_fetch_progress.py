@@ -33,15 +33,15 @@ def test_a_line_every_few_seconds(clock, capsys):
     ]
 
 
-def test_a_small_file_is_one_line(clock, capsys):
-    """And a file that was here already none."""
+def test_small_files_are_not_worth_a_line(clock, capsys):
+    """Nor is a file that was here already."""
     shown = Lines()
     for name, count in (("small", 20_000), ("here", 0)):
         shown.start(name, 20_000, 20_000 - count)
         shown.advance(count)
         shown.end()
 
-    assert capsys.readouterr().out.splitlines() == ["  small: 20 kB"]
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_dropped_is_taken_back(clock, capsys):

@@ -63,7 +63,7 @@ def _show(asked: Mapping[Fetched, Sequence[tuple]]) -> None:
         cached = one.is_cached()
         if cached is False:
             come.append(one)
-        state = {True: "is here", False: "is fetched", None: "unknown"}[cached]
+        state = {True: "here", False: "to fetch", None: "unknown"}[cached]
         print(f"{state}: {one}" + (f" from {one.origin}" if one.origin and cached is False else ""))
     known = sum(one.size or 0 for one in come)
     if come:

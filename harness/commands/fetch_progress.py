@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 EVERY_S = 5.0
 """Seconds between two lines about one file."""
+SMALL = 1_000_000
+"""Bytes; files that are smaller are not worth a line."""
 
 
 def progress() -> Progress:
@@ -22,7 +24,7 @@ def progress() -> Progress:
 
 
 class Lines:
-    """A line when a file begins and ends, and every EVERY_S seconds in between. Small files have one line."""
+    """A line every EVERY_S seconds, and when a file ends; none for small files that come at once."""
 
     def __init__(self):
         self.name, self.size, self.done = "", None, 0
@@ -45,7 +47,7 @@ class Lines:
 
     def end(self) -> None:
         """Show what came of the file."""
-        if self.done != self.at_start:
+        if self.done != self.at_start and (self.done >= SMALL or self.shown != self.started):
             self.say(f"{self.name}: {self._so_far()}")
 
     def say(self, line: str) -> None:
@@ -95,7 +97,7 @@ class Bar:
     def end(self) -> None:
         """Replace the bar by a line."""
         self._close()
-        if self.received:
+        if self.received >= SMALL:
             self.say(f"{self.name}: {format_size(self.received)}")
 
     def say(self, line: str) -> None:

@@ -193,6 +193,8 @@ def _transfer(order: _Order, size: int | None) -> None:
                     now = order.kept
                     kept = f"; {format_size(now)} are kept, the same command continues there" if now else ""
                     raise _given_up(order.about, error, order.url, kept) from None
+                if order.kept:
+                    order.progress.say(f"{order.about}: broke off after {format_size(order.kept)}: goes on there")
                 time.sleep(_pause(failed - 1))
     finally:
         order.progress.end()
@@ -270,6 +272,7 @@ def _asked(
             elif response.status_code >= 500 and failures < TRIES - 1:
                 wait = _pause(failures)
                 failures += 1
+                progress.say(f"{about}: {host} fails ({response.status_code}): next try in {wait:g} s")
             else:
                 raise UserMistake(f"{about}: {words or _refused(response, host)}")
         time.sleep(wait)

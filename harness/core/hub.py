@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 
 from harness.core import download
+from harness.core.counted import counted
 from harness.core.download import Digest
 from harness.core.errors import UserMistake, one_line
-from harness.core.fetched import Fetched, File, Held, Progress
+from harness.core.fetched import Fetched, File, Held, Progress, format_size
 from harness.core.files import write_text
 from harness.core.memory import Memory
 
@@ -115,8 +116,18 @@ class HubFiles(Fetched):
 
     def bring(self, progress: Progress) -> None:
         """Fetch the files of a known revision that the cache does not hold."""
-        for listed in _wanted(self, listing(self, progress)):
+        wanted = _wanted(self, listing(self, progress))
+        missing = sum(one.size for one in wanted if not (self.root / "blobs" / one.etag).exists())
+        if missing:
+            progress.say(f"{self.id}: {counted(len(wanted), 'file')}, {format_size(missing)} to fetch")
+            download.require_space(self.root, missing - self._kept(wanted), self.id)
+        for listed in wanted:
             _place(self, listed, progress)
+
+    def _kept(self, wanted: Sequence[Listed]) -> int:
+        """Return the bytes that are kept of files that were broken off."""
+        parts = (self.root / "blobs" / f"{one.etag}{download.PARTIAL}" for one in wanted)
+        return sum(part.stat().st_size for part in parts if part.exists())
 
 
 @dataclass(frozen=True)

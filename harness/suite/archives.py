@@ -86,8 +86,8 @@ class Archive(Fetched):
     def fetch(self, progress: Progress, locked: Held | None = None) -> Held:
         """Fetch the archive and extract the folders that are missing."""
         if not self.is_cached():
-            file = self._bring(progress, locked)
-            source = Held((file,))
+            source = Held((self._bring(progress, locked),))
+            progress.say(f"{self.name}: extracting {counted(len(self.folders), 'folder')}")
             for folder in self.folders:
                 if materialized.folder(self.description(folder)) is None:
                     with materialized.making(self.description(folder), source) as new:

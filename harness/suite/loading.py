@@ -52,7 +52,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
         mistakes += checks.after_concepts(loaded)
     except UserMistake as mistake:
         messages += mistake.messages
-    if messages and loaded.model is not None and not loaded.broken:
+    if messages and not mistakes and loaded.model is not None:
         messages += fetching.not_here_either(loaded)
     _raise(loaded, messages, mistakes)
     return loaded
