@@ -443,3 +443,16 @@ def test_a_run_asks_the_hub_nothing_if_all_was_fetched(fetch, hub, project):
     shutil.rmtree(cached(hub, CLIP))
     with fetching.offline_if_fetched(loaded, lock) as is_offline:
         assert not is_offline
+
+
+def test_offline_means_offline(hub, monkeypatch):
+    """Nothing is asked, whoever calls."""
+    from harness.core.errors import UserMistake
+    from harness.core.fetched import Silent
+    from harness.core.hub import HubModel
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(UserMistake, match="org/clip: is not here, and HF_HUB_OFFLINE forbids to fetch it; unset it"):
+        HubModel(CLIP, (("open_clip_config.json",),)).fetch(Silent())
+    assert hub.asked == []

@@ -64,7 +64,7 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
         f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing{apart}", highlight=False
     )
     for line in fetching.missing(opened.loaded):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)  # options in it are copied
     basis = "from stages done here of the same kind, method, model, device and about the same work"
     if total_seconds:
         less = f" without {counted(n_unknown, 'stage')} of which none was done here" if n_unknown else ""

@@ -109,14 +109,20 @@ def show_other_code(opened: Opened, keys: Collection[str], console: Console) -> 
 
 
 def _require(opened: Opened, options: RunOptions) -> None:
-    """Raise UserMistake, before any compute, if this machine lacks something that the run needs."""
-    fetching.require_installed(opened.loaded)
-    fetching.require_offline(opened.loaded)
-    preflight(opened.source)
+    """Raise UserMistake, before any compute, for everything that the run needs and this machine lacks."""
+    mistakes: list[str] = []
+    for check, argument in (
+        (fetching.require_installed, opened.loaded), (fetching.require_offline, opened.loaded),
+        (preflight, opened.source), *([(_check_devices, opened)] if options.ray_address is None else []),
+    ):  # fmt: skip
+        try:
+            check(argument)
+        except UserMistake as mistake:
+            mistakes += mistake.messages
+    if mistakes:
+        raise UserMistake(mistakes)
     if options.is_tracked:
         tracking.require()
-    if options.ray_address is None:
-        _check_devices(opened)
 
 
 def _walked(

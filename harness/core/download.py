@@ -250,7 +250,10 @@ def _asked(
     RequestException for what may go better at the next try.
     """
     import requests
+    from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        raise UserMistake(f"{about}: is not here, and HF_HUB_OFFLINE forbids to fetch it; unset it")
     waited, failures = 0.0, 0
     own = {"User-Agent": f"immunitybench/{__version__}", "Accept-Encoding": "identity", **headers}
     while True:

@@ -63,8 +63,8 @@ class Archive(Fetched):
 
     @property
     def origin(self) -> str | None:
-        """The host of its address."""
-        return urlsplit(self.id).hostname
+        """The host of its address: of the hub's files the one that HF_ENDPOINT names."""
+        return urlsplit(hub.at_endpoint(self.id)[0]).hostname
 
     @property
     def name(self) -> str:

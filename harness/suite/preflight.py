@@ -31,9 +31,13 @@ def preflight(source: ModelSource) -> None:
 
 def _check_hub(source: ModelSource) -> None:
     """Fetch the small files of a hub model and list its others: what cannot be loaded is not fetched."""
+    from huggingface_hub import constants
+
     (whole,) = fetches(source)
     small = replace(whole, parts=tuple((name,) for name in SMALL), beside=())
     if not small.is_cached():
+        if constants.HF_HUB_OFFLINE:
+            return  # that the model is missing is said elsewhere (`fetching.require_offline`)
         small.fetch(Silent())
     folder = small.folder()
     configs = [model_files.read(folder / name) for name in SMALL[1:]]
