@@ -20,6 +20,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = 10_000
 """Files of so many bytes are redirected."""
+PIECE = 4096
+"""Bytes that are sent at a time where a pace is planted."""
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Failure:
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None  # bytes of the body, then the connection ends
     delay_s: float = 0.0  # before the answer
+    pace_s: float = 0.0  # for each PIECE of the body
     content: bytes | None = None  # in place of the right one, with the right headers
     times: int = 10**9
     """So many requests fail."""
@@ -178,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[start:stop]
         if failure is not None and failure.content is not None:
             content = failure.content[start : start + len(content)].ljust(len(content), b"?")
-        self._send(status, content, headers, None if failure is None else failure.cut_after)
+        self._send(status, content, headers, failure)
 
     def _found(self, path: str) -> tuple[bytes, dict[str, str]] | None:
         """Return (content, headers); None where an answer was sent."""
@@ -248,13 +251,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(302, b"", {**headers, **linked, "Location": f"{self.hub.storage}/cdn/{digest}"})
         return None
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str], cut_after: int | None = None) -> None:
+    def _send(self, status: int, content: bytes, headers: dict[str, str], failure: Failure | None = None) -> None:
         self.send_response(status)
         for name, value in {"Accept-Ranges": "bytes", **headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         try:
-            if self.command != "HEAD":
+            cut_after = None if failure is None else failure.cut_after
+            if self.command != "HEAD" and failure is not None and failure.pace_s:
+                for start in range(0, len(content), PIECE):
+                    self.wfile.write(content[start : start + PIECE])
+                    time.sleep(failure.pace_s)
+            elif self.command != "HEAD":
                 self.wfile.write(content[:cut_after])
             if cut_after is not None:
                 self.wfile.flush()

@@ -246,6 +246,13 @@ def test_a_throttled_request_waits_as_long_as_it_is_asked(fetch, hub):
     assert outcome.out.count("127.0.0.1 throttles (429): next try in 0 s") == 2
 
 
+def test_the_hub_states_its_limit_in_a_header_of_its_own(fetch, hub):
+    """How long until it is reset."""
+    hub.plant(f"api/models/{MODEL}/tree/*", status=429, headers={"RateLimit": '"api";r=0;t=300'})
+
+    assert "asks to wait 300 s more; try later, or log in for a higher limit" in fetch().err
+
+
 def test_no_network_is_said_once_for_each_item(fetch, hub):
     """The second is not tried."""
     hub.stop()
@@ -306,6 +313,16 @@ def test_the_revision_of_the_lock_is_fetched_where_the_suite_pins_none(fetch, hu
 
     assert fetch().code == 0
     assert (cached(hub, CLIP) / "refs" / "main").read_text() == first
+
+
+def test_files_that_the_lock_lists_and_that_are_missing_are_fetched(fetch, hub):
+    """A library had fetched only what it reads."""
+    fetch()
+    (file,) = cached(hub).glob("snapshots/*/tokenizer/merges.txt")
+    file.unlink()
+
+    assert fetch().code == 0
+    assert file.exists()
 
 
 def test_differences_from_the_lock_are_errors(fetch, hub, project):
@@ -456,3 +473,83 @@ def test_offline_means_offline(hub, monkeypatch):
     with pytest.raises(UserMistake, match="org/clip: is not here, and HF_HUB_OFFLINE forbids to fetch it; unset it"):
         HubModel(CLIP, (("open_clip_config.json",),)).fetch(Silent())
     assert hub.asked == []
+
+
+# -- files of torch's cache -----------------------------------------------------------------------------------
+
+
+def web_file(hub, folder: Path, name: str, content: bytes):
+    """Return a file that is served, and its place."""
+    from harness.core.web_file import WebFile
+
+    return WebFile("a library's weights", url=hub.put(name, content), file=folder / "checkpoints" / name)
+
+
+def test_a_file_is_checked_by_the_digest_in_its_name(hub, tmp_path):
+    """As torch.hub names files; damage is found later too."""
+    from harness.core.fetched import Silent
+
+    content = b"weights" * 1000
+    digest = hashlib.sha256(content).hexdigest()
+    one = web_file(hub, tmp_path, f"net-{digest[:8]}.pth", content)
+
+    assert not one.is_cached()
+    (file,) = one.fetch(Silent()).files
+    assert (file.sha256, file.size, one.is_cached()) == (digest, 7000, True)
+    one.file.write_bytes(b"damaged")
+    assert one.fetch(Silent()).files == (file,)
+    assert one.file.read_bytes() == content
+
+
+def test_a_file_that_does_not_fit_its_name_is_refused(hub, tmp_path):
+    """And is not left in the place where the library looks."""
+    from harness.core.errors import UserMistake
+    from harness.core.fetched import Silent
+
+    one = web_file(hub, tmp_path, "net-00000000.pth", b"weights")
+
+    with pytest.raises(UserMistake, match="wrong digest: SHA-256 .*, its name states 00000000"):
+        one.fetch(Silent())
+    assert list(one.file.parent.iterdir()) == []
+
+
+def test_a_file_is_fetched_without_a_digest_where_there_is_none(hub, tmp_path):
+    """It is recorded, and compared from then on."""
+    from harness.core.fetched import Silent
+
+    one = web_file(hub, tmp_path, "inception.pt", b"weights")
+
+    assert one.fetch(Silent()).files[0].sha256 == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_a_fetch_that_is_killed_is_continued(hub, tmp_path):
+    """By another process: what had come is not asked for again."""
+    import subprocess
+    import sys
+    import time
+
+    from harness.core.fetched import Silent
+
+    content = bytes(range(256)) * 2000
+    one = web_file(hub, tmp_path, "large.bin", content)
+    hub.plant("large.bin", pace_s=0.01, times=1)
+    code = (
+        "from pathlib import Path\n"
+        "from harness.core.fetched import Silent\n"
+        "from harness.core.web_file import WebFile\n"
+        f"WebFile('x', url={one.url!r}, file=Path({str(one.file)!r})).fetch(Silent())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1])
+    part = one.file.with_name("large.bin.part")
+    while process.poll() is None and not (part.exists() and part.stat().st_size > 100_000):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = part.stat().st_size
+    hub.asked.clear()
+
+    one.fetch(Silent())
+
+    assert 100_000 < kept < len(content)
+    assert [asked for _, _, asked in hub.asked] == [f"bytes={kept}-"]
+    assert one.file.read_bytes() == content

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ MOST_WAIT_S = 120.0
 CHUNK = 1 << 20
 BLOCK = 1 << 16
 """Bytes that are taken from the network at a time: a slow line shows progress, and a cut loses no more."""
+_RESET = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*([0-9]+)")
 PARTIAL = ".part"
 
 class Unreachable(UserMistake):
@@ -218,7 +220,8 @@ def _append(order: _Order, done: int, size: int | None) -> None:
             progress.say(f"{order.about}: cannot be continued, or has changed: fetched from the start")
             progress.advance(-done)
             done = 0
-        length = response.headers.get("Content-Length", "")
+        is_packed = response.headers.get("Content-Encoding", "identity") != "identity"  # though it was not asked for
+        length = "" if is_packed else response.headers.get("Content-Length", "")
         whole = done + int(length) if length.isdigit() else size
         if size is not None and whole not in (None, size):
             drop(part)
@@ -282,9 +285,12 @@ def _asked(
 
 
 def _retry_after(response: Response) -> float:
-    """Return the seconds that a server asks to wait; 5 if it states none."""
+    """Return the seconds that a server asks to wait, in either header; 5 if it states none."""
     given = response.headers.get("Retry-After", "")
-    return float(given) if given.isdigit() else 5.0
+    if given.isdigit():
+        return float(given)
+    limit = _RESET.search(response.headers.get("RateLimit", ""))  # the hub's: "api";r=0;t=55
+    return float(limit[1]) if limit else 5.0
 
 
 def _refused(response: Response, host: str | None) -> str:

@@ -104,7 +104,7 @@ class HubFiles(Fetched):
             else:
                 commit = locked.revision if locked is not None and locked.revision else newest(self, progress)
         known = replace(self, revision=commit)
-        if not known.is_cached() or not _sound(known, progress):
+        if not known.is_cached() or not _sound(known, progress) or _lacks(known, locked):
             known.bring(progress)
             if commit != self.revision:
                 ref = self.root / "refs" / (self.revision or MAIN)
@@ -289,10 +289,10 @@ def _place(of: HubFiles, listed: Listed, progress: Progress) -> None:
 
 def _files(of: HubFiles, folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield (name, path) of the files of a snapshot that are asked for."""
-    for pattern in dict.fromkeys([p for part in of.parts for p in part] + list(of.beside)):
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file():
-                yield path.relative_to(folder).as_posix(), path
+    for part in (*of.parts, *((pattern,) for pattern in of.beside)):
+        found = ([path for path in sorted(folder.glob(pattern)) if path.is_file()] for pattern in part)
+        for path in next((files for files in found if files), []):  # as they are fetched: of the first that is there
+            yield path.relative_to(folder).as_posix(), path
 
 
 def _held(of: HubFiles, folder: Path) -> list[File]:
@@ -304,6 +304,13 @@ def _held(of: HubFiles, folder: Path) -> list[File]:
         found[name] = File(name, digest, path.stat().st_size)
     memory.save()
     return [found[name] for name in sorted(found)]
+
+
+def _lacks(of: HubFiles, locked: Held | None) -> bool:
+    """Return whether small files are missing that a lock file lists: a library fetches only those that it reads."""
+    if locked is None or locked.revision != of.revision:
+        return False
+    return any(not (of.folder() / file.name).exists() for file in locked.files)
 
 
 def _sound(of: HubFiles, progress: Progress) -> bool:

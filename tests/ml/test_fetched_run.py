@@ -21,8 +21,15 @@ PHOTOGRAPHS = ("pet_cat1", "decoritems_woodenpot")
 def hub(tiny_folder, tmp_path):
     """A hub with the tiny model, its encoders, and an archive of photographs."""
     clip = shutil.copytree(tiny_folder / "clip", tmp_path / "clip")
+    model = shutil.copytree(tiny_folder / "model", tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]  # as SD v1-4 has them
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    (model / "safety_checker").mkdir()
+    (model / "safety_checker" / "model.safetensors").write_bytes(bytes(20_000))
     with loopback_hub.running() as hub:
-        hub.add("tiny/model", tiny_folder / "model")
+        hub.add("tiny/model", model)
         hub.add("tiny/clip", clip)
         hub.add("tiny/vit", paths.VIT)
         yield hub
@@ -91,6 +98,7 @@ def test_mima_in_miniature_runs_with_the_hub_off(hub, environment, tmp_path):
 
     assert "all is here: `python -m harness run mima_full` needs no network" in fetched.stdout
     assert asked == []
+    assert not list((tmp_path / "home").rglob("safety_checker"))
     assert (results / "rows.csv").read_bytes() == first
     locked = json.loads((results / "suite.lock.json").read_text())["items"]
     assert {item["item"]["kind"] for item in locked} == {"hub model", "archive"}
