@@ -148,7 +148,9 @@ ENCODERS = {
     "{method: clip_image, backbone: 'hf-hub:some/clip'}": f"{MUST}some/clip (size unknown){HOST}",
     "{method: clip_image, backbone: 'hf-hub:some/clip@abc'}": f"{MUST}some/clip at abc (size unknown){HOST}",
     "{method: clip_text, backbone: RN50-quickgelu, pretrained: cc12m}":
-        "may have to be fetched: open_clip's RN50-quickgelu/cc12m (size unknown); cache location unknown",
+        f"{MUST}timm/resnet50_clip.cc12m (size unknown){HOST}",
+    "{method: clip_text, backbone: ViT-B-32, pretrained: of_mine}":
+        "may have to be fetched: open_clip's ViT-B-32/of_mine (size unknown); cache location unknown",
     "self_supervised_image": f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB){HOST}",
     "{method: self_supervised_image, backbone: 'hf-hub:some/vit'}": f"{MUST}some/vit (size unknown){HOST}",
     "{method: self_supervised_image, backbone: vit_tiny}":
@@ -166,6 +168,17 @@ ENCODERS = {
         f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB){HOST}",
     "topiq": f"{MUST}chaofengc/IQA-PyTorch-Weights (size unknown){HOST}",
 }  # fmt: skip
+
+
+def test_tokenizers_of_other_repositories_are_named(project, cache):
+    """They are loaded with the model, also where only images are encoded."""
+    metric = "{method: clip_image, backbone: roberta-ViT-B-32, pretrained: laion2b_s12b_b32k}"
+    project.write(project.edited(("metrics: [clip_image, clip_text]", f"metrics: [{metric}]")))
+
+    weights, *texts = reported(project.validate())
+
+    assert "laion/CLIP-ViT-B-32-roberta-base-laion2B-s12B-b32k" in weights
+    assert texts == [f"{MUST}roberta-base (size unknown){HOST}"] * 2
 
 
 @pytest.mark.parametrize("entry", ENCODERS)
