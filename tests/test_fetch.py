@@ -179,7 +179,8 @@ FAILURES = {
               "org/model: its licence must be accepted (401): accept it at "),
     "private": (("*/tree/*",), {"status": 401, "headers": {"X-Error-Code": "RepoNotFound"}},
                 "org/model: does not exist, or is private (401): check the id, or log in (HF_TOKEN"),
-    "forbidden": (("*/tree/*",), {"status": 403}, "org/model: your token may not read it (403)"),
+    "forbidden": (("*/tree/*",), {"status": 403},
+                  "org/model: may not be read without a login (403): give a token (HF_TOKEN"),
     "no such repository": (("*/tree/*",), {"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}},
                            "org/model: no such model on 127.0.0.1 (404); check the id"),
     "no such commit": (("*/tree/*",), {"status": 404, "headers": {"X-Error-Code": "RevisionNotFound"}},
@@ -224,6 +225,18 @@ def test_a_login_that_has_not_accepted_is_told_apart(fetch, hub, monkeypatch):
 
     assert "its licence is not accepted by the owner of your token (403): accept it at " in outcome.err
     assert "hf_secret" not in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, "your token is not valid, or does not see it (401)"), (403, "your token may not read it (403)")],
+)
+def test_a_token_that_does_not_suffice(fetch, hub, monkeypatch, status, words):
+    """Expired, or of an account without access."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.plant(f"api/models/{MODEL}/tree/*", status=status)
+
+    assert f"org/model: {words}" in fetch().err
 
 
 def test_a_server_that_fails_for_a_while_is_asked_again(fetch, hub):

@@ -219,6 +219,8 @@ def refusal(of: HubFiles, response: Any) -> str | None:
         return f"your token is not valid, or does not see it ({status}); renew it ({TOKEN}), and check the id"
     if status == 401:
         return f"does not exist, or is private ({status}): check the id, or log in ({TOKEN})"
+    if status == 403 and not has_token:
+        return f"may not be read without a login ({status}): give a token ({TOKEN})"
     if status == 403:
         return f"your token may not read it ({status}): ask its owner for access at {page}"
     if code == "RevisionNotFound":
