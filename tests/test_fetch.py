@@ -355,6 +355,7 @@ def test_differences_from_the_lock_are_errors(fetch, hub, project):
     assert outcome.code == 2
     assert f"org/model: differs from {path}: '{UNET}' has SHA-256 " in outcome.errors[0]
     assert f"org/clip: differs from {path}: revision " in outcome.errors[1]
+    assert all(line.endswith(", or the entry of the file to keep what is here") for line in outcome.errors)
     assert json.loads(path.read_text()) == changed
 
 

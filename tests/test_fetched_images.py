@@ -142,6 +142,20 @@ def test_a_digest_that_is_not_stated_is_recorded_and_compared(project, hub, sour
     assert "wrong digest: SHA-256 " in second.err and ", the lock file states " in second.err
 
 
+def test_folders_of_one_archive_are_of_one_version(project, hub, source, fetch):
+    """Where it has changed between two fetches, and no digest is stated, the older folder is made anew."""
+    of_archive(project, hub.put("images.zip", zipped(source)), folders=("top/purse", "top/purse"))
+    fetch("--lock", str(project.folder / "first.json"))
+    for file in (project.folder.parent / "cache" / "immunitybench" / "data" / "archives").iterdir():
+        file.unlink()
+    changed = {f"top/purse/{n}.png": picture((n, n, n)) for n in range(90, 93)}
+    hub.put("images.zip", zipped(source, more=changed))
+    of_archive(project, f"{hub.storage}/images.zip")
+
+    assert fetch("--lock", str(project.folder / "second.json")).code == 0
+    assert "92.png" in [path.name for path in Path(suite.load(project.suite).concepts["purse"].folder).iterdir()]
+
+
 def test_a_folder_of_the_user_takes_the_place_of_an_archive(project, hub, fetch):
     """By one --set."""
     of_archive(project, f"{hub.storage}/images.zip")

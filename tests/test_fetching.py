@@ -247,7 +247,7 @@ def test_naming_needs_neither_network_nor_torch(project, verb):
     ("function", "words"),
     [
         ("lambda cls, p: 1 / 0", "`fetches` of mine failed: ZeroDivisionError"),
-        ("lambda cls, p: ['some/id']", "`fetches` of mine must return objects of harness.core.fetched.Fetched"),
+        ("lambda cls, p: ['some/id']", "`fetches` of mine must return objects such as harness.api.HubModel"),
         ("lambda cls, p: None", "`fetches` of mine failed: TypeError"),
         ("lambda cls, p: [HubModel('a', 7)]", "`fetches` of mine failed: TypeError"),
     ],

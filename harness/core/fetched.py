@@ -8,6 +8,7 @@ Each kind is a class: it knows whether this machine has it, where it comes from,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 
@@ -78,6 +79,11 @@ class Fetched:
     @property
     def origin(self) -> str | None:
         """The host that it comes from; None: only a library knows."""
+        return None
+
+    @property
+    def place(self) -> Path | None:
+        """What to remove on this machine so that it is fetched anew; None: unknown."""
         return None
 
     def is_cached(self) -> bool | None:

@@ -75,6 +75,11 @@ class HubFiles(Fetched):
 
         return Path(constants.HF_HUB_CACHE) / f"{self.repository}s--{self.id.replace('/', '--')}"
 
+    @property
+    def place(self) -> Path:
+        """Its folder in the hub's cache."""
+        return self.root
+
     def folder(self) -> Path | None:
         """Return the folder of its revision in the cache; None if there is none."""
         return snapshot(self.id, self.revision, self.repository)

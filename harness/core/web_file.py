@@ -28,6 +28,11 @@ class WebFile(Fetched):
         """The host of its address."""
         return urlsplit(self.url).hostname
 
+    @property
+    def place(self) -> Path:
+        """The file."""
+        return self.file
+
     def is_cached(self) -> bool:
         """Return whether it is in its place."""
         return self.file.exists()

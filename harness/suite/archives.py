@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -79,6 +80,11 @@ class Archive(Fetched):
         """Return what identifies the images of one of its folders."""
         return {"archive": self.id, "sha256": self.sha256, "folder": folder}
 
+    @property
+    def place(self) -> Path:
+        """What is kept of the images of its first folder."""
+        return materialized.place(self.description(self.folders[0]))
+
     def is_cached(self) -> bool:
         """Return whether every folder was extracted."""
         return all(materialized.folder(self.description(folder)) is not None for folder in self.folders)
@@ -87,11 +93,13 @@ class Archive(Fetched):
         """Fetch the archive and extract the folders that are missing."""
         if not self.is_cached():
             source = Held((self._bring(progress, locked),))
-            progress.say(f"{self.name}: extracting {counted(len(self.folders), 'folder')}")
-            for folder in self.folders:
-                if materialized.folder(self.description(folder)) is None:
-                    with materialized.making(self.description(folder), source) as new:
-                        _extract(self._file, folder, new, f"{self.name}: '{one_line(folder)}'", f"{self.name}")
+            # also those that were made of another archive at this address: all are of one
+            stale = [folder for folder in self.folders if materialized.held(self.description(folder)) != source]
+            progress.say(f"{self.name}: extracting {counted(len(stale), 'folder')}")
+            for folder in stale:
+                shutil.rmtree(materialized.place(self.description(folder)), ignore_errors=True)
+                with materialized.making(self.description(folder), source) as new:
+                    _extract(self._file, folder, new, f"{self.name}: '{one_line(folder)}'", self.name)
         return materialized.held(self.description(self.folders[0]))
 
     @property

@@ -131,7 +131,7 @@ def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...]
         return [((), f"`files` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
     try:
         if not all(isinstance(one, Fetched) and one.is_cached() in (True, False, None) for one in cls.fetches(values)):
-            mistakes.append(((), f"`fetches` of {cls.name} must return objects of harness.core.fetched.Fetched"))
+            mistakes.append(((), f"`fetches` of {cls.name} must return objects such as harness.api.HubModel"))
     except Exception as error:
         mistakes.append(((), f"`fetches` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"))
     if hasattr(cls, "prior_images"):

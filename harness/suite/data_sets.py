@@ -95,6 +95,11 @@ class DataSet(Fetched):
             "files": self.files, "where": [[column, list(values)] for column, values in self.where],
         }  # fmt: skip
 
+    @property
+    def place(self) -> Path:
+        """What is kept of its images."""
+        return materialized.place(self.description())
+
     def is_cached(self) -> bool:
         """Return whether the folder of images was made."""
         return materialized.folder(self.description()) is not None

@@ -56,14 +56,15 @@ class Lock:
         if known is None:
             return []
         about = f"{one_line(one.id, 200)}: differs from {self.path}"
+        choose = f"remove {one.place} to fetch what the file names, or the entry of the file to keep what is here"
         if known.revision != held.revision:
-            return [f"{about}: revision {held.revision} is here, {known.revision} is in the file; remove one of them"]
+            return [f"{about}: revision {held.revision} is here, {known.revision} is in the file; {choose}"]
         here, there = ({file.name: file for file in side.files} for side in (held, known))
         lines = []
         for name in sorted(here.keys() | there.keys()):
             a, b = here.get(name), there.get(name)
             if a != b:
-                lines.append(f"{about}: '{one_line(name)}' {_difference(a, b)}; remove one of them")
+                lines.append(f"{about}: '{one_line(name)}' {_difference(a, b)}; {choose}")
         return lines
 
     def add(self, one: Fetched, held: Held) -> None:

@@ -48,8 +48,13 @@ def root() -> Path:
 
 def folder(description: Mapping[str, Any]) -> Path | None:
     """Return the folder of images of a source; None if it was not made yet."""
-    made = _place(description)
+    made = place(description)
     return made / "images" if (made / "record.json").is_file() else None
+
+
+def place(description: Mapping[str, Any]) -> Path:
+    """Return the folder that is kept of a source."""
+    return root() / digest_of_json({"version": VERSION, **description})[:32]
 
 
 def notes(description: Mapping[str, Any]) -> list[str]:
@@ -66,7 +71,7 @@ def held(description: Mapping[str, Any]) -> Held:
 @contextlib.contextmanager
 def making(description: Mapping[str, Any], source: Held) -> Iterator[Making]:
     """Make the folder of a source, from files that were fetched; it appears at the end of the block."""
-    made = _place(description)
+    made = place(description)
     temporary = made.with_name(f".{made.name}.{uuid.uuid4().hex[:8]}")
     new = Making(temporary / "images")
     new.images.mkdir(parents=True)
@@ -85,13 +90,9 @@ def making(description: Mapping[str, Any], source: Held) -> Iterator[Making]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _place(description: Mapping[str, Any]) -> Path:
-    return root() / digest_of_json({"version": VERSION, **description})[:32]
-
-
 def _record(description: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return json.loads((_place(description) / "record.json").read_text(encoding="utf-8"))
+        return json.loads((place(description) / "record.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
