@@ -52,8 +52,8 @@ __all__ = [
     "AdaptationHook", "Attack", "AttackedConcept", "Batch", "Budget", "Build", "Checkpoint", "Choice", "Defense",
     "Detector", "Diagnostic", "Figure", "HookSpec", "HubModel", "Input", "MeasuredRun", "Measurement", "Metric",
     "ModelState", "NewWord", "PageSection", "ProtectedConcept", "Protection", "Range", "ReleasedModel", "Sampling",
-    "SamplingHook", "Section", "Seen", "Space", "Stage", "StageKind", "StageWork", "Table", "Task", "TaskSpec", "ThreatModel",
-    "UserMistake", "UsualBudget", "WebFile", "load", "optional", "plan", "register", "run",
+    "SamplingHook", "Section", "Seen", "Space", "Stage", "StageKind", "StageWork", "Table", "Task", "TaskSpec",
+    "ThreatModel", "UserMistake", "UsualBudget", "WebFile", "load", "optional", "plan", "register", "run",
 ]  # fmt: skip
 
 
