@@ -1,4 +1,4 @@
-"""What `fetch` shows: lines where nobody watches, a bar on a terminal."""
+"""What `fetch` shows: lines, or a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_a_bar_on_a_terminal(monkeypatch):
     shown = Bar(Console(file=written, force_terminal=True, width=100, markup=False))
     shown.start("unet", 2_000_000)
     shown.advance(2_000_000)
-    shown.say("a [line] of its own")
+    shown.say("a [line] above")
     shown.end()
 
     assert "unet" in written.getvalue() and "2.0/2.0 MB" in written.getvalue()
-    assert "a [line] of its own" in written.getvalue()
+    assert "a [line] above" in written.getvalue()
     assert written.getvalue().rstrip().endswith("unet: 2 MB")

@@ -78,7 +78,7 @@ def _fetch_all(asked: Mapping[Fetched, Sequence[tuple]], lock: Lock, progress: P
 
     One item that cannot be had does not keep the others from being fetched.
     """
-    from harness.core.download import Unreachable
+    from harness.core.transfer_words import Unreachable
 
     mistakes: list[str] = []
     silent: set[str | None] = set()  # hosts without a connection
@@ -93,7 +93,7 @@ def _fetch_all(asked: Mapping[Fetched, Sequence[tuple]], lock: Lock, progress: P
             if isinstance(mistake, Unreachable):
                 silent.add(one.origin)
             continue
-        except OSError as error:  # a cache that belongs to someone else
+        except OSError as error:  # a cache of another user
             if disk.is_full(error):
                 raise
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from harness.core.errors import UserMistake, one_line
 from harness.core.fetched import File, Progress, format_size
 from harness.core.locks import locked
+from harness.core.transfer_words import given_up, is_unreachable, refused
 from harness.core.version import __version__
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ BLOCK = 1 << 16
 """Bytes that are taken from the network at a time: a slow line shows progress, and a cut loses no more."""
 _RESET = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*([0-9]+)")
 PARTIAL = ".part"
-
-class Unreachable(UserMistake):
-    """No connection to a host: asking it for other things is of no use now."""
-
 
 Explain = Callable[["Response"], str | None]
 """Returns the words for a refusal of the server; None: the usual ones."""
@@ -78,7 +75,7 @@ def get_json(url: str, about: str, progress: Progress, headers: Mapping[str, str
                 return response.json(), response
         except RequestException as error:
             if attempt + 1 >= _tries(error):
-                raise _given_up(about, error, url) from None
+                raise given_up(about, error, url, timeout_s()) from None
             time.sleep(_pause(attempt))
 
 
@@ -194,7 +191,7 @@ def _transfer(order: _Order, size: int | None) -> None:
                 if failed >= _tries(error):
                     now = order.kept
                     kept = f"; {format_size(now)} are kept, the same command continues there" if now else ""
-                    raise _given_up(order.about, error, order.url, kept) from None
+                    raise given_up(order.about, error, order.url, timeout_s(), kept) from None
                 if order.kept:
                     order.progress.say(f"{order.about}: broke off after {format_size(order.kept)}: goes on there")
                 time.sleep(_pause(failed - 1))
@@ -280,7 +277,7 @@ def _asked(
                 failures += 1
                 progress.say(f"{about}: {host} fails ({response.status_code}): next try in {wait:g} s")
             else:
-                raise UserMistake(f"{about}: {words or _refused(response, host)}")
+                raise UserMistake(f"{about}: {words or refused(response, host)}")
         time.sleep(wait)
 
 
@@ -293,57 +290,8 @@ def _retry_after(response: Response) -> float:
     return float(limit[1]) if limit else 5.0
 
 
-def _refused(response: Response, host: str | None) -> str:
-    """Return the words for a status."""
-    status = response.status_code
-    if status in (401, 403):
-        return f"{host} refuses it ({status}): it needs a login; fetch it with a browser, and name its folder"
-    if status in (404, 410):
-        return f"{host} does not have it ({status}); correct the address: {one_line(response.url, 300)}"
-    if status >= 500:
-        return f"{host} fails (error {status}); try later"
-    return f"{host} refuses it (error {status})"
-
-
-def _is_unreachable(error: Exception) -> bool:
-    """Return whether there was no connection at all: trying again soon is of little use."""
-    from requests import exceptions
-
-    broke = (exceptions.ChunkedEncodingError, exceptions.ReadTimeout)
-    is_late = "ended after" in str(error) or "Read timed out" in str(error) or "range is not there" in str(error)
-    is_connection = isinstance(error, exceptions.ConnectionError) and not isinstance(error, broke)
-    return is_connection and not is_late and "Connection aborted" not in str(error)
-
-
 def _tries(error: Exception) -> int:
-    return 2 if _is_unreachable(error) else TRIES
-
-
-def _given_up(about: str, error: Exception, url: str, kept: str = "") -> UserMistake:
-    kind = Unreachable if _is_unreachable(error) else UserMistake
-    return kind(f"{about}: {_words(error, url)}{kept}")
-
-
-def _words(error: Exception, url: str) -> str:
-    """Return the words for a transfer that broke."""
-    from requests import exceptions
-
-    host, text = urlsplit(url).hostname, str(error)
-    if isinstance(error, exceptions.ProxyError):
-        return f"the proxy for {host} does not answer; check HTTPS_PROXY"
-    if isinstance(error, exceptions.SSLError):
-        return f"the certificate of {host} is not accepted: {one_line(text, 100)}"
-    if "NameResolutionError" in text or "getaddrinfo" in text:
-        return f"the name '{host}' cannot be resolved: no network, or no such host; check the connection"
-    if isinstance(error, exceptions.ConnectTimeout):
-        return f"{host} does not answer; check the connection, or a firewall between"
-    if isinstance(error, exceptions.ReadTimeout) or "Read timed out" in text:
-        return f"{host} was silent for {timeout_s():g} s; try later, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"
-    if isinstance(error, exceptions.ChunkedEncodingError) or "ended after" in text:
-        return f"{host} ended the transfer too early, {TRIES} times; try again"
-    if isinstance(error, exceptions.ConnectionError):
-        return f"no connection to {host}; check the network"
-    return f"{host}: {one_line(text, 100)}"
+    return 2 if is_unreachable(error) else TRIES
 
 
 def _pause(attempt: int) -> float:

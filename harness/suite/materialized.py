@@ -84,7 +84,7 @@ def making(description: Mapping[str, Any], source: Held) -> Iterator[Making]:
         write_json(temporary / "record.json", record)
         if (made / "record.json").is_file():
             return  # another process was faster
-        shutil.rmtree(made, ignore_errors=True)  # what somebody removed in part
+        shutil.rmtree(made, ignore_errors=True)  # removed in part
         temporary.rename(made)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
