@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: what they hold, and their files in the cache of the hub's own client.
+"""Files of repositories of the Hugging Face hub, in the cache of the hub's own client.
 
 Files are placed as the client places them (`models--ORG--NAME/blobs/ETAG`, linked from `snapshots/COMMIT/PATH`; the
 newest commit in `refs/main`), so that every library finds them. A blob is named by its digest: the SHA-256 of a large
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import quote, urlsplit
 
 from harness.core import download
 from harness.core.counted import counted
@@ -22,28 +21,10 @@ from harness.core.download import Digest
 from harness.core.errors import UserMistake, one_line
 from harness.core.fetched import Fetched, File, Held, Progress, format_size
 from harness.core.files import write_text
+from harness.core.hub_api import MAIN, Listed, Repository, headers, is_commit, listing, newest, refusal
 from harness.core.memory import Memory
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"-[0-9]+-of-([0-9]+)[-.]")
-SITE = "https://huggingface.co"
-MAIN = "main"
-"""The branch of the newest commit."""
-TOKEN = "HF_TOKEN, or `hf auth login`"
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A file that a repository holds."""
-
-    path: str
-    size: int
-    digest: Digest
-
-    @property
-    def etag(self) -> str:
-        """The name of its blob in the cache."""
-        return self.digest.hex
 
 
 @dataclass(frozen=True)
@@ -66,7 +47,12 @@ class HubFiles(Fetched):
     @property
     def origin(self) -> str:
         """The hub's host."""
-        return urlsplit(endpoint()).hostname or endpoint()
+        return self.at.host
+
+    @property
+    def at(self) -> Repository:
+        """The repository at its revision."""
+        return Repository(self.id, self.repository, self.revision)
 
     @property
     def root(self) -> Path:
@@ -107,7 +93,7 @@ class HubFiles(Fetched):
             if self.is_cached():
                 commit = self.folder().name
             else:
-                commit = locked.revision if locked is not None and locked.revision else newest(self, progress)
+                commit = locked.revision if locked is not None and locked.revision else newest(self.at, progress)
         known = replace(self, revision=commit)
         if not known.is_cached() or not _sound(known, progress) or _lacks(known, locked):
             known.bring(progress)
@@ -121,7 +107,7 @@ class HubFiles(Fetched):
 
     def bring(self, progress: Progress) -> None:
         """Fetch the files of a known revision that the cache does not hold."""
-        wanted = _wanted(self, listing(self, progress))
+        wanted = _wanted(self, listing(self.at, progress))
         missing = sum(one.size for one in wanted if not (self.root / "blobs" / one.etag).exists())
         if missing:
             progress.say(f"{self.id}: {counted(len(wanted), 'file')}, {format_size(missing)} to fetch")
@@ -143,33 +129,6 @@ class HubModel(HubFiles):
     repository = "model"
 
 
-def endpoint() -> str:
-    """Return the address of the hub: HF_ENDPOINT, or the usual one."""
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
-
-
-def is_commit(revision: str | None) -> bool:
-    """Return whether a revision is a commit, which cannot move."""
-    return revision is not None and _COMMIT.fullmatch(revision) is not None
-
-
-def at_endpoint(url: str) -> tuple[str, dict[str, str]]:
-    """Return an address of the hub at HF_ENDPOINT, with the headers of a login; other addresses as they are."""
-    if not url.startswith((f"{SITE}/", f"{endpoint()}/")):
-        return url, {}
-    return url.replace(SITE, endpoint(), 1), headers()
-
-
-def headers() -> dict[str, str]:
-    """Return the headers of a login on the hub; {} without a token."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
 def snapshot(repository: str, revision: str | None, kind: str = "model") -> Path | None:
     """Return the folder of a revision in the hub's cache, by the cache's documented layout; None: there is none."""
     from huggingface_hub import constants
@@ -182,65 +141,6 @@ def snapshot(repository: str, revision: str | None, kind: str = "model") -> Path
             return None
     folder = root / "snapshots" / revision
     return folder if revision and folder.is_dir() else None
-
-
-def newest(of: HubFiles, progress: Progress) -> str:
-    """Return the newest commit of a repository, or of the branch or tag that is asked for. Raises UserMistake."""
-    url = f"{endpoint()}/api/{of.repository}s/{of.id}/revision/{quote(of.revision or MAIN, safe='')}"
-    found, _ = download.get_json(url, of.id, progress, headers(), lambda response: refusal(of, response))
-    commit = found.get("sha") if isinstance(found, dict) else None
-    if not isinstance(commit, str):
-        raise UserMistake(f"{of.id}: {of.origin} answers without a commit; does HF_ENDPOINT name a hub?")
-    return commit
-
-
-def listing(of: HubFiles, progress: Progress) -> list[Listed]:
-    """Return the files of a repository at its revision. Raises UserMistake."""
-    url: str | None = f"{endpoint()}/api/{of.repository}s/{of.id}/tree/{quote(of.revision, safe='')}?recursive=true"
-    found: list[Listed] = []
-    while url:
-        url, own = at_endpoint(url)  # the next page: a login is for the hub alone
-        page, response = download.get_json(url, of.id, progress, own, lambda response: refusal(of, response))
-        try:
-            found += [_listed(entry, of) for entry in page if entry["type"] == "file"]
-        except (KeyError, TypeError):
-            raise UserMistake(f"{of.id}: the list of files that {of.origin} sends cannot be read") from None
-        url = response.links.get("next", {}).get("url")
-    return found
-
-
-def refusal(of: HubFiles, response: Any) -> str | None:
-    """Return what the hub means by a status, in words that say what to do."""
-    code, status = response.headers.get("X-Error-Code", ""), response.status_code
-    page = f"{endpoint()}/{'datasets/' if of.repository == 'dataset' else ''}{of.id}"
-    has_token = "Authorization" in headers()
-    if status == 429:
-        return None if has_token else f"or log in for a higher limit ({TOKEN})"
-    if code == "GatedRepo":
-        if has_token:
-            return f"its licence is not accepted by the owner of your token ({status}): accept it at {page}"
-        return f"its licence must be accepted ({status}): accept it at {page}, then give a token ({TOKEN})"
-    if status == 401 and has_token:
-        return f"your token is not valid, or does not see it ({status}); renew it ({TOKEN}), and check the id"
-    if status == 401:
-        return f"does not exist, or is private ({status}): check the id, or log in ({TOKEN})"
-    if status == 403 and not has_token:
-        return f"may not be read without a login ({status}): give a token ({TOKEN})"
-    if status == 403:
-        return f"your token may not read it ({status}): ask its owner for access at {page}"
-    if code == "RevisionNotFound":
-        return f"has no revision '{of.revision}' (404); copy the commit from {page}/commits/main"
-    if code == "EntryNotFound":
-        return f"does not hold {one_line(urlsplit(response.url).path.rpartition('/')[2], 80)} (404)"
-    if status == 404:
-        return f"no such {of.repository} on {of.origin} (404); check the id"
-    return None
-
-
-def _listed(entry: Mapping[str, Any], of: HubFiles) -> Listed:
-    lfs = entry.get("lfs")
-    digest = Digest(lfs["oid"], of=of.origin) if lfs else Digest(entry["oid"], is_git=True, of=of.origin)
-    return Listed(entry["path"], entry["size"], digest)
 
 
 def _is_whole(files: Sequence[Path]) -> bool:
@@ -278,10 +178,9 @@ def _place(of: HubFiles, listed: Listed, progress: Progress) -> None:
     if blob.exists() and not download.fits(blob, listed.digest):
         progress.say(f"{of.id}: {listed.path} in the cache is damaged: removed, to be fetched again")
         blob.unlink()
-    url = f"{endpoint()}/{'datasets/' if of.repository == 'dataset' else ''}{of.id}/resolve/{of.revision}/"
     download.download(
-        url + quote(listed.path), blob, f"{of.id}: {listed.path}", progress, size=listed.size, digest=listed.digest,
-        headers=headers(), explain=lambda response: refusal(of, response),
+        of.at.content(listed.path), blob, f"{of.id}: {listed.path}", progress, size=listed.size, digest=listed.digest,
+        headers=headers(), explain=lambda response: refusal(of.at, response),
     )  # fmt: skip
     place = of.root / "snapshots" / of.revision / listed.path
     place.parent.mkdir(parents=True, exist_ok=True)

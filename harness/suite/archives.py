@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from harness.core import hub
+from harness.core import hub_api
 from harness.core.counted import counted
 from harness.core.download import Digest, download, fits, sha256
 from harness.core.errors import UserMistake, did_you_mean, one_line
@@ -65,7 +65,7 @@ class Archive(Fetched):
     @property
     def origin(self) -> str | None:
         """The host of its address: of the hub's files the one that HF_ENDPOINT names."""
-        return urlsplit(hub.at_endpoint(self.id)[0]).hostname
+        return urlsplit(hub_api.at_endpoint(self.id)[0]).hostname
 
     @property
     def name(self) -> str:
@@ -117,7 +117,7 @@ class Archive(Fetched):
             self._file.unlink()
         if self._file.exists():
             return File(self.name, sha256(self._file), self._file.stat().st_size)
-        url, headers = hub.at_endpoint(self.id)
+        url, headers = hub_api.at_endpoint(self.id)
         found = download(url, self._file, f"{self.origin}: {self.name}", progress, digest=digest, headers=headers)
         if digest is None:
             progress.say(
