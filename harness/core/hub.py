@@ -104,7 +104,6 @@ class HubFiles(Fetched):
         folder = known.folder()
         return Held(tuple(_held(known, folder)), commit)
 
-
     def bring(self, progress: Progress) -> None:
         """Fetch the files of a known revision that the cache does not hold."""
         wanted = _wanted(self, listing(self.at, progress))
