@@ -36,9 +36,11 @@ from harness.contracts.table import Figure, Section, Table
 from harness.contracts.task import Build, Input, Measurement, Stage, Task, TaskSpec
 from harness.core.described import optional
 from harness.core.errors import ExitCode, UserMistake, one_line
+from harness.core.hub import HubModel
 from harness.core.registry import register
 from harness.core.sampling import Sampling
 from harness.core.search import Choice, Range, Space
+from harness.core.web_file import WebFile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,10 +50,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptationHook", "Attack", "AttackedConcept", "Batch", "Budget", "Build", "Checkpoint", "Choice", "Defense",
-    "Detector", "Diagnostic", "Figure", "HookSpec", "Input", "MeasuredRun", "Measurement", "Metric", "ModelState",
-    "NewWord", "PageSection", "ProtectedConcept", "Protection", "Range", "ReleasedModel", "Sampling", "SamplingHook",
-    "Section", "Seen", "Space", "Stage", "StageKind", "StageWork", "Table", "Task", "TaskSpec", "ThreatModel",
-    "UserMistake", "UsualBudget", "load", "optional", "plan", "register", "run",
+    "Detector", "Diagnostic", "Figure", "HookSpec", "HubModel", "Input", "MeasuredRun", "Measurement", "Metric",
+    "ModelState", "NewWord", "PageSection", "ProtectedConcept", "Protection", "Range", "ReleasedModel", "Sampling",
+    "SamplingHook", "Section", "Seen", "Space", "Stage", "StageKind", "StageWork", "Table", "Task", "TaskSpec",
+    "ThreatModel", "UserMistake", "UsualBudget", "WebFile", "load", "optional", "plan", "register", "run",
 ]  # fmt: skip
 
 

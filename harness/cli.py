@@ -21,10 +21,11 @@ exit codes: 0 all done, 1 some trials failed, 2 mistake in the input, 5 a disk i
 130 interrupted (Ctrl-C, SIGTERM); of `status` also 3 a run is in progress, 4 not finished and nothing runs
 """
 VERBS = (
-    "run", "plan", "validate", "check", "status", "table", "compare", "report", "merge", "verify", "list", "doctor",
+    "run", "plan", "validate", "fetch", "check", "status", "table", "compare", "report", "merge", "verify", "list",
+    "doctor",
 )  # fmt: skip
 """Modules of `harness.commands`, in the order of the help."""
-WORKING = ("run", "check", "merge", "report")
+WORKING = ("run", "fetch", "check", "merge", "report")
 """Verbs that may have left work undone when they end with the reader of their output; the others only show."""
 
 

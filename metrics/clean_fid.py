@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal
 from unittest import mock
 
 from harness.contracts.metric import Metric
-from harness.core.fetched import Fetched
 from harness.core.finite import require_finite
+from harness.core.web_file import WebFile
 from metrics import encoders, torchvision_files
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 INCEPTION = "inception"
 FILES = {"clean": "inception-2015-12-05.pt", "legacy_pytorch": "pt_inception-2015-12-05-6726825d.pth"}
 """Inception's weights by mode."""
+ADDRESSES = {
+    "clean": "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/",
+    "legacy_pytorch": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",
+}
+"""Where clean-fid takes them from; reading its own table needs torch."""
 SIZE = 4 * 23_885_486
 """Approximate size of the weights in bytes."""
 FILTERS = {"clean": ("PIL", "bicubic"), "legacy_pytorch": ("PyTorch", "bilinear")}
@@ -83,7 +88,8 @@ class CleanFid(Metric):
         if parameters.weights is not None:
             return []
         file = FILES[parameters.mode]
-        return [Fetched(f"clean-fid's {file}", size=SIZE, file=torchvision_files.hub_file(file))]
+        url = ADDRESSES[parameters.mode] + file
+        return [WebFile(f"clean-fid's {file}", size=SIZE, url=url, file=torchvision_files.hub_file(file))]
 
     @classmethod
     def check_concept(cls, parameters, concept, drawn) -> Iterable[tuple[str, str]]:

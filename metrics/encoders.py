@@ -11,9 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.core.fetched import Fetched
+from harness.core.fetched import Fetched, Unlocated
 from harness.core.finite import require_finite
-from metrics.open_clip_tables import check_activation
+from harness.core.hub import HubModel
+from metrics.open_clip_tables import check_activation, hub_file, text_repositories
 
 if TYPE_CHECKING:
     import torch
@@ -53,16 +54,23 @@ def fetched(backbone: str, kind: str, pretrained: str | None = None) -> list[Fet
     if is_from_hub:
         name, _, revision = backbone.removeprefix("hf-hub:").partition("@")
         weights, config = _FILES[kind]
-        return [Fetched(name, (weights, (config,)), revision or None)]
+        return [HubModel(name, (weights, (config,)), _BESIDE[kind], revision=revision or None)]
     if kind == "clip":
         if pretrained is None:
             return []  # random weights
-        known = OPEN_CLIP_HUB.get((backbone, pretrained))
-        name = f"open_clip's {backbone}/{pretrained}"
-        return [Fetched(known[0], (_FILES[kind][0],), size=4 * known[1])] if known else [Fetched(name)]
+        place = hub_file(backbone, pretrained)
+        if place is None:
+            return [Unlocated(f"open_clip's {backbone}/{pretrained}")]
+        repository, file = place
+        names = (f"{file.rpartition('.')[0]}.safetensors", file) if file else _FILES[kind][0]
+        known = OPEN_CLIP_SIZES.get((backbone, pretrained))
+        found = [HubModel(repository, (names,), size=known and 4 * known)]
+        tokenizer, tower = text_repositories(backbone)
+        found += [HubModel(tokenizer, (_VOCABULARIES,), _BESIDE["clip"])] if tokenizer else []
+        return found + ([HubModel(tower, (("config.json",),))] if tower else [])
     if "." not in backbone:
-        return [Fetched(f"timm's {backbone}")]  # timm chooses the weights
-    return [Fetched(f"timm/{backbone}", (_FILES[kind][0],), size=TIMM_SIZES.get(backbone))]
+        return [Unlocated(f"timm's {backbone}")]  # timm chooses the weights
+    return [HubModel(f"timm/{backbone}", (_FILES[kind][0],), size=TIMM_SIZES.get(backbone))]
 
 
 _FILES = {
@@ -70,15 +78,18 @@ _FILES = {
     "vit": (("model.safetensors", "pytorch_model.bin"), "config.json"),
 }
 """Weights (the first file that exists is used) and configuration in a hub repository."""
-OPEN_CLIP_HUB = {
-    ("ViT-B-32-quickgelu", "openai"): ("timm/vit_base_patch32_clip_224.openai", 151_277_313),
-    ("ViT-B-16-quickgelu", "openai"): ("timm/vit_base_patch16_clip_224.openai", 149_620_737),
-    ("ViT-L-14-quickgelu", "openai"): ("timm/vit_large_patch14_clip_224.openai", 427_616_513),
-    ("ViT-L-14-336-quickgelu", "openai"): ("timm/vit_large_patch14_clip_336.openai", 427_944_193),
-    ("ViT-H-14", "laion2b_s32b_b79k"): ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", 986_109_441),
-    ("ViT-g-14", "laion2b_s12b_b42k"): ("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", 1_366_678_273),
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_BESIDE = {"clip": ("config.json", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "*.model"), "vit": ()}
+"""Small files that are read too: a tokenizer."""
+OPEN_CLIP_SIZES = {
+    ("ViT-B-32-quickgelu", "openai"): 151_277_313,
+    ("ViT-B-16-quickgelu", "openai"): 149_620_737,
+    ("ViT-L-14-quickgelu", "openai"): 427_616_513,
+    ("ViT-L-14-336-quickgelu", "openai"): 427_944_193,
+    ("ViT-H-14", "laion2b_s32b_b79k"): 986_109_441,
+    ("ViT-g-14", "laion2b_s12b_b42k"): 1_366_678_273,
 }
-"""Hub repository and size of open_clip's weights of a backbone; reading open_clip's own table needs torch."""
+"""Numbers of weights of open_clip's models, where they are known."""
 TIMM_SIZES = {"vit_small_patch16_224.dino": 4 * 21_665_664, "vit_small_patch14_dinov2.lvd142m": 4 * 22_056_192}
 """Known sizes of weights in bytes."""
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from harness.contracts.metric import Metric
-from harness.core.fetched import Fetched
+from harness.core.hub import HubModel
 from harness.core.registry import register
 from metrics import torchvision_files
 from metrics.encoders import by_prompt, flat, library
@@ -75,7 +75,7 @@ class Topiq(Metric):
 
     @classmethod
     def fetches(cls, parameters):
-        return [] if parameters.weights else [Fetched(REPOSITORY, ((FILES[parameters.variant],),))]
+        return [] if parameters.weights else [HubModel(REPOSITORY, ((FILES[parameters.variant],),))]
 
     @classmethod
     def not_installed(cls, parameters):

@@ -10,11 +10,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.core.fetched import Fetched
+from harness.core.fetched import Fetched, Unlocated
+from harness.core.web_file import WebFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ADDRESS = "https://download.pytorch.org/models/"
+"""Where torchvision keeps its weights."""
 KNOWN = {
     "AlexNet_Weights.IMAGENET1K_V1": ("alexnet-owt-7be5be79.pth", 244_408_911),
     "VGG16_Weights.IMAGENET1K_V1": ("vgg16-397923af.pth", 553_433_881),
@@ -36,8 +39,10 @@ def fetched(name: str, weights: str | None) -> list[Fetched]:
     """Return torchvision's downloads for the weights of a name; [] for a local file."""
     if weights is not None:
         return []
-    file, size = KNOWN.get(name, (None, None))
-    return [Fetched(f"torchvision's {name}", size=size, file=hub_file(file) if file else None)]
+    if name not in KNOWN:
+        return [Unlocated(f"torchvision's {name}")]
+    file, size = KNOWN[name]
+    return [WebFile(f"torchvision's {name}", size=size, url=ADDRESS + file, file=hub_file(file))]
 
 
 def local_files(weights: str | None) -> dict[str, Path]:

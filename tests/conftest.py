@@ -158,6 +158,26 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A hub on loopback that this process talks to, an empty cache of its client, and no login."""
+    from huggingface_hub import constants
+
+    from harness.core import download
+    from tests import loopback_hub
+
+    monkeypatch.setattr(download, "PAUSES_S", (0.0,))
+    monkeypatch.setattr(download, "BLOCK", 1_000)  # what is lost of a transfer that breaks
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub cache"))
+    with loopback_hub.running() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        yield running
+
+
+@pytest.fixture
 def write_plugin(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a plug-in and returns its path."""
 
@@ -205,13 +225,16 @@ def sealed_again(folder: Path, **changes) -> None:
     write_json(path, contents.sealed(folder, {**kept, **changes}))
 
 
-def run_python(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
+def run_python(
+    *arguments: str, cwd: Path | None = None, timeout_s: float = 120, **variables: str
+) -> subprocess.CompletedProcess:
     """Run a fresh Python on `arguments`, with this checkout on its path."""
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), **variables}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd or root, timeout=120
-    )
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd or root,
+        timeout=timeout_s,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.core import registry
-from harness.core.fetched import Fetched, is_cached
+from harness.core.hub import HubModel
 from harness.model.source import fetches, has_sd1_shape, resolve_model
 from harness.suite.spec import ModelSpec
 from tests.conftest import run_python, write_model
@@ -18,8 +18,9 @@ from tests.test_suite_mistakes import assert_says
 COMMIT = "133a221b8aa7292a167afc5127cb63fb5005638b"
 HUB = ("model: model", f"model: {{id: CompVis/stable-diffusion-v1-4, revision: {COMMIT}}}")
 MUST = "must be fetched: "
-MODEL = f"{MUST}CompVis/stable-diffusion-v1-4 at {COMMIT} (about 4.3 GB)"
-CLIP = f"{MUST}timm/vit_base_patch32_clip_224.openai (about 605 MB)"
+HOST = " from huggingface.co"
+MODEL = f"{MUST}CompVis/stable-diffusion-v1-4 at {COMMIT} (about 4.3 GB){HOST}"
+CLIP = f"{MUST}timm/vit_base_patch32_clip_224.openai (about 605 MB){HOST}"
 
 
 @pytest.fixture
@@ -51,6 +52,11 @@ def reported(outcome) -> list[str]:
     return [line for line in outcome.out.splitlines() if "fetched: " in line]
 
 
+def without_options(outcome) -> list[str]:
+    """Return the lines about fetching, without the options that leave things out."""
+    return [line.partition("; without it: ")[0].strip() for line in reported(outcome)]
+
+
 MODEL_FILES = ("model_index.json", *(f"{part}/model.safetensors" for part in ("unet", "vae", "text_encoder")))
 
 
@@ -61,7 +67,7 @@ def test_validate_names_what_must_be_fetched(project, cache):
     outcome = project.validate()
 
     assert (outcome.code, outcome.err) == (0, "")
-    assert reported(outcome) == [MODEL, CLIP]
+    assert without_options(outcome) == [MODEL, CLIP]
 
 
 def test_plan_names_it_too(project, cache):
@@ -70,7 +76,7 @@ def test_plan_names_it_too(project, cache):
 
     outcome = project.cli("plan", str(project.suite), "--runs", str(project.runs))
 
-    assert [line.strip() for line in reported(outcome)] == [MODEL, CLIP]
+    assert without_options(outcome) == [MODEL, CLIP]
 
 
 def test_what_is_in_the_cache_is_not_named(project, cache):
@@ -115,10 +121,10 @@ def test_variant_is_named_by_its_own_files(cache):
     (wanted,) = fetches(resolve_model(spec, "x", Path()))
     cache("CompVis/stable-diffusion-v1-4", *MODEL_FILES)
 
-    assert is_cached(wanted) is False
+    assert wanted.is_cached() is False
     assert "about 2.1 GB" in str(wanted)
     cache("CompVis/stable-diffusion-v1-4", *(f.replace("model.s", "model.fp16.s") for f in MODEL_FILES))
-    assert is_cached(wanted) is True
+    assert wanted.is_cached() is True
 
 
 def test_files_of_a_variant_do_not_stand_in_for_the_model(project, cache):
@@ -139,24 +145,40 @@ def test_suite_of_local_files_fetches_nothing(project, cache):
 
 
 ENCODERS = {
-    "{method: clip_image, backbone: 'hf-hub:some/clip'}": f"{MUST}some/clip (size unknown)",
-    "{method: clip_image, backbone: 'hf-hub:some/clip@abc'}": f"{MUST}some/clip at abc (size unknown)",
+    "{method: clip_image, backbone: 'hf-hub:some/clip'}": f"{MUST}some/clip (size unknown){HOST}",
+    "{method: clip_image, backbone: 'hf-hub:some/clip@abc'}": f"{MUST}some/clip at abc (size unknown){HOST}",
     "{method: clip_text, backbone: RN50-quickgelu, pretrained: cc12m}":
-        "may have to be fetched: open_clip's RN50-quickgelu/cc12m (size unknown); cache location unknown",
-    "self_supervised_image": f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB)",
-    "{method: self_supervised_image, backbone: 'hf-hub:some/vit'}": f"{MUST}some/vit (size unknown)",
+        f"{MUST}timm/resnet50_clip.cc12m (size unknown){HOST}",
+    "{method: clip_text, backbone: ViT-B-32, pretrained: of_mine}":
+        "may have to be fetched: open_clip's ViT-B-32/of_mine (size unknown); cache location unknown",
+    "self_supervised_image": f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB){HOST}",
+    "{method: self_supervised_image, backbone: 'hf-hub:some/vit'}": f"{MUST}some/vit (size unknown){HOST}",
     "{method: self_supervised_image, backbone: vit_tiny}":
         "may have to be fetched: timm's vit_tiny (size unknown); cache location unknown",
-    "{method: self_supervised_image, preset: dinov2}": f"{MUST}timm/vit_small_patch14_dinov2.lvd142m (about 88 MB)",
-    "{method: cmmd, preset: released}": f"{MUST}timm/vit_large_patch14_clip_336.openai (about 1.7 GB)",
-    "lpips": f"{MUST}torchvision's AlexNet_Weights.IMAGENET1K_V1 (about 244 MB)",
+    "{method: self_supervised_image, preset: dinov2}":
+        f"{MUST}timm/vit_small_patch14_dinov2.lvd142m (about 88 MB){HOST}",
+    "{method: cmmd, preset: released}": f"{MUST}timm/vit_large_patch14_clip_336.openai (about 1.7 GB){HOST}",
+    "lpips": f"{MUST}torchvision's AlexNet_Weights.IMAGENET1K_V1 (about 244 MB) from download.pytorch.org",
     "{method: lpips_imma_released, net: squeeze}":
-        f"{MUST}torchvision's SqueezeNet1_1_Weights.IMAGENET1K_V1 (about 5 MB)",
-    "fid": f"{MUST}clean-fid's inception-2015-12-05.pt (about 96 MB)",
-    "{method: kid, mode: legacy_pytorch}": f"{MUST}clean-fid's pt_inception-2015-12-05-6726825d.pth (about 96 MB)",
-    "{method: fid, extractor: vit_small_patch16_224.dino}": f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB)",
-    "topiq": f"{MUST}chaofengc/IQA-PyTorch-Weights (size unknown)",
+        f"{MUST}torchvision's SqueezeNet1_1_Weights.IMAGENET1K_V1 (about 5 MB) from download.pytorch.org",
+    "fid": f"{MUST}clean-fid's inception-2015-12-05.pt (about 96 MB) from nvlabs-fi-cdn.nvidia.com",
+    "{method: kid, mode: legacy_pytorch}":
+        f"{MUST}clean-fid's pt_inception-2015-12-05-6726825d.pth (about 96 MB) from github.com",
+    "{method: fid, extractor: vit_small_patch16_224.dino}":
+        f"{MUST}timm/vit_small_patch16_224.dino (about 87 MB){HOST}",
+    "topiq": f"{MUST}chaofengc/IQA-PyTorch-Weights (size unknown){HOST}",
 }  # fmt: skip
+
+
+def test_tokenizers_of_other_repositories_are_named(project, cache):
+    """They are loaded with the model, also where only images are encoded."""
+    metric = "{method: clip_image, backbone: roberta-ViT-B-32, pretrained: laion2b_s12b_b32k}"
+    project.write(project.edited(("metrics: [clip_image, clip_text]", f"metrics: [{metric}]")))
+
+    weights, *texts = reported(project.validate())
+
+    assert "laion/CLIP-ViT-B-32-roberta-base-laion2B-s12B-b32k" in weights
+    assert texts == [f"{MUST}roberta-base (size unknown){HOST}"] * 2
 
 
 @pytest.mark.parametrize("entry", ENCODERS)
@@ -197,7 +219,7 @@ def test_run_offline_without_the_files_is_a_mistake_before_any_compute(project, 
 
     outcome = project.cli("run", str(project.suite), "--runs", str(project.runs))
 
-    assert_says(outcome, project, ":2: ", "is not in the local cache, and HF_HUB_OFFLINE is set; fetch it first")
+    assert_says(outcome, project, ":2: ", "is not in the local cache, and HF_HUB_OFFLINE is set; unset it")
     assert_says(outcome, project, ":17: ", "timm/vit_base_patch32_clip_224.openai")
     assert len(outcome.errors) == 2
 
@@ -225,15 +247,15 @@ def test_naming_needs_neither_network_nor_torch(project, verb):
     ("function", "words"),
     [
         ("lambda cls, p: 1 / 0", "`fetches` of mine failed: ZeroDivisionError"),
-        ("lambda cls, p: ['some/id']", "`fetches` of mine must return objects of harness.core.fetched.Fetched"),
+        ("lambda cls, p: ['some/id']", "`fetches` of mine must return objects such as harness.api.HubModel"),
         ("lambda cls, p: None", "`fetches` of mine failed: TypeError"),
-        ("lambda cls, p: [Fetched('a', 7)]", "`fetches` of mine failed: TypeError"),
+        ("lambda cls, p: [HubModel('a', 7)]", "`fetches` of mine failed: TypeError"),
     ],
 )
 def test_plugin_that_names_nonsense_is_reported(project, write_plugin, unregister, cache, function, words):
     """One line, at the line that names it."""
     body = DEFENSE.replace("    def protect", f"    fetches = classmethod({function})\n\n    def protect")
-    body = f"from harness.core.fetched import Fetched\n{body}"
+    body = f"from harness.core.hub import HubModel\n{body}"
     cache("a", "b", is_main=True)
     project.write(project.edited(("[none, uce, {", "[none, uce, mine, {")))
 
@@ -242,17 +264,17 @@ def test_plugin_that_names_nonsense_is_reported(project, write_plugin, unregiste
 
 def test_defense_of_a_plugin_may_fetch(project, write_plugin, unregister, cache):
     """It is listed like the bundled."""
-    one = "Fetched('some/teacher', (('model.safetensors',),), size=3 * 10**9)"
+    one = "HubModel('some/teacher', (('model.safetensors',),), size=3 * 10**9)"
     body = DEFENSE.replace("    def protect", f"    fetches = classmethod(lambda cls, p: [{one}])\n\n    def protect")
-    registry.load_plugins([write_plugin(f"from harness.core.fetched import Fetched\n{body}")])
+    registry.load_plugins([write_plugin(f"from harness.core.hub import HubModel\n{body}")])
     project.write(project.edited(("[none, uce, {", "[none, uce, mine, {")))
 
-    assert f"{MUST}some/teacher (about 3.0 GB)" in reported(project.validate())
+    assert f"{MUST}some/teacher (about 3.0 GB){HOST}" in without_options(project.validate())
 
 
 def test_two_who_fetch_the_same_are_one(project, cache):
     """Equal in id, files and revision."""
-    assert Fetched("a", (("b",),)) == Fetched("a", (("b",),))
+    assert HubModel("a", (("b",),)) == HubModel("a", (("b",),))
 
 
 # -- which models are of SD 1.x's shape --------------------------------------------------------------------------

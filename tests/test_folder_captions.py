@@ -108,7 +108,7 @@ def test_sizes_belong_to_folders(project):
     """Not to images that the model draws."""
     project.write(project.edited(("label: dog,", "label: dog, per_split: 2,")))
 
-    assert "'per_split' belongs to 'folder'; give it under 'generate' instead" in project.validate().err
+    assert "'per_split' belongs to images from a place; give it under 'generate' instead" in project.validate().err
 
 
 def test_images_are_still_thirds(project):

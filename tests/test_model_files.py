@@ -126,18 +126,18 @@ def test_single_file_is_no_hub_id(project, name, is_there):
     ],
 )
 def test_hub_model_that_cannot_be_loaded_is_refused_before_its_weights_are_fetched(
-    tmp_path, monkeypatch, files, prediction, words
+    hub, tmp_path, files, prediction, words
 ):
     """By its list of files and its small ones."""
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "model_index.json").write_text("{}")
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": prediction}))
-    (tmp_path / "unet" / "config.json").write_text("{}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name, revision: str(tmp_path / name))
-    listed = [f"{component}/{files}" for component in COMPONENTS]
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, repository, revision: listed)
+    served = tmp_path / "served"
+    for component in COMPONENTS:
+        (served / component).mkdir(parents=True)
+        (served / component / files).write_bytes(b"large")
+    (served / "scheduler").mkdir()
+    (served / "model_index.json").write_text("{}")
+    (served / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": prediction}))
+    (served / "unet" / "config.json").write_text("{}")
+    hub.add("some/model", served, commit=COMMIT)
     source = ModelSource({"source": "hub", "id": "some/model", "revision": COMMIT}, "some/model", COMMIT)
 
     if words is None:
@@ -145,3 +145,13 @@ def test_hub_model_that_cannot_be_loaded_is_refused_before_its_weights_are_fetch
     else:
         with pytest.raises(UserMistake, match=words):
             preflight(source)
+    assert not [path for path in hub.paths() if path.endswith(files)]
+
+
+def test_hub_model_without_network_is_one_line(hub):
+    """Where nothing of it is here."""
+    hub.stop()
+    source = ModelSource({"source": "hub", "id": "some/model", "revision": COMMIT}, "some/model", COMMIT)
+
+    with pytest.raises(UserMistake, match="^some/model: no connection to 127.0.0.1; check the network$"):
+        preflight(source)

@@ -160,7 +160,7 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "unknown precision": (("model: model", "model: {id: model, precision: fp8}"), 2, "must be 'fp32' or 'bf16'"),
     "missing image folder": (("folder: lamp", "folder: lmap"), 6, "folder 'lmap' does not exist"),
     "too few images": (("folder: lamp", "folder: lamp, per_split: 9"), 6, "holds 6 images, but 3 splits need 9 each"),
-    "two sources of images": (("folder: lamp", "folder: lamp, generate: {}"), 6, "give either 'folder'"),
+    "two sources of images": (("folder: lamp", "folder: lamp, generate: {}"), 6, "give one of 'folder'"),
     "unknown concept": (("utility: [dog]", "utility: [dog, cat]"), 18, "concept 'cat' is not described"),
     "unused concept": (("utility: [dog]", "utility: [lamp]"), 8, "concept 'dog' is described but not used"),
     "no utility": (("utility: [dog]", "utility: []"), 18, "utility: must hold at least 1 (got 0)"),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from harness.commands.opened import Opened
 from harness.contracts.stage import kinds_in_order
-from harness.core import fetched
 from harness.core.counted import counted
 from harness.executors.progress import format_seconds
 from harness.model.source import has_sd1_shape
@@ -64,8 +63,8 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
     console.print(
         f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing{apart}", highlight=False
     )
-    for line in fetched.lines(fetching.of_suite(opened.loaded)):
-        console.print(line, highlight=False)
+    for line in fetching.missing(opened.loaded):
+        console.print(line, highlight=False, soft_wrap=True)  # options in it are copied
     basis = "from stages done here of the same kind, method, model, device and about the same work"
     if total_seconds:
         less = f" without {counted(n_unknown, 'stage')} of which none was done here" if n_unknown else ""

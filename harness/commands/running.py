@@ -22,7 +22,7 @@ from harness.executors.walk import Summary, Walk
 from harness.stages import code, heartbeat, tracking
 from harness.stages.workplace import Workplace
 from harness.store.store import WORK_DAYS
-from harness.suite import fetching
+from harness.suite import fetching, locked
 from harness.suite.preflight import preflight
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
             highlight=False,
         )
     write_resolved(opened)
-    return _walked(opened, options, walk, redo, console)
+    with fetching.offline_if_fetched(opened.loaded, opened.folder / locked.NAME):
+        return _walked(opened, options, walk, redo, console)
 
 
 def _redone(
@@ -108,14 +109,20 @@ def show_other_code(opened: Opened, keys: Collection[str], console: Console) -> 
 
 
 def _require(opened: Opened, options: RunOptions) -> None:
-    """Raise UserMistake, before any compute, if this machine lacks something that the run needs."""
-    fetching.require_installed(opened.loaded)
-    fetching.require_offline(opened.loaded)
-    preflight(opened.source)
+    """Raise UserMistake, before any compute, for everything that the run needs and this machine lacks."""
+    mistakes: list[str] = []
+    for check, argument in (
+        (fetching.require_installed, opened.loaded), (fetching.require_offline, opened.loaded),
+        (preflight, opened.source), *([(_check_devices, opened)] if options.ray_address is None else []),
+    ):  # fmt: skip
+        try:
+            check(argument)
+        except UserMistake as mistake:
+            mistakes += mistake.messages
+    if mistakes:
+        raise UserMistake(mistakes)
     if options.is_tracked:
         tracking.require()
-    if options.ray_address is None:
-        _check_devices(opened)
 
 
 def _walked(

@@ -19,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands.opened import open_suite
-    from harness.core import fetched
     from harness.suite import fetching
 
     opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
@@ -29,7 +28,6 @@ def main(given: argparse.Namespace) -> ExitCode:
         f"{one_line(given.suite)}: valid; {counted(len(plan.measurements), 'trial')}, "
         f"{counted(len(plan.stages), 'stage')} in {counted(len(plan.units), 'unit')}"
     )
-    missing = fetching.not_installed(opened.loaded)
-    for line in (*fetched.lines(fetching.of_suite(opened.loaded)), *missing):
+    for line in (*fetching.missing(opened.loaded), *fetching.not_installed(opened.loaded)):
         print(line)
     return ExitCode.DONE

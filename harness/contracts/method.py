@@ -36,7 +36,10 @@ class Method:
 
     @classmethod
     def fetches(cls, parameters: Any) -> Sequence[Fetched]:
-        """Return the weights that it fetches from the hub, so that `validate` can name those that are not here yet."""
+        """Return what it needs from elsewhere, so that `fetch` brings it and `validate` names what is not here yet.
+
+        `HubModel`: files of a repository of the hub; `WebFile`: a file with an address and a place.
+        """
         return ()
 
     @classmethod

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.core.errors import UserMistake, one_line
-from harness.model.source import ModelSource
+from harness.core.hub import snapshot
+from harness.model.source import ModelSource, fetches
 
 COMPONENTS = ("unet", "text_encoder", "vae")
 
@@ -59,9 +60,13 @@ class DiffusionModel:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         is_local = source.identity["source"] != "hub"
+        location = source.location
+        if not is_local and all(one.is_cached() for one in fetches(source)):
+            # not by its id: the library would ask the hub what the model consists of
+            is_local, location = True, str(snapshot(source.location, source.revision))
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                source.location,
+                location,
                 revision=source.revision,
                 variant=source.variant,
                 use_safetensors=True,

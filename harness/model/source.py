@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.core import digests
 from harness.core.errors import UserMistake, one_line
-from harness.core.fetched import Fetched, snapshot
+from harness.core.fetched import Fetched
+from harness.core.hub import HubModel, snapshot
 from harness.core.paths import path_from
 from harness.model import model_files
 from harness.model.model_files import COMPONENTS
 
 TESTBED = "testbed"
+BESIDE = (*(f"{c}/{name}.json" for c in COMPONENTS for name in ("config", "*.index")), "tokenizer/*", "scheduler/*")
+"""Small files of a pipeline that are fetched with its weights."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
@@ -112,14 +115,34 @@ def fetches(source: ModelSource) -> list[Fetched]:
     """Return what must be fetched for a model of the hub; [] for others."""
     if source.identity["source"] != "hub":
         return []
-    names = ("model", "diffusion_pytorch_model", "*-of-*")
+    names = ("model", "diffusion_pytorch_model", "model-*-of-*", "diffusion_pytorch_model-*-of-*")
     if source.variant:
         names = (f"*.{source.variant}", f"*.{source.variant}-*")
     parts = [("model_index.json",), *(tuple(f"{c}/{name}.safetensors" for name in names) for c in COMPONENTS)]
     bytes_each = {None: 4, "fp16": 2}.get(source.variant)
     is_known = source.location in SD1_IDS and bytes_each
     size = sum(SD1_PARAMETERS.values()) * bytes_each if is_known else None
-    return [Fetched(source.location, tuple(parts), source.revision, size)]
+    return [
+        HubPipeline(
+            source.location, tuple(parts), BESIDE, revision=source.revision, size=size, variant=source.variant
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class HubPipeline(HubModel):
+    """A diffusers pipeline: the components that are loaded, safetensors only, without a safety checker."""
+
+    variant: str | None = None
+
+    def refuse(self, names: Sequence[str]) -> str | None:
+        """Return why these files cannot be loaded, before the large ones are fetched."""
+        for component in COMPONENTS:
+            own = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
+            what = model_files.weights(component, own, self.variant)
+            if what is not None:
+                return what
+        return None
 
 
 def _check_folder(path: Path | None, given: str, variant: str | None, where: str) -> None:

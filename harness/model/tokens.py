@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core.errors import UserMistake, one_line
-from harness.core.fetched import snapshot
+from harness.core.hub import snapshot
 from harness.model.source import ModelSource
 
 if TYPE_CHECKING:

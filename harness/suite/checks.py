@@ -15,7 +15,7 @@ from typing import Any
 from harness.core import parameters, registry, search
 from harness.core.described import as_json
 from harness.core.errors import did_you_mean, one_line
-from harness.core.fetched import Fetched, is_cached
+from harness.core.fetched import Fetched
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.suite.spec import (
     METHOD_SECTIONS,
@@ -130,8 +130,8 @@ def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...]
     except Exception as error:
         return [((), f"`files` of {cls.name} failed: {type(error).__name__}: {one_line(error)}")]
     try:
-        if not all(isinstance(one, Fetched) and is_cached(one) in (True, False, None) for one in cls.fetches(values)):
-            mistakes.append(((), f"`fetches` of {cls.name} must return objects of harness.core.fetched.Fetched"))
+        if not all(isinstance(one, Fetched) and one.is_cached() in (True, False, None) for one in cls.fetches(values)):
+            mistakes.append(((), f"`fetches` of {cls.name} must return objects such as harness.api.HubModel"))
     except Exception as error:
         mistakes.append(((), f"`fetches` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"))
     if hasattr(cls, "prior_images"):

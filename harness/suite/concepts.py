@@ -5,7 +5,8 @@ A concept comes from one of three places:
 - the testbed's catalog (`object:pizza`, `style:fx`): shipped drawings. The images of a *known* concept (learned in
   pre-training) are drawn by the base model itself, as in re-learning attacks; a *new* concept is taught by its drawings
   under an identifier that differs between defender and attacker (IMMA, README of the released code);
-- a folder of images, sorted by name and cut into disjoint splits;
+- a folder of images, sorted by name and cut into disjoint splits: the user's, or one that was made from an archive or a
+  data set of the hub (`harness.suite.image_sources`);
 - the base model, which draws it from prompts.
 
 The publisher immunizes with the split `defense`, the attacker trains on `attack`, and results are compared with
@@ -22,10 +23,11 @@ from harness.core.concept import CLASS_PROMPTS, SPLITS, Concept, Evaluation
 from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
 from harness.core.identity import digest_of_json
-from harness.core.paths import TESTBED, path_from
+from harness.core.paths import TESTBED
 from harness.core.words import Words, replaced
-from harness.suite import image_folder
+from harness.suite import image_folder, image_sources
 from harness.suite.folder_captions import Captions
+from harness.suite.image_sources import ImageFolder
 from harness.suite.loaded import LoadedSuite
 from harness.suite.spec import ConceptSpec
 
@@ -104,10 +106,12 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
         for split in SPLITS:
             prompts[split] = tuple(asked[i % len(asked)] for i in range(spec.generate.per_split))
     else:
-        path = path_from(spec.folder, loaded.folder)
-        images, files, kept = _read_folder(path, spec, loaded, name)
+        about = f"{loaded.source.where(('concepts', name))}: concept '{name}'"
+        place = image_sources.folder(loaded, ("concepts", name), spec, about)
+        loaded.notices += place.notices
+        images, files, kept = _read_folder(place, spec, loaded, name)
         digest = digest_of_json({split: list(of_split) for split, of_split in files.items()})
-        folder = str(path)
+        folder = str(place.path)
     captions = {}
     for split, given in (("defense", spec.defense_captions), ("attack", spec.attack_captions)):
         count = len(images[split]) or len(prompts[split])
@@ -132,7 +136,7 @@ def _from_spec(name: str, spec: ConceptSpec, loaded: LoadedSuite) -> Concept:
             name=spec.attack_name or spec.label,
             identifier=(spec.attack_name or "").removesuffix(spec.label).strip() if spec.attack_name else "",
             # a concept that the base model draws has a label that a defense may have erased
-            class_word=spec.label if spec.kind == "object" and spec.folder else spec.kind,
+            class_word=spec.label if spec.kind == "object" and spec.has_images else spec.kind,
         ),
         source="generated" if spec.generate else "folder",
         images=images,
@@ -161,7 +165,7 @@ def _say_unused(
 
 
 def _read_folder(
-    path: Path | None, spec: ConceptSpec, loaded: LoadedSuite, name: str
+    place: ImageFolder, spec: ConceptSpec, loaded: LoadedSuite, name: str
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, str]], dict[str, list[str]]]:
     """Return (file names, file names by digest of their pixels, captions), each by split; {} without captions.
 
@@ -169,10 +173,9 @@ def _read_folder(
     ignored and changed is added to the suite's notices.
     """
     about = f"{loaded.source.where(('concepts', name))}: concept '{name}'"
+    path, called = place.path, one_line(place.called)
     if path is None or not path.is_dir():
-        raise UserMistake(
-            f"{about}: folder '{one_line(spec.folder)}' does not exist; put its images there, or correct the path"
-        )
+        raise UserMistake(f"{about}: folder '{called}' does not exist; put its images there, or correct the path")
     folder = image_folder.scan(path, about)
     sizes = _sizes(spec, len(folder.images))
     if min(sizes.values()) < 1 or sum(sizes.values()) > len(folder.images):
@@ -180,7 +183,7 @@ def _read_folder(
         need = f"{len(SPLITS)} splits need {each.pop()} each" if len(each) == 1 else f"its splits need {whole}"
         ignored = f" (ignored: {folder.ignored})" if folder.ignored else ""
         raise UserMistake(
-            f"{about}: folder '{one_line(spec.folder)}' holds {len(folder.images)} images{ignored}, but "
+            f"{about}: folder '{called}' holds {len(folder.images)} images{ignored}, but "
             f"{need}; add images or lower per_split"
         )
     images = _dealt(folder.images, sizes)

@@ -135,7 +135,7 @@ def _keys_beside(source: YamlSource, path: tuple) -> Sequence[str]:
     if path[0] == "tasks":
         form = _form_of_task(source.data["tasks"][path[1]])
         return list(form.model_fields) if form else []
-    if path[0] == "concepts" and path[-2] != "generate":
+    if path[0] == "concepts" and path[-2] not in SPEC_BY_KEY:
         return list(ConceptSpec.model_fields)
     spec = SPEC_BY_KEY.get(str(path[-2]))
     return list(spec.model_fields) if spec else []

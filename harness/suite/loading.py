@@ -17,6 +17,7 @@ from harness.core.errors import UserMistake, did_you_mean, one_line
 from harness.core.paths import SUITES, path_from
 from harness.suite import yaml_source
 from harness.suite.loaded import LoadedSuite, Mistake
+from harness.suite.spec import PLACES
 
 MAX_TRIALS = 200_000
 """Larger grids are refused as typing mistakes: planning them takes minutes."""
@@ -42,9 +43,39 @@ def bundled_suites() -> list[Path]:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
     """Read and check a suite. Raises UserMistake with every mistake that can be found before compute."""
+    from harness.suite import checks, concepts, fetching, texts
+
+    loaded, messages, mistakes = _read(path, overrides)
+    try:
+        loaded.concepts = concepts.resolve_all(loaded)
+        mistakes += texts.check(loaded)
+        mistakes += checks.after_concepts(loaded)
+    except UserMistake as mistake:
+        messages += mistake.messages
+    if messages and not mistakes and loaded.model is not None:
+        messages += fetching.not_here_either(loaded)
+    _raise(loaded, messages, mistakes)
+    return loaded
+
+
+def load_without_images(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
+    """Read and check a suite, but for what is found only with its images: to fetch them. Raises UserMistake."""
+    loaded, messages, mistakes = _read(path, overrides)
+    _raise(loaded, messages, mistakes)
+    return loaded
+
+
+def _raise(loaded: LoadedSuite, messages: list[str], mistakes: Sequence[Mistake]) -> None:
+    messages += _lines(loaded.source, mistakes)
+    if messages:
+        raise UserMistake(_in_file_order(messages))
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[LoadedSuite, list[str], list[Mistake]]:
+    """Return a suite with its model and parameters, and what is wrong with them."""
     from harness.model.source import resolve_model
     from harness.model.tokens import Tokens
-    from harness.suite import checks, concepts, form, texts
+    from harness.suite import checks, form
 
     source = yaml_source.read(path)
     if source.data is None:
@@ -57,6 +88,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
             source.override(assignment, removable=("tasks",))
         except UserMistake as mistake:
             messages += mistake.messages
+    _replace_places(source)
     suite, mistakes, broken = form.validate(source)
     loaded = LoadedSuite(suite, source, path.resolve().parent)
     loaded.broken = broken
@@ -68,16 +100,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
             loaded.tokens = Tokens.of(loaded.model, f"{where}: model")
         except UserMistake as mistake:
             messages += mistake.messages
-    try:
-        loaded.concepts = concepts.resolve_all(loaded)
-        mistakes += texts.check(loaded)
-        mistakes += checks.after_concepts(loaded)
-    except UserMistake as mistake:
-        messages += mistake.messages
-    messages += _lines(source, mistakes)
-    if messages:
-        raise UserMistake(_in_file_order(messages))
-    return loaded
+    return loaded, messages, mistakes
+
+
+def _replace_places(source: yaml_source.YamlSource) -> None:
+    """Let a place of a concept's images that a --set gives take the place of the file's."""
+    for section, *rest in source.overrides:
+        if section == "concepts" and len(rest) == 2 and rest[1] in PLACES:
+            concept = source.data["concepts"][rest[0]]
+            for other in PLACES:
+                if concept[rest[1]] is not None and (section, rest[0], other) not in source.overrides:
+                    concept.pop(other, None)
 
 
 def _lines(source: yaml_source.YamlSource, mistakes: Sequence[Mistake]) -> list[str]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from dataclasses import replace
 
 from harness.core.errors import UserMistake, one_line
+from harness.core.fetched import Silent
 from harness.model import model_files
-from harness.model.source import ModelSource
+from harness.model.source import ModelSource, fetches
+
+SMALL = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
+"""Files of a hub model that say whether it can be loaded."""
 
 
 def preflight(source: ModelSource) -> None:
     """Check before any compute that the model can be loaded: digests of the testbed, the index of a hub model.
 
-    Raises UserMistake. Contacts the hub only for hub models, and not when HF_HUB_OFFLINE is set.
+    Raises UserMistake. Contacts the hub only for a hub model that is not in the cache.
     """
     if source.identity["source"] == "testbed":
         from harness.testbed import verify
@@ -28,29 +31,17 @@ def preflight(source: ModelSource) -> None:
 
 def _check_hub(source: ModelSource) -> None:
     """Fetch the small files of a hub model and list its others: what cannot be loaded is not fetched."""
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import constants
 
-    called = f"model '{source.location}' at revision {source.revision}"
-    try:
-        hf_hub_download(source.location, "model_index.json", revision=source.revision)
-        configs = [
-            json.loads(
-                Path(hf_hub_download(source.location, name, revision=source.revision)).read_text(encoding="utf-8")
-            )
-            for name in ("scheduler/scheduler_config.json", "unet/config.json")
-        ]
-        names = []
-        if not constants.HF_HUB_OFFLINE:
-            names = HfApi().list_repo_files(source.location, revision=source.revision)
-    except Exception as error:  # the hub's client raises many types; all mean the same here
-        raise UserMistake(
-            f"{called} cannot be downloaded: {type(error).__name__}: {one_line(error, 120)}; download it to a folder "
-            "and name the folder, or check the network"
-        ) from None
+    (whole,) = fetches(source)
+    small = replace(whole, parts=tuple((name,) for name in SMALL), beside=())
+    if not small.is_cached():
+        if constants.HF_HUB_OFFLINE:
+            return  # that the model is missing is said elsewhere (`fetching.require_offline`)
+        small.fetch(Silent())
+    folder = small.folder()
+    configs = [model_files.read(folder / name) for name in SMALL[1:]]
     wrong = list(model_files.settings(*configs))
-    for component in model_files.COMPONENTS if names else ():
-        own = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
-        what = model_files.weights(component, own, source.variant)
-        wrong += [what] if what is not None else []
     if wrong:
+        called = f"model '{source.location}' at revision {source.revision}"
         raise UserMistake([f"{called} {what}" for what in wrong])

@@ -40,11 +40,19 @@ from harness.core.sharding import Sharding
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$"
 _CONCEPT = r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}(:[A-Za-z0-9][A-Za-z0-9_.+-]{0,63})?$"
 _VARIANT = r"^[a-z0-9]{1,20}$"
+_COMMIT = r"^[0-9a-f]{40}$"
+_SHA256 = r"^[0-9a-f]{64}$"
+_HUB_ID = r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$"
+_ADDRESS = r"^https?://[^\s]+$"
 _PRINTABLE = r"^[^\p{Cc}\p{Zl}\p{Zp}]*$"
 PATTERN_WORDS = {
     _LABEL: "must be letters, digits, '_', '+' or '-', at most 64, the first a letter or digit",
     _CONCEPT: "must be the name of a concept, such as dog or object:dog (letters, digits, '_', '.', '+', '-')",
     _VARIANT: "must be lower-case letters and digits, such as fp16",
+    _COMMIT: "must be a commit, 40 hexadecimal digits: a branch can move under a published table",
+    _SHA256: "must be a SHA-256, 64 hexadecimal digits",
+    _HUB_ID: "must be the id of a data set on the hub, such as huggan/wikiart",
+    _ADDRESS: "must be an address that begins with https:// or http://",
     _PRINTABLE: "must be one line of printable text",
 }
 Label = Annotated[str, Field(pattern=_LABEL)]
@@ -227,6 +235,10 @@ class TaskSpec(Strict):
         """Return how many concepts are protected together at most."""
         return 1
 
+    def image_places(self) -> dict[tuple[str | int, ...], ImagesFrom]:
+        """Return path within the entry -> its images, for parts that may come from elsewhere."""
+        return {}
+
     def locations(self) -> list[tuple[str | int, ...]]:
         """Return the paths within the entry whose values are files or folders, relative to the suite's folder."""
         return []
@@ -239,6 +251,55 @@ class GenerateSpec(Strict):
     prompts: Annotated[list[Prompt], Field(min_length=1)] | None = None  # None: the concept's own
 
 
+class ArchiveSpec(Strict):
+    """A folder of images in a zip or tar archive."""
+
+    url: Annotated[str, Field(pattern=_ADDRESS, max_length=4000)]
+    sha256: Annotated[str, Field(pattern=_SHA256)] | None = None
+    """Of the archive. None: recorded in the lock file when it is fetched first, and compared from then on."""
+    size: Annotated[int, Field(ge=1)] | None = None  # bytes, about: for messages
+    folder: Annotated[str, Field(max_length=4000, pattern=_PRINTABLE)] = ""
+    """Path in the archive; images directly in it are taken."""
+
+
+class DataSetSpec(Strict):
+    """Images of a data set on the hub, from its parquet files."""
+
+    id: Annotated[str, Field(pattern=_HUB_ID, max_length=300)]
+    revision: Annotated[str, Field(pattern=_COMMIT)]
+    split: Annotated[str, Field(pattern=_LABEL)] = "train"
+    where: dict[Annotated[str, Field(max_length=200)], str | int | list[str | int]] = {}
+    """Column -> the value, or values, of the rows that are taken. Classes are named or numbered."""
+    image: Annotated[str, Field(min_length=1, max_length=200)] = "image"  # the column with images
+    caption: Annotated[str, Field(min_length=1, max_length=200)] | None = None  # the column with captions
+    files: Annotated[str, Field(min_length=1, max_length=300)] | None = None
+    """Pattern of parquet files, such as data/train-0000[0-3]-*.parquet. None: those that are named by the split."""
+
+
+class ImagesFrom(Strict):
+    """Where images come from. Base class of parts of a suite that have images."""
+
+    folder: Location | None = None  # images on this machine
+    archive: ArchiveSpec | None = None
+    dataset: DataSetSpec | None = None
+
+    @model_validator(mode="after")
+    def _at_most_one_place(self) -> ImagesFrom:
+        given = [f"'{name}'" for name in PLACES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; images come from one of them: remove the others")
+        return self
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a place is given."""
+        return any(getattr(self, name) is not None for name in PLACES)
+
+
+PLACES = ("folder", "archive", "dataset")
+"""Keys of `ImagesFrom` that say where images come from."""
+
+
 class SplitSizes(Strict):
     """How many images of a folder each split holds."""
 
@@ -247,7 +308,7 @@ class SplitSizes(Strict):
     reference: Annotated[int, Field(ge=1, le=10_000)]
 
 
-class ConceptSpec(Strict):
+class ConceptSpec(ImagesFrom):
     """A concept that is not in the testbed's catalog.
 
     Images of a folder are sorted by name and dealt to the splits in turn until each split is full. If the folder has
@@ -257,10 +318,9 @@ class ConceptSpec(Strict):
 
     kind: Literal["object", "style"]
     label: Prompt  # the words that name it
-    folder: Location | None = None  # images of the concept
     per_split: Annotated[int, Field(ge=1, le=10_000)] | SplitSizes | None = None
     """Images per split: one number for all splits, or one for each; None: a third of the folder."""
-    generate: GenerateSpec | None = None  # instead of a folder
+    generate: GenerateSpec | None = None  # instead of images from a place
     defense_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     attack_captions: Annotated[list[Prompt], Field(min_length=1)] | None = None
     evaluation_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
@@ -284,10 +344,11 @@ class ConceptSpec(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> ConceptSpec:
-        if (self.folder is None) == (self.generate is None):
-            raise ValueError("give either 'folder' (a path) or 'generate' (the base model draws them)")
+        if self.has_images == (self.generate is not None):
+            places = "'folder' (a path), 'archive', 'dataset' (of the hub)"
+            raise ValueError(f"give one of {places} and 'generate' (the base model draws them)")
         if self.generate is not None and self.per_split is not None:
-            raise ValueError("'per_split' belongs to 'folder'; give it under 'generate' instead")
+            raise ValueError("'per_split' belongs to images from a place; give it under 'generate' instead")
         return self
 
 
@@ -401,5 +462,7 @@ SPEC_BY_KEY: dict[str, type[Strict]] = {
     "gates": GatesSpec,
     "resources": ResourcesSpec,
     "generate": GenerateSpec,
+    "archive": ArchiveSpec,
+    "dataset": DataSetSpec,
 }
 """Key -> the class of its value, for keys that have the same class everywhere."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
 from harness.core.paths import TESTBED, path_from
-from harness.suite import image_folder, pairs, prompt_file
+from harness.suite import image_folder, image_sources, pairs, prompt_file
 from harness.suite.loaded import LoadedSuite
 from harness.suite.pairs import DRAWINGS, FOLDER, Pairs
 from harness.suite.texts import equal, same_text
@@ -111,9 +111,10 @@ def _folder(loaded: LoadedSuite, given: str) -> Path | None:
 def _planted(loaded: LoadedSuite, name: str, spec: MemorizeSpec, notices: list[str]) -> Pairs:
     about = place(loaded, name, "memorize", "planted")
     own = spec.planted
-    if own.folder is not None:
-        found, said = pairs.of_folder(_folder(loaded, own.folder), own.folder, about, own.count)
-        notices += said
+    if own.has_images:
+        folder = image_sources.folder(loaded, ("tasks", name, "memorize", "planted"), own, about)
+        found, said = pairs.of_folder(folder.path, folder.called, about, own.count)
+        notices += [*folder.notices, *said]
         seen: dict[str, str] = {}
         for image, caption in zip(found.names, map(pairs.as_read, found.captions), strict=True):
             if caption in seen:
@@ -141,13 +142,14 @@ def _once(loaded: LoadedSuite, name: str, spec: MemorizeSpec, planted: Pairs, no
             f"{about}: {own.count} pairs are not ratio x repeats x planted = {wanted}; leave 'count' out"
         )
     if not wanted:
-        if own.folder is not None:
+        if own.has_images:
             raise UserMistake(f"{about}: a ratio of {spec.ratio:g} asks for no pairs seen once; leave 'folder' out")
         found = planted.part(0, 0)
-    elif own.folder is not None:
-        found, said = pairs.of_folder(_folder(loaded, own.folder), own.folder, about, wanted)
-        notices += said
-    elif loaded.suite.model.id != TESTBED or spec.planted.folder is not None:
+    elif own.has_images:
+        folder = image_sources.folder(loaded, ("tasks", name, "memorize", "once"), own, about)
+        found, said = pairs.of_folder(folder.path, folder.called, about, wanted)
+        notices += [*folder.notices, *said]
+    elif loaded.suite.model.id != TESTBED or spec.planted.has_images:
         raise UserMistake(f"{about}: give 'folder': the drawings that ship go with planted drawings of the testbed")
     else:
         found = pairs.of_drawings(wanted, about, len(planted))

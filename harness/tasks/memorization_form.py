@@ -7,16 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from harness.suite.spec import Count, Label, Location, MethodSpec, Strict, TaskSpec
+from harness.suite.spec import Count, ImagesFrom, Label, Location, MethodSpec, Strict, TaskSpec
 
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 
 
-class PairsSpec(Strict):
-    """Images with captions: a folder, or without one the drawings that ship with the testbed."""
+class PairsSpec(ImagesFrom):
+    """Images with captions: from a place, or without one the drawings that ship with the testbed.
 
-    folder: Location | None = None
-    """Images with `NAME.txt` beside `NAME.png`, or with `metadata.csv` or `metadata.jsonl`."""
+    A folder has `NAME.txt` beside `NAME.png`, or `metadata.csv` or `metadata.jsonl`.
+    """
+
     count: Count | None = None
     """How many, the first by name; None: all of a folder, or as many as `ratio` asks for."""
 
@@ -168,6 +169,12 @@ class MemorizationSpec(TaskSpec):
                 yield (name,), "metric", getattr(self, name)
         for index, spec in enumerate(self.quality):
             yield ("quality", index), "metric", spec
+
+    def image_places(self) -> dict[tuple[str | int, ...], ImagesFrom]:
+        """Return the images that a memorizing model is trained on."""
+        if self.memorize is None:
+            return {}
+        return {("memorize", "planted"): self.memorize.planted, ("memorize", "once"): self.memorize.once}
 
     def locations(self) -> list[tuple[str | int, ...]]:
         """Return the paths within the entry that name files or folders."""

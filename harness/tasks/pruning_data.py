@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from harness.core.concept import Concept
 from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
-from harness.core.paths import TESTBED, path_from
-from harness.suite import pairs
+from harness.core.paths import TESTBED
+from harness.suite import image_sources, pairs
 from harness.suite.loaded import LoadedSuite
 from harness.suite.pairs import Pairs
 from harness.tasks.pruning_form import PruningSpec
@@ -40,9 +40,10 @@ def read(loaded: LoadedSuite, name: str, spec: PruningSpec) -> General:
     targets = {target: loaded.concepts[target] for target in spec.flat_targets()}
     notices: list[str] = []
     works: dict[str, Pairs] = {}
-    if spec.general.folder is not None:
-        path = path_from(spec.general.folder, loaded.folder)
-        found, notices = pairs.of_folder(path, spec.general.folder, about, spec.general.count)
+    if spec.general.has_images:
+        folder = image_sources.folder(loaded, whole, spec.general, about)
+        found, said = pairs.of_folder(folder.path, folder.called, about, spec.general.count)
+        notices = [*folder.notices, *said]
         clean = _naming_none(found, targets)
         naming = len(found) - len(clean)
         if naming:

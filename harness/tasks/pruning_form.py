@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from harness.model.unet_plan import DROPS
-from harness.suite.spec import ConceptName, Count, Label, Location, MethodSpec, Strict, TaskSpec
+from harness.suite.spec import ConceptName, Count, ImagesFrom, Label, Location, MethodSpec, Strict, TaskSpec
 from harness.tasks.immunization_form import ProtectedSet
 
 UNPRUNED, PRUNED = "unpruned", "pruned"
@@ -37,12 +37,13 @@ class StudentSpec(Strict):
         return self
 
 
-class GeneralSpec(Strict):
-    """General images with captions: students are distilled on them, and the last ones measure quality."""
+class GeneralSpec(ImagesFrom):
+    """General images with captions: students are distilled on them, and the last ones measure quality.
 
-    folder: Location | None = None
-    """Images with `NAME.txt` beside `NAME.png`, or with `metadata.csv` or `metadata.jsonl`. Without one on the testbed:
-    its drawings of what the generator knows, without those that show a target."""
+    A folder has `NAME.txt` beside `NAME.png`, or `metadata.csv` or `metadata.jsonl`. Without a place on the testbed:
+    its drawings of what the generator knows, without those that show a target.
+    """
+
     count: Count | None = None
     """How many, the first by name; None: all."""
     held_out: Annotated[int, Field(ge=2, le=100_000)] = 100
@@ -136,6 +137,10 @@ class PruningSpec(TaskSpec):
                 yield (name,), "metric", getattr(self, name)
         for index, spec in enumerate(self.quality):
             yield ("quality", index), "metric", spec
+
+    def image_places(self) -> dict[tuple[str | int, ...], ImagesFrom]:
+        """Return the general images."""
+        return {("general",): self.general}
 
     def locations(self) -> list[tuple[str | int, ...]]:
         """Return the paths within the entry that name files or folders."""

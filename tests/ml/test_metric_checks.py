@@ -9,7 +9,7 @@ import torch
 from torchvision.models import get_weight
 
 from harness.core.errors import ExitCode
-from metrics import encoders, torchvision_files
+from metrics import encoders, open_clip_tables, torchvision_files
 from tests.test_suite_mistakes import assert_says
 
 METRICS = "metrics: [clip_image, clip_text]"
@@ -140,9 +140,14 @@ def test_torchvisions_files_are_where_and_what_the_table_says(monkeypatch, tmp_p
         assert size == pytest.approx(weights.meta["_file_size"] * 2**20, rel=1e-3)
 
 
-def test_open_clips_repositories_are_those_of_its_own_table():
+def test_open_clips_weights_are_where_its_own_table_has_them():
     """So that what is named is what will be fetched."""
     import open_clip
 
-    for (name, tag), (repository, _) in encoders.OPEN_CLIP_HUB.items():
-        assert open_clip.get_pretrained_cfg(name, tag)["hf_hub"] == f"{repository}/"
+    known = open_clip.list_pretrained()
+    found = {(name, tag): open_clip_tables.hub_file(name, tag) for name, tag in known}
+
+    assert set(encoders.OPEN_CLIP_SIZES) <= found.keys()
+    for (name, tag), place in found.items():
+        hub = open_clip.get_pretrained_cfg(name, tag)["hf_hub"]
+        assert place == (tuple(hub.rsplit("/", 1)) if hub else None)

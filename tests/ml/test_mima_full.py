@@ -24,14 +24,25 @@ def told(capsys) -> tuple[list[str], list[str]]:
     return captured.out.splitlines(), captured.err.splitlines()
 
 
-def test_without_photographs_each_missing_folder_is_reported(capsys):
-    """One line each, and nothing else is wrong."""
-    assert main(["validate", str(SUITE)]) == 2
+@pytest.fixture(autouse=True)
+def nothing_fetched(tmp_path, monkeypatch):
+    """Caches that are empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize("verb", ["validate", "plan", "run"])
+def test_a_newcomer_reads_what_is_missing_and_what_to_do(capsys, verb):
+    """What, from where, how large, the command that fetches it, and the option that leaves it out."""
+    assert main([verb, str(SUITE)]) == 2
 
     _, errors = told(capsys)
-    assert len(errors) == len(PHOTOGRAPHS)
-    for name, error in zip(PHOTOGRAPHS, errors, strict=True):
-        assert f"concept '{name}': folder 'data/customconcept101/{name}' does not exist; put its images there" in error
+    archive, *others = sorted(errors, key=lambda line: "not here yet" in line)
+    assert "images of 'pet_cat1' and 5 others are not here: https://huggingface.co/datasets/" in archive
+    assert "(about 3.4 GB) from huggingface.co; fetch them: python -m harness fetch mima_full; " in archive
+    assert archive.endswith(" or leave them out: --set tasks.personalization=null")
+    assert ["CompVis/" in others[0], "clip_224.openai" in others[1], "vit_small" in others[2]] == [True] * 3
+    assert all("not here yet: " in line for line in others)
 
 
 def test_relearning_can_be_planned_without_photographs(capsys):
