@@ -10,7 +10,7 @@ from harness.contracts.stage import kinds_in_order
 from harness.core import fetched
 from harness.core.counted import counted
 from harness.executors.progress import format_seconds
-from harness.model.source import has_sd1_shape
+from harness.model.source import SD1_UNET, has_sd1_shape
 from harness.plan import cost
 from harness.suite import fetching
 
@@ -61,9 +61,7 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
         if any(measurement.is_apart for measurement in plan.measurements)
         else ""
     )
-    console.print(
-        f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing{apart}", highlight=False
-    )
+    console.print(f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing{apart}", highlight=False)
     for line in fetched.lines(fetching.of_suite(opened.loaded)):
         console.print(line, highlight=False)
     basis = "from stages done here of the same kind, method, model, device and about the same work"
@@ -90,10 +88,12 @@ def _show_gpu_hours(opened: Opened, passes: float, tflops: float | None, console
     if tflops is None:
         tflops, assumed = cost.SUSTAINED[opened.loaded.suite.model.precision]
         basis = f"{tflops:g} TFLOP/s, an assumption: {assumed}; give what yours sustains with --tflops"
+    side = opened.source.resolution // cost.SD1_PIXELS if opened.source.resolution else SD1_UNET["sample_size"]
+    flops = cost.sd1_flops(side)
     console.print(
-        f"GPU-hours to do: about {cost.gpu_hours(passes, tflops):,.1f} = {passes:,.0f} passes x "
-        f"{cost.SD1_UNET_FLOPS / 1e12:.3f} TFLOP (SD 1.x UNet, 64 x 64 latents) / {basis}. Text encoder, VAE and "
-        "metrics are not in it",
+        f"GPU-hours to do: about {cost.gpu_hours(passes, tflops, flops):,.1f} = {passes:,.0f} passes x "
+        f"{flops / 1e12:.3f} TFLOP (SD 1.x UNet, {side} x {side} latents) / {basis}. Text encoder, VAE and metrics are "
+        "not in it",
         highlight=False,
     )
 

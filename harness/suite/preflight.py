@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from harness.core.errors import UserMistake, one_line
-from harness.model import model_files
+from harness.model import model_files, resolution
 from harness.model.source import ModelSource
 
 
@@ -31,13 +31,15 @@ def _check_hub(source: ModelSource) -> None:
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     called = f"model '{source.location}' at revision {source.revision}"
+    read = ["scheduler/scheduler_config.json", "unet/config.json"]
+    read += ["vae/config.json"] if source.resolution is not None else []
     try:
         hf_hub_download(source.location, "model_index.json", revision=source.revision)
         configs = [
             json.loads(
                 Path(hf_hub_download(source.location, name, revision=source.revision)).read_text(encoding="utf-8")
             )
-            for name in ("scheduler/scheduler_config.json", "unet/config.json")
+            for name in read
         ]
         names = []
         if not constants.HF_HUB_OFFLINE:
@@ -47,7 +49,9 @@ def _check_hub(source: ModelSource) -> None:
             f"{called} cannot be downloaded: {type(error).__name__}: {one_line(error, 120)}; download it to a folder "
             "and name the folder, or check the network"
         ) from None
-    wrong = list(model_files.settings(*configs))
+    wrong = list(model_files.settings(*configs[:2]))
+    if source.resolution is not None and (what := resolution.fault(source.resolution, *configs[1:])):
+        wrong.append(what)
     for component in model_files.COMPONENTS if names else ():
         own = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
         what = model_files.weights(component, own, source.variant)

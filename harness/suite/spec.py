@@ -94,6 +94,8 @@ class ModelSpec(Strict):
     revision: Annotated[str, Field(max_length=300)] | None = None
     variant: Annotated[str, Field(pattern=_VARIANT)] | None = None  # such as fp16: names the weight files
     precision: Literal["fp32", "bf16"] = "fp32"
+    resolution: Annotated[int, Field(ge=8, le=4096)] | None = None
+    """Side in pixels of the square that images are cropped to, trained on and drawn at. None: the model's own."""
 
 
 class MethodSpec(Strict):
