@@ -93,7 +93,8 @@ class ModelSpec(Strict):
     id: Location
     revision: Annotated[str, Field(max_length=300)] | None = None
     variant: Annotated[str, Field(pattern=_VARIANT)] | None = None  # such as fp16: names the weight files
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16: the UNet computes under autocast over fp32 weights. fp16 is for GPUs without bf16."""
     resolution: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Side in pixels of the square that images are cropped to, trained on and drawn at. None: the model's own."""
 
