@@ -86,7 +86,7 @@ def _show_gpu_hours(opened: Opened, passes: float, tflops: float | None, console
         return
     basis = f"{tflops:g} TFLOP/s, as given" if tflops is not None else ""
     if tflops is None:
-        tflops, assumed = cost.SUSTAINED[opened.loaded.suite.model.precision]
+        tflops, assumed = cost.SUSTAINED[cost.hardware(opened.loaded.suite.model.computes_in)]
         basis = f"{tflops:g} TFLOP/s, an assumption: {assumed}; give what yours sustains with --tflops"
     side = opened.source.resolution // cost.SD1_PIXELS if opened.source.resolution else SD1_UNET["sample_size"]
     flops = cost.sd1_flops(side)

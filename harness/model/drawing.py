@@ -175,7 +175,7 @@ def _decoded(drawing: Drawing, generators: Sequence[torch.Generator]) -> Tensor:
             drawing.run.notify("images whose decoding overflows in fp16 are decoded in fp32")
         numbers["decoded_in_fp32"] = numbers.get("decoded_in_fp32", 0) + int(lost.sum())
         with torch.autocast(drawing.model.device.type, enabled=False):
-            decoded = decoded.float().index_put((lost,), decode(lost).float())
+            decoded[lost] = decode(lost).to(decoded)
     return decoded
 
 

@@ -228,7 +228,11 @@ def _sharded(loaded: LoadedSuite) -> list[Mistake]:
 def _precisions(loaded: LoadedSuite) -> list[Mistake]:
     """Find methods that do not work in the suite's precision, also those that prepare a defense."""
     mistakes: list[Mistake] = []
-    kind = loaded.suite.model.precision if loaded.suite.model is not None else "fp32"
+    suite = loaded.suite
+    kind = suite.model.precision if suite.model is not None else "fp32"
+    if suite.model is not None and suite.model.tf32 and not suite.resources.gpus:
+        where = loaded.source.where(("model", "tf32"))
+        loaded.notices.append(f"{where}: model.tf32: has no effect on a CPU, and resources.gpus is 0")
     for path, of, spec in loaded.methods():
         values = loaded.parameters.get(tuple(map(str, path)))
         if spec is None or values is None:

@@ -1,4 +1,4 @@
-"""How far a hypergradient in fp32, bf16 or fp16 is from the exact one in fp64, by mode and length of the difference's step.
+"""How far a hypergradient in fp32, bf16 or fp16 is from the exact one in fp64, by mode and length of a difference.
 
     python -m tests.benchmarks.hypergradient_error [--model tiny]
 
