@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from harness.core.counted import counted
 from harness.model.loss_scale import MOST_SKIPPED, Overflow
 from harness.model.run import Run
 from harness.model.saved_state import UnfitState
@@ -99,6 +100,9 @@ def trajectory(run: Run, learner: Learner, stops: Sequence[int], what: str) -> I
             with run.ledger.phase("save"):
                 run.save_state(index + 1, learner.state(), last)
     note(last)
+    skipped = run.loss_scale.skipped
+    if skipped and run.world.rank == 0:
+        run.notify(f"{what} skipped {counted(skipped, 'step')} of {steps}: not finite in fp16")
 
 
 def _step(run: Run, learner: Learner, index: int, steps: int, what: str) -> Mapping[str, float]:

@@ -262,8 +262,10 @@ def finite_curvature(
     The vector passes through fp16 too. Its largest value is brought to about 1 by a power of two: the gradients that it
     holds may be smaller than fp16's numbers.
     """
-    largest = max((float(value.abs().max()) for value in vector.values() if value.numel()), default=0.0)
-    if run is None or not run.scales_loss or not 0 < largest < math.inf:
+    if run is None or not run.scales_loss:
+        return compute(loss, vector)
+    largest = float(torch.stack([value.abs().max() for value in vector.values()]).max())
+    if not 0 < largest < math.inf:
         return finite_gradient(run, loss, lambda parts: compute(parts, vector))
     factor = 2.0 ** -math.frexp(largest)[1]
     near_one = {name: value * factor for name, value in vector.items()}

@@ -117,9 +117,11 @@ def test_gradient_that_overflows_is_computed_again_at_a_smaller_scale(make_run):
 
 
 def test_step_whose_forward_pass_overflows_is_skipped_and_counted(make_run):
-    """Weights and moments are as if it had not been; its batch is not made up for, and the scale is not to blame."""
+    """Weights and moments are as if it had not been, and the scale is not to blame; a line says so."""
     line, without = Line(half(make_run(name="one"))), Line(half(make_run(name="other")))
     line.inputs[7] = LARGE
+    said = []
+    line.run.notify = said.append
     train_line(line, 20)
     for index in range(20):
         if index != 7:
@@ -128,6 +130,7 @@ def test_step_whose_forward_pass_overflows_is_skipped_and_counted(make_run):
     assert all(
         torch.equal(one, other) for one, other in zip(line.values().values(), without.values().values(), strict=True)
     )
+    assert said == ["a test skipped 1 step of 20: not finite in fp16"]
     assert line.run.ledger.numbers["skipped_steps"] == 1
     assert line.run.ledger.numbers["repeated_gradients"] == 0
     assert line.run.ledger.numbers["loss_scale"] == loss_scale.START
