@@ -81,7 +81,11 @@ class Weights(Protocol):
         """Install values permanently: optimizer steps continue from them."""
 
     def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
-        """Return the gradient of the loss, averaged over all processes; zero for weights it does not depend on."""
+        """Return the gradient of the loss, averaged over all processes; zero for weights it does not depend on.
+
+        In fp16 it may evaluate the loss again at a smaller scale, and raises `harness.model.loss_scale.Overflow` if no
+        scale serves: the training loop then skips the step.
+        """
 
     def evaluate(self, loss: Loss) -> None:
         """Evaluate every part without a gradient, for the values that parts keep; a collective call."""
@@ -267,7 +271,7 @@ def finite_curvature(
     largest = float(torch.stack([value.abs().max() for value in vector.values()]).max())
     if not 0 < largest < math.inf:
         return finite_gradient(run, loss, lambda parts: compute(parts, vector))
-    factor = 2.0 ** -math.frexp(largest)[1]
+    factor = 2.0 ** min(-math.frexp(largest)[1], 120)  # itself a number of fp32
     near_one = {name: value * factor for name, value in vector.items()}
     found = finite_gradient(run, loss, lambda parts: compute(parts, near_one))
     for value in found.values():
