@@ -61,7 +61,9 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
         if any(measurement.is_apart for measurement in plan.measurements)
         else ""
     )
-    console.print(f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing{apart}", highlight=False)
+    console.print(
+        f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing{apart}", highlight=False
+    )
     for line in fetched.lines(fetching.of_suite(opened.loaded)):
         console.print(line, highlight=False)
     basis = "from stages done here of the same kind, method, model, device and about the same work"
