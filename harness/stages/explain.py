@@ -15,9 +15,9 @@ Profiles
 
 Facts: memorization.md 3, memorization_checked.md 11 and 12. Differences from the released code, in both profiles: it
 computes in fp16, here the UNet in the suite's precision; predictions of velocities are converted to the noise, unless
-the model's own are asked for. Cost: for each image
-and step up to the last that is used two forward passes, and for each step that is used one backward pass. As many
-images as fit `sampling.batch_size` are computed together; that changes rounding only.
+the model's own are asked for. Cost: for each image and step up to the last that is used two forward passes, and for
+each step that is used one backward pass. As many images as fit `sampling.batch_size` are computed together; that
+changes rounding only.
 """
 
 from __future__ import annotations
