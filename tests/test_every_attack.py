@@ -38,6 +38,7 @@ OF_A_VARIANT = (
     attacks.counts_its_passes,
     attacks.estimates_its_passes,
 )
+IN_HALF = (attacks.goes_on_after_a_kill, attacks.fails_when_training_diverges)
 ON_VELOCITY = (
     attacks.goes_on_after_a_kill,
     attacks.loads_what_it_trained,
@@ -87,6 +88,20 @@ def test_a_variant_of_an_attack(case, check, small_setting):
 def test_an_attack_on_a_velocity_model(name, check, small_setting):
     """Kills, loading and divergence on the other prediction."""
     _check(check, small(registry.get("attack", name)), small_setting.predicting(VELOCITY))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("check", IN_HALF, ids=_name)
+def test_an_attack_in_fp16(name, check, small_setting):
+    """Kills, with the scale of the loss, and divergence, which skips steps first."""
+    _check(check, small(registry.get("attack", name)), small_setting.computing_in("fp16"))
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_a_variant_of_an_attack_in_fp16(case, small_setting):
+    """Every adapter, and text encoders that are trained too."""
+    method = small(registry.get("attack", case.partition("-")[0]), VARIANTS[case])
+    attacks.goes_on_after_a_kill(method, small_setting.computing_in("fp16"))
 
 
 @pytest.mark.slow

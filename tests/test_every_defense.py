@@ -41,6 +41,11 @@ ON_VELOCITY = (
     defenses.releases_finite_numbers,
     defenses.fails_when_training_diverges,
 )
+IN_HALF = (
+    defenses.goes_on_after_a_kill,
+    defenses.releases_finite_numbers,
+    defenses.fails_when_training_diverges,
+)
 MITIGATIONS = {
     name for name in registry.names("defense")
     if registry.get("defense", name).__module__.startswith("defenses.mitigation.")
@@ -86,6 +91,20 @@ def test_a_variant_of_a_defense(case, check, small_setting):
 def test_a_defense_of_a_velocity_model(kind, name, check, small_setting):
     """Kills and divergence on the other prediction."""
     _check(check, small(registry.get(kind, name)), small_setting.predicting(VELOCITY))
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+@pytest.mark.parametrize("check", IN_HALF, ids=_name)
+def test_a_defense_in_fp16(kind, name, check, small_setting):
+    """Kills, with the scale of the loss, and divergence, which skips steps first."""
+    _check(check, small(registry.get(kind, name)), small_setting.computing_in("fp16"))
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_a_variant_of_a_defense_in_fp16(case, small_setting):
+    """Every mode of hypergradients, and steps that change weights before their last gradient."""
+    method = small(registry.get("defense", case.partition("-")[0]), VARIANTS[case])
+    defenses.goes_on_after_a_kill(method, small_setting.computing_in("fp16"))
 
 
 @pytest.mark.slow

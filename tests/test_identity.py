@@ -188,6 +188,8 @@ EDITS = {
     "added attack": (("metrics:", "  - {method: lora, name: l8, steps: [2], rank: 8}\nmetrics:"), set()),
     "seed": (("seeds: 2", "seeds: [5, 6]"), {"immunize", "adapt", "sample", "score"}),
     "precision": (("model: model", "model: {id: model, precision: bf16}"), ALL),
+    "half precision": (("model: model", "model: {id: model, precision: fp16}"), ALL),
+    "TF32": (("model: model", "model: {id: model, tf32: true}"), ALL),
     "eraser": (("erase: uce", "erase: {method: uce, ridge: 2.0}"), ALL - {"images", "features"}),
     "generating prompts": (
         ("{per_split: 3}", "{per_split: 4}"),

@@ -77,7 +77,7 @@ def folders(path: Path, root: Path) -> list[str]:
     """Return overrides that give each concept of a suite that has a folder one with small images and captions."""
     overrides = []
     for name, spec in yaml.safe_load(path.read_text(encoding="utf-8")).get("concepts", {}).items():
-        if "folder" not in spec:
+        if not {"folder", "archive"} & spec.keys():
             continue
         folder = root / name
         folder.mkdir()

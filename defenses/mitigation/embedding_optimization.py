@@ -27,6 +27,7 @@ from defenses.mitigation.by_hooks import DrawingMitigation
 from defenses.mitigation.by_prompt import groups
 from harness.contracts.hooks import SamplingHook
 from harness.core.registry import register
+from harness.model import loss_scale
 
 if TYPE_CHECKING:
     from harness.model.drawing import Drawing
@@ -81,7 +82,7 @@ class OptimizedEmbeddings(SamplingHook):
             loss = float(norm.detach())
             if loss <= p.target:
                 break
-            (slope,) = torch.autograd.grad(norm, embedding)
+            slope = loss_scale.slope(norm, embedding, drawing.run.scales_loss)
             slope[:, 0] = 0
             start = embedding.detach()[:, :1].clone()
             embedding.grad = slope

@@ -25,6 +25,7 @@ from pydantic import Field
 from defenses.mitigation.by_hooks import DrawingMitigation
 from harness.contracts.hooks import SamplingHook
 from harness.core.registry import register
+from harness.model import loss_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,7 @@ class SmoothStart(SamplingHook):
             is_done |= objective.detach() <= p.threshold
             if bool(is_done.all()):
                 break
-            (moved.grad,) = torch.autograd.grad(objective.sum(), moved)
+            moved.grad = loss_scale.slope(objective.sum(), moved, drawing.run.scales_loss)
             kept = moved.detach().clone()
             optimizer.step()
             with torch.no_grad():

@@ -243,8 +243,10 @@ class _Penalty(_Alternating):
         self.weights.evaluate(lower)
         second = mean_terms(lower)["lower_loss"]
         self._exchange()
-        self._take("upper", [*upper, *lower], done)
-        self._exchange()
+        try:
+            self._take("upper", [*upper, *lower], done)
+        finally:  # the loop skips a step whose gradient overflows in fp16
+            self._exchange()
         own = mean_terms(lower)["lower_loss"]
         return {"upper_loss": mean_loss(upper), "outer_lower_loss": own, "fine_tuning_gap": own - second}
 

@@ -9,7 +9,7 @@ from harness.commands.opened import Opened
 from harness.contracts.stage import kinds_in_order
 from harness.core.counted import counted
 from harness.executors.progress import format_seconds
-from harness.model.source import has_sd1_shape
+from harness.model.source import SD1_UNET, has_sd1_shape
 from harness.plan import cost
 from harness.suite import fetching
 
@@ -87,12 +87,14 @@ def _show_gpu_hours(opened: Opened, passes: float, tflops: float | None, console
         return
     basis = f"{tflops:g} TFLOP/s, as given" if tflops is not None else ""
     if tflops is None:
-        tflops, assumed = cost.SUSTAINED[opened.loaded.suite.model.precision]
+        tflops, assumed = cost.SUSTAINED[cost.hardware(opened.loaded.suite.model.computes_in)]
         basis = f"{tflops:g} TFLOP/s, an assumption: {assumed}; give what yours sustains with --tflops"
+    side = opened.source.resolution // cost.SD1_PIXELS if opened.source.resolution else SD1_UNET["sample_size"]
+    flops = cost.sd1_flops(side)
     console.print(
-        f"GPU-hours to do: about {cost.gpu_hours(passes, tflops):,.1f} = {passes:,.0f} passes x "
-        f"{cost.SD1_UNET_FLOPS / 1e12:.3f} TFLOP (SD 1.x UNet, 64 x 64 latents) / {basis}. Text encoder, VAE and "
-        "metrics are not in it",
+        f"GPU-hours to do: about {cost.gpu_hours(passes, tflops, flops):,.1f} = {passes:,.0f} passes x "
+        f"{flops / 1e12:.3f} TFLOP (SD 1.x UNet, {side} x {side} latents) / {basis}. Text encoder, VAE and metrics are "
+        "not in it",
         highlight=False,
     )
 

@@ -58,6 +58,7 @@ class Setting:
     folder: Path  # exists; contains images/, and a folder for each run
     prediction: str | None = None  # declared prediction type of its weights: EPSILON | VELOCITY; None: the true type
     plugins: tuple[str, ...] = ()  # files that register the methods, for other processes
+    precision: str = "fp32"  # of runs
 
     @classmethod
     def make(cls, source: ModelSource, folder: Path, plugins: tuple[str, ...] = ()) -> Setting:
@@ -69,6 +70,10 @@ class Setting:
     def predicting(self, prediction: str) -> Setting:
         """Return the same setting with another declared prediction type of the weights."""
         return replace(self, prediction=prediction)
+
+    def computing_in(self, precision: str) -> Setting:
+        """Return the same setting with runs in another precision."""
+        return replace(self, precision=precision)
 
     def images(self, name: str) -> tuple[Path, ...]:
         """Return the images of a concept, of "class" or of GENERAL."""
@@ -114,7 +119,7 @@ class Setting:
         return KillableRun(
             seed,
             torch.device("cpu"),
-            "fp32",
+            self.precision,
             folder or self.run_folder(),
             checkpoint_interval_s=0.0,
             kills=kills or Kills(),

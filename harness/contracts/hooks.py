@@ -60,7 +60,8 @@ class AdaptationHook:
         """Return a weight for each example's loss, shape [batch], finite and without gradient.
 
         If all examples of a step, over all processes, have the weight zero, the step is skipped: neither weights nor
-        optimizer moments change. The ledger counts such steps as `skipped_steps`.
+        optimizer moments change. The ledger counts such steps as `skipped_steps`. In fp16 a batch may be weighed more
+        than once: its gradient is computed again if it overflows.
         """
         import torch
 

@@ -19,6 +19,10 @@ class Method:
     """Increase it whenever results change, so that stored results of the old code are not reused."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of parameter values, each with its source in a comment."""
+    precisions: ClassVar[frozenset[str]] = frozenset({"fp32", "bf16", "fp16"})
+    """In which it works; a suite that computes in another is refused. In fp16 gradients must be scaled: those of
+    `harness.training.weights` and `harness.model.loss_scale.slope` are; a method that calls `backward` itself leaves
+    fp16 out."""
     quick: ClassVar[Mapping[str, Any]] = {}
     """Parameter values with which it is cheap but still has an effect, for conformance checks (`check`)."""
 

@@ -42,7 +42,7 @@ class Stage:
     model: Mapping[str, str]  # source, id and revision of the base model; {} when none is read
     data: Mapping[str, str]  # role -> digest of files that do not come from a stage
     seed: int | None  # None: the result does not depend on chance
-    precision: str  # fp32 | bf16
+    precision: str  # of `harness.core.precision`: fp32, bf16 or fp16, each also with "+tf32"
 
     # The fields below describe this machine or are for people. They are not part of the identity.
     label: str = field(default="", compare=False)

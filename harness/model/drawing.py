@@ -153,11 +153,30 @@ def draw(drawing: Drawing, generators: Sequence[torch.Generator], watchers: Sequ
                 watcher.end(drawing)
         # a value that is not finite stays so in all later steps, so the last latents show it
         require_finite(drawing.latents, "latents of images", _ADVICE)
-        decoded = pipeline.vae.decode(
-            drawing.latents / pipeline.vae.config.scaling_factor, return_dict=False, generator=list(generators)
-        )[0]
+        decoded = _decoded(drawing, generators)
         require_finite(decoded, "decoded images", "the VAE overflows; check its weights")
         return pipeline.image_processor.postprocess(decoded, output_type="pil", do_denormalize=[True] * len(decoded))
+
+
+def _decoded(drawing: Drawing, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return the decoded images of the latents; in fp16, whose range some VAEs leave, such images again in fp32."""
+    vae = drawing.model.vae
+
+    def decode(chosen: Tensor | slice) -> Tensor:
+        latents = drawing.latents[chosen] / vae.config.scaling_factor
+        return vae.decode(latents, return_dict=False, generator=list(generators))[0]
+
+    decoded, numbers = decode(slice(None)), drawing.run.ledger.numbers
+    if not drawing.run.scales_loss:
+        return decoded
+    lost = ~decoded.isfinite().flatten(1).all(dim=1)
+    if bool(lost.any()):
+        if "decoded_in_fp32" not in numbers:
+            drawing.run.notify("images whose decoding overflows in fp16 are decoded in fp32")
+        numbers["decoded_in_fp32"] = numbers.get("decoded_in_fp32", 0) + int(lost.sum())
+        with torch.autocast(drawing.model.device.type, enabled=False):
+            decoded[lost] = decode(lost).to(decoded)
+    return decoded
 
 
 @contextlib.contextmanager

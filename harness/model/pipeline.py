@@ -80,6 +80,8 @@ class DiffusionModel:
                 f"model '{one_line(source.location)}' cannot be loaded: {type(error).__name__}: {one_line(error)}"
             ) from error
         pipeline.set_progress_bar_config(disable=True)
+        if source.resolution is not None:  # latents, crops and drawing read it from here
+            pipeline.unet.register_to_config(sample_size=source.resolution // pipeline.vae_scale_factor)
         return cls(pipeline, device)
 
     # -- parts -------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class DiffusionModel:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images that the model was made for, in pixels."""
+        """Side of the square images that the model trains on and draws, in pixels."""
         return self.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from harness.core.precision import kind_of
 from harness.core.seeds import mix
 from harness.core.sharding import Sharding
 from harness.model import saved_state
+from harness.model.loss_scale import LossScale
 from harness.model.saved_state import UnfitState
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ class Run:
 
     seed: int | None
     device: torch.device
-    precision: str  # fp32 | bf16 (autocast over fp32 weights)
+    precision: str  # of `harness.core.precision`: fp32, or bf16 or fp16 (autocast over fp32 weights); with +tf32 too
     folder: Path  # survives a kill; holds the files of `save_state`
     ledger: Ledger = field(default_factory=Ledger)
     report: Callable[[int, int], None] = lambda done, total: None
@@ -122,6 +124,7 @@ class Run:
     notify: Callable[[str], None] = log.warning  # one line for the user, such as that a saved state was dropped
     started: float = field(default_factory=time.time)  # start of this sitting, seconds since the epoch
     began: float = field(default_factory=time.perf_counter)  # the same on the clock that measures durations
+    loss_scale: LossScale = field(default_factory=LossScale, init=False)  # of fp16; each part has another
     _last_checkpoint: float = field(default_factory=time.monotonic)
     _unused: tuple[float, float, list] | None = None  # the ledger's counts from before `load_state`
 
@@ -142,9 +145,15 @@ class Run:
         """Return the context in which the model computes."""
         import torch
 
-        if self.precision == "fp32":
+        kind = kind_of(self.precision)
+        if kind == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[kind])
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients need a scaled loss: the model computes in fp16."""
+        return kind_of(self.precision) == "fp16"
 
     def is_checkpoint_due(self) -> bool:
         """Return whether the interval since the last `save_state` has passed; every process gets the same answer."""
@@ -165,7 +174,9 @@ class Run:
                 **self._setting(),
             }
             costs = {**passes, "sittings": [*self.ledger.sittings, sitting]}
-            header = saved_state.Header(step, dict(numbers), costs, {"code": self.code, **self._setting()})
+            header = saved_state.Header(
+                step, dict(numbers), costs, {"code": self.code, **self._setting()}, self.loss_scale.as_json()
+            )
             saved_state.write(self.folder, header, tensors)
         self.world.wait()
         self._last_checkpoint = time.monotonic()
@@ -187,6 +198,7 @@ class Run:
             saved_state.remove(self.folder)
             self.notify(f"the saved training state is dropped and the stage starts over: {why}")
         self.world.wait()
+        self.loss_scale = LossScale()
         if self._unused is not None:
             self.ledger.forward_passes, self.ledger.backward_passes, self.ledger.sittings = self._unused
             self._unused = None
@@ -217,5 +229,6 @@ class Run:
         ledger.forward_passes = header.ledger["forward_passes"] if is_first else 0.0
         ledger.backward_passes = header.ledger["backward_passes"] if is_first else 0.0
         ledger.sittings = [dict(each) for each in header.ledger["sittings"]]
+        self.loss_scale.restore(header.loss_scale)
         log.info("continues at step %d of a state saved by %s", header.step, dict(header.made_by))
         return header.step, tensors, dict(header.numbers)

@@ -21,7 +21,7 @@ from harness.core.files import sync_folder, write_json
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the names of tensors or the header change; a state of another format is not read."""
 POINTER = "state.json"
 BLOCK = 1 << 22  # bytes
@@ -39,6 +39,7 @@ class Header:
     numbers: Mapping[str, Any]  # of the learner
     ledger: Mapping[str, Any]  # costs of all processes up to here
     made_by: Mapping[str, Any]  # code, workers, zero_stage, offload
+    loss_scale: Mapping[str, float]  # of fp16, as `harness.model.loss_scale` has it
 
 
 class SavedTensors(Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from harness.core.errors import UserMistake, one_line
 from harness.core.fetched import Fetched
 from harness.core.hub import HubModel, snapshot
 from harness.core.paths import path_from
-from harness.model import model_files
+from harness.model import model_files, resolution
 from harness.model.model_files import COMPONENTS
 
 TESTBED = "testbed"
@@ -33,18 +33,20 @@ SD1_IDS = frozenset(
     }
 )
 """Hub ids of models of that shape."""
-_SD1_UNET = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "sample_size": 64}
-"""Configuration values of an SD 1.x UNet."""
+SD1_UNET = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "sample_size": 64}
+"""Configuration values of an SD 1.x UNet; all others are diffusers' defaults."""
+_SD1_VAE = {"block_out_channels": [128, 256, 512, 512]}
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """A base model: its identity, and where this machine finds it."""
 
-    identity: Mapping[str, str]  # source: testbed | folder | hub; id (hub only); revision; variant
+    identity: Mapping[str, str]  # source: testbed | folder | hub; id (hub only); revision; variant; resolution
     location: str = field(compare=False)  # a folder or a hub id
     revision: str | None = field(default=None, compare=False)  # hub only
     variant: str | None = None
+    resolution: int | None = None  # side of images in pixels; None: the model's own
 
     @property
     def name(self) -> str:
@@ -54,6 +56,11 @@ class ModelSource:
 
 def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
     """Return the source of a `ModelSpec`. Raises UserMistake when it cannot be a model; uses no network."""
+    return _resized(_found(spec, where, relative_to), spec, where)
+
+
+def _found(spec, where: str, relative_to: Path) -> ModelSource:
+    """Return the source of a `ModelSpec` at the model's own resolution."""
     extra = {"variant": spec.variant} if spec.variant else {}
     if spec.id == TESTBED:
         from harness.core import paths
@@ -93,22 +100,59 @@ def resolve_model(spec, where: str, relative_to: Path) -> ModelSource:
     )
 
 
+def _resized(source: ModelSource, spec, where: str) -> ModelSource:
+    """Return a source at the resolution of a `ModelSpec`. Raises UserMistake if the model is here and cannot have it.
+
+    The model's own resolution is not part of the identity, stated or not. Of a hub model that is not known, a stated
+    one always is: the identity must not depend on whether the model was fetched.
+    """
+    side = spec.resolution
+    if side is None:
+        return source
+    configs, is_hub = _configs(source), source.identity["source"] == "hub"
+    if configs is None and source.location in SD1_IDS:
+        configs = SD1_UNET, _SD1_VAE
+    if configs is not None:
+        what = resolution.fault(side, *configs)
+        if what:
+            raise UserMistake(f"{where}: model: '{one_line(spec.id)}' {what}")
+        if side == resolution.own(*configs) and (not is_hub or source.location in SD1_IDS):
+            return source
+    return replace(source, identity={**source.identity, "resolution": str(side)}, resolution=side)
+
+
+def _configs(source: ModelSource) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """Return the configurations of UNet and VAE; None where this machine does not have them yet."""
+    folder = _folder(source)
+    found = [model_files.read(folder / part / "config.json") for part in ("unet", "vae")] if folder else [None]
+    return None if None in found else tuple(found)
+
+
+def _folder(source: ModelSource) -> Path | None:
+    """Return the folder of a model; None for a hub model that is not here yet."""
+    is_hub = source.identity["source"] == "hub"
+    return snapshot(source.location, source.revision) if is_hub else Path(source.location)
+
+
 def has_sd1_shape(source: ModelSource) -> bool:
     """Return whether the UNet has the shape of SD 1.x's: by hub id, or by the configuration in its folder."""
     if source.identity["source"] == "hub":
         return source.identity["id"] in SD1_IDS
     try:
         config = json.loads((Path(source.location) / "unet" / "config.json").read_text(encoding="utf-8"))
-        return all(config[name] == value for name, value in _SD1_UNET.items())
+        return all(config[name] == value for name, value in SD1_UNET.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def unet_config(source: ModelSource) -> dict[str, Any] | None:
-    """Return the configuration of a model's UNet; None where this machine does not have it yet."""
-    is_hub = source.identity["source"] == "hub"
-    folder = snapshot(source.location, source.revision) if is_hub else Path(source.location)
-    return None if folder is None else model_files.read(folder / "unet" / "config.json")
+    """Return the configuration of a model's UNet, at the source's resolution; None where it is not here yet."""
+    folder = _folder(source)
+    config = None if folder is None else model_files.read(folder / "unet" / "config.json")
+    if config is None or source.resolution is None:
+        return config
+    vae = model_files.read(folder / "vae" / "config.json") or {}
+    return {**config, "sample_size": source.resolution // resolution.vae_factor(vae)}
 
 
 def fetches(source: ModelSource) -> list[Fetched]:

@@ -103,7 +103,7 @@ class Builder:
             model=self.loaded.model.identity if reads_model else {},
             data=data or {},
             seed=seed,
-            precision=self.suite.model.precision,
+            precision=self.suite.model.computes_in,
             label=label,
             local=local or {},
             workers=workers,

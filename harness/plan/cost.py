@@ -14,15 +14,27 @@ from typing import Any
 
 from harness.core import registry
 from harness.core.identity import Stage
+from harness.core.precision import kind_of
+from harness.model.source import SD1_UNET
+from harness.model.unet_layers import macs
 from harness.plan.graph import Plan
 
 SD1_UNET_FLOPS = 803_273_441_280
 """Floating-point operations of a forward pass of the SD 1.x UNet: latents of 64 x 64, 77 tokens, one sample."""
+SD1_PIXELS = 8
+"""Pixels a side of one latent of SD 1.x."""
 SUSTAINED = {
     "fp32": (0.4 * 19.5, "40 % of an A100's 19.5 TFLOP/s in fp32 (TF32 is off: fp32 means fp32)"),
+    "fp32+tf32": (0.4 * 156.0, "40 % of an A100's 156 TFLOP/s in TF32"),
     "bf16": (0.4 * 312.0, "40 % of an A100's 312 TFLOP/s in bf16"),
+    "fp16": (0.4 * 65.0, "40 % of a T4's 65 TFLOP/s in fp16, for which it is; an A100's are those of bf16"),
 }
-"""By precision: assumed sustained TFLOP/s of a GPU, and its description. Not measured."""
+"""By precision of the UNet: assumed sustained TFLOP/s of a GPU, and its description. Not measured."""
+
+
+def hardware(precision: str) -> str:
+    """Return the key of `SUSTAINED` for a stage's precision: under autocast TF32 is not what the UNet computes in."""
+    return precision if precision in SUSTAINED else kind_of(precision)
 
 
 def shared_passes(plan: Plan) -> float:
@@ -65,9 +77,14 @@ def asked(plan: Plan) -> Counter[str]:
     return counted
 
 
-def gpu_hours(passes: float, tflops: float) -> float:
-    """Return the GPU-hours of `passes` passes of the SD 1.x UNet at a sustained throughput."""
-    return passes * SD1_UNET_FLOPS / (tflops * 1e12) / 3600
+def sd1_flops(side: int) -> int:
+    """Return the floating-point operations of a forward pass of the SD 1.x UNet on latents of a side."""
+    return 2 * macs({**SD1_UNET, "sample_size": side})
+
+
+def gpu_hours(passes: float, tflops: float, flops: int = SD1_UNET_FLOPS) -> float:
+    """Return the GPU-hours of `passes` passes of a UNet at a sustained throughput; `flops`: operations of a pass."""
+    return passes * flops / (tflops * 1e12) / 3600
 
 
 NEAR = 2.0

@@ -24,7 +24,7 @@ from harness.model.run import Run
 from harness.stages import checkpoints, code, deaths, heartbeat, notices
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
-from harness.stages.workplace import Workplace, peak_memory_bytes, prepare_device
+from harness.stages.workplace import Workplace, computing_in, peak_memory_bytes, prepare_device
 from harness.store import provenance, scores
 from harness.store.store import Damaged, Store
 
@@ -209,9 +209,10 @@ def _execute_locked(
             ledger = ranks.run(stage, workplace, work_folder, folder, report, (started, clock))
         else:
             run.sharding = replace(workplace.sharding, workers=1, offload="none")
-            registry.get("stage", stage.kind)(None).do(
-                stage.parameters, StageAtWork(stage, workplace, store, run, folder)
-            )
+            with computing_in(stage.precision, device, run.notify):
+                registry.get("stage", stage.kind)(None).do(
+                    stage.parameters, StageAtWork(stage, workplace, store, run, folder)
+                )
             run.ledger.peak_memory_bytes = peak_memory_bytes(device)
             ledger = run.ledger.as_json()
         scores.require(folder)

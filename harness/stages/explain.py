@@ -13,10 +13,11 @@ Profiles
               latent is led away from the prompt; L is one norm over all images of a prompt, and the gradient is divided
               by twice their number
 
-Facts: memorization.md 3, memorization_checked.md 11 and 12. Differences from the released code, in both profiles: no
-fp16; predictions of velocities are converted to the noise, unless the model's own are asked for. Cost: for each image
-and step up to the last that is used two forward passes, and for each step that is used one backward pass. As many
-images as fit `sampling.batch_size` are computed together; that changes rounding only.
+Facts: memorization.md 3, memorization_checked.md 11 and 12. Differences from the released code, in both profiles: it
+computes in fp16, here the UNet in the suite's precision; predictions of velocities are converted to the noise, unless
+the model's own are asked for. Cost: for each image and step up to the last that is used two forward passes, and for
+each step that is used one backward pass. As many images as fit `sampling.batch_size` are computed together; that
+changes rounding only.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from harness.core.finite import require_finite
 from harness.core.registry import register
 from harness.core.sampling import Sampling
 from harness.core.seeds import mix
+from harness.model import loss_scale
 from harness.stages.replay import EPSILON, SHARED, as_epsilon
 from harness.stages.sample import refuse_sampling_hooks
 from harness.stages.work import StageAtWork
@@ -187,7 +189,7 @@ def significance(model: DiffusionModel, run: Any, text: str, prompt: int, parame
                     difference = (sides[0] - sides[1]).flatten(1)
                     # of one norm over all images: the gradient of half its square, divided by the norm
                     aim = difference.square().sum() / 2 if is_released else difference.norm(dim=1).sum()
-                    slope += torch.autograd.grad(aim, asked)[0].float()
+                    slope += loss_scale.slope(aim, asked, run.scales_loss).float()
                     square += float(difference.detach().double().square().sum())
                     run.ledger.backward_passes += len(part)
             both.append((unconditional, conditional.detach()))

@@ -57,7 +57,7 @@ def _work(described, workplace, work_folder, begun: tuple[float, float], rank: i
     from harness.stages import code, ranks
     from harness.stages.execution import notify
     from harness.stages.work import StageAtWork
-    from harness.stages.workplace import peak_memory_bytes, prepare_device
+    from harness.stages.workplace import computing_in, peak_memory_bytes, prepare_device
     from harness.store.store import Store
     from harness.training import sharding
 
@@ -84,7 +84,8 @@ def _work(described, workplace, work_folder, begun: tuple[float, float], rank: i
             began=begun[1],  # the clock is the machine's, so it is the same in both processes
         )
         work = StageAtWork(stage, workplace, Store(workplace.store), run, folder)
-        registry.get("stage", stage.kind)(None).do(stage.parameters, work)
+        with computing_in(stage.precision, device, run.notify if rank == 0 else lambda text: None):
+            registry.get("stage", stage.kind)(None).do(stage.parameters, work)
         run.ledger.peak_memory_bytes = peak_memory_bytes(device)
         gathered = [None] * world.size
         torch.distributed.all_gather_object(gathered, run.ledger.as_json())

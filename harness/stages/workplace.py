@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.core.precision import has_tf32, kind_of
 from harness.core.sharding import Sharding
 from harness.model.run import CHECKPOINT_INTERVAL_S
 from harness.model.source import ModelSource
+
+FIRST_WITH_TF32 = (8, 0)
+"""The CUDA capability from which GPUs have TF32 and bf16: Ampere's."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,37 @@ def prepare_device(workplace: Workplace, local_rank: int = 0):
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    # fp32 means fp32, unless a stage's precision says otherwise (`computing_in`)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.cuda.reset_peak_memory_stats(device)
     return device
+
+
+@contextlib.contextmanager
+def computing_in(precision: str, device, notify: Callable[[str], None]) -> Iterator[None]:
+    """Let products in fp32 use TF32 in the block if a stage's precision says so; restore the settings on exit.
+
+    `notify` gets a line where the GPU does not have what the precision is for. A CPU has no TF32: nothing is set.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    import torch
+
+    is_older = torch.cuda.get_device_capability(device) < FIRST_WITH_TF32
+    if is_older and has_tf32(precision):
+        notify(f"{torch.cuda.get_device_name(device)} has no TF32: what is in fp32 is computed in fp32")
+    if is_older and kind_of(precision) == "bf16":
+        notify(f"{torch.cuda.get_device_name(device)} has no bf16 and emulates it slowly; use precision: fp16")
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [each.allow_tf32 for each in settings]
+    for each in settings:
+        each.allow_tf32 = has_tf32(precision)
+    try:
+        yield
+    finally:
+        for each, allowed in zip(settings, before, strict=True):
+            each.allow_tf32 = allowed
 
 
 def reset_peak_memory() -> None:

@@ -35,7 +35,7 @@ MAX_TRIALS = 200_000
 def before_concepts(loaded: LoadedSuite) -> list[Mistake]:
     """Resolve the parameters of every method; return all mistakes that need neither images nor a model."""
     mistakes = resolve_methods(loaded)
-    for check in (_reserved_names, _duplicates, _sections, _sharded, _unknown_tasks, _grid_size):
+    for check in (_reserved_names, _duplicates, _sections, _sharded, _precisions, _unknown_tasks, _grid_size):
         mistakes += check(loaded)
     for kind, entries in _entries(loaded).items():
         mistakes += registry.get("task", kind).check(loaded, entries)
@@ -222,6 +222,27 @@ def _sharded(loaded: LoadedSuite) -> list[Mistake]:
         if not cls.can_shard:
             continue
         mistakes += asked(cls, path, "check_sharding", values, sharding)
+    return mistakes
+
+
+def _precisions(loaded: LoadedSuite) -> list[Mistake]:
+    """Find methods that do not work in the suite's precision, also those that prepare a defense."""
+    mistakes: list[Mistake] = []
+    suite = loaded.suite
+    kind = suite.model.precision if suite.model is not None else "fp32"
+    if suite.model is not None and suite.model.tf32 and not suite.resources.gpus:
+        where = loaded.source.where(("model", "tf32"))
+        loaded.notices.append(f"{where}: model.tf32: has no effect on a CPU, and resources.gpus is 0")
+    for path, of, spec in loaded.methods():
+        values = loaded.parameters.get(tuple(map(str, path)))
+        if spec is None or values is None:
+            continue
+        used = [registry.get(of, spec.method)]
+        used += [type(prepared)] if of == "defense" and (prepared := used[0].preparation(values)) is not None else []
+        for cls in used:
+            if kind not in cls.precisions:
+                others = " or ".join(each for each in ("fp32", "bf16", "fp16") if each in cls.precisions)
+                mistakes.append((path, f"{cls.name} does not work in {kind}; set model.precision: {others}"))
     return mistakes
 
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 from harness.core.errors import UserMistake, one_line
 from harness.core.fetched import Silent
-from harness.model import model_files
+from harness.model import model_files, resolution
 from harness.model.source import ModelSource, fetches
 
 SMALL = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
 """Files of a hub model that say whether it can be loaded."""
+VAE = "vae/config.json"
+"""Says, with the UNet's, which resolutions can be."""
 
 
 def preflight(source: ModelSource) -> None:
@@ -34,14 +36,17 @@ def _check_hub(source: ModelSource) -> None:
     from huggingface_hub import constants
 
     (whole,) = fetches(source)
-    small = replace(whole, parts=tuple((name,) for name in SMALL), beside=())
+    names = (*SMALL, *((VAE,) if source.resolution is not None else ()))
+    small = replace(whole, parts=tuple((name,) for name in names), beside=())
     if not small.is_cached():
         if constants.HF_HUB_OFFLINE:
             return  # that the model is missing is said elsewhere (`fetching.require_offline`)
         small.fetch(Silent())
     folder = small.folder()
-    configs = [model_files.read(folder / name) for name in SMALL[1:]]
-    wrong = list(model_files.settings(*configs))
+    configs = [model_files.read(folder / name) for name in names[1:]]
+    wrong = list(model_files.settings(*configs[:2]))
+    if source.resolution is not None and (what := resolution.fault(source.resolution, *configs[1:])):
+        wrong.append(what)
     if wrong:
         called = f"model '{source.location}' at revision {source.revision}"
         raise UserMistake([f"{called} {what}" for what in wrong])

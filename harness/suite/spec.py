@@ -35,6 +35,7 @@ from pydantic import (
 )
 
 from harness.core.errors import one_line
+from harness.core.precision import in_words
 from harness.core.sharding import Sharding
 
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$"
@@ -101,7 +102,16 @@ class ModelSpec(Strict):
     id: Location
     revision: Annotated[str, Field(max_length=300)] | None = None
     variant: Annotated[str, Field(pattern=_VARIANT)] | None = None  # such as fp16: names the weight files
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16: the UNet computes under autocast over fp32 weights. fp16 is for GPUs without bf16."""
+    tf32: bool = False  # round the factors of products in fp32 to 10 bits, on GPUs that have TF32
+    resolution: Annotated[int, Field(ge=8, le=4096)] | None = None
+    """Side in pixels of the square that images are cropped to, trained on and drawn at. None: the model's own."""
+
+    @property
+    def computes_in(self) -> str:
+        """The precision as it is part of a stage's identity: "fp16", or "fp32+tf32"."""
+        return in_words(self.precision, self.tf32)
 
 
 class MethodSpec(Strict):

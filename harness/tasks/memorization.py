@@ -302,7 +302,7 @@ class _Plan:
             "prompts": own.source,
             "latents": self.spec.latents,
             "prediction": self.spec.prediction,
-            "precision": self.build.suite.model.precision,
+            "precision": self.build.suite.model.computes_in,
             **further,
         }
 

@@ -118,7 +118,7 @@ DEFINITIONS = (
         "How much the prediction norm depends on a token; compare tokens of one prompt only.", WEN,
     ),
     Definition("share", "share", "significance / sum over the prompt's tokens", "Sums to 1 over a prompt.", OURS),
-    Definition("precision", "precision", "", "In which the model computed: fp32, or bf16 where it may.", OURS),
+    Definition("precision", "precision", "", "In which the model computed: fp32, or bf16 or fp16 where it may.", OURS),
     Definition("n_memorized", "memorized prompts, number", "", "How many memorized prompts have scores.", OURS),
     Definition("n_negatives", "negatives, number", "", "How many other prompts have scores.", OURS),
     Definition(

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from harness.core.counted import counted
+from harness.model.loss_scale import MOST_SKIPPED, Overflow
 from harness.model.run import Run
 from harness.model.saved_state import UnfitState
 
@@ -57,7 +59,9 @@ def train(run: Run, learner: Learner, steps: int, what: str) -> None:
     """Take the remaining steps of `learner`.
 
     Only the learner's state is saved. The last value of each number goes to the ledger. Raises FloatingPointError,
-    naming `what`, when a number is not finite.
+    naming `what`, when a number is not finite. In fp16 a step whose gradient overflows is skipped from there on, so a
+    step that changes anything before its last gradient leaves it in order; the ledger counts skipped steps, and too
+    many of them raise FloatingPointError.
     """
     for _ in trajectory(run, learner, [steps], what):
         pass
@@ -80,18 +84,56 @@ def trajectory(run: Run, learner: Learner, stops: Sequence[int], what: str) -> I
         else:
             start, last = kept[0], kept[2]
         kept = None  # closes the file
+    note = _noting(run)
     for index in range(start, steps):
         with run.ledger.phase("train"):
-            for name, value in learner.step(index).items():
+            for name, value in _step(run, learner, index, steps, what).items():
                 last[name] = run.world.mean(float(value))
                 if not math.isfinite(last[name]):
                     raise FloatingPointError(f"{what}'s {name} is {last[name]} at step {index}: the training diverged")
                 run.track(name, last[name], index)
         run.report(index + 1, steps)
-        run.ledger.numbers.update(last)
+        note(last)
         if index + 1 in stops:
             yield index + 1
         if run.is_checkpoint_due() or (index + 1 == steps and run.keeps_end):
             with run.ledger.phase("save"):
                 run.save_state(index + 1, learner.state(), last)
-    run.ledger.numbers.update(last)
+    note(last)
+    skipped = run.loss_scale.skipped
+    if skipped and run.world.rank == 0:
+        run.notify(f"{what} skipped {counted(skipped, 'step')} of {steps}: not finite in fp16")
+
+
+def _step(run: Run, learner: Learner, index: int, steps: int, what: str) -> Mapping[str, float]:
+    """Take a step; return its numbers, none if it is skipped. Raises FloatingPointError if too many are."""
+    try:
+        return learner.step(index)
+    except Overflow as overflow:
+        run.loss_scale.skipped += 1
+        skipped = run.loss_scale.skipped
+        if skipped > MOST_SKIPPED * steps:
+            raise FloatingPointError(
+                f"{what} skipped {skipped} of its first {index + 1} steps, more than {MOST_SKIPPED:.0%} of {steps}: "
+                f"{overflow}; the training diverged (lower learning_rate), or needs precision: bf16 or fp32"
+            ) from overflow
+        return {}
+
+
+def _noting(run: Run) -> Callable[[Mapping[str, float]], None]:
+    """Return a function that puts a learner's numbers into the ledger, in fp16 with what the loss scale cost.
+
+    What earlier trainings of the stage skipped is added.
+    """
+    numbers, scale = run.ledger.numbers, run.loss_scale
+    counts = ("skipped_steps", "repeated_gradients")
+    earlier = {name: numbers.get(name, 0) for name in counts}
+
+    def note(last: Mapping[str, float]) -> None:
+        numbers.update(last)
+        if run.scales_loss:
+            own = scale.skipped + last.get("skipped_steps", 0), scale.repeated
+            numbers.update({name: earlier[name] + count for name, count in zip(counts, own, strict=True)})
+            numbers["loss_scale"] = scale.scale
+
+    return note

@@ -42,6 +42,8 @@ from harness.training.weights import (
     Weights,
     bytes_of,
     differentiate_twice,
+    finite_curvature,
+    finite_gradient,
     fitting_slots,
     grouped,
     inner_products,
@@ -270,13 +272,25 @@ class ZeroWeights:
 
     def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
         """Return the gradient of the loss, averaged over processes; a collective call."""
-        before = self._run.ledger.forward_passes
+        with self._counted(1):
+            return finite_gradient(self._run, loss, lambda parts: self._differentiated(parts, names))
+
+    def _differentiated(self, loss: Loss, names: Sequence[str]) -> Vector:
         self._forget_gradients()
         for index, part in enumerate(loss):
             self.engine.set_gradient_accumulation_boundary(index == len(loss) - 1)
             self.engine.backward(part())
-        self._run.ledger.backward_passes += self._run.ledger.forward_passes - before
         return self._slopes(names)
+
+    @contextlib.contextmanager
+    def _counted(self, backwards: int) -> Iterator[None]:
+        """Count `backwards` backward passes for each forward pass in the block."""
+        ledger = self._run.ledger
+        before = ledger.forward_passes
+        try:
+            yield
+        finally:
+            ledger.backward_passes += backwards * (ledger.forward_passes - before)
 
     @torch.no_grad()
     def evaluate(self, loss: Loss) -> None:
@@ -325,13 +339,17 @@ class ZeroWeights:
         """Return H v, differentiated twice in each process and averaged: H of the mean loss is the mean of H."""
         if self.stage == 3:
             raise NotImplementedError("weights are partitioned (ZeRO 3); use finite_difference")
-        before = self._run.ledger.forward_passes
         self._model.engine = None  # bypass the engine: it would reduce our inner derivatives; the weights are whole
         try:
-            found = differentiate_twice(loss, self.parameters, names, vector)
+            with self._counted(3):
+                return finite_curvature(
+                    self._run, loss, vector, lambda parts, along: self._curved(parts, names, along)
+                )
         finally:
             self._model.engine = self.engine
-        self._run.ledger.backward_passes += 3 * (self._run.ledger.forward_passes - before)
+
+    def _curved(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
+        found = differentiate_twice(loss, self.parameters, names, vector)
         for value in found.values():
             dist.all_reduce(value)
             value /= self._run.world.size

@@ -12,14 +12,17 @@ do not depend on this form; norms and matrix products do, so they are methods he
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from harness.core.precision import kind_of
 from harness.model.run import Run
 from harness.model.saved_state import UnfitState, require
 
@@ -30,18 +33,19 @@ Loss = Sequence[Callable[[], Tensor]]
 weights, always with the same batch and noise. Only one part's graph is in memory at a time."""
 
 
-RELATIVE_STEPS = {"fp64": 1e-6, "fp32": 3e-5, "bf16": 1e-3}
+RELATIVE_STEPS = {"fp64": 1e-6, "fp32": 3e-5, "bf16": 1e-3, "fp16": 1e-3}
 """By precision: length of a central difference's perturbation, divided by the norm of the perturbed weights. The best
 of nine values from 1e-2 to 1e-6 for MIMA on the testbed's UNet and on a tiny random one
 (`tests/benchmarks/hypergradient_error.py`). On these two, the error against the exact hypergradient in fp64 is 8e-6 and
-1e-5 in fp32, 2e-2 and 3e-2 in bf16 (no less in exact mode). Without the second order it is 8e-2 and 9e-2."""
+1e-5 in fp32, 2e-2 and 3e-2 in bf16 (no less in exact mode), 1e-2 and 5e-3 in fp16 (exact: 6e-3 and 4e-3). Without the
+second order it is 8e-2 and 9e-2."""
 
 
 def relative_step(parameters: Mapping[str, nn.Parameter], run: Run | None) -> float:
     """Return the relative step for the precision of weights and computation."""
     if parameters and all(p.dtype == torch.float64 for p in parameters.values()):
         return RELATIVE_STEPS["fp64"]
-    return RELATIVE_STEPS[run.precision if run else "fp32"]
+    return RELATIVE_STEPS[kind_of(run.precision) if run else "fp32"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,11 @@ class Weights(Protocol):
         """Install values permanently: optimizer steps continue from them."""
 
     def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
-        """Return the gradient of the loss, averaged over all processes; zero for weights it does not depend on."""
+        """Return the gradient of the loss, averaged over all processes; zero for weights it does not depend on.
+
+        In fp16 it may evaluate the loss again at a smaller scale, and raises `harness.model.loss_scale.Overflow` if no
+        scale serves: the training loop then skips the step.
+        """
 
     def evaluate(self, loss: Loss) -> None:
         """Evaluate every part without a gradient, for the values that parts keep; a collective call."""
@@ -230,6 +238,48 @@ def grouped(levels: Mapping[str, Level]) -> list[tuple[frozenset[str], list[str]
     return list(groups.items())
 
 
+def finite_gradient(run: Run | None, loss: Loss, compute: Callable[[Loss], Vector]) -> Vector:
+    """Return `compute(loss)`, which is linear in the loss; in fp16 from a scaled loss, and with finite values.
+
+    Raises `harness.model.loss_scale.Overflow`, in every process, if it is not finite in fp16.
+    """
+    if run is None or not run.scales_loss:
+        return compute(loss)
+
+    def scaled(factor: float) -> tuple[Vector, list[Tensor]]:
+        values = []
+
+        def times(part: Callable[[], Tensor]) -> Tensor:
+            value = part()
+            values.append(value.detach())
+            return value * factor
+
+        return compute([partial(times, part) for part in loss]), values
+
+    return run.loss_scale.gradient(scaled, run.world.all)
+
+
+def finite_curvature(
+    run: Run | None, loss: Loss, vector: Mapping[str, Tensor], compute: Callable[[Loss, Mapping[str, Tensor]], Vector]
+) -> Vector:
+    """Return `compute(loss, vector)`, which is linear in both, as `finite_gradient` does.
+
+    The vector passes through fp16 too. Its largest value is brought to about 1 by a power of two: the gradients that it
+    holds may be smaller than fp16's numbers.
+    """
+    if run is None or not run.scales_loss:
+        return compute(loss, vector)
+    largest = float(torch.stack([value.abs().max() for value in vector.values()]).max())
+    if not 0 < largest < math.inf:
+        return finite_gradient(run, loss, lambda parts: compute(parts, vector))
+    factor = 2.0 ** min(-math.frexp(largest)[1], 120)  # itself a number of fp32
+    near_one = {name: value * factor for name, value in vector.items()}
+    found = finite_gradient(run, loss, lambda parts: compute(parts, near_one))
+    for value in found.values():
+        value.div_(factor)
+    return found
+
+
 def differentiate(loss: Loss, parameters: Mapping[str, nn.Parameter]) -> Vector:
     """Return the gradient of the loss by autograd, part by part; zero for parameters it does not depend on."""
     total: Vector = {}
@@ -367,8 +417,9 @@ class LocalWeights:
 
     def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
         """Return the gradient of the loss."""
+        chosen = {n: self.parameters[n] for n in names}
         with self._counted(1):
-            return differentiate(loss, {n: self.parameters[n] for n in names})
+            return finite_gradient(self._run, loss, lambda parts: differentiate(parts, chosen))
 
     @torch.no_grad()
     def evaluate(self, loss: Loss) -> None:
@@ -379,15 +430,19 @@ class LocalWeights:
     def curvature(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
         """Return H v over `names` by differentiating twice."""
         with self._counted(3):  # a gradient, and a backward through it that costs twice as much
-            return differentiate_twice(loss, self.parameters, names, vector)
+            return finite_curvature(
+                self._run, loss, vector, lambda parts, along: differentiate_twice(parts, self.parameters, names, along)
+            )
 
     @contextlib.contextmanager
     def _counted(self, backwards: int) -> Iterator[None]:
         """Count `backwards` backward passes for each forward pass in the block."""
         before = self._run.ledger.forward_passes if self._run else 0.0
-        yield
-        if self._run:
-            self._run.ledger.backward_passes += backwards * (self._run.ledger.forward_passes - before)
+        try:
+            yield
+        finally:
+            if self._run:
+                self._run.ledger.backward_passes += backwards * (self._run.ledger.forward_passes - before)
 
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the Euclidean norm of a vector."""

@@ -1,10 +1,10 @@
-"""How far a hypergradient in fp32 or bf16 is from the exact one in fp64, by mode and length of the difference's step.
+"""How far a hypergradient in fp32, bf16 or fp16 is from the exact one in fp64, by mode and length of a difference.
 
     python -m tests.benchmarks.hypergradient_error [--model tiny]
 
 MIMA's upper gradient on the testbed's UNet (or a tiny random one): two concepts, S_l the whole UNet, S_u its
 cross-attention, one look-ahead of rate 0.01. Step lengths are relative to the norm of the weights, as
-`harness.training.bilevel` takes them. bf16: autocast over fp32 weights.
+`harness.training.bilevel` takes them. bf16, fp16: autocast over fp32 weights, in fp16 with a scaled loss.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from harness.training.weights import LocalWeights
 
 LENGTHS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 RATE = 1e-2
+HALF = ("bf16", "fp16")
+"""Precisions of autocast; all weights are fp32."""
 
 
 def main() -> None:
@@ -36,9 +38,9 @@ def main() -> None:
         model = _model(given.model, Path(folder))
         truth = _hypergradient(model, "fp64", "exact")
         print(f"{given.model}: second-order part {_error(_hypergradient(model, 'fp64', 'first_order'), truth)}")
-        for precision, mode in (("fp64", "finite_difference"), ("fp32", "exact"), ("bf16", "exact")):
+        for precision, mode in (("fp64", "finite_difference"), ("fp32", "exact"), ("bf16", "exact"), ("fp16", "exact")):
             print(f"{precision} {mode}: {_error(_hypergradient(model, precision, mode), truth)}")
-        for precision in ("fp32", "bf16"):
+        for precision in ("fp32", *HALF):
             print(f"{precision} first_order: {_error(_hypergradient(model, precision, 'first_order'), truth)}")
             for length in LENGTHS:
                 found = _hypergradient(model, precision, "finite_difference", length)
@@ -60,7 +62,7 @@ def _hypergradient(model, precision: str, mode: bilevel.Mode, length: float | No
     """Return the upper gradient over S_u as one fp64 vector."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     unet = model.unet.to(dtype)
-    run = Run(0, torch.device("cpu"), "bf16" if precision == "bf16" else "fp32", Path())
+    run = Run(0, torch.device("cpu"), precision if precision in HALF else "fp32", Path())
     parameters = model.parameters()
     lower = select(parameters, "unet")
     upper = select(parameters, "cross_attention")

@@ -96,7 +96,7 @@ class NothingWithGradient(Nothing):
         assert slope.abs().sum() > 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_images_are_those_of_diffusers_own_pipeline_bit_for_bit(model, make_run, scheduler, guidance, precision):
