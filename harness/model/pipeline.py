@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.core.errors import UserMistake, one_line
+from harness.core.regions import ORIGINALS, region
 from harness.model.source import ModelSource
 
 COMPONENTS = ("unet", "text_encoder", "vae")
@@ -144,12 +145,13 @@ class DiffusionModel:
         """Declare that these parameters will change; return them. Raises KeyError for an unknown name."""
         known = self.parameters()
         changed = {}
-        for name in names:
-            if name not in known:
-                raise KeyError(f"the model has no parameter '{name}'")
-            changed[name] = known[name]
-            if name not in self._originals:
-                self._originals[name] = known[name].detach().clone()
+        with region(ORIGINALS):
+            for name in names:
+                if name not in known:
+                    raise KeyError(f"the model has no parameter '{name}'")
+                changed[name] = known[name]
+                if name not in self._originals:
+                    self._originals[name] = known[name].detach().clone()
         return changed
 
     def use_up(self, names: Iterable[str]) -> dict[str, nn.Parameter]:

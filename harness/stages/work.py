@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.contracts.layers import apply
 from harness.contracts.state import ModelState
@@ -15,6 +15,9 @@ from harness.core.identity import Stage
 from harness.model.run import Run
 from harness.stages.workplace import Workplace
 from harness.store.store import Store
+
+if TYPE_CHECKING:
+    from harness.contracts.protection import Protection
 
 
 @dataclass
@@ -41,6 +44,13 @@ class StageAtWork:
         kind = registry.get("stage", self.stage.kind).method_kind
         given = self.stage.parameters.parameters
         return made(kind, self.stage.component, given, self.stage.local.get("parameters", {}))
+
+    def released(self, role: str) -> Protection:
+        """Return what the committed input stage with a role released, in main memory."""
+        from harness.contracts.protection import Protection
+
+        with self.run.ledger.phase("load"):
+            return Protection.load(self.input(role))
 
     def base(self):
         """Return the base model in its released state."""

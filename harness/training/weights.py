@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from harness.core.regions import GRADIENT, OPTIMIZER, region
 from harness.model.run import Run
 from harness.model.saved_state import UnfitState, require
 
@@ -231,24 +232,22 @@ def grouped(levels: Mapping[str, Level]) -> list[tuple[frozenset[str], list[str]
 
 
 def differentiate(loss: Loss, parameters: Mapping[str, nn.Parameter]) -> Vector:
-    """Return the gradient of the loss by autograd, part by part; zero for parameters it does not depend on."""
-    total: Vector = {}
+    """Return the gradient of the loss by autograd, part by part; zero for parameters it does not depend on.
+
+    Each slope is added as soon as it is known, so there is never a second gradient of all parameters.
+    """
+    chosen = list(parameters.values())
+    before = [p.grad for p in chosen]
     with _requiring_grad(parameters):
-        for part in loss:
-            found = list(torch.autograd.grad(part(), list(parameters.values()), allow_unused=True))
-            taken = set()
-            for index, name in enumerate(parameters):
-                slope, found[index] = found[index], None
-                if slope is None:
-                    continue
-                if name in total:
-                    total[name].add_(slope)
-                    continue
-                # no copy unless needed; autograd may return one tensor for two parameters
-                is_own = slope.is_contiguous() and slope.data_ptr() not in taken
-                taken.add(slope.data_ptr())
-                total[name] = slope.detach() if is_own else slope.detach().clone()
-    return {n: total[n] if n in total else torch.zeros_like(p) for n, p in parameters.items()}
+        try:
+            for p in chosen:
+                p.grad = None
+            for part in loss:
+                torch.autograd.backward(part(), inputs=chosen)
+            return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        finally:
+            for p, grad in zip(chosen, before, strict=True):
+                p.grad = grad
 
 
 def differentiate_twice(
@@ -367,7 +366,7 @@ class LocalWeights:
 
     def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
         """Return the gradient of the loss."""
-        with self._counted(1):
+        with self._counted(1), region(GRADIENT):
             return differentiate(loss, {n: self.parameters[n] for n in names})
 
     @torch.no_grad()
@@ -378,7 +377,7 @@ class LocalWeights:
 
     def curvature(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
         """Return H v over `names` by differentiating twice."""
-        with self._counted(3):  # a gradient, and a backward through it that costs twice as much
+        with self._counted(3), region(GRADIENT):  # a gradient, and a backward through it that costs twice as much
             return differentiate_twice(loss, self.parameters, names, vector)
 
     @contextlib.contextmanager
@@ -413,7 +412,8 @@ class LocalWeights:
         if chosen.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_([self.parameters[n] for n in chosen.names], chosen.clip_norm)
         self._optimizer.level, self._optimizer.rate = level, rate
-        self._optimizer.step()
+        with region(OPTIMIZER):
+            self._optimizer.step()
         for name in chosen.names:
             self.parameters[name].grad = None
 
