@@ -1,4 +1,4 @@
-"""The peak of what torch's CPU allocator holds in a block, as its profiler reports it: each allocation, each release."""
+"""The most that torch's CPU allocator holds in a block, by its profiler: each allocation and each release."""
 
 from __future__ import annotations
 

@@ -6,12 +6,12 @@
         loss(unet).backward()
     footprint.peak.device                          # bytes by kind at the moment when most was held
 
-Every operation of torch is seen when it returns, backward passes included. A storage counts from the operation that made
-it until it is freed, with its size; so the peak is that of `torch.cuda.max_memory_allocated`, but for what libraries
-allocate by themselves (workspaces of cuDNN and cuBLAS, the allocator's rounding).
+Every operation of torch is seen when it returns, backward passes included. A storage counts from the operation that
+made it until it is freed, with its size; so the peak is that of `torch.cuda.max_memory_allocated`, but for what
+libraries allocate by themselves (workspaces of cuDNN and cuBLAS, the allocator's rounding).
 
-Meta tensors stand for those of the device. What a computation copies to main memory, with `.to("cpu")`, is a meta tensor
-too, and counts as `host`. Where a computation asks for a value, it gets 1.0 for a loss or a norm, 0 for a count, and
+Meta tensors are those of the device. What a computation copies to main memory, with `.to("cpu")`, is a meta tensor too,
+and counts as `host`. Where a computation asks for a value, it gets 1.0 for a loss or a norm, 0 for a count, and
 true for a check. Smaller tensors that it copies to main memory, but those kept as originals or vectors, are real ones:
 noise, zeros, or true.
 
@@ -93,6 +93,7 @@ class Footprint(TorchDispatchMode):
         self._made = self._at_peak = 0
         self._regions: list[tuple[str, int]] = []  # name, number of the first storage in it
         self._patches = ExitStack()
+        self._noise = torch.Generator().manual_seed(0)
 
     def __enter__(self) -> Footprint:
         self._patches.enter_context(_device_like(self.precision))
@@ -147,7 +148,7 @@ class Footprint(TorchDispatchMode):
         """Return a tensor's copy in main memory."""
         dtype = options.get("dtype") or tensor.dtype
         if tensor.numel() <= SMALL and not any(name in _KEPT for name, _ in self._regions):
-            return _made_up(tensor.shape, dtype)
+            return _made_up(tensor.shape, dtype, self._noise)
         copy = torch.empty_like(tensor, dtype=dtype)
         self._add(copy, True)
         return copy
@@ -228,10 +229,10 @@ def _value(dtype: torch.dtype) -> float | int | bool:
     return 1.0 if dtype.is_floating_point else 0
 
 
-def _made_up(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _made_up(shape: torch.Size, dtype: torch.dtype, source: torch.Generator) -> Tensor:
     if not dtype.is_floating_point:
         return torch.full(shape, _value(dtype), dtype=dtype)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)  # independent rows, for solvers
+    return torch.rand(shape, generator=source).to(dtype)  # rows are independent, as solvers need them
 
 
 def _is_mask(index: Any) -> bool:

@@ -10,28 +10,37 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts.protection import Protection
+from harness.contracts.state import ModelState
 from harness.core import regions, registry
 from harness.core.errors import one_line
-from harness.core.identity import Stage
+from harness.core.identity import Input, Stage
 from harness.core.sharding import Sharding
+from harness.model import model_files
 from harness.model.footprint import Footprint, Peak, autocast
+from harness.model.pipeline import off_card
 from harness.model.run import Run, World
 from harness.model.skeleton import META, configurations, skeleton
 from harness.model.source import ModelSource
-from harness.stages.work import made
+from harness.stages.work import class_of, made
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
     from harness.model.pipeline import DiffusionModel
 
 KINDS = ("images", "prepare", "erase", "immunize", "adapt", "probe", "sample", "memorize", "distill")
 """The kinds of stages that can be rehearsed: they work with the diffusion model."""
+
+
+NOT_HERE = "the model is not on this machine yet: fetch it first"
 
 
 class Unknown(Exception):
@@ -70,22 +79,24 @@ def rehearse(
     sharding: Sharding,
     *,
     on_gpu: bool,
-    layers: Callable[[Stage, str], Sequence[type]] = lambda stage, name: (),
+    stages: Mapping[str, Stage] = MappingProxyType({}),
 ) -> Peak:
     """Return the bytes that a process of a stage needs, by kind.
 
     `sharding`: its resources; each of its processes gets its share of the batch, but holds all else whole. `on_gpu`:
-    main memory does not count; otherwise it does. `layers`: of a stage and the name of one of its states, the methods
-    of the layers that are over the base model.
+    main memory does not count; otherwise it does. `stages`: those that it reads, by key.
 
     Raises Unknown for a kind of stage that works without the diffusion model, a model that is not here, and a method
     that cannot be rehearsed.
     """
     if stage.kind not in KINDS:
-        raise Unknown("not rehearsed: it works with models of its own")
-    method, parameters, steps = _shortened(stage)
+        raise Unknown("it works with models of its own, which are not rehearsed")
+    try:
+        method, parameters, steps = _shortened(stage)
+    except (ValueError, TypeError) as error:
+        raise Unknown(one_line(error, 200)) from error
     footprint = Footprint(stage.precision, with_host=not on_gpu)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as whole:
+    with tempfile.TemporaryDirectory() as folder:
 
         def seen(done: int, total: int) -> None:
             if done >= steps:
@@ -96,14 +107,19 @@ def rehearse(
             sharding=replace(sharding, workers=1, offload="none"), world=_OneOf(sharding.workers),
             checkpoint_interval_s=math.inf, notify=lambda text: None,
         )  # fmt: skip
-        whole.enter_context(footprint)
-        work = _Work(replace(stage, parameters=parameters), source, run, Path(folder), footprint, method, layers)
+        # what an attack saved is not there; `_Work.state` counts what loading it takes
+        inputs = {role: read for role, read in stage.inputs.items() if role.partition(".")[0] not in ("adapt", "probe")}
+        alone = replace(stage, parameters=parameters, inputs=inputs)
+        work = _Work(alone, source, run, Path(folder), footprint, method, stages, stage.inputs.get("adapt"))
         try:
-            registry.get("stage", stage.kind)(None).do(parameters, work)
+            with footprint:
+                registry.get("stage", stage.kind)(None).do(parameters, work)
         except _Seen:
             pass
+        except Unknown:
+            raise
         except Exception as error:
-            raise Unknown(f"cannot be rehearsed: {type(error).__name__}: {one_line(error, 200)}") from error
+            raise Unknown(f"it cannot be rehearsed: {type(error).__name__}: {one_line(error, 200)}") from error
     return footprint.peak
 
 
@@ -132,7 +148,8 @@ class _Work:
     folder: Path
     footprint: Footprint
     rehearsed: Any  # the stage's method
-    layers: Callable[[Stage, str], Sequence[type]]
+    stages: Mapping[str, Stage]
+    attacked: Input | None  # the adaptation whose checkpoints the stage loads
 
     def method(self) -> Any:
         """Return the stage's method."""
@@ -155,42 +172,75 @@ class _Work:
     def released(self, role: str) -> Protection:
         """Return what a stage releases: all that its method declares to change, in main memory."""
         model = self.base()
-        names = _changed(model, self.layers(self.stage, role))
         known = model.parameters()
+        names = _covered(model, self._changes(self.stage.inputs[role]))
         with regions.region(regions.WAITING):
-            return Protection(tensors={name: known[name].detach().to("cpu", copy=True) for name in names})
+            return Protection(tensors={name: off_card(known[name]) for name in names})
 
     def base(self) -> DiffusionModel:
         """Return the base model."""
         with self.footprint.weights():
             found = skeleton(self.source)
         if found is None:
-            raise Unknown("the model is not here yet: fetch it first")
+            raise Unknown(NOT_HERE)
+        found.keeps_originals = self.run.sharding.keep_originals
         return found
 
     def state(self, name: str = "") -> tuple[DiffusionModel, Protection]:
-        """Return the base model, with the originals of what its layers change."""
+        """Return the base model with pruned students, and with the originals of what its layers change."""
         model = self.base()
-        model.change(_changed(model, self.layers(self.stage, name)))
+        for layer in ModelState.read(self.stage.inputs, name).layers:
+            if layer.kind == "prune":
+                with self.footprint.weights():
+                    model.replace("unet", _student(self.stages[layer.key], model))
+            else:
+                model.change(_covered(model, self._changes(layer)))
+        if self.attacked is not None:
+            adapted = self.stages[self.attacked.key]
+            attack = made("attack", adapted.component, adapted.parameters.parameters)
+            loaded = model.change(_covered(model, attack.overwrites(attack.parameters)))
+            with regions.region(regions.ORIGINALS):
+                self.before = {each: off_card(parameter) for each, parameter in loaded.items()}
         return model, Protection()
 
+    def _changes(self, read: Input) -> Sequence[str]:
+        """Return what a stage declares to change."""
+        stage = self.stages[read.key]
+        kind = registry.get("stage", stage.kind)
+        if kind.method_kind is None:
+            return ("unet",)
+        return class_of(kind.method_kind, stage.component).threat_model.changes
 
-def _changed(model: DiffusionModel, methods: Sequence[type]) -> list[str]:
-    """Return the names of the weights that methods declare to change."""
+
+def _covered(model: DiffusionModel, changes: Sequence[str]) -> list[str]:
+    """Return the names of the weights that declared changes cover."""
     from harness.training.declared import covered
 
     names = model.parameters()
-    changed = set()
-    for method in methods:
-        changed |= covered(names, method.threat_model.changes)
-    return [name for name in names if name in changed]
+    found = covered(names, changes)
+    return [name for name in names if name in found]
+
+
+def _student(stage: Stage, model: DiffusionModel) -> UNet2DConditionModel:
+    """Return the skeleton of a pruned student."""
+    from diffusers import UNet2DConditionModel
+
+    from harness.model.unet_plan import planned
+
+    parameters, before = stage.parameters, model.unet.config
+    if parameters.keep is None:
+        config = model_files.read(Path(stage.local["student"]) / "config.json")
+    else:
+        config = planned(before, parameters.keep, parameters.drop or (), model.tokenizer.model_max_length)
+    with META:
+        return UNet2DConditionModel.from_config({**config, "sample_size": before.sample_size})
 
 
 def _image_size(source: ModelSource) -> int:
     """Return the side of the images that a model draws, in pixels."""
     known = configurations(source)
     if known is None:
-        raise Unknown("the model is not here yet: fetch it first")
+        raise Unknown(NOT_HERE)
     return known["unet"]["sample_size"] * 2 ** (len(known["vae"]["block_out_channels"]) - 1)
 
 

@@ -74,7 +74,9 @@ class StageAtWork:
         from harness.model.pipeline import warm
 
         with self.run.ledger.phase("load"):
-            return warm(self.workplace.source, self.run.device, name)
+            model = warm(self.workplace.source, self.run.device, name)
+        model.keeps_originals = self.run.sharding.keep_originals
+        return model
 
 
 def made(
