@@ -1,7 +1,7 @@
 """The memory that the stages of a plan need on their device, and which `resources` make them fit a card.
 
-Stages that differ only in what hardly matters here (seeds, concepts, captions) are one *setting*. A setting is rehearsed
-the meta device (`harness.stages.rehearsal`): torch is imported then, and not before.
+Stages that differ only in what hardly matters here (seeds, concepts, captions) are one *setting*. A setting is
+rehearsed on the meta device (`harness.stages.rehearsal`): torch is imported then, and not before.
 """
 
 from __future__ import annotations

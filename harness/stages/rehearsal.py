@@ -8,10 +8,10 @@ measured its first batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -62,7 +62,7 @@ class _OneOf(World):
 class _Run(Run):
     """The environment of a rehearsal: it computes as the meta device can, and saves nothing."""
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager:
         """Return the context in which the model computes."""
         return autocast(self.precision)
 
@@ -97,30 +97,44 @@ def rehearse(
         raise Unknown(one_line(error, 200)) from error
     footprint = Footprint(stage.precision, with_host=not on_gpu)
     with tempfile.TemporaryDirectory() as folder:
-
-        def seen(done: int, total: int) -> None:
-            if done >= steps:
-                raise _Seen
-
         run = _Run(
-            stage.seed, META, stage.precision, Path(folder), report=seen,
+            stage.seed, META, stage.precision, Path(folder),
             sharding=replace(sharding, workers=1, offload="none"), world=_OneOf(sharding.workers),
             checkpoint_interval_s=math.inf, notify=lambda text: None,
         )  # fmt: skip
-        # what an attack saved is not there; `_Work.state` counts what loading it takes
-        inputs = {role: read for role, read in stage.inputs.items() if role.partition(".")[0] not in ("adapt", "probe")}
-        alone = replace(stage, parameters=parameters, inputs=inputs)
-        work = _Work(alone, source, run, Path(folder), footprint, method, stages, stage.inputs.get("adapt"))
         try:
             with footprint:
-                registry.get("stage", stage.kind)(None).do(parameters, work)
-        except _Seen:
-            pass
+                _do(stage, (method, parameters, steps), source, run, stages, footprint=footprint)
         except Unknown:
             raise
         except Exception as error:
             raise Unknown(f"it cannot be rehearsed: {type(error).__name__}: {one_line(error, 200)}") from error
     return footprint.peak
+
+
+def measurable(stage: Stage, model: DiffusionModel, source: ModelSource, run: Run) -> None:
+    """Do with a real model and blank images what a rehearsal of the stage does without values, to compare them.
+
+    The stage reads no others. Nothing is kept, and the model is not restored.
+    """
+    _do(stage, _shortened(stage), source, run, {}, model=model)
+
+
+def _do(stage: Stage, shortened: tuple[Any, Any, int], source: ModelSource, run: Run, stages, **how: Any) -> None:
+    """Do a stage until all was seen."""
+    method, parameters, steps = shortened
+
+    def seen(done: int, total: int) -> None:
+        if done >= steps:
+            raise _Seen
+
+    run.report = seen
+    # what an attack saved is not there; `_Work.state` counts what loading it takes
+    inputs = {role: read for role, read in stage.inputs.items() if role.partition(".")[0] not in ("adapt", "probe")}
+    alone = replace(stage, parameters=parameters, inputs=inputs)
+    work = _Work(alone, source, run, run.folder, method, stages, stage.inputs.get("adapt"), **how)
+    with contextlib.suppress(_Seen):
+        registry.get("stage", stage.kind)(None).do(parameters, work)
 
 
 def _shortened(stage: Stage) -> tuple[Any, Any, int]:
@@ -146,10 +160,11 @@ class _Work:
     source: ModelSource
     run: Run
     folder: Path
-    footprint: Footprint
     rehearsed: Any  # the stage's method
     stages: Mapping[str, Stage]
     attacked: Input | None  # the adaptation whose checkpoints the stage loads
+    footprint: Footprint | None = None
+    model: DiffusionModel | None = None  # a real one; None: skeletons
 
     def method(self) -> Any:
         """Return the stage's method."""
@@ -179,6 +194,8 @@ class _Work:
 
     def base(self) -> DiffusionModel:
         """Return the base model."""
+        if self.model is not None:
+            return self.model
         with self.footprint.weights():
             found = skeleton(self.source)
         if found is None:

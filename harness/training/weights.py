@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.core.regions import GRADIENT, OPTIMIZER, region
+from harness.core.regions import GRADIENT, OPTIMIZER, WAITING, region
 from harness.model.run import Run
 from harness.model.saved_state import UnfitState, require
 
@@ -88,6 +88,12 @@ class Weights(Protocol):
         """Return H v over `names` by differentiating twice; H is the Hessian of `loss` over `names` and v's names.
 
         Raises NotImplementedError for partitioned weights.
+        """
+
+    def aside(self, values: Vector) -> Vector:
+        """Let a vector wait until it is used: as it is, or moved to main memory (`Sharding.vectors`); return it.
+
+        `write`, `shift`, `exchange` and `norm` take such vectors, with the same results.
         """
 
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
@@ -321,9 +327,18 @@ def bytes_of(values: Iterable[object]) -> int:
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
 
-def squared_norm(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum of squares of the tensors of a vector, fp64."""
-    return sum(t.detach().double().square().sum() for t in tensors.values())
+def squared_norm(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> Tensor:
+    """Return the sum of squares of the tensors of a vector, fp64, computed on a device; None: where they are."""
+    return sum(t.detach().to(device).double().square().sum() for t in tensors.values())
+
+
+def put_aside(values: Vector, run: Run | None) -> Vector:
+    """Move a vector to main memory, one tensor at a time, if the run's resources say so; return it."""
+    if run is not None and run.sharding.vectors == "cpu":
+        with region(WAITING):
+            for name in values:
+                values[name] = values[name].to("cpu")
+    return values
 
 
 class LocalWeights:
@@ -354,7 +369,8 @@ class LocalWeights:
     def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
         """Add scale * vector to the installed weights."""
         for name, value in vector.items():
-            self.parameters[name].add_(value, alpha=scale[name] if isinstance(scale, Mapping) else scale)
+            held = self.parameters[name]
+            held.add_(value.to(held.device), alpha=scale[name] if isinstance(scale, Mapping) else scale)
 
     @torch.no_grad()
     def exchange(self, values: Vector) -> None:
@@ -388,9 +404,16 @@ class LocalWeights:
         if self._run:
             self._run.ledger.backward_passes += backwards * (self._run.ledger.forward_passes - before)
 
+    def aside(self, values: Vector) -> Vector:
+        """Let a vector wait; return it."""
+        return put_aside(values, self._run)
+
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the Euclidean norm of a vector."""
-        return float(squared_norm(tensors).sqrt())
+        return float(squared_norm(tensors, self._device()).sqrt())
+
+    def _device(self) -> torch.device | None:
+        return next((p.device for p in self.parameters.values()), None)
 
     def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
         """Return the inner product of each weight's values."""

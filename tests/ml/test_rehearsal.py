@@ -1,0 +1,64 @@
+"""The memory that `plan --memory` foresees, against what the same stages hold on a CPU; and what needs less of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.core.sharding import Sharding
+from harness.stages import rehearsal
+from tests import rehearsed_stages as stages
+from tests.allocated import peak_bytes
+
+BATCH = 8
+FITTED = {"ridge": 1e-3, "concept_prompts": ("{}",), "regularization_count": 20}
+
+
+def by_label(source):
+    """Return the stages of the table by label."""
+    return {stage.label: stage for stage in stages.all_of_them(source, BATCH, fitted=FITTED)}
+
+
+def foreseen(stage, source, *, on_gpu: bool, **resources) -> tuple[int, int]:
+    """Return the bytes that a stage is to hold on the device beyond the model's, and in main memory."""
+    peak = rehearsal.rehearse(stage, source, Sharding(**resources), on_gpu=on_gpu)
+    return peak.bytes - peak.device["weights"], peak.host
+
+
+@pytest.mark.parametrize(
+    "kind", ["mima hypergradient=finite_difference", "mima profile=released", "imma lower=dreambooth", "esd", "lora",
+             "full_finetune", "dreambooth", "custom_diffusion", "textual_inversion", "sample"],
+)  # fmt: skip
+def test_foreseen_memory_is_what_a_stage_holds(kind, tiny_source, model, make_run):
+    """Within 15 %, of all bytes beside the model's weights."""
+    stage = next(stage for label, stage in by_label(tiny_source).items() if label.startswith(kind))
+
+    real = peak_bytes(lambda: rehearsal.measurable(stage, model, tiny_source, make_run()))
+    expected = sum(foreseen(stage, tiny_source, on_gpu=False))
+
+    assert expected == pytest.approx(real, rel=0.15)
+
+
+def test_vectors_that_wait_in_main_memory_leave_the_device(tiny_source, model):
+    """A round of MIMA over the whole UNet: of its two vectors only the gradient stays; originals were never there."""
+    stage = next(iter(by_label(tiny_source).values()))
+    weights = sum(4 * p.numel() for p in model.unet.parameters())
+
+    device, host = foreseen(stage, tiny_source, on_gpu=True)
+    less, more = foreseen(stage, tiny_source, on_gpu=True, vectors="cpu")
+    without, nothing = foreseen(stage, tiny_source, on_gpu=True, keep_originals=False)
+
+    assert device - less == pytest.approx(weights, rel=0.15)
+    assert more > host
+    assert without == device and host - nothing == pytest.approx(weights, rel=0.1)
+
+
+def test_a_model_that_is_not_here_is_not_guessed(tiny_source):
+    """No configuration, no estimate."""
+    stage = stages.sampling(tiny_source, batch_size=1)
+    identity = {"source": "hub", "id": "nobody/nothing", "revision": "0" * 40}
+    elsewhere = dataclasses.replace(tiny_source, identity=identity, location="nobody/nothing", revision="0" * 40)
+
+    with pytest.raises(rehearsal.Unknown, match="not on this machine yet"):
+        rehearsal.rehearse(stage, elsewhere, Sharding(), on_gpu=False)
