@@ -17,6 +17,8 @@ from harness.stages.sample import SampleParameters
 
 IMAGES = 4
 """Images of each concept, and of each class."""
+FITTED = {"ridge": 1e-3, "concept_prompts": ("{}",), "regularization_count": 20}
+"""What Merge needs where the text encoder is narrow."""
 WORDS = ("cat", "dog", "cup")
 
 
@@ -76,7 +78,8 @@ def _stage(kind: str, component: str, parameters: Any, source, precision: str, l
 
 
 def _label(name: str, given: Mapping[str, Any]) -> str:
-    return " ".join([name, *(f"{key}={value}" for key, value in given.items())])
+    shown = {key: value for key, value in given.items() if key not in ("batch_size", "begin_as", *FITTED)}
+    return " ".join([name, *(f"{key}={value}" for key, value in shown.items())])
 
 
 def all_of_them(

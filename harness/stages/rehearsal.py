@@ -24,16 +24,14 @@ from harness.core.errors import one_line
 from harness.core.identity import Input, Stage
 from harness.core.sharding import Sharding
 from harness.model import model_files
-from harness.model.footprint import Footprint, Peak, autocast
-from harness.model.pipeline import off_card
 from harness.model.run import Run, World
-from harness.model.skeleton import META, configurations, skeleton
 from harness.model.source import ModelSource
 from harness.stages.work import class_of, made
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
+    from harness.model.footprint import Footprint, Peak
     from harness.model.pipeline import DiffusionModel
 
 KINDS = ("images", "prepare", "erase", "immunize", "adapt", "probe", "sample", "memorize", "distill")
@@ -64,6 +62,8 @@ class _Run(Run):
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return the context in which the model computes."""
+        from harness.model.footprint import autocast
+
         return autocast(self.precision)
 
     def load_state(self) -> None:
@@ -95,6 +95,9 @@ def rehearse(
         method, parameters, steps = _shortened(stage)
     except (ValueError, TypeError) as error:
         raise Unknown(one_line(error, 200)) from error
+    from harness.model.footprint import Footprint
+    from harness.model.skeleton import META
+
     footprint = Footprint(stage.precision, with_host=not on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(
@@ -186,6 +189,8 @@ class _Work:
 
     def released(self, role: str) -> Protection:
         """Return what a stage releases: all that its method declares to change, in main memory."""
+        from harness.model.pipeline import off_card
+
         model = self.base()
         known = model.parameters()
         names = _covered(model, self._changes(self.stage.inputs[role]))
@@ -196,6 +201,8 @@ class _Work:
         """Return the base model."""
         if self.model is not None:
             return self.model
+        from harness.model.skeleton import skeleton
+
         with self.footprint.weights():
             found = skeleton(self.source)
         if found is None:
@@ -205,6 +212,8 @@ class _Work:
 
     def state(self, name: str = "") -> tuple[DiffusionModel, Protection]:
         """Return the base model with pruned students, and with the originals of what its layers change."""
+        from harness.model.pipeline import off_card
+
         model = self.base()
         for layer in ModelState.read(self.stage.inputs, name).layers:
             if layer.kind == "prune":
@@ -242,6 +251,7 @@ def _student(stage: Stage, model: DiffusionModel) -> UNet2DConditionModel:
     """Return the skeleton of a pruned student."""
     from diffusers import UNet2DConditionModel
 
+    from harness.model.skeleton import META
     from harness.model.unet_plan import planned
 
     parameters, before = stage.parameters, model.unet.config
@@ -255,6 +265,8 @@ def _student(stage: Stage, model: DiffusionModel) -> UNet2DConditionModel:
 
 def _image_size(source: ModelSource) -> int:
     """Return the side of the images that a model draws, in pixels."""
+    from harness.model.skeleton import configurations
+
     known = configurations(source)
     if known is None:
         raise Unknown(NOT_HERE)

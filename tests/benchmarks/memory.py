@@ -6,13 +6,14 @@
 
 A stage is done with blank images until its memory was seen, as a rehearsal does it without values. Measured is what it
 holds beyond the loaded model: on a GPU by torch's allocator; on a CPU by torch's allocator, as its profiler reports it,
-and, in a process of its own, by the resident memory of the process. The latter holds what libraries allocate by
-themselves too (some tens of MB), which hides a small model's tensors.
+and by the resident memory of the process, of which the stage was done before, so that libraries are loaded. The latter
+holds what these allocate by themselves too: some MB, which hide a tiny model's tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -22,9 +23,6 @@ from pathlib import Path
 from harness.core import registry
 from harness.core.sharding import Sharding
 from tests import rehearsed_stages, tiny
-
-FITTED = {"ridge": 1e-3, "concept_prompts": ("{}",), "regularization_count": 20}
-"""What Merge needs where the text encoder is narrow."""
 
 
 def main() -> None:
@@ -89,7 +87,7 @@ def _source(given):
 
 
 def _stages(given, source) -> list:
-    fitted = {} if given.model == "sd" else FITTED
+    fitted = {} if given.model == "sd" else rehearsed_stages.FITTED
     return list(rehearsed_stages.all_of_them(source, given.batch_size, given.precision, fitted))
 
 
@@ -141,13 +139,15 @@ def _measured(given) -> dict[str, int]:
             torch.cuda.reset_peak_memory_stats()
             do()
             return {"allocator": peak_memory_bytes(device) - idle}
+        found = {}
+        if given.model != "sd":  # the profiler keeps every event
+            found["allocator"] = peak_bytes(do)  # this also loads what libraries load at first use
+            gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         reset_peak_memory()
         idle = _resident_bytes()
         do()
-        found = {"process": peak_memory_bytes(device) - idle}
-        if given.model != "sd":  # the profiler keeps every event
-            found["allocator"] = peak_bytes(do)
-        return found
+        return {**found, "process": peak_memory_bytes(device) - idle}
 
 
 if __name__ == "__main__":

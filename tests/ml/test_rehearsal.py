@@ -12,12 +12,11 @@ from tests import rehearsed_stages as stages
 from tests.allocated import peak_bytes
 
 BATCH = 8
-FITTED = {"ridge": 1e-3, "concept_prompts": ("{}",), "regularization_count": 20}
 
 
 def by_label(source):
     """Return the stages of the table by label."""
-    return {stage.label: stage for stage in stages.all_of_them(source, BATCH, fitted=FITTED)}
+    return {stage.label: stage for stage in stages.all_of_them(source, BATCH, fitted=stages.FITTED)}
 
 
 def foreseen(stage, source, *, on_gpu: bool, **resources) -> tuple[int, int]:
