@@ -146,15 +146,15 @@ class DiffusionModel:
     def change(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Declare that these parameters will change; return them. Raises KeyError for an unknown name."""
         known = self.parameters()
-        if not self.keeps_originals:
-            self._is_spent = True
         changed = {}
         with region(ORIGINALS):
             for name in names:
                 if name not in known:
                     raise KeyError(f"the model has no parameter '{name}'")
                 changed[name] = known[name]
-                if self.keeps_originals and name not in self._originals:
+                if not self.keeps_originals:
+                    self._is_spent = True
+                elif name not in self._originals:
                     self._originals[name] = off_card(known[name])
         return changed
 

@@ -17,6 +17,7 @@ from harness.core.described import as_json
 from harness.core.identity import Stage, canonical_json
 from harness.core.sharding import Sharding
 from harness.plan.graph import Plan
+from harness.stages.work import made
 
 if TYPE_CHECKING:
     from harness.model.source import ModelSource
@@ -120,8 +121,9 @@ class Estimator:
 
     def need(self, setting: Setting, sharding: Sharding) -> Need | str:
         """Return what a process of a stage needs, or why that is not known, in a few words."""
-        shared = _can_share(setting.stage)
-        own = sharding if shared else dataclasses.replace(sharding, workers=1, zero_stage=0, offload="none")
+        own = sharding
+        if not registry.get("stage", setting.stage.kind).can_spread(setting.stage):
+            own = dataclasses.replace(sharding, workers=1, zero_stage=0, offload="none")
         place = (id(setting.stage), own)
         if place not in self._known:
             self._known[place] = self._rehearsed(setting, own)
@@ -130,6 +132,9 @@ class Estimator:
     def _rehearsed(self, setting: Setting, sharding: Sharding) -> Need | str:
         from harness.stages.rehearsal import Unknown, rehearse
 
+        refused = _refused(setting.stage, sharding)
+        if refused:
+            return refused
         try:
             peak = rehearse(setting.stage, self.source, sharding, on_gpu=self.on_gpu, stages=setting.stages)
         except Unknown as unknown:
@@ -137,8 +142,13 @@ class Estimator:
         return divided(Need(dict(peak.device), peak.host), sharding)
 
 
-def _can_share(stage: Stage) -> bool:
-    return registry.get("stage", stage.kind).can_spread(stage)
+def _refused(stage: Stage, sharding: Sharding) -> str:
+    """Return why a defense cannot be spread so; "" if it can."""
+    kind = registry.get("stage", stage.kind).method_kind
+    if not sharding.needs_deepspeed or kind not in ("defense", "preparation"):
+        return ""
+    method = made(kind, stage.component, stage.parameters.parameters, stage.local.get("parameters", {}))
+    return "; ".join(message for _, message in method.check_sharding(method.parameters, sharding))
 
 
 def divided(need: Need, sharding: Sharding) -> Need:
