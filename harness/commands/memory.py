@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from harness.commands.opened import Opened
 from harness.core.counted import counted
+from harness.core.errors import one_line
 from harness.plan import memory
 from harness.plan.memory import GB, Estimator, Need, Setting
 
@@ -23,7 +24,7 @@ SHOWN = (
     ("activations", "activations"),
 )
 """Kind of bytes -> header of its column."""
-WIDE = 60
+WIDE = 48
 """Characters of a setting's name that are shown."""
 
 
@@ -43,7 +44,7 @@ def show(opened: Opened, console: Console, card: float | None) -> None:
     needs = [(each, _rehearsed(estimator, each, given, place, total)) for place, each in enumerate(chosen)]
     device = "GPU" if on_gpu else "main memory"
     table = Table(title=f"{opened.plan.suite}: memory of a process, {device}, as configured", title_justify="left")
-    table.add_column("setting")
+    table.add_column("setting", no_wrap=True, overflow="ellipsis", max_width=WIDE)
     for header in ("stages", "all", *(header for _, header in SHOWN), *(["main memory"] if on_gpu else [])):
         table.add_column(header, justify="right")
     unknown: Counter[str] = Counter()
@@ -58,7 +59,7 @@ def show(opened: Opened, console: Console, card: float | None) -> None:
         if not on_gpu and need.host:
             parts[1] = _bytes(need.parts.get("originals", 0) + need.host)
         whole = need.bytes + (0 if on_gpu else need.host)
-        table.add_row(_short(setting), str(setting.count), _bytes(whole), *parts, *host)
+        table.add_row(setting.name, str(setting.count), _bytes(whole), *parts, *host)
     if table.row_count:
         console.print(table)
     for line, count in unknown.items():
@@ -105,8 +106,7 @@ def _rehearsed(estimator: Estimator, setting: Setting, given, place: int, total:
 
 
 def _short(setting: Setting) -> str:
-    name = setting.name
-    return name if len(name) <= WIDE else f"{name[: WIDE - 3]}..."
+    return one_line(setting.name, WIDE)
 
 
 def _bytes(size: float) -> str:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from harness.model.pipeline import DiffusionModel
 
 KINDS = ("images", "prepare", "erase", "immunize", "adapt", "probe", "sample", "memorize", "distill")
-"""The kinds of stages that can be rehearsed: they work with the diffusion model."""
+"""The kinds of stages that can be rehearsed: they train the diffusion model or draw from it."""
 
 
 NOT_HERE = "the model is not on this machine yet: fetch it first"
@@ -86,11 +86,10 @@ def rehearse(
     `sharding`: its resources; each of its processes gets its share of the batch, but holds all else whole. `on_gpu`:
     main memory does not count; otherwise it does. `stages`: those that it reads, by key.
 
-    Raises Unknown for a kind of stage that works without the diffusion model, a model that is not here, and a method
-    that cannot be rehearsed.
+    Raises Unknown for another kind of stage, a model that is not here, and a method that cannot be rehearsed.
     """
     if stage.kind not in KINDS:
-        raise Unknown("it works with models of its own, which are not rehearsed")
+        raise Unknown("stages of this kind are not rehearsed")
     try:
         method, parameters, steps = _shortened(stage)
     except (ValueError, TypeError) as error:

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from harness.cli import main
 from harness.core.sharding import Sharding
 from harness.stages import rehearsal
 from tests import rehearsed_stages as stages
@@ -51,6 +52,19 @@ def test_vectors_that_wait_in_main_memory_leave_the_device(tiny_source, model):
     assert device - less == pytest.approx(weights, rel=0.15)
     assert more > host
     assert without == device and host - nothing == pytest.approx(weights, rel=0.1)
+
+
+def test_plan_shows_what_settings_need_and_that_they_fit_a_card(suite_file, tmp_path, capsys):
+    """A row for each setting, a line for what is not rehearsed, a line for the card; nothing is written."""
+    runs = tmp_path / "runs"
+    chosen = ["--set", "tasks.relearning=null", "--set", "seeds=1", "--runs", str(runs)]
+    code = main(["plan", str(suite_file), "--card", "12GB", *chosen])
+    shown = capsys.readouterr().out
+
+    assert code == 0 and not runs.exists()
+    assert all(row in shown for row in ("immunize imma for purse", "adapt lora on purse", "sample lora on purse"))
+    assert "score: stages of this kind are not rehearsed" in shown
+    assert "12 GB: as configured" in shown
 
 
 def test_a_model_that_is_not_here_is_not_guessed(tiny_source):
