@@ -74,6 +74,11 @@ class Dreambooth(Attack):
         return 6.0 if parameters.prior_weight else 3.0
 
     @classmethod
+    def overwrites(cls, parameters):
+        """Return the components that are saved."""
+        return ("unet", "text_encoder") if parameters.text_encoder else ("unet",)
+
+    @classmethod
     def can_share(cls, parameters):
         """Return whether only the UNet is trained."""
         return not parameters.text_encoder

@@ -105,6 +105,11 @@ class Lora(Attack):
         return 6.0 if parameters.prior_weight else 3.0
 
     @classmethod
+    def overwrites(cls, parameters):
+        """Return the projections that the adapter is fused into, or the UNet that is saved whole."""
+        return ("unet.attention",) if parameters.variant in ("lora", "dora") else ("unet",)
+
+    @classmethod
     def can_share(cls, parameters):
         """Return whether only LoRA in the UNet is trained; other variants read base weights, which ZeRO 3 splits."""
         return parameters.variant == "lora" and not parameters.text_encoder

@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -130,6 +130,11 @@ class Esd(Defense):
         if p.sampler == "frozen":
             return 2.0 * targets * p.pool * p.sampling_steps + 3.0 * samples
         return samples * (2 * (p.sampling_steps - 1) / 2 + 2 + 3.0)
+
+    @classmethod
+    def rehearsed(cls, parameters) -> tuple[Parameters, int]:
+        """Two iterations over short trajectories."""
+        return replace(parameters, sampling_steps=min(parameters.sampling_steps, 4)), 2
 
     def protect(self, model, targets, preserved, run) -> Protection:
         """Return the trained tensors of the UNet."""

@@ -41,7 +41,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -154,6 +154,13 @@ class ImmaBase(Defense):
         lower = 0 if p.ascent_only else p.lower_steps * (2 if p.prior_weight else 1)
         again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.hypergradient]
         return p.rounds * p.batch_size * (lower * (1 + again) + 1) * 3.0
+
+    @classmethod
+    def rehearsed(cls, parameters) -> tuple[Parameters, int]:
+        """One lower step before each upper one, if they alternate; a round of a look-ahead is one step."""
+        if parameters.looks_ahead or parameters.ascent_only:
+            return parameters, 2
+        return replace(parameters, lower_steps=1), 4
 
     @classmethod
     def prior_images(cls, parameters) -> int:

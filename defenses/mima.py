@@ -38,7 +38,7 @@ that of re-learning 200; the default is 200 for both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -219,6 +219,13 @@ class Mima(Defense):
         again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.chosen("hypergradient")]
         upper = 2 if p.chosen("prior_on_upper") else 1
         return p.rounds * p.batch_size * targets * (lower * (1 + again) + upper) * 3.0
+
+    @classmethod
+    def rehearsed(cls, parameters) -> tuple[Parameters, int]:
+        """One lower iteration before each upper one, if they alternate; a round of a look-ahead is one step."""
+        if parameters.chosen("lower_persist"):
+            return replace(parameters, lower_steps=1), 4
+        return parameters, 2
 
     @classmethod
     def check_task(cls, parameters, targets, preserved) -> list[tuple[str, str]]:

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -154,6 +154,11 @@ class FreezeAsGuard(Freezing):
     def unet_passes(cls, parameters, targets) -> float:
         """A forward and a backward pass per step of either kind."""
         return 3.0 * parameters.rounds * (1 + parameters.chosen("user_steps")) * parameters.batch_size
+
+    @classmethod
+    def rehearsed(cls, parameters) -> tuple[Parameters, int]:
+        """A step of the user after each mask step, twice."""
+        return replace(parameters, user_steps=min(parameters.chosen("user_steps"), 1)), 4
 
     @classmethod
     def preparation(cls, parameters) -> MixedFinetune:

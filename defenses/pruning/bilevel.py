@@ -35,7 +35,7 @@ that predicts noise is weighed by the standard min-SNR; the student is what the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -142,6 +142,11 @@ class BilevelSuppress(Defense):
         p = parameters
         gaps = p.upper_steps if p.profile == "paper" else 0
         return p.batch_size * (p.iterations * p.lower_passes + p.upper_steps * UPPER_PASSES + gaps)
+
+    @classmethod
+    def rehearsed(cls, parameters) -> tuple[Parameters, int]:
+        """A lower step before each upper one, twice."""
+        return replace(parameters, lower_steps=1, steps=8, warmup_steps=0), 4
 
     @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:

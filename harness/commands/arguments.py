@@ -67,6 +67,18 @@ def throughput(text: str) -> float:
     return value
 
 
+def gigabytes(text: str) -> float:
+    """Return a size such as 24GB in GB (10^9 bytes); otherwise raise argparse's error."""
+    plain = text.strip().upper().removesuffix("GB").strip()
+    try:
+        value = float(plain)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"must be the size of a card, such as 24GB (got '{one_line(text, 60)}')")
+    return value
+
+
 def difference(text: str) -> tuple[float, bool]:
     """Return (number greater than 0, whether it is a share) of a text such as 0.05 or 10%, for argparse."""
     is_share = text.rstrip().endswith("%")

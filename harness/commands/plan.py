@@ -1,4 +1,4 @@
-"""`plan`: show the stages of a suite, their sharing and cost; or how many seeds a claim needs."""
+"""`plan`: show the stages of a suite, their sharing and cost; their memory; or how many seeds a claim needs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tflops", type=arguments.throughput, metavar="N",
         help="TFLOP/s that your GPU sustains, for the estimate of GPU-hours from UNet passes (SD 1.x)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory", action="store_true",
+        help="show instead what each kind of stage, method and setting needs on its device; nothing is computed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--card", type=arguments.gigabytes, metavar="SIZE",
+        help="the same, and which resources fit a card of this size, such as 24GB (default: 12, 24, 40 and 80 GB, for "
+        "a suite with resources.gpus)",
     )  # fmt: skip
     parser.add_argument(
         "--power", type=arguments.difference, metavar="DIFFERENCE",
@@ -40,10 +49,17 @@ def main(given: argparse.Namespace) -> ExitCode:
         for option in ("pilot", "between"):
             if getattr(given, option) is not None:
                 raise UserMistake(f"--{option}: requires --power")
+    if given.power is not None and (given.memory or given.card is not None):
+        raise UserMistake("--power: shows seeds, not memory; leave out --memory and --card")
     from harness.commands.opened import open_suite
 
     opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
     arguments.note(opened.loaded.notices)
+    if given.memory or given.card is not None:
+        from harness.commands import memory
+
+        memory.show(opened, arguments.console(), given.card)
+        return ExitCode.DONE
     if given.power is None:
         from harness.commands.planning import show
 

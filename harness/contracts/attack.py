@@ -130,6 +130,14 @@ class Attack(Method):
         return {}
 
     @classmethod
+    def overwrites(cls, parameters: Any) -> Sequence[str]:
+        """Return the weights of the model that `load` overwrites, in the words of `ThreatModel.changes`; () for none.
+
+        For estimates of memory: `unload` needs what they were.
+        """
+        return ()
+
+    @classmethod
     def can_share(cls, parameters: Any) -> bool:
         """Return whether several processes can share `adapt`, which then trains through `harness.training.sharding`.
 

@@ -47,6 +47,16 @@ class Method:
         return ()
 
     @classmethod
+    def rehearsed(cls, parameters: Any) -> tuple[Any, int]:
+        """Return (parameters, steps) to see by few steps what memory it needs, without values (`plan --memory`).
+
+        The parameters need as much memory as the given ones: fewer steps between those of another kind, shorter
+        trajectories, but the same batches. `steps`: after so many steps of the training loop every kind of step was
+        seen with all optimizer states there. By default the second step shows all.
+        """
+        return parameters, 2
+
+    @classmethod
     def not_installed(cls, parameters: Any) -> str | None:
         """Return what is not installed here but needed, and what to do; None: nothing is missing."""
         return None

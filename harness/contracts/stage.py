@@ -54,6 +54,9 @@ class StageWork(Protocol):
     def files(self, role: str, split: str) -> list[Path]:
         """Return the images of a split of an `images` input, in order."""
 
+    def released(self, role: str) -> Protection:
+        """Return what the committed input stage with this role released, in main memory."""
+
     def base(self) -> DiffusionModel:
         """Return the base model in its released state."""
 

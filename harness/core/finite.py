@@ -47,9 +47,8 @@ def require_finite(values: Tensor, what: str, advice: str) -> None:
     `what` names the rows ("images' latents"); `advice` says what to do.
     """
     rows = values.isfinite().flatten(1).all(dim=1)
-    bad = int((~rows).sum())
-    if bad:
-        raise FloatingPointError(f"{bad} of {len(rows)} {what} are not finite: {advice}")
+    if not bool(rows.all()):
+        raise FloatingPointError(f"{int((~rows).sum())} of {len(rows)} {what} are not finite: {advice}")
 
 
 def flat_colour(image: Image) -> tuple[int, ...] | None:

@@ -16,6 +16,8 @@ class Sharding:
     offload: str = "none"  # none | cpu: where optimizer states (and under ZeRO 3 weights) are kept between uses
     micro_batch_size: int | None = None  # examples whose graph a process holds at a time; None: all of its share
     gradient_checkpointing: bool = False  # recompute activations of the UNet in the backward pass
+    keep_originals: bool = True  # keep what the weights were; False: the next stage loads the model again
+    vectors: str = "device"  # device | cpu: where vectors of a look-ahead wait until they are used
 
     @property
     def needs_deepspeed(self) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harness.core.errors import UserMistake, one_line
 from harness.core.hub import snapshot
+from harness.core.regions import ORIGINALS, region
 from harness.model.source import ModelSource, fetches
 
 COMPONENTS = ("unet", "text_encoder", "vae")
@@ -24,9 +25,10 @@ COMPONENTS = ("unet", "text_encoder", "vae")
 class DiffusionModel:
     """A pipeline that can return to its released state.
 
-    `overlay` and `change` keep the original of every tensor before it is changed; `restore` puts the originals back
-    bit for bit. `is_restorable` detects undeclared changes (a checksum of every tensor, between stages); the model is
-    then loaded again.
+    `overlay` and `change` keep the original of every tensor before it is changed, in main memory; `restore` puts the
+    originals back bit for bit. Without `keeps_originals` the model cannot be restored once it was changed.
+    `is_restorable` detects undeclared changes (a checksum of every tensor, between stages); the model is then loaded
+    again.
     """
 
     def __init__(self, pipeline, device: torch.device):
@@ -39,6 +41,7 @@ class DiffusionModel:
             module.eval()
         if self.image_size >= 256:
             pipeline.vae.enable_slicing()  # decode one image at a time: sixteen at once do not fit a 24 GB card
+        self.keeps_originals = True
         self._originals: dict[str, Tensor] = {}
         self._replaced: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}  # component -> (base module, its originals)
         self._is_spent = False
@@ -151,12 +154,15 @@ class DiffusionModel:
         """Declare that these parameters will change; return them. Raises KeyError for an unknown name."""
         known = self.parameters()
         changed = {}
-        for name in names:
-            if name not in known:
-                raise KeyError(f"the model has no parameter '{name}'")
-            changed[name] = known[name]
-            if name not in self._originals:
-                self._originals[name] = known[name].detach().clone()
+        with region(ORIGINALS):
+            for name in names:
+                if name not in known:
+                    raise KeyError(f"the model has no parameter '{name}'")
+                changed[name] = known[name]
+                if not self.keeps_originals:
+                    self._is_spent = True
+                elif name not in self._originals:
+                    self._originals[name] = off_card(known[name])
         return changed
 
     def use_up(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -252,6 +258,11 @@ class DiffusionModel:
             for name, buffer in getattr(self.pipeline, component).named_buffers()
         }
         return {**self.parameters(), **buffers}
+
+
+def off_card(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor in main memory, which is kept until it is put back."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _checksum(tensor: Tensor) -> int:

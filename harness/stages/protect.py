@@ -69,10 +69,7 @@ class Protect(StageKind):
             work.run.pairs = LocalPairs(work.stage.local["pairs"])
         targets, preserved = _concepts(parameters, work, "targets"), _concepts(parameters, work, "preserved")
         if PREPARED in work.stage.inputs:
-            from harness.contracts.protection import Protection
-
-            with work.run.ledger.phase("load"):
-                work.run.prepared = Protection.load(work.input(PREPARED)).tensors
+            work.run.prepared = work.released(PREPARED).tensors
         from harness.training.declared import covered
 
         model, _ = work.state()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.contracts.layers import apply
 from harness.contracts.state import ModelState
@@ -15,6 +15,9 @@ from harness.core.identity import Stage
 from harness.model.run import Run
 from harness.stages.workplace import Workplace
 from harness.store.store import Store
+
+if TYPE_CHECKING:
+    from harness.contracts.protection import Protection
 
 
 @dataclass
@@ -42,6 +45,13 @@ class StageAtWork:
         given = self.stage.parameters.parameters
         return made(kind, self.stage.component, given, self.stage.local.get("parameters", {}))
 
+    def released(self, role: str) -> Protection:
+        """Return what the committed input stage with a role released, in main memory."""
+        from harness.contracts.protection import Protection
+
+        with self.run.ledger.phase("load"):
+            return Protection.load(self.input(role))
+
     def base(self):
         """Return the base model in its released state."""
         return self._model("")
@@ -64,7 +74,9 @@ class StageAtWork:
         from harness.model.pipeline import warm
 
         with self.run.ledger.phase("load"):
-            return warm(self.workplace.source, self.run.device, name)
+            model = warm(self.workplace.source, self.run.device, name)
+        model.keeps_originals = self.run.sharding.keep_originals
+        return model
 
 
 def made(

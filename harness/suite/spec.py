@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -400,6 +401,11 @@ class ResourcesSpec(Strict):
     offload: Literal["none", "cpu"] = "none"  # where optimizer states (ZeRO 3: weights too) are kept between uses
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None  # examples in memory at a time; None: all
     gradient_checkpointing: bool = False  # recompute the UNet's activations instead of keeping them
+    keep_originals: bool = True
+    """false: what the weights were before a stage changes them is not kept in main memory (3.4 GB for the UNet of
+    SD 1.x); the next stage loads the model again."""
+    vectors: Literal["device", "cpu"] = "device"
+    """cpu: the vectors of a look-ahead (MIMA; IMMA if it differentiates the lower steps) wait in main memory."""
     keep_checkpoint_mb: Annotated[float, Field(ge=0)] | None = 512.0
     """A larger adapted model is deleted once its images are drawn, and made again if it is needed later: a fine-tuned
     UNet of SD 1.x takes 3.4 GB at each step that is read. None: all are kept."""
@@ -414,7 +420,7 @@ class ResourcesSpec(Strict):
 
     def sharding(self) -> Sharding:
         """Return the part that the training code needs."""
-        return Sharding(self.workers, self.zero_stage, self.offload, self.micro_batch_size, self.gradient_checkpointing)
+        return Sharding(**{each.name: getattr(self, each.name) for each in fields(Sharding)})
 
 
 class Suite(Strict):

@@ -21,7 +21,7 @@ Sources: Finn et al. 2017 (MAML) for the look-ahead; Pearlmutter 1994 for H v; I
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -46,10 +46,12 @@ def hessian_vector(
 
 
 def _central_difference(weights: Weights, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
-    start = weights.read(list(vector))
     length = weights.norm(vector)
     if length == 0:
         return {name: torch.zeros_like(value) for name, value in weights.read(names).items()}
+    start: Vector = {}
+    for name in vector:  # one at a time, where vectors wait in main memory
+        start |= weights.aside(weights.read([name]))
     step = weights.relative_step * weights.norm(start) / length
     sides = []
     for sign in (1.0, -1.0):
@@ -88,15 +90,15 @@ class LookAhead:
         """Take the steps, then restore the model; return the result."""
         starts: list[Vector] = []
         current: Vector = {}
-        for loss in self.losses:
+        for step, loss in enumerate(self.losses):
             starts.append(current)
             with installed(self.weights, current):
                 slope = self.weights.gradient(loss, self.lower)
             # one weight at a time and in place: a vector over all weights is as large as the model
             for name, value in slope.items():
-                start = current[name] if current else self.weights.read([name])[name]
+                start = current[name].to(value.device) if current else self.weights.read([name])[name]
                 value.mul_(-self.learning_rate).add_(start)
-            current = slope
+            current = self.weights.aside(slope) if step + 1 < len(self.losses) else slope
         return Adapted(current, tuple(starts))
 
     def pull_back(
@@ -117,7 +119,7 @@ class LookAhead:
                     curved = hessian_vector(self.weights, self.losses[step], reached, inside, mode)
                 for name, value in curved.items():
                     change = value.mul_(-self.learning_rate)
-                    current[name] = change.add_(current[name]) if name in current else change
+                    current[name] = change.add_(current[name].to(change.device)) if name in current else change
         zeros = self.weights.read([name for name in wanted if name not in current])
         return {name: current[name] if name in current else zeros[name].zero_() for name in wanted}
 
@@ -128,7 +130,7 @@ def hypergradient(look_ahead: LookAhead, adapted: Adapted, upper: Loss, mode: Mo
     `adapted` is the result of `look_ahead` from the installed weights.
     """
     weights = look_ahead.weights
-    with installed(weights, adapted.end):
+    with installed(weights, weights.aside(adapted.end)):
         cotangent = weights.gradient(upper, look_ahead.names)
     return look_ahead.pull_back(adapted.starts, cotangent, mode)
 
@@ -145,8 +147,11 @@ class Merging(Protocol):
     def to_start(self, cotangent: Mapping[str, Tensor]) -> Vector:
         """Return the gradient with respect to the start; `cotangent` is the one with respect to the merged weights."""
 
-    def to_adapted(self, index: int, cotangent: Mapping[str, Tensor]) -> Vector:
-        """Return the gradient with respect to the adapted weights of one branch."""
+    def to_adapted(self, cotangent: Vector) -> Iterator[Vector]:
+        """Yield the gradient with respect to the adapted weights of each branch; `cotangent` is emptied.
+
+        Branches may get the same tensors, so none is to be changed.
+        """
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,8 @@ class Merged:
 
 def merged(branches: Sequence[LookAhead], merging: Merging) -> Merged:
     """Return Merge({theta'_n}), with one branch's end in memory at a time. The model is unchanged afterwards."""
-    result = merging.from_start(branches[0].weights.read(branches[0].lower))
+    weights = branches[0].weights
+    result = weights.aside(merging.from_start(weights.read(branches[0].lower)))
     starts = []
     for index, branch in enumerate(branches):
         adapted = branch.adapted()
@@ -189,8 +195,9 @@ def merged_hypergradient(
     inside = {name: cotangent.pop(name) for name in list(cotangent) if name in lower}
     result = cotangent | merging.to_start({name: inside[name] for name in wanted if name in inside})
     result = {name: result[name] for name in wanted}
-    for index, branch in enumerate(branches):
+    del cotangent
+    for branch, own, from_adapted in zip(branches, starts, merging.to_adapted(inside), strict=True):
         # one expression: a variable would keep one branch's vectors alive while the next allocates its own
-        for name, value in branch.pull_back(starts[index], merging.to_adapted(index, inside), mode, wanted).items():
+        for name, value in branch.pull_back(own, from_adapted, mode, wanted).items():
             result[name] += value
     return result

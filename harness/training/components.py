@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.model.pipeline import DiffusionModel
+from harness.model.pipeline import DiffusionModel, off_card
 
 FILES = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
 """The weights file in a component's folder."""
@@ -55,6 +55,6 @@ def load(model: DiffusionModel, component: str, folder: Path) -> dict[str, Tenso
         from transformers import CLIPTextModel as Class
     loaded = Class.from_pretrained(folder / component, torch_dtype=torch.float32, use_safetensors=True)
     named = {f"{component}.{name}": parameter.data for name, parameter in loaded.named_parameters()}
-    before = {name: parameter.detach().clone() for name, parameter in model.change(named).items()}
+    before = {name: off_card(parameter) for name, parameter in model.change(named).items()}
     model.overlay(named)
     return before

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.model.pipeline import DiffusionModel
+from harness.model.pipeline import DiffusionModel, off_card
 
 Variant = Literal["lora", "dora", "loha", "lokr", "oft"]
 
@@ -177,7 +177,7 @@ def fuse(model: DiffusionModel, folder: Path) -> dict[str, Tensor]:
     known = model.parameters()
     components = sorted({name.partition(".")[0] for name in names})
     changed = model.change(name for name in known if name.removesuffix(".weight") in names)
-    before = {name: parameter.detach().clone() for name, parameter in changed.items()}
+    before = {name: off_card(parameter) for name, parameter in changed.items()}
     model.pipeline.load_lora_weights(folder, weight_name=FILE)
     model.pipeline.fuse_lora(components=components)
     model.pipeline.unload_lora_weights()

@@ -22,7 +22,7 @@ matrix as given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -145,10 +145,12 @@ class LayerMerging:
         )
         for name in list(adapted):
             value = adapted.pop(name)
+            sum_so_far = total[name].to(value.device)  # it may wait in main memory
             if name in products:
-                total[name] += products[name]
+                sum_so_far += products[name]
             else:
-                total[name].add_(value, alpha=1 / self.count)
+                sum_so_far.add_(value, alpha=1 / self.count)
+            total[name].copy_(sum_so_far)
 
     def to_start(self, cotangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return G (I - P)^T of each projection (zero if there is a `reference`), zero for the others."""
@@ -156,11 +158,15 @@ class LayerMerging:
         taken = self.multiply(free, self._total.T)
         return {n: g - taken[n] if n in free else torch.zeros_like(g) for n, g in cotangent.items()}
 
-    def to_adapted(self, index: int, cotangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return G P_n^T of each projection, G / N of the others."""
-        inside = {n: g for n, g in cotangent.items() if n in self.projections}
-        products = self.multiply(inside, self.merge.projections[index].T)
-        return {n: products[n] if n in products else g / self.count for n, g in cotangent.items()}
+    def to_adapted(self, cotangent: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Yield for each branch G P_n^T of each projection, G / N of the others, the same tensors for all; empties G.
+
+        The others are divided in place: a second vector over all weights would be as large as the model.
+        """
+        inside = {n: cotangent.pop(n) for n in list(cotangent) if n in self.projections}
+        shared = {n: cotangent.pop(n).div_(self.count) for n in list(cotangent)}
+        for projection in self.merge.projections:
+            yield {**shared, **self.multiply(inside, projection.T)}
 
     @cached_property
     def _total(self) -> Tensor:

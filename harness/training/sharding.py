@@ -47,6 +47,7 @@ from harness.training.weights import (
     fitting_slots,
     grouped,
     inner_products,
+    put_aside,
     relative_step,
     squared_norm,
 )
@@ -203,7 +204,8 @@ class ZeroWeights:
     def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
         """Add scale * vector to the weights."""
         for name, value in vector.items():
-            self._held(name).add_(value, alpha=scale[name] if isinstance(scale, Mapping) else scale)
+            held = self._held(name)
+            held.add_(value.to(held.device), alpha=scale[name] if isinstance(scale, Mapping) else scale)
 
     @torch.no_grad()
     def exchange(self, values: Vector) -> None:
@@ -355,9 +357,13 @@ class ZeroWeights:
             value /= self._run.world.size
         return found
 
+    def aside(self, values: Vector) -> Vector:
+        """Let a vector wait; return it."""
+        return put_aside(values, self._run)
+
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the Euclidean norm of a vector."""
-        total = squared_norm(tensors)
+        total = squared_norm(tensors, self._model.device)
         if self.stage == 3:
             dist.all_reduce(total)
         return float(total.sqrt())

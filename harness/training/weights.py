@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.core.precision import kind_of
+from harness.core.regions import GRADIENT, OPTIMIZER, WAITING, region
 from harness.model.run import Run
 from harness.model.saved_state import UnfitState, require
 
@@ -95,6 +96,12 @@ class Weights(Protocol):
         """Return H v over `names` by differentiating twice; H is the Hessian of `loss` over `names` and v's names.
 
         Raises NotImplementedError for partitioned weights.
+        """
+
+    def aside(self, values: Vector) -> Vector:
+        """Let a vector wait until it is used: as it is, or moved to main memory (`Sharding.vectors`); return it.
+
+        `write`, `shift`, `exchange` and `norm` take such vectors, with the same results.
         """
 
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
@@ -281,24 +288,22 @@ def finite_curvature(
 
 
 def differentiate(loss: Loss, parameters: Mapping[str, nn.Parameter]) -> Vector:
-    """Return the gradient of the loss by autograd, part by part; zero for parameters it does not depend on."""
-    total: Vector = {}
+    """Return the gradient of the loss by autograd, part by part; zero for parameters it does not depend on.
+
+    Each slope is added as soon as it is known, so there is never a second gradient of all parameters.
+    """
+    chosen = list(parameters.values())
+    before = [p.grad for p in chosen]
     with _requiring_grad(parameters):
-        for part in loss:
-            found = list(torch.autograd.grad(part(), list(parameters.values()), allow_unused=True))
-            taken = set()
-            for index, name in enumerate(parameters):
-                slope, found[index] = found[index], None
-                if slope is None:
-                    continue
-                if name in total:
-                    total[name].add_(slope)
-                    continue
-                # no copy unless needed; autograd may return one tensor for two parameters
-                is_own = slope.is_contiguous() and slope.data_ptr() not in taken
-                taken.add(slope.data_ptr())
-                total[name] = slope.detach() if is_own else slope.detach().clone()
-    return {n: total[n] if n in total else torch.zeros_like(p) for n, p in parameters.items()}
+        try:
+            for p in chosen:
+                p.grad = None
+            for part in loss:
+                torch.autograd.backward(part(), inputs=chosen)
+            return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        finally:
+            for p, grad in zip(chosen, before, strict=True):
+                p.grad = grad
 
 
 def differentiate_twice(
@@ -372,9 +377,18 @@ def bytes_of(values: Iterable[object]) -> int:
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
 
-def squared_norm(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum of squares of the tensors of a vector, fp64."""
-    return sum(t.detach().double().square().sum() for t in tensors.values())
+def squared_norm(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> Tensor:
+    """Return the sum of squares of the tensors of a vector, fp64, computed on a device; None: where they are."""
+    return sum(t.detach().to(device).double().square().sum() for t in tensors.values())
+
+
+def put_aside(values: Vector, run: Run | None) -> Vector:
+    """Move a vector to main memory, one tensor at a time, if the run's resources say so; return it."""
+    if run is not None and run.sharding.vectors == "cpu":
+        with region(WAITING):
+            for name in values:
+                values[name] = values[name].to("cpu")
+    return values
 
 
 class LocalWeights:
@@ -405,7 +419,8 @@ class LocalWeights:
     def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
         """Add scale * vector to the installed weights."""
         for name, value in vector.items():
-            self.parameters[name].add_(value, alpha=scale[name] if isinstance(scale, Mapping) else scale)
+            held = self.parameters[name]
+            held.add_(value.to(held.device), alpha=scale[name] if isinstance(scale, Mapping) else scale)
 
     @torch.no_grad()
     def exchange(self, values: Vector) -> None:
@@ -418,7 +433,7 @@ class LocalWeights:
     def gradient(self, loss: Loss, names: Sequence[str]) -> Vector:
         """Return the gradient of the loss."""
         chosen = {n: self.parameters[n] for n in names}
-        with self._counted(1):
+        with self._counted(1), region(GRADIENT):
             return finite_gradient(self._run, loss, lambda parts: differentiate(parts, chosen))
 
     @torch.no_grad()
@@ -429,7 +444,7 @@ class LocalWeights:
 
     def curvature(self, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
         """Return H v over `names` by differentiating twice."""
-        with self._counted(3):  # a gradient, and a backward through it that costs twice as much
+        with self._counted(3), region(GRADIENT):  # a gradient, and a backward through it that costs twice as much
             return finite_curvature(
                 self._run, loss, vector, lambda parts, along: differentiate_twice(parts, self.parameters, names, along)
             )
@@ -444,9 +459,16 @@ class LocalWeights:
             if self._run:
                 self._run.ledger.backward_passes += backwards * (self._run.ledger.forward_passes - before)
 
+    def aside(self, values: Vector) -> Vector:
+        """Let a vector wait; return it."""
+        return put_aside(values, self._run)
+
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the Euclidean norm of a vector."""
-        return float(squared_norm(tensors).sqrt())
+        return float(squared_norm(tensors, self._device()).sqrt())
+
+    def _device(self) -> torch.device | None:
+        return next((p.device for p in self.parameters.values()), None)
 
     def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
         """Return the inner product of each weight's values."""
@@ -468,7 +490,8 @@ class LocalWeights:
         if chosen.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_([self.parameters[n] for n in chosen.names], chosen.clip_norm)
         self._optimizer.level, self._optimizer.rate = level, rate
-        self._optimizer.step()
+        with region(OPTIMIZER):
+            self._optimizer.step()
         for name in chosen.names:
             self.parameters[name].grad = None
 

@@ -11,6 +11,7 @@ matrix, its solve for every word and the inverse of M. It is written here, plain
 
 Ours is `defenses/mima.py` as it is, profile paper. The released loop has class images in every batch, Algorithm 1 has
 not: `--prior` gives ours them too. Memory is the peak above the loaded model, set-up and optimizer states included.
+Neither keeps the weights from before the training (`keep_originals: false`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="images of each concept in a step (released: 1)")
     parser.add_argument("--updates", type=int, default=4, help="timed updates; the first one more is not")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of concepts")
+    parser.add_argument("--vectors", choices=("device", "cpu"), default="device", help="where our vectors wait")
     parser.add_argument("--prior", action="store_true", help="class images in our batches too")
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -83,8 +85,8 @@ def _measure_all(given) -> dict:
         model = _model(given, device)
         result |= {"forward_flops": _forward_flops(model), "peak_flops": _peak_flops(device, given.precision)}
         for count in given.counts:
+            model.keeps_originals = False
             result[str(count)] = _measure(given, model, count, Path(folder))
-            model.restore()
     return result
 
 
@@ -200,12 +202,13 @@ def _measure(given, model, count: int, folder: Path) -> dict[str, float]:
 
     import torch
 
+    from harness.core.sharding import Sharding
     from harness.model.run import Run
     from harness.stages.workplace import peak_memory_bytes, reset_peak_memory
 
     work = folder / f"work{count}"
     work.mkdir(exist_ok=True)
-    run = Run(0, model.device, given.precision, work)
+    run = Run(0, model.device, given.precision, work, sharding=Sharding(vectors=given.vectors))
     concepts = _concepts(model, count, folder)
     gc.collect()
     if given.device == "cuda":

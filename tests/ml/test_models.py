@@ -22,6 +22,20 @@ def _equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
+def test_without_originals_a_changed_model_is_loaded_again(model, tiny_source):
+    """Nothing is kept in memory of what it was; the next stage gets the released model."""
+    model.keeps_originals = False
+    before = model.unet.conv_in.weight.detach().clone()
+    model.change(())
+    assert model.is_restorable()
+
+    model.overlay({"unet.conv_in.weight": before + 1})
+    again = warm(tiny_source, model.device)
+
+    assert not model._originals and not model.is_restorable()
+    assert again is not model and torch.equal(again.unet.conv_in.weight, before)
+
+
 def test_restore_puts_back_every_declared_change_bit_for_bit(model):
     """Overlay, train in place, restore: nothing differs."""
     before = _state(model)
