@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -19,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.contracts.stage import to_json
-from harness.core import disk, machine, termination
-from harness.core.counted import counted
+from harness.core import disk, termination
 from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage
-from harness.executors import loopback, outcome
+from harness.executors import loopback, outcome, ray_session
 from harness.executors.events import Listener
 from harness.executors.keeper import Keeper
 from harness.executors.scratch import own_scratch
@@ -47,11 +44,13 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         from ray import tune
     except ImportError:
         raise UserMistake("Ray is not installed; install ray[tune] or add --executor serial") from None
-    with _environment(), contextlib.ExitStack() as stack:
+    lost = ""
+    with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(own_scratch(workplace.run_folder))
-        _start(ray, address, workplace, stack)
+        head = stack.enter_context(ray_session.opened(ray, address, workplace))
         stack.enter_context(termination.as_interrupt())  # after init, which sets a handler of Ray's
-        stack.enter_context(_errors_to(workplace.run_folder / "logs" / "ray.log"))  # after init, which drops handlers
+        log = workplace.run_folder / "logs" / "ray.log"
+        stack.enter_context(ray_session.errors_to(log))  # after init, which drops handlers
         _require_room(ray, walk, workplace, address)
         searcher = _make_searcher(walk, listen, scratch, workplace)
 
@@ -82,13 +81,18 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         )
         is_interrupted = False
         try:
-            tuner.fit()
+            with head.watched() if head else contextlib.nullcontext():
+                tuner.fit()
         except KeyboardInterrupt:
-            is_interrupted = True
+            is_interrupted = head is None or not head.is_lost
         except Exception as error:
             if not disk.is_full(error):
                 raise
             walk.stop(one_line(error, 300))  # Tune could not write to its scratch folder
+        if head is not None and head.is_lost:
+            lost = f"the head of the Ray cluster at {address} does not answer any more"
+    if lost:
+        return walk.summary(lost=lost)
     if not is_interrupted and not walk.stopped and not walk.is_finished:
         walk.abandon("Ray Tune ended before it was done; is the cluster large enough for resources.cpus and gpus?")
     return walk.summary(is_interrupted=is_interrupted)
@@ -116,96 +120,6 @@ def _require_room(ray, walk: Walk, workplace: Workplace, address: str | None) ->
         f"{where}: a unit wants {asked} on one node, but the nodes have {' | '.join(there[:5]) or 'nothing'}; change "
         "resources.cpus, resources.gpus or resources.workers, or add a node"
     )
-
-
-def _start(ray, address: str | None, workplace: Workplace, stack: contextlib.ExitStack) -> None:
-    """Start a private Ray on loopback, or join the cluster at `address`; it ends with the stack."""
-    threads = {name: str(workplace.cpus) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    here = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    options: dict[str, Any] = {
-        "runtime_env": {"env_vars": {**threads, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}},
-        "log_to_driver": False,
-        "configure_logging": False,
-    }
-    if address is None:
-        cores = machine.cores()
-        workers = workplace.sharding.workers
-        if cores < workplace.cpus * workers:
-            shared = f" and resources.workers {workers}" if workers > 1 else ""
-            fitting = max(1, cores // workers)
-            raise UserMistake(
-                f"resources.cpus is {workplace.cpus}{shared}, but a run may use {counted(cores, 'core')} here; use "
-                f"--set resources.cpus={fitting}{' --set resources.workers=1' if fitting * workers > cores else ''}"
-            )
-        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
-    else:
-        options["address"] = address
-    if address is None:
-        stack.enter_context(loopback.only())
-    try:
-        with _quiet():
-            ray.init(**options)
-    except Exception as error:
-        raise UserMistake(
-            f"Ray cannot be started{f' at {address}' if address else ''}: {type(error).__name__}: {one_line(error)}; "
-            "try --executor serial"
-        ) from error
-    stack.callback(ray.shutdown)
-    if address is None:
-        loopback.require()
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Drop what Ray says while it starts, such as how to switch its authentication off."""
-    ray_log = logging.getLogger("ray")
-    before = ray_log.level
-    ray_log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        ray_log.setLevel(before)
-
-
-@contextlib.contextmanager
-def _environment():
-    """Reduce Ray's output and handle Ctrl-C here while it runs."""
-    wanted = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-        "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "PYTHONWARNINGS": "ignore",
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update({n: v for n, v in wanted.items() if before[n] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-
-
-@contextlib.contextmanager
-def _errors_to(path: Path):
-    """Write Ray's errors (such as tracebacks of workers that die) to a file; drop its warnings."""
-    ray_log = logging.getLogger("ray")
-    before = ray_log.handlers[:], ray_log.level, ray_log.propagate
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, encoding="utf-8", delay=True)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    ray_log.handlers[:], ray_log.propagate = [file], False
-    ray_log.setLevel(logging.ERROR)  # Tune warns about result files, which are not used
-    try:
-        yield
-    finally:
-        file.close()
-        ray_log.handlers[:], ray_log.level, ray_log.propagate = before
 
 
 def _unit_file(scratch: Path, index: int) -> Path:

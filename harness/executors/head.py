@@ -1,0 +1,59 @@
+"""Whether the head of a Ray cluster still answers, for a run that uses it.
+
+A driver of Ray is ended by Ray, in its own words and without a chance to say anything, some time after the head died.
+This finds it out before, so that the run can end with what it has.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+LOST_S = 15.0
+"""Seconds without a connection to the head after which it is lost."""
+LOOK_S = 1.0
+PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+"""Ray's own limit in this process, in seconds: far beyond LOST_S, since at its end Ray ends the process."""
+
+
+class Head:
+    """Watches the port of a head from a thread; when it is lost, KeyboardInterrupt is raised in the main thread."""
+
+    def __init__(self, host: str, port: int):
+        self._place = (host, port)
+        self._is_over = threading.Event()
+        self.is_lost = False
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch during the block. Does nothing outside the main thread, which alone can be interrupted."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        thread = threading.Thread(target=self._watch, name="head", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._is_over.set()
+
+    def _watch(self) -> None:
+        answered = time.monotonic()
+        while not self._is_over.wait(LOOK_S):
+            if self._answers():
+                answered = time.monotonic()
+            elif time.monotonic() - answered >= LOST_S:
+                self.is_lost = True
+                _thread.interrupt_main()
+                return
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection(self._place, LOST_S / 2).close()
+        except OSError:
+            return False
+        return True
