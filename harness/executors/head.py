@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import signal
 import socket
 import threading
 import time
@@ -18,6 +19,8 @@ LOST_S = 15.0
 LOOK_S = 1.0
 PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 """Ray's own limit in this process, in seconds: far beyond LOST_S, since at its end Ray ends the process."""
+_SIGNAL = signal.SIGALRM
+"""Never sent to the process: its handler is what the thread lets Python call in the main thread."""
 
 
 class Head:
@@ -34,12 +37,19 @@ class Head:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+
+        def interrupt(number: int, frame: object) -> None:
+            raise KeyboardInterrupt
+
+        # not SIGINT, which a shell gives to a program in the background as one to be ignored
+        before = signal.signal(_SIGNAL, interrupt)
         thread = threading.Thread(target=self._watch, name="head", daemon=True)
         thread.start()
         try:
             yield
         finally:
             self._is_over.set()
+            signal.signal(_SIGNAL, before if before is not None else signal.SIG_DFL)
 
     def _watch(self) -> None:
         answered = time.monotonic()
@@ -48,7 +58,7 @@ class Head:
                 answered = time.monotonic()
             elif time.monotonic() - answered >= LOST_S:
                 self.is_lost = True
-                _thread.interrupt_main()
+                _thread.interrupt_main(_SIGNAL)
                 return
 
     def _answers(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from harness.core import disk, termination
 from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage
-from harness.executors import loopback, outcome, ray_session
+from harness.executors import loopback, outcome, probe, ray_session
 from harness.executors.events import Listener
 from harness.executors.keeper import Keeper
 from harness.executors.scratch import own_scratch
@@ -51,6 +52,9 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         stack.enter_context(termination.as_interrupt())  # after init, which sets a handler of Ray's
         log = workplace.run_folder / "logs" / "ray.log"
         stack.enter_context(ray_session.errors_to(log))  # after init, which drops handlers
+        if address is not None:
+            for line in probe.require(ray, walk, workplace):
+                listen("notice", {"message": f"cluster: {line}"})
         _require_room(ray, walk, workplace, address)
         searcher = _make_searcher(walk, listen, scratch, workplace)
 
@@ -136,20 +140,22 @@ _keeper = Keeper()
 
 def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace, is_private: bool) -> None:
     """Do one unit in a worker. A failure of a stage is a result, reported to the searcher."""
+    import ray
     from ray import tune
 
     _begun_file(Path(scratch), config["unit"], uuid.uuid4().hex).touch()
+    node = "" if is_private else f"{platform.node()} ({ray.util.get_node_ip_address()})"
     try:
         if is_private:
             loopback.require()
         unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
         _keeper.do(dict(unit), workplace)
     except (StageFailure, UserMistake) as failure:
-        tune.report({"done": 0, "failure": str(failure), "lost": ""})
+        tune.report({"done": 0, "failure": str(failure), "lost": "", "node": node})
     except InputsLost as lost:
-        tune.report({"done": 0, "failure": "", "lost": json.dumps([lost.keys, lost.messages])})
+        tune.report({"done": 0, "failure": "", "lost": json.dumps([lost.keys, lost.messages]), "node": node})
     else:
-        tune.report({"done": 1, "failure": "", "lost": ""})
+        tune.report({"done": 1, "failure": "", "lost": "", "node": node})
 
 
 def _make_scheduler(searcher):
@@ -225,7 +231,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
             elif result["lost"]:
                 outcome.inputs_lost(walk, index, *json.loads(result["lost"]), listen)
             else:
-                outcome.done(walk, index, listen)
+                outcome.done(walk, index, listen, result["node"])
 
         def save(self, checkpoint_path):
             """Save nothing: the store records what is done."""
