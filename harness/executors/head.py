@@ -6,7 +6,6 @@ This finds it out before, so that the run can end with what it has.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import signal
 import socket
@@ -20,7 +19,7 @@ LOOK_S = 1.0
 PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 """Ray's own limit in this process, in seconds: far beyond LOST_S, since at its end Ray ends the process."""
 _SIGNAL = signal.SIGALRM
-"""Never sent to the process: its handler is what the thread lets Python call in the main thread."""
+"""Sent to the main thread; its handler is ours for as long as a head is watched."""
 
 
 class Head:
@@ -29,6 +28,7 @@ class Head:
     def __init__(self, host: str, port: int):
         self._place = (host, port)
         self._is_over = threading.Event()
+        self._ending = threading.Lock()
         self.is_lost = False
 
     @contextlib.contextmanager
@@ -48,7 +48,8 @@ class Head:
         try:
             yield
         finally:
-            self._is_over.set()
+            with self._ending:  # after it no signal is sent, whose handler is gone
+                self._is_over.set()
             signal.signal(_SIGNAL, before if before is not None else signal.SIG_DFL)
 
     def _watch(self) -> None:
@@ -57,8 +58,10 @@ class Head:
             if self._answers():
                 answered = time.monotonic()
             elif time.monotonic() - answered >= LOST_S:
-                self.is_lost = True
-                _thread.interrupt_main(_SIGNAL)
+                with self._ending:
+                    if not self._is_over.is_set():
+                        self.is_lost = True
+                        signal.pthread_kill(threading.main_thread().ident, _SIGNAL)  # wakes it, if it waits
                 return
 
     def _answers(self) -> bool:
