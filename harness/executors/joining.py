@@ -55,7 +55,8 @@ def greet(address: str, timeout_s: float = ANSWER_S) -> dict[str, str]:
     Raises UserMistake if something else than Ray answers there, the token here is missing or wrong, or this machine is
     no node of the cluster.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(paths.PACKAGES), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join(filter(None, [str(paths.PACKAGES), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "harness.executors.greeting", address]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)

@@ -38,6 +38,7 @@ def require(ray: Any, walk: Walk, workplace: Workplace) -> list[str]:
     Raises UserMistake with one line for each problem of each node.
     """
     nodes = [each for each in ray.nodes() if each["Alive"] and _works(each["Resources"])]
+    nodes.sort(key=name_of)
     folders = list(dict.fromkeys(str(folder) for folder in (workplace.run_folder, workplace.store)))
     with _probe_folders(folders) as probe:
         question: Question = {

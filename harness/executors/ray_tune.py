@@ -14,6 +14,7 @@ import platform
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from harness.core import disk, termination
 from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage
-from harness.executors import loopback, outcome, probe, ray_session
+from harness.executors import loopback, outcome, probe, rank_actors, ray_session
 from harness.executors.events import Listener
 from harness.executors.keeper import Keeper
 from harness.executors.scratch import own_scratch
@@ -55,14 +56,23 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         if address is not None:
             for line in probe.require(ray, walk, workplace):
                 listen("notice", {"message": f"cluster: {line}"})
-        _require_room(ray, walk, workplace, address)
+        is_spread = _is_spread(ray, walk, workplace, address)
         searcher = _make_searcher(walk, listen, scratch, workplace)
 
         def resources(config: Mapping[str, Any]):
-            return tune.PlacementGroupFactory([_wanted(workplace, config.get("workers", 1))])
+            workers = config.get("workers", 1)
+            if is_spread and workers > 1:  # on as few nodes as possible
+                return tune.PlacementGroupFactory([_wanted(workplace, 1)] * workers, strategy="PACK")
+            return tune.PlacementGroupFactory([_wanted(workplace, workers)])
 
         trainable = tune.with_resources(
-            tune.with_parameters(_do_unit, scratch=str(scratch), workplace=workplace, is_private=address is None),
+            tune.with_parameters(
+                _do_unit,
+                scratch=str(scratch),
+                workplace=workplace,
+                is_private=address is None,
+                is_spread=is_spread,
+            ),
             resources,
         )
         tuner = tune.Tuner(
@@ -108,14 +118,20 @@ def _wanted(workplace: Workplace, workers: int) -> dict[str, float]:
     return {name: value for name, value in bundle.items() if value}
 
 
-def _require_room(ray, walk: Walk, workplace: Workplace, address: str | None) -> None:
-    """Raise UserMistake if a unit wants more than any node has: Ray would wait for such a node for ever."""
+def _is_spread(ray, walk: Walk, workplace: Workplace, address: str | None) -> bool:
+    """Return whether the processes of a shared stage must be on several nodes, since none has room for all.
+
+    Raises UserMistake if there is no room at all: Ray would wait for it for ever.
+    """
     units = [walk.unit(index) for index in walk.missing]
     workers = max((walk.plan.stages[key].workers for unit in units for key in unit.stages), default=1)
     wanted = _wanted(workplace, workers)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
-        return
+    rooms = [_room(node, wanted) for node in nodes]
+    if any(rooms):
+        return False
+    if address and workers > 1 and sum(_room(node, _wanted(workplace, 1)) for node in nodes) >= workers:
+        return True
     names = ("CPU", "GPU")
     there = sorted({", ".join(f"{node.get(name, 0):g} {name}" for name in names) for node in nodes})
     where = f"--ray-address {address}" if address else "this machine"
@@ -124,6 +140,11 @@ def _require_room(ray, walk: Walk, workplace: Workplace, address: str | None) ->
         f"{where}: a unit wants {asked} on one node, but the nodes have {' | '.join(there[:5]) or 'nothing'}; change "
         "resources.cpus, resources.gpus or resources.workers, or add a node"
     )
+
+
+def _room(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """Return how often a node has the resources that are wanted."""
+    return min(int((node.get(name, 0) + 1e-9) // value) for name, value in wanted.items())
 
 
 def _unit_file(scratch: Path, index: int) -> Path:
@@ -138,7 +159,9 @@ _keeper = Keeper()
 """The keeper of this Ray worker: its process outlives the units."""
 
 
-def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace, is_private: bool) -> None:
+def _do_unit(
+    config: Mapping[str, Any], scratch: str, workplace: Workplace, is_private: bool, is_spread: bool
+) -> None:
     """Do one unit in a worker. A failure of a stage is a result, reported to the searcher."""
     import ray
     from ray import tune
@@ -149,13 +172,30 @@ def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace, is_p
         if is_private:
             loopback.require()
         unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
-        _keeper.do(dict(unit), workplace)
+        if is_spread and config["workers"] > 1:
+            _do_spread(dict(unit), workplace, config["workers"], ray.util.get_node_ip_address())
+        else:
+            _keeper.do(dict(unit), workplace)
     except (StageFailure, UserMistake) as failure:
         tune.report({"done": 0, "failure": str(failure), "lost": "", "node": node})
     except InputsLost as lost:
         tune.report({"done": 0, "failure": "", "lost": json.dumps([lost.keys, lost.messages]), "node": node})
     else:
         tune.report({"done": 1, "failure": "", "lost": "", "node": node})
+
+
+def _do_spread(stages: dict[str, dict[str, Any]], workplace: Workplace, workers: int, address: str) -> None:
+    """Do a unit whose shared stages have their processes on several nodes, each in a bundle of this trial.
+
+    Raises RuntimeError if it failed since one of the nodes was lost: then the unit is begun again.
+    """
+    with rank_actors.reserved(workers - 1, _wanted(workplace, 1)) as actors:
+        try:
+            _keeper.do(stages, replace(workplace, rank_hosts=actors.places, address=address))
+        except StageFailure as failure:
+            if lost := actors.lost():
+                raise RuntimeError(f"node {', '.join(lost)} was lost: {failure}") from failure
+            raise
 
 
 def _make_scheduler(searcher):

@@ -11,6 +11,7 @@ from pathlib import Path
 from harness.core.sharding import Sharding
 from harness.model.run import CHECKPOINT_INTERVAL_S
 from harness.model.source import ModelSource
+from harness.stages.rank_host import Place
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Workplace:
     sharding: Sharding = field(default_factory=Sharding)  # for stages that several processes can share
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     keep_checkpoint_mb: float | None = None  # larger adapted models are deleted after drawing
+    rank_hosts: tuple[Place, ...] = ()  # for all processes of a shared stage but the first; (): all are on this node
+    address: str | None = None  # of this node of a cluster, with `rank_hosts`
     stage_timeout_s: float | None = None  # a stage that takes longer is ended; needs a process apart (`Keeper`)
 
 
