@@ -55,7 +55,7 @@ class Head:
     def _watch(self) -> None:
         answered = time.monotonic()
         while not self._is_over.wait(LOOK_S):
-            if self._answers():
+            if self.answers():
                 answered = time.monotonic()
             elif time.monotonic() - answered >= LOST_S:
                 with self._ending:
@@ -64,7 +64,8 @@ class Head:
                         signal.pthread_kill(threading.main_thread().ident, _SIGNAL)  # wakes it, if it waits
                 return
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Return whether a connection to the head can be made."""
         try:
             socket.create_connection(self._place, LOST_S / 2).close()
         except OSError:

@@ -100,9 +100,12 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         except KeyboardInterrupt:
             is_interrupted = head is None or not head.is_lost
         except Exception as error:
-            if not disk.is_full(error):
+            if head is not None and not head.answers():
+                head.is_lost = True  # Ray noticed first
+            elif not disk.is_full(error):
                 raise
-            walk.stop(one_line(error, 300))  # Tune could not write to its scratch folder
+            else:
+                walk.stop(one_line(error, 300))  # Tune could not write to its scratch folder
         if head is not None and head.is_lost:
             lost = f"the head of the Ray cluster at {address} does not answer any more"
     if lost:

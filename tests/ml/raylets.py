@@ -17,7 +17,8 @@ import psutil
 
 TOKEN = "0123456789abcdef" * 4
 """Of the cluster: its sockets are on every address of the machine."""
-START_S = 240.0
+TRIES = 4
+"""Ray gives itself 30 s for the start of a node, which a busy machine may not have."""
 
 
 class Raylets:
@@ -50,18 +51,21 @@ class Raylets:
             "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block", *arguments,
         ]  # fmt: skip
         log = self.folder / f"node{number}.log"
-        with open(log, "w", encoding="utf-8") as output:
-            process = subprocess.Popen(
-                command, env={**self.environment, "RAY_AUTH_MODE": "token", **variables}, stdout=output, stderr=output,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-        self._nodes.append(process)
-        deadline = time.monotonic() + START_S
-        while "block forever" not in log.read_text(encoding="utf-8"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(log.read_text(encoding="utf-8")[-3000:])
-            time.sleep(0.1)
-        return number
+        for attempt in range(TRIES):
+            with open(log, "w", encoding="utf-8") as output:
+                process = subprocess.Popen(
+                    command, env={**self.environment, "RAY_AUTH_MODE": "token", **variables}, stdout=output,
+                    stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+            self._nodes.append(process)
+            while "block forever" not in log.read_text(encoding="utf-8") and process.poll() is None:
+                time.sleep(0.1)
+            if process.poll() is None:
+                return number
+            if attempt < TRIES - 1:
+                self.kill(number)
+                self._nodes.pop()
+        raise AssertionError(log.read_text(encoding="utf-8")[-3000:])
 
     def kill(self, number: int) -> None:
         """Kill everything of a node at once, as when its machine is switched off."""
