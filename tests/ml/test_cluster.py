@@ -118,6 +118,36 @@ def test_zero_3_over_two_nodes_adapts_as_one_process_does(suite, tmp_path):
     assert whole.keys() == shared.keys() and apart <= 1e-5 * norm
 
 
+STUCK = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from harness.executors import ray_tune
+from harness.executors.walk import Walk
+from tests.ml.misfortunes import misfortune, plan_of, workplace
+
+place = workplace(Path(sys.argv[1]), stage_timeout_s=10.0)
+plan = plan_of([misfortune("sleep"), misfortune()])
+summary = ray_tune.run(Walk(plan, lambda _: False), place, lambda event, data: None, address=sys.argv[2])
+print(json.dumps(asdict(summary)))
+"""
+
+
+def test_a_stuck_stage_is_ended_on_its_node(tmp_path):
+    """By `resources.stage_timeout_s`; the head, which has no CPU, does no stage and is not asked."""
+    with raylets(0) as cluster:
+        cluster.start("--num-cpus=0")
+        cluster.start()
+        done = subprocess.run(
+            [sys.executable, "-c", STUCK, str(tmp_path), cluster.address], cwd=ROOT, env=cluster.environment,
+            capture_output=True, text=True, timeout=WAIT_S,
+        )  # fmt: skip
+    summary = json.loads(done.stdout.splitlines()[-1])
+
+    assert (summary["done"], len(summary["failed"])) == (1, 1), done.stderr
+    assert "sleep: did not end within resources.stage_timeout_s (10 s)" in summary["failed"][0][1]
+
+
 def test_the_death_of_the_head_ends_a_run_with_the_tables_of_what_is_there(suite, tmp_path):
     """One line in place of Ray's, and everything finished is kept."""
     runs = tmp_path / "runs"
