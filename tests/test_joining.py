@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from harness.core.errors import UserMistake
-from harness.executors import head, joining, loopback
+from harness.executors import head, joining, loopback, ray_session
 
 
 def free_port() -> int:
@@ -151,3 +151,13 @@ def test_a_lost_head_interrupts_the_main_thread(monkeypatch, ignored_interrupt):
     with pytest.raises(KeyboardInterrupt), gone.watched():
         gone._is_over.wait(60)
     assert gone.is_lost
+
+
+def test_standard_error_goes_to_a_file_for_a_while(tmp_path, capfd):
+    """Also what is written below Python; afterwards it is as before."""
+    with ray_session.standard_error_to(tmp_path / "logs" / "ray.log"):
+        os.write(2, b"from a thread of Ray\n")
+    os.write(2, b"after\n")
+
+    assert (tmp_path / "logs" / "ray.log").read_text(encoding="utf-8") == "from a thread of Ray\n"
+    assert capfd.readouterr().err == "after\n"

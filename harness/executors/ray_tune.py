@@ -49,9 +49,11 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
     lost = ""
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(own_scratch(workplace.run_folder))
+        log = workplace.run_folder / "logs" / "ray.log"
+        if address is not None:
+            stack.enter_context(ray_session.standard_error_to(log))
         head = stack.enter_context(ray_session.opened(ray, address, workplace))
         stack.enter_context(termination.as_interrupt())  # after init, which sets a handler of Ray's
-        log = workplace.run_folder / "logs" / "ray.log"
         stack.enter_context(ray_session.errors_to(log))  # after init, which drops handlers
         if address is not None:
             for line in probe.require(ray, walk, workplace):
