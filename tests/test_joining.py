@@ -13,6 +13,7 @@ import pytest
 
 from harness.core.errors import UserMistake
 from harness.executors import head, joining, loopback, ray_session
+from tests.conftest import run_python
 
 
 def free_port() -> int:
@@ -150,7 +151,29 @@ def test_a_lost_head_interrupts_the_main_thread(monkeypatch, ignored_interrupt):
     gone = head.Head("127.0.0.1", free_port())
     with pytest.raises(KeyboardInterrupt), gone.watched():
         gone._is_over.wait(60)
+    gone.left()
     assert gone.is_lost
+
+
+STUCK = """
+import threading
+from harness.executors import head
+head.LOST_S = head.LOOK_S = head.LEAVE_S = 0.1
+watched = head.Head("127.0.0.1", {port}, lambda: print("last words"))
+with watched.watched():
+    while True:
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("not now", flush=True)
+"""
+
+
+def test_a_program_that_ray_does_not_let_go_ends_after_its_last_words():
+    """As where Ray waits for the head that is gone."""
+    done = run_python("-c", STUCK.format(port=free_port()))
+
+    assert (done.returncode, done.stdout.splitlines()) == (1, ["not now", "last words"]), done.stderr
 
 
 def test_standard_error_goes_to_a_file_for_a_while(tmp_path, capfd):

@@ -169,7 +169,13 @@ def _walked(
             if options.executor == "ray":
                 from harness.executors import ray_tune
 
-                summary = ray_tune.run(walk, workplace, listen, address=options.ray_address)
+                summary = ray_tune.run(
+                    walk,
+                    workplace,
+                    listen,
+                    address=options.ray_address,
+                    last_words=lambda summary: _show_lost(opened, walk, summary, console),
+                )
             else:
                 from harness.executors import serial
 

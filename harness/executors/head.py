@@ -7,27 +7,37 @@ This finds it out before, so that the run can end with what it has.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 LOST_S = 15.0
 """Seconds without a connection to the head after which it is lost."""
+LEAVE_S = 20.0
+"""Seconds for Ray to be left after that: its own cleaning waits for the head, some of it out of reach of signals."""
 LOOK_S = 1.0
 PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
-"""Ray's own limit in this process, in seconds: far beyond LOST_S, since at its end Ray ends the process."""
+"""Ray's own limit in this process, in seconds: far beyond ours, since at its end Ray ends the process."""
 _SIGNAL = signal.SIGALRM
 """Sent to the main thread; its handler is ours for as long as a head is watched."""
 
 
 class Head:
-    """Watches the port of a head from a thread; when it is lost, KeyboardInterrupt is raised in the main thread."""
+    """Watches the port of a head from a thread; when it is lost, KeyboardInterrupt is raised in the main thread.
 
-    def __init__(self, host: str, port: int):
+    If the main thread does not get out of Ray, `last_words` is called in the watching thread, and the process is ended
+    with `exit_code`.
+    """
+
+    def __init__(self, host: str, port: int, last_words: Callable[[], None] = lambda: None, exit_code: int = 1):
         self._place = (host, port)
+        self._last_words, self._exit_code = last_words, exit_code
         self._is_over = threading.Event()
+        self._is_left = threading.Event()
         self._ending = threading.Lock()
         self.is_lost = False
 
@@ -52,17 +62,10 @@ class Head:
                 self._is_over.set()
             signal.signal(_SIGNAL, before if before is not None else signal.SIG_DFL)
 
-    def _watch(self) -> None:
-        answered = time.monotonic()
-        while not self._is_over.wait(LOOK_S):
-            if self.answers():
-                answered = time.monotonic()
-            elif time.monotonic() - answered >= LOST_S:
-                with self._ending:
-                    if not self._is_over.is_set():
-                        self.is_lost = True
-                        signal.pthread_kill(threading.main_thread().ident, _SIGNAL)  # wakes it, if it waits
-                return
+    def left(self) -> None:
+        """Note that Ray was left: the process goes on by itself. Does not return if it is being ended already."""
+        with self._ending:
+            self._is_left.set()
 
     def answers(self) -> bool:
         """Return whether a connection to the head can be made."""
@@ -71,3 +74,29 @@ class Head:
         except OSError:
             return False
         return True
+
+    def _watch(self) -> None:
+        answered = time.monotonic()
+        while not self._is_over.wait(LOOK_S):
+            if self.answers():
+                answered = time.monotonic()
+            elif time.monotonic() - answered >= LOST_S:
+                with self._ending:
+                    if self._is_over.is_set():
+                        return
+                    self.is_lost = True
+                    signal.pthread_kill(threading.main_thread().ident, _SIGNAL)  # wakes it, if it waits
+                self._end_unless_left()
+                return
+
+    def _end_unless_left(self) -> None:
+        if self._is_left.wait(LEAVE_S):
+            return
+        with self._ending:  # never released
+            if self._is_left.is_set():
+                return
+            try:
+                self._last_words()
+                sys.stdout.flush()
+            finally:
+                os._exit(self._exit_code)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ from harness.stages.workplace import Workplace
 
 
 @contextlib.contextmanager
-def opened(ray, address: str | None, workplace: Workplace) -> Iterator[Head | None]:
+def opened(
+    ray, address: str | None, workplace: Workplace, last_words: Callable[[], None] = lambda: None
+) -> Iterator[Head | None]:
     """Start a private Ray, or join the cluster at `address` (HOST:PORT) and yield its head; leave it at the end.
+
+    `last_words`: called before the process is ended, if the head is lost and Ray cannot be left any more.
 
     Raises UserMistake, in one line, for what prevents it.
     """
@@ -34,7 +38,8 @@ def opened(ray, address: str | None, workplace: Workplace) -> Iterator[Head | No
             stack.enter_context(loopback.only())
         else:
             joining.reach(address)
-            head = Head(*joining.parsed(address))
+            head = Head(*joining.parsed(address), last_words)
+            stack.callback(head.left)  # after Ray's shutdown
             stack.enter_context(joining.variables({**joining.greet(address), **PATIENCE}))
             options["address"] = address
         try:

@@ -13,7 +13,7 @@ import json
 import platform
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,36 @@ _MOST_TRIES = 10
 """How often a unit is handed out: Tune may hand it to a worker that is dead already, which then never began."""
 
 
-def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | None = None) -> Summary:
-    """Run the walk with Ray Tune. Raises UserMistake if Ray is missing or cannot be reached at `address`."""
+def run(
+    walk: Walk,
+    workplace: Workplace,
+    listen: Listener,
+    *,
+    address: str | None = None,
+    last_words: Callable[[Summary], None] = lambda summary: None,
+) -> Summary:
+    """Run the walk with Ray Tune. Raises UserMistake if Ray is missing or cannot be reached at `address`.
+
+    `last_words`: called in another thread with the summary, if the head of the cluster is lost and Ray does not let
+    this thread go; then the process ends with exit code 1.
+    """
     try:
         import ray
         from ray import tune
     except ImportError:
         raise UserMistake("Ray is not installed; install ray[tune] or add --executor serial") from None
     lost = ""
+    why = f"the head of the Ray cluster at {address} does not answer any more"
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(own_scratch(workplace.run_folder))
         log = workplace.run_folder / "logs" / "ray.log"
         if address is not None:
             stack.enter_context(ray_session.standard_error_to(log))
-        head = stack.enter_context(ray_session.opened(ray, address, workplace))
+
+        def ending() -> None:
+            last_words(walk.summary(lost=why))
+
+        head = stack.enter_context(ray_session.opened(ray, address, workplace, ending))
         stack.enter_context(termination.as_interrupt())  # after init, which sets a handler of Ray's
         stack.enter_context(ray_session.errors_to(log))  # after init, which drops handlers
         if address is not None:
@@ -109,7 +125,7 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
             else:
                 walk.stop(one_line(error, 300))  # Tune could not write to its scratch folder
         if head is not None and head.is_lost:
-            lost = f"the head of the Ray cluster at {address} does not answer any more"
+            lost = why
     if lost:
         return walk.summary(lost=lost)
     if not is_interrupted and not walk.stopped and not walk.is_finished:
