@@ -114,7 +114,7 @@ def test_status_of_a_living_run_is_3_and_says_where_it_is(status):
 
     assert code == ExitCode.RUNNING == 3
     assert line.startswith("running: ")
-    assert f": step 12 of 40, 3 s ago, on {platform.node()}, process {os.getpid()}" in line
+    assert f": step 12 of 40 3 s ago, for 1 min 40 s, on {platform.node()}, process {os.getpid()}" in line
     assert "SILENT" not in line
 
 

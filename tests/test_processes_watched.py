@@ -62,7 +62,7 @@ def test_a_process_without_beat_and_cpu_time_is_silent_after_a_minute(clock, idl
 def test_a_process_that_computes_without_answering_is_not_silent(clock, monkeypatch):
     """Such as one in a library that keeps Python's lock."""
     used = iter(range(10_000))
-    monkeypatch.setattr(pulse.Pulse, "_cpu_seconds", lambda self: next(used))
+    monkeypatch.setattr(pulse.Pulse, "cpu_seconds", lambda self: next(used))
 
     assert not watched(clock, 0, 1000)
 
@@ -165,10 +165,11 @@ def walk_of(workers: int) -> Walk:
 
 
 @pytest.mark.parametrize(
-    ("workers", "gpus", "is_refused"), [(1, 1, False), (2, 1, False), (4, 1, True), (1, 4, True), (4, 0, False)]
+    ("workers", "gpus", "is_spread"),
+    [(1, 1, False), (2, 1, False), (4, 1, True), (2, 2, True), (1, 4, None), (5, 1, None), (4, 0, False)],
 )
-def test_what_no_node_of_a_cluster_can_meet_is_refused_at_start(workers, gpus, is_refused):
-    """A unit is done on one node: two nodes of two GPUs are not one of four. Dead nodes do not count."""
+def test_processes_are_spread_where_no_node_has_room_and_refused_where_none_can_be(workers, gpus, is_spread):
+    """Processes of a stage may be on several nodes, but a process is on one. Dead nodes do not count."""
     nodes = [
         {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
         {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
@@ -176,11 +177,11 @@ def test_what_no_node_of_a_cluster_can_meet_is_refused_at_start(workers, gpus, i
     ]
     ray = SimpleNamespace(nodes=lambda: nodes)
     place = SimpleNamespace(cpus=1, gpus=gpus)
-    if not is_refused:
-        ray_tune._require_room(ray, walk_of(workers), place, "host:6379")
+    if is_spread is not None:
+        assert ray_tune._is_spread(ray, walk_of(workers), place, "host:6379") == is_spread
         return
     with pytest.raises(UserMistake, match=r"^--ray-address host:6379: .*the nodes have 8 CPU, 2 GPU; change resources"):
-        ray_tune._require_room(ray, walk_of(workers), place, "host:6379")
+        ray_tune._is_spread(ray, walk_of(workers), place, "host:6379")
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,12 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
         19,
         "resources: offload moves what ZeRO owns; add zero_stage: 1, 2 or 3",
     ),
+    "part of a GPU for several processes": (
+        ("utility: [dog]", "utility: [dog]\nresources: {gpus: 0.5, workers: 2}"),
+        19,
+        "resources: gpus is a whole number, or less than 1 (several stages share a GPU) with workers: 1",
+    ),
+    "one and a half GPUs": (("utility: [dog]", "utility: [dog]\nresources: {gpus: 1.5}"), 19, "gpus is a whole number"),
     "unknown ZeRO stage": (
         ("utility: [dog]", "utility: [dog]\nresources: {zero_stage: 4}"),
         19,

@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     arguments.add_into(parser, "the tables (with --cache only-cached)")
     parser.add_argument("--track", action="store_true", help="write training curves for TensorBoard (extra: tracking)")
-    parser.add_argument("--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one")
+    parser.add_argument(
+        "--ray-address", metavar="HOST:PORT",
+        help="use the Ray cluster with this head (docs/clusters.md) instead of this machine alone"
+    )
 
 
 def main(given: argparse.Namespace) -> ExitCode:

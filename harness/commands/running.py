@@ -17,6 +17,7 @@ from harness.contracts.stage import kinds_in_order
 from harness.core import disk, streams, termination
 from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake, one_line
+from harness.executors import joining
 from harness.executors.events import EventLog, with_notices
 from harness.executors.walk import Summary, Walk
 from harness.stages import code, heartbeat, tracking
@@ -40,6 +41,7 @@ class RunOptions:
 
 def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
     """Run the missing stages and show the tables."""
+    _check_options(options)
     arguments.note(opened.loaded.notices)
     committed = opened.committed()
     recorded_failures = {p.stem.partition("-")[2]: p for p in (opened.folder / "failures").glob("*.json")}
@@ -82,6 +84,17 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
     write_resolved(opened)
     with fetching.offline_if_fetched(opened.loaded, opened.folder / locked.NAME):
         return _walked(opened, options, walk, redo, console)
+
+
+def _check_options(options: RunOptions) -> None:
+    """Raise UserMistake for a cluster that the executor does not use, or whose address is none."""
+    if options.ray_address is None:
+        return
+    if options.executor != "ray":
+        raise UserMistake(
+            f"--ray-address: --executor {options.executor} uses this process alone; leave one of the two out"
+        )
+    joining.parsed(options.ray_address)
 
 
 def _redone(
@@ -163,7 +176,13 @@ def _walked(
             if options.executor == "ray":
                 from harness.executors import ray_tune
 
-                summary = ray_tune.run(walk, workplace, listen, address=options.ray_address)
+                summary = ray_tune.run(
+                    walk,
+                    workplace,
+                    listen,
+                    address=options.ray_address,
+                    last_words=lambda summary: _show_lost(opened, walk, summary, console),
+                )
             else:
                 from harness.executors import serial
 
@@ -172,6 +191,8 @@ def _walked(
         events("run_ended", {"done": summary.done, "failed": len(summary.failed), "blocked": len(summary.blocked)})
     if summary.stopped and not summary.is_interrupted:
         return _show_stopped(opened, walk, summary, console)
+    if summary.lost:
+        return _show_lost(opened, walk, summary, console)
     if summary.is_interrupted:
         write_tables(opened)
         console.print(
@@ -242,6 +263,21 @@ def _show_stopped(opened: Opened, walk: Walk, summary: Summary, console: Console
         soft_wrap=True,
     )
     return ExitCode.DISK_FULL
+
+
+def _show_lost(opened: Opened, walk: Walk, summary: Summary, console: Console) -> ExitCode:
+    """Write the tables of what is there, and say what ended the run."""
+    write_tables(opened)
+    console.print(
+        f"ended, since {summary.lost}: {summary.done} of {counted(walk.total, 'unit')} are done; everything finished "
+        f"is kept, and its tables are in {opened.folder}. Start the cluster again, then continue with the same "
+        "command.",
+        style="red",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return ExitCode.TRIALS_FAILED
 
 
 def _show_failures(opened: Opened, summary: Summary, console: Console) -> ExitCode:

@@ -90,9 +90,8 @@ def _show_running(opened: Opened, committed: set[str], console: Console) -> bool
 
 
 def _progress(beat: Beat) -> str:
-    if beat.progressed is None:
-        return f"{beat.label}: no step yet, for {_ago(beat.started)}"
-    return f"{beat.label}: step {beat.done} of {beat.total}, {_ago(beat.progressed)} ago"
+    at = f"step {beat.done} of {beat.total} {_ago(beat.progressed)} ago" if beat.progressed else "no step yet"
+    return f"{beat.label}: {at}, for {_ago(beat.started)}"
 
 
 def _ago(then: float) -> str:

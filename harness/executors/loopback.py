@@ -9,12 +9,24 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import secrets
 from collections.abc import Iterator
 
 from harness.core.errors import UserMistake
 
 NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """0: Ray and the processes that it starts use loopback. Read when Ray is imported."""
+
+
+def own_token() -> dict[str, str]:
+    """Return environment variables that give a private Ray a token for itself.
+
+    Without them Ray writes a token into the user's home, and each cluster that the user starts later demands it. Empty
+    if the user chose otherwise.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @contextlib.contextmanager

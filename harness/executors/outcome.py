@@ -8,10 +8,10 @@ from harness.executors.events import Listener
 from harness.executors.walk import Walk
 
 
-def done(walk: Walk, index: int, listen: Listener) -> None:
-    """Record that a unit is done."""
+def done(walk: Walk, index: int, listen: Listener, node: str = "") -> None:
+    """Record that a unit is done; `node`: by which node of a cluster."""
     walk.finish(index)
-    listen("unit_done", {"unit": walk.unit(index).name})
+    listen("unit_done", {"unit": walk.unit(index).name, **({"node": node} if node else {})})
 
 
 def failed(walk: Walk, index: int, message: str, listen: Listener) -> None:

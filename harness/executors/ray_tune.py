@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
+import platform
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from harness.contracts.stage import to_json
-from harness.core import disk, machine, termination
-from harness.core.counted import counted
+from harness.core import disk, termination
 from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage
-from harness.executors import loopback, outcome
+from harness.executors import loopback, outcome, probe, rank_actors, ray_session
 from harness.executors.events import Listener
 from harness.executors.keeper import Keeper
 from harness.executors.scratch import own_scratch
@@ -40,26 +39,58 @@ _MOST_TRIES = 10
 """How often a unit is handed out: Tune may hand it to a worker that is dead already, which then never began."""
 
 
-def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | None = None) -> Summary:
-    """Run the walk with Ray Tune. Raises UserMistake if Ray is missing or cannot be reached at `address`."""
+def run(
+    walk: Walk,
+    workplace: Workplace,
+    listen: Listener,
+    *,
+    address: str | None = None,
+    last_words: Callable[[Summary], None] = lambda summary: None,
+) -> Summary:
+    """Run the walk with Ray Tune. Raises UserMistake if Ray is missing or cannot be reached at `address`.
+
+    `last_words`: called in another thread with the summary, if the head of the cluster is lost and Ray does not let
+    this thread go; then the process ends with exit code 1.
+    """
     try:
         import ray
         from ray import tune
     except ImportError:
         raise UserMistake("Ray is not installed; install ray[tune] or add --executor serial") from None
-    with _environment(), contextlib.ExitStack() as stack:
+    lost = ""
+    why = f"the head of the Ray cluster at {address} does not answer any more"
+    with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(own_scratch(workplace.run_folder))
-        _start(ray, address, workplace, stack)
+        log = workplace.run_folder / "logs" / "ray.log"
+        if address is not None:
+            stack.enter_context(ray_session.standard_error_to(log))
+
+        def ending() -> None:
+            last_words(walk.summary(lost=why))
+
+        head = stack.enter_context(ray_session.opened(ray, address, workplace, ending))
         stack.enter_context(termination.as_interrupt())  # after init, which sets a handler of Ray's
-        stack.enter_context(_errors_to(workplace.run_folder / "logs" / "ray.log"))  # after init, which drops handlers
-        _require_room(ray, walk, workplace, address)
+        stack.enter_context(ray_session.errors_to(log))  # after init, which drops handlers
+        if address is not None:
+            for line in probe.require(ray, walk, workplace):
+                listen("notice", {"message": f"cluster: {line}"})
+        is_spread = _is_spread(ray, walk, workplace, address)
         searcher = _make_searcher(walk, listen, scratch, workplace)
 
         def resources(config: Mapping[str, Any]):
-            return tune.PlacementGroupFactory([_wanted(workplace, config.get("workers", 1))])
+            workers = config.get("workers", 1)
+            if is_spread and workers > 1:  # on as few nodes as possible
+                return tune.PlacementGroupFactory([_wanted(workplace, 1)] * workers, strategy="PACK")
+            return tune.PlacementGroupFactory([_wanted(workplace, workers)])
 
         trainable = tune.with_resources(
-            tune.with_parameters(_do_unit, scratch=str(scratch), workplace=workplace, is_private=address is None),
+            tune.with_parameters(
+                _do_unit,
+                scratch=str(scratch),
+                workplace=workplace,
+                is_private=address is None,
+                is_spread=is_spread,
+            ),
             resources,
         )
         tuner = tune.Tuner(
@@ -82,13 +113,21 @@ def run(walk: Walk, workplace: Workplace, listen: Listener, *, address: str | No
         )
         is_interrupted = False
         try:
-            tuner.fit()
+            with head.watched() if head else contextlib.nullcontext():
+                tuner.fit()
         except KeyboardInterrupt:
-            is_interrupted = True
+            is_interrupted = head is None or not head.is_lost
         except Exception as error:
-            if not disk.is_full(error):
+            if head is not None and not head.answers():
+                head.is_lost = True  # Ray noticed first
+            elif not disk.is_full(error):
                 raise
-            walk.stop(one_line(error, 300))  # Tune could not write to its scratch folder
+            else:
+                walk.stop(one_line(error, 300))  # Tune could not write to its scratch folder
+        if head is not None and head.is_lost:
+            lost = why
+    if lost:
+        return walk.summary(lost=lost)
     if not is_interrupted and not walk.stopped and not walk.is_finished:
         walk.abandon("Ray Tune ended before it was done; is the cluster large enough for resources.cpus and gpus?")
     return walk.summary(is_interrupted=is_interrupted)
@@ -100,14 +139,20 @@ def _wanted(workplace: Workplace, workers: int) -> dict[str, float]:
     return {name: value for name, value in bundle.items() if value}
 
 
-def _require_room(ray, walk: Walk, workplace: Workplace, address: str | None) -> None:
-    """Raise UserMistake if a unit wants more than any node has: Ray would wait for such a node for ever."""
+def _is_spread(ray, walk: Walk, workplace: Workplace, address: str | None) -> bool:
+    """Return whether the processes of a shared stage must be on several nodes, since none has room for all.
+
+    Raises UserMistake if there is no room at all: Ray would wait for it for ever.
+    """
     units = [walk.unit(index) for index in walk.missing]
     workers = max((walk.plan.stages[key].workers for unit in units for key in unit.stages), default=1)
     wanted = _wanted(workplace, workers)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
-        return
+    rooms = [_room(node, wanted) for node in nodes]
+    if any(rooms):
+        return False
+    if address and workers > 1 and sum(_room(node, _wanted(workplace, 1)) for node in nodes) >= workers:
+        return True
     names = ("CPU", "GPU")
     there = sorted({", ".join(f"{node.get(name, 0):g} {name}" for name in names) for node in nodes})
     where = f"--ray-address {address}" if address else "this machine"
@@ -118,94 +163,9 @@ def _require_room(ray, walk: Walk, workplace: Workplace, address: str | None) ->
     )
 
 
-def _start(ray, address: str | None, workplace: Workplace, stack: contextlib.ExitStack) -> None:
-    """Start a private Ray on loopback, or join the cluster at `address`; it ends with the stack."""
-    threads = {name: str(workplace.cpus) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    here = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    options: dict[str, Any] = {
-        "runtime_env": {"env_vars": {**threads, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}},
-        "log_to_driver": False,
-        "configure_logging": False,
-    }
-    if address is None:
-        cores = machine.cores()
-        workers = workplace.sharding.workers
-        if cores < workplace.cpus * workers:
-            shared = f" and resources.workers {workers}" if workers > 1 else ""
-            fitting = max(1, cores // workers)
-            raise UserMistake(
-                f"resources.cpus is {workplace.cpus}{shared}, but a run may use {counted(cores, 'core')} here; use "
-                f"--set resources.cpus={fitting}{' --set resources.workers=1' if fitting * workers > cores else ''}"
-            )
-        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
-    else:
-        options["address"] = address
-    if address is None:
-        stack.enter_context(loopback.only())
-    try:
-        with _quiet():
-            ray.init(**options)
-    except Exception as error:
-        raise UserMistake(
-            f"Ray cannot be started{f' at {address}' if address else ''}: {type(error).__name__}: {one_line(error)}; "
-            "try --executor serial"
-        ) from error
-    stack.callback(ray.shutdown)
-    if address is None:
-        loopback.require()
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Drop what Ray says while it starts, such as how to switch its authentication off."""
-    ray_log = logging.getLogger("ray")
-    before = ray_log.level
-    ray_log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        ray_log.setLevel(before)
-
-
-@contextlib.contextmanager
-def _environment():
-    """Reduce Ray's output and handle Ctrl-C here while it runs."""
-    wanted = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-        "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "PYTHONWARNINGS": "ignore",
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update({n: v for n, v in wanted.items() if before[n] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-
-
-@contextlib.contextmanager
-def _errors_to(path: Path):
-    """Write Ray's errors (such as tracebacks of workers that die) to a file; drop its warnings."""
-    ray_log = logging.getLogger("ray")
-    before = ray_log.handlers[:], ray_log.level, ray_log.propagate
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, encoding="utf-8", delay=True)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    ray_log.handlers[:], ray_log.propagate = [file], False
-    ray_log.setLevel(logging.ERROR)  # Tune warns about result files, which are not used
-    try:
-        yield
-    finally:
-        file.close()
-        ray_log.handlers[:], ray_log.level, ray_log.propagate = before
+def _room(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """Return how often a node has the resources that are wanted."""
+    return min(int((node.get(name, 0) + 1e-9) // value) for name, value in wanted.items())
 
 
 def _unit_file(scratch: Path, index: int) -> Path:
@@ -220,22 +180,43 @@ _keeper = Keeper()
 """The keeper of this Ray worker: its process outlives the units."""
 
 
-def _do_unit(config: Mapping[str, Any], scratch: str, workplace: Workplace, is_private: bool) -> None:
+def _do_unit(
+    config: Mapping[str, Any], scratch: str, workplace: Workplace, is_private: bool, is_spread: bool
+) -> None:
     """Do one unit in a worker. A failure of a stage is a result, reported to the searcher."""
+    import ray
     from ray import tune
 
     _begun_file(Path(scratch), config["unit"], uuid.uuid4().hex).touch()
+    node = "" if is_private else f"{platform.node()} ({ray.util.get_node_ip_address()})"
     try:
         if is_private:
             loopback.require()
         unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
-        _keeper.do(dict(unit), workplace)
+        if is_spread and config["workers"] > 1:
+            _do_spread(dict(unit), workplace, config["workers"], ray.util.get_node_ip_address())
+        else:
+            _keeper.do(dict(unit), workplace)
     except (StageFailure, UserMistake) as failure:
-        tune.report({"done": 0, "failure": str(failure), "lost": ""})
+        tune.report({"done": 0, "failure": str(failure), "lost": "", "node": node})
     except InputsLost as lost:
-        tune.report({"done": 0, "failure": "", "lost": json.dumps([lost.keys, lost.messages])})
+        tune.report({"done": 0, "failure": "", "lost": json.dumps([lost.keys, lost.messages]), "node": node})
     else:
-        tune.report({"done": 1, "failure": "", "lost": ""})
+        tune.report({"done": 1, "failure": "", "lost": "", "node": node})
+
+
+def _do_spread(stages: dict[str, dict[str, Any]], workplace: Workplace, workers: int, address: str) -> None:
+    """Do a unit whose shared stages have their processes on several nodes, each in a bundle of this trial.
+
+    Raises RuntimeError if it failed since one of the nodes was lost: then the unit is begun again.
+    """
+    with rank_actors.reserved(workers - 1, _wanted(workplace, 1)) as actors:
+        try:
+            _keeper.do(stages, replace(workplace, rank_hosts=actors.places, address=address))
+        except StageFailure as failure:
+            if lost := actors.lost():
+                raise RuntimeError(f"node {', '.join(lost)} was lost: {failure}") from failure
+            raise
 
 
 def _make_scheduler(searcher):
@@ -311,7 +292,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
             elif result["lost"]:
                 outcome.inputs_lost(walk, index, *json.loads(result["lost"]), listen)
             else:
-                outcome.done(walk, index, listen)
+                outcome.done(walk, index, listen, result["node"])
 
         def save(self, checkpoint_path):
             """Save nothing: the store records what is done."""

@@ -20,6 +20,7 @@ class Summary:
     blocked: tuple[tuple[str, str], ...] = ()  # (unit name, name of the failed unit that it needs)
     is_interrupted: bool = False
     stopped: str = ""  # why no further units were handed out, although some were ready
+    lost: str = ""  # what the executor lost, without which it could not go on
 
 
 class Walk:
@@ -137,7 +138,7 @@ class Walk:
             self.failed[index] = message
         self.running.clear()
 
-    def summary(self, *, is_interrupted: bool = False) -> Summary:
+    def summary(self, *, is_interrupted: bool = False, lost: str = "") -> Summary:
         """Return the state of the walk."""
         return Summary(
             done=len(self.done),
@@ -146,4 +147,5 @@ class Walk:
             blocked=tuple((self.unit(i).name, self.unit(j).name) for i, j in self.blocked.items()),
             is_interrupted=is_interrupted,
             stopped=self.stopped,
+            lost=lost,
         )

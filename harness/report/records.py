@@ -104,6 +104,7 @@ def _facts(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "immunitybench", str(provenance.get("immunitybench"))
     yield "device", str(provenance.get("device"))
     machine = provenance.get("machine") or {}
+    yield "node", machine.get("host", "")
     yield "machine", f"{machine.get('system')}, {machine.get('processor')}, {machine.get('cores')} cores"
     yield "threads of a stage", str(provenance.get("threads"))
     yield "executor", str(provenance.get("executor"))

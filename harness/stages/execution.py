@@ -233,7 +233,7 @@ def _execute_locked(
                 **provenance.describe(),
                 "executor": workplace.executor,
                 "threads": workplace.cpus,
-                "sharding": asdict(workplace.sharding) if _is_shared(stage, workplace) else {},
+                "sharding": _spread(stage, workplace),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             },
         )
@@ -253,6 +253,14 @@ def _is_shared(stage: Stage, workplace: Workplace) -> bool:
     if not sharding.needs_deepspeed or stage.workers != sharding.workers:
         return False
     return registry.get("stage", stage.kind).can_spread(stage)
+
+
+def _spread(stage: Stage, workplace: Workplace) -> dict[str, Any]:
+    """Return how several processes shared a stage, and on which other nodes they were; {} for one process."""
+    if not _is_shared(stage, workplace):
+        return {}
+    nodes = sorted({place.node for place in workplace.rank_hosts})
+    return {**asdict(workplace.sharding), **({"other_nodes": nodes} if nodes else {})}
 
 
 @contextlib.contextmanager

@@ -33,9 +33,9 @@ class Clock:
 
 
 class Pulse:
-    """The parent's view of one process."""
+    """The parent's view of one process; without a pid, one on another machine, whose host beats while it computes."""
 
-    def __init__(self, pid: int):
+    def __init__(self, pid: int | None):
         self._pid = pid
         self._heard = threading.Event()
         self._clock = Clock()
@@ -52,13 +52,16 @@ class Pulse:
         if self._heard.is_set():
             self._heard.clear()
             self._since = now
-        elif now - self._since >= BEAT_S and (used := self._cpu_seconds()) > self._cpu_s:
+        elif now - self._since >= BEAT_S and (used := self.cpu_seconds()) > self._cpu_s:
             self._cpu_s, self._since = used, now
         return now - self._since >= SILENT_S
 
-    def _cpu_seconds(self) -> float:
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that the process has used, or -1 where it cannot be seen."""
         import psutil
 
+        if self._pid is None:
+            return -1.0
         try:
             times = psutil.Process(self._pid).cpu_times()
         except psutil.Error:

@@ -81,7 +81,7 @@ def _work(described, workplace, work_folder, begun: tuple[float, float], rank: i
             code=code.of_stage(stage),
             notify=lambda text: notify(stage, workplace, text),
             started=begun[0],
-            began=begun[1],  # the clock is the machine's, so it is the same in both processes
+            began=begun[1],  # a clock of one machine: only the first process, which is on it, uses it
         )
         work = StageAtWork(stage, workplace, Store(workplace.store), run, folder)
         with computing_in(stage.precision, device, run.notify if rank == 0 else lambda text: None):

@@ -2,7 +2,8 @@
 
 The processes run on this machine, each with RANK, LOCAL_RANK and WORLD_SIZE set here; they meet in a file and talk on
 loopback. Under Ray the stage's worker reserves the cores and GPUs of all of them, so they need not be Ray workers. Each
-process has a pipe to its parent and ends when the parent ends, for any reason.
+process has a pipe to its parent and ends when the parent ends, for any reason. Where no node of a cluster has room for
+all of them, the first process is here and each other one with its `rank_host`.
 
 If one fails or dies, the others are ended at once; if one is silent (see `pulse`), after SILENT_S. An error of a method
 becomes the stage's. A death is tried once more, from the last saved state.
@@ -14,12 +15,9 @@ import json
 import logging
 import pickle
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +25,8 @@ from harness.contracts.stage import to_json
 from harness.core import rank_environment
 from harness.core.counted import counted
 from harness.stages import deaths, pulse
-from harness.stages.pulse import Pulse
+from harness.stages.rank_host import Order
+from harness.stages.rank_processes import HereProcess, ThereProcess
 
 if TYPE_CHECKING:
     from harness.core.identity import Stage
@@ -82,63 +81,37 @@ def _attempt(
 ) -> None:
     workers = workplace.sharding.workers
     logs = [workplace.run_folder / "logs" / f"{work_folder.name}.process{rank}.log" for rank in range(workers)]
-    processes: list[subprocess.Popen] = []
-    pulses: list[Pulse] = []
-    oom_kills_before = deaths.oom_kills()
-    with tempfile.TemporaryDirectory(prefix="immunitybench-") as group:
-        environment = rank_environment.of_group(workers, workplace.cpus, Path(group))
+    processes: list[HereProcess | ThereProcess] = []
+    job = pickle.dumps((to_json(stage), workplace, work_folder, begun))
+    places = workplace.rank_hosts
+    with tempfile.TemporaryDirectory(prefix="immunitybench-") as meeting:
+        if places:
+            group = rank_environment.on_several_nodes(workers, workplace.address)
+        else:
+            group = rank_environment.on_one_machine(workers, Path(meeting))
         try:
             for rank in range(workers):
-                with open(logs[rank], "w", encoding="utf-8") as output:
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", "harness.stages.rank"],
-                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=output,
-                    )
-                processes.append(process)
-                pulses.append(Pulse(process.pid))
-                try:
-                    pickle.dump((to_json(stage), workplace, work_folder, begun), process.stdin)
-                    process.stdin.flush()
-                except BrokenPipeError:
-                    pass  # it died at once; `_wait` says how
-                threading.Thread(target=_listen, args=(process.stdout, pulses[rank], report), daemon=True).start()
-            _wait(processes, pulses, work_folder, logs, oom_kills_before)
+                order = Order(rank, group, workplace.cpus, job, logs[rank])
+                if rank and places:
+                    processes.append(ThereProcess(order, places[rank - 1], report))
+                else:
+                    processes.append(HereProcess(order, rank, workplace.address if places else None, report))
+            _wait(processes, work_folder, logs)
         finally:
             for process in processes:
-                if process.poll() is None:
-                    process.kill()
-            for process in processes:
-                process.wait()
-                process.stdin.close()
+                process.end()
 
 
-def _listen(pipe, watched: Pulse, report: Callable[[int, int], None]) -> None:
-    """Note the beats of a process, and report the progress that the first one prints."""
-    with pipe:
-        for line in pipe:
-            watched.beat()
-            try:
-                done, total = map(int, line.split())
-            except ValueError:
-                continue
-            report(done, total)
-
-
-def _wait(
-    processes: list[subprocess.Popen], pulses: list[Pulse], work_folder: Path, logs: list[Path], oom_kills_before: int
-) -> None:
+def _wait(processes: Sequence[HereProcess | ThereProcess], work_folder: Path, logs: list[Path]) -> None:
     """Wait until all succeeded. Raises RuntimeError or ProcessDied as soon as one fails, dies, or is silent."""
     while True:
-        codes = [process.poll() for process in processes]
+        codes = [process.code() for process in processes]
         if any(codes):
-            raise _failure(processes, work_folder, logs, oom_kills_before)
+            raise _failure(processes, work_folder, logs)
         if all(code == 0 for code in codes):
             return
-        for rank, watched in enumerate(pulses):
-            if codes[rank] is None and watched.is_silent():
+        for rank, process in enumerate(processes):
+            if codes[rank] is None and process.is_silent():
                 raise deaths.ProcessDied(
                     f"process {rank} was silent for {pulse.SILENT_S:g} s: no answer, and no use of its CPU (stopped?)"
                 )
@@ -146,29 +119,27 @@ def _wait(
 
 
 def _failure(
-    processes: list[subprocess.Popen], work_folder: Path, logs: list[Path], oom_kills_before: int
+    processes: Sequence[HereProcess | ThereProcess], work_folder: Path, logs: list[Path]
 ) -> RuntimeError:
     """Return what made the processes fail: an error of a method, else a death, else a broken connection."""
     deadline = time.monotonic() + CAUSE_S
     while True:
         broken = ""
-        died: dict[int, int] = {}
+        died: list[int] = []
         for rank, process in enumerate(processes):
-            code = process.poll()
-            if not code:
+            if not process.code():
                 continue
             recorded = work_folder / f"rank{rank}.json"
             if not recorded.exists():
-                died[rank] = code
+                died.append(rank)
                 continue
             error = f"process {rank}: {json.loads(recorded.read_text(encoding='utf-8'))['error']}"
             if not any(words in error.lower() for words in BROKEN_CONNECTION):
                 return RuntimeError(error)
             broken = broken or error
         if died:
-            rank, code = next(iter(died.items()))
-            ending = deaths.in_words(deaths.end_of([logs[rank]]))
-            return deaths.ProcessDied(f"process {rank} {deaths.cause(code, oom_kills_before)}; {ending}")
+            ending = deaths.in_words(deaths.end_of([logs[died[0]]]))
+            return deaths.ProcessDied(f"process {died[0]} {processes[died[0]].cause()}; {ending}")
         if time.monotonic() > deadline:
             return RuntimeError(broken)
         time.sleep(0.05)

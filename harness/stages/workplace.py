@@ -13,6 +13,7 @@ from harness.core.precision import has_tf32, kind_of
 from harness.core.sharding import Sharding
 from harness.model.run import CHECKPOINT_INTERVAL_S
 from harness.model.source import ModelSource
+from harness.stages.rank_host import Place
 
 FIRST_WITH_TF32 = (8, 0)
 """The CUDA capability from which GPUs have TF32 and bf16: Ampere's."""
@@ -34,6 +35,8 @@ class Workplace:
     sharding: Sharding = field(default_factory=Sharding)  # for stages that several processes can share
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     keep_checkpoint_mb: float | None = None  # larger adapted models are deleted after drawing
+    rank_hosts: tuple[Place, ...] = ()  # for all processes of a shared stage but the first; (): all are on this node
+    address: str | None = None  # of this node of a cluster, with `rank_hosts`
     stage_timeout_s: float | None = None  # a stage that takes longer is ended; needs a process apart (`Keeper`)
 
 

@@ -38,7 +38,12 @@ def describe() -> dict[str, Any]:
         "git": checkout(Path(__file__).resolve().parents[2]),
         "packages": packages,
         "python": platform.python_version(),
-        "machine": {"system": platform.system(), "processor": _processor(), "cores": machine.cores()},
+        "machine": {
+            "host": platform.node(),
+            "system": platform.system(),
+            "processor": _processor(),
+            "cores": machine.cores(),
+        },
     }
 
 

@@ -395,7 +395,7 @@ class ResourcesSpec(Strict):
     """The resources of one stage. Not part of any identity."""
 
     cpus: Annotated[int, Field(ge=1, le=1024)] = 1  # threads of a stage; the same for both executors
-    gpus: Annotated[float, Field(ge=0, le=64)] = 0
+    gpus: Annotated[float, Field(ge=0, le=64)] = 0  # less than 1: several stages share a GPU
     workers: Annotated[int, Field(ge=1, le=1024)] = 1  # processes that share an immunization, each with cpus and gpus
     zero_stage: Literal[0, 1, 2, 3] = 0  # what DeepSpeed partitions: optimizer states, gradients too, weights too
     offload: Literal["none", "cpu"] = "none"  # where optimizer states (ZeRO 3: weights too) are kept between uses
@@ -416,6 +416,12 @@ class ResourcesSpec(Strict):
     def _offload_is_zero(self) -> ResourcesSpec:
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError("offload moves what ZeRO owns; add zero_stage: 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _part_of_a_gpu_is_for_one_process(self) -> ResourcesSpec:
+        if self.gpus % 1 and (self.gpus > 1 or self.workers > 1):
+            raise ValueError("gpus is a whole number, or less than 1 (several stages share a GPU) with workers: 1")
         return self
 
     def sharding(self) -> Sharding:

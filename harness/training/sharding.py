@@ -20,7 +20,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -569,7 +568,8 @@ class ProcessGroup(World):
 def joined(device: torch.device) -> Iterator[ProcessGroup]:
     """Join the group that `core.rank_environment` describes, with RANK and LOCAL_RANK in the environment.
 
-    PyTorch's group is made first, from a file, and DeepSpeed takes it over: neither opens a port to other machines.
+    PyTorch's group is made first, and DeepSpeed takes it over. On one machine it is made from a file, so that neither
+    opens a port to other machines.
     """
     machine.use_own_extensions()
     import deepspeed
@@ -578,7 +578,7 @@ def joined(device: torch.device) -> Iterator[ProcessGroup]:
     dist.init_process_group(
         # states that wait in main memory are exchanged too
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else backend,
-        init_method=Path(os.environ[RENDEZVOUS]).absolute().as_uri(),
+        init_method=os.environ[RENDEZVOUS],
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )

@@ -60,10 +60,13 @@ def listening(process: psutil.Process) -> set[tuple[str, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "variables"), [(1, {"RAY_AUTH_MODE": "disabled"}), (2, {})])
 def test_no_process_of_a_run_listens_for_other_machines(tmp_path, workers, variables):
-    """Ray's own, its workers, and processes that share a stage; also where Ray's tokens are switched off."""
+    """Ray's own, its workers, and processes that share a stage; also where Ray's tokens are switched off.
+
+    Its token is written nowhere: Ray's clusters of this user would demand it from then on.
+    """
     if (os.cpu_count() or 1) < workers:
         pytest.skip("one CPU core: two processes cannot be reserved")
-    process = start(tmp_path, "linger", workers=workers, **variables)
+    process = start(tmp_path, "linger", workers=workers, HOME=str(tmp_path / "home"), **variables)
     seen: set[tuple[str, str]] = set()
     while process.poll() is None:
         seen |= listening(psutil.Process(process.pid))
@@ -78,6 +81,7 @@ def test_no_process_of_a_run_listens_for_other_machines(tmp_path, workers, varia
     assert any(name.startswith("ray::ImplicitFunc") for name in names)
     assert ("harness.stages.rank" in names) == (workers > 1)
     assert len(printed.splitlines()) == 1  # nothing of Ray's tokens
+    assert not (tmp_path / "home" / ".ray").exists()
 
 
 @pytest.mark.slow
