@@ -28,12 +28,12 @@ def commit_all(project, *, but: int = 0) -> int:
     stages = list(plan.stages.items())
     for key, stage in stages[: len(stages) - but]:
         with mock.patch("os.fsync"), store.writing(stage.kind, key) as (folder, record):
-            record.update(identity=describe(stage), key=key, label=stage.label, work=stage.work, seconds=1.5)
+            record.update(identity=describe(stage), key=key, label=stage.title, work=stage.work, seconds=1.5)
             record.update(code=code.of_stage(stage))
             if stage.kind == "score":
                 about = {"direction": "higher", "unit": "cosine", "range": "-1..1", "backbone": "b",
                          "preprocessing": "p", "library": "l"}  # fmt: skip
-                start = 0.9 if "real images of" in stage.label else 0.1 if "(floor)" in stage.label else 0.5
+                start = 0.9 if "real images of" in stage.title else 0.1 if "(floor)" in stage.title else 0.5
                 values = [{"step": step, "prompt": 0, "value": start + step / 100} for step in (0, 2, 4)]
                 (folder / "scores.json").write_text(json.dumps({"about": about, "values": values}))
     return len(stages)
@@ -139,13 +139,13 @@ def test_status_of_a_failed_stage_is_reported_with_its_exit_code(project):
     key, stage = list(plan.stages.items())[-1]
     failures = project.runs / "small" / "failures"
     failures.mkdir(parents=True)
-    failure = {"label": stage.label, "error": "RuntimeError: boom"}
+    failure = {"label": stage.title, "error": "RuntimeError: boom"}
     (failures / f"{stage.kind}-{key}.json").write_text(json.dumps(failure))
 
     outcome = project.cli("status", *arguments(project))
 
     assert outcome.code == 1
-    assert f"failed: {stage.label}: RuntimeError: boom" in outcome.out.replace("\n", " ")
+    assert f"failed: {stage.title}: RuntimeError: boom" in outcome.out.replace("\n", " ")
 
 
 def test_table_writes_what_is_committed(project):
@@ -426,7 +426,7 @@ def test_failures_of_a_larger_grid_are_kept_and_left_out(project):
     key, stage = list(project.plan().stages.items())[-1]
     failures = project.runs / "small" / "failures"
     failures.mkdir(parents=True)
-    failure = {"label": stage.label, "error": "RuntimeError: boom"}
+    failure = {"label": stage.title, "error": "RuntimeError: boom"}
     (failures / f"{stage.kind}-{key}.json").write_text(json.dumps(failure))
     fewer = ("--set", "tasks.relearning=null", "--set", "seeds=1", "--set", "metrics=[clip_image]")
 

@@ -52,7 +52,7 @@ def commit_norms(project, plan) -> None:
     for place, (key, stage) in enumerate(plan.stages.items()):
         if not store.has(stage.kind, key):
             with mock.patch("os.fsync"), store.writing(stage.kind, key) as (_, record):
-                record.update(identity=describe(stage), key=key, label=stage.label, work=stage.work, seconds=1.5)
+                record.update(identity=describe(stage), key=key, label=stage.title, work=stage.work, seconds=1.5)
                 record.update(code=code.of_stage(stage))
         if stage.kind == "noise_norm":
             about = {"direction": "none", "unit": "u", "range": "0..inf"}

@@ -20,21 +20,21 @@ import yaml
 from harness import plan, suite
 
 PINS = {
-    "attack_unit_tests": "083cee68abb478e5fa30fe264f7ec708",  # 108 stages, 50 units, 38 trials
-    "attacks_testbed": "4c7d1d767f25b999a614a3d86078e645",  # 8256 stages, 1692 units, 1515 trials
-    "freezeasguard": "1cbf8e9482f726e9f444ece8d0e1a2e2",  # 9956 stages, 1877 units, 5420 trials
-    "freezeasguard_testbed": "b3eb7fe935ec8783d6730bfae6313f86",  # 4288 stages, 1012 units, 2094 trials
-    "memorization": "65abeb854f8adbbc5553711a5f728bde",  # 273 stages, 113 units, 108 trials
-    "memorization_smoke": "3563551e8f1e23be8751da4c77c828ce",  # 228 stages, 72 units, 88 trials
-    "memorization_testbed": "87b23442e78264b431fcf0b466d5bcc1",  # 568 stages, 163 units, 222 trials
-    "mima_full": "40f59568ba8900039d26f132a0cf92f6",  # 11062 stages, 3457 units, 3397 trials
-    "mima_testbed": "cca95849054f0d82d588d081c8213f4d",  # 1321 stages, 337 units, 294 trials
-    "mitigations_testbed": "78f22984c32c4b5eaddf8e002ae2df01",  # 256 stages, 67 units, 87 trials
-    "quickstart": "069d017e774b360e2055b6ee4f5dc242",  # 563 stages, 153 units, 128 trials
-    "smoke": "551e31ae40204e65ed3ca60cdfbcdd4a",  # 137 stages, 44 units, 23 trials
-    "pruning": "4c71297dc67b83ac8cc7483106cd79eb",
-    "pruning_smoke": "22bf988e5edc34d4e7bc512a7c96eb31",
-    "pruning_testbed": "7a725e195fffa13261353875962c0d74",
+    "attack_unit_tests": "dc727cf9eea3d2841ecd8ed49356c05b",  # 108 stages, 50 units, 38 trials
+    "attacks_testbed": "a3761ed25825a2489d34c238e054da14",  # 8256 stages, 1692 units, 1515 trials
+    "freezeasguard": "2a9238951e2539b59ae8cfa375cd39ef",  # 9956 stages, 1877 units, 5420 trials
+    "freezeasguard_testbed": "24d49821a44951f0e03a9bdc1002b1aa",  # 4288 stages, 1012 units, 2094 trials
+    "memorization": "e68bdfc9c038446752a44e3e16338b42",  # 273 stages, 113 units, 108 trials
+    "memorization_smoke": "d9d0f3d85aa45830af87d7826103111a",  # 228 stages, 72 units, 88 trials
+    "memorization_testbed": "4355947623e1ca2a71d08018771ad5ac",  # 568 stages, 163 units, 222 trials
+    "mima_full": "71dc0cb079c5f851ea5353bb6933b2f8",  # 11062 stages, 3457 units, 3397 trials
+    "mima_testbed": "9fb56e1dc728f093d4aaa1708a3c404b",  # 1321 stages, 337 units, 294 trials
+    "mitigations_testbed": "831c6f54e37cba83b6f0d29ae37a8551",  # 256 stages, 67 units, 87 trials
+    "quickstart": "6470cb019fd5f3d790ba7c8baadbbeee",  # 563 stages, 153 units, 128 trials
+    "smoke": "0a4e7297671f495e36058f08f5469397",  # 137 stages, 44 units, 23 trials
+    "pruning": "a846e7f196c87978a01b8df72472230c",
+    "pruning_smoke": "93d7db5ccb5faf73219f3368aacee1fb",
+    "pruning_testbed": "373c50123c7333217216a3791c80feb9",
 }
 IMAGES = 6
 """Of each folder that a suite asks for and that does not ship; two a split."""

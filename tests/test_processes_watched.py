@@ -161,7 +161,7 @@ def test_a_socket_that_is_connected_or_unbound_is_not_listening():
 def walk_of(workers: int) -> Walk:
     """Return a walk over one unit, whose stage several processes share."""
     stage = Stage("sample", "x@1", {}, {}, {}, {}, None, "fp32", workers=workers)
-    return Walk(Plan("suite", {"a": stage}, [Unit("a", ("a",), frozenset())]), lambda _: False)
+    return Walk(Plan("suite", {"a": stage}, [Unit("a", ("a",), ())]), lambda _: False)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from harness.plan.graph import Plan, Unit
 def make_plan(needs: dict[str, set[str]]) -> Plan:
     """Return a plan of one stage a unit; `needs` says by name which units a unit waits for."""
     stage = Stage("sample", "x@1", {}, {}, {}, {}, None, "fp32")
-    units = [Unit(name, (name,), frozenset(others)) for name, others in needs.items()]
+    units = [Unit(name, (name,), tuple(others)) for name, others in needs.items()]
     return Plan("suite", stages=dict.fromkeys(needs, stage), units=units)
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from harness.commands import arguments
 from harness.core.errors import ExitCode, UserMistake
+from harness.core.garbage import collection_paused
 
 SUMMARY = "show the stages of a suite, what they share, cost, and what is done already"
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+@collection_paused()
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     if given.power is None:

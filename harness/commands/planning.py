@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from harness.commands.opened import Opened
@@ -15,6 +16,8 @@ from harness.suite import fetching
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from harness.core.identity import Stage
 
 MOST_RECORDS = 2000
 """Records of a kind that are read for an estimate."""
@@ -35,17 +38,19 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
         table.add_column(header, justify="left" if header == "stage" else "right")
     total_seconds, n_unknown = 0.0, 0
     asked = cost.asked(plan)
-    for kind in kinds_in_order():
-        stages = {k: s for k, s in plan.stages.items() if s.kind == kind}
-        if not stages:
-            continue
-        to_do = {k: s for k, s in stages.items() if k not in committed}
-        work = sum(s.work for s in to_do.values())
-        known = [seconds for s in to_do.values() if (seconds := pace.seconds(s)) is not None]
+    counts = Counter(stage.kind for stage in plan.stages.values())
+    remaining: dict[str, list[Stage]] = {kind: [] for kind in counts}
+    for key, stage in plan.stages.items():
+        if key not in committed:
+            remaining[stage.kind].append(stage)
+    for kind in (kind for kind in kinds_in_order() if counts[kind]):
+        to_do = remaining[kind]
+        work = sum(s.work for s in to_do)
+        known = [seconds for s in to_do if (seconds := pace.seconds(s)) is not None]
         total_seconds += sum(known)
         n_unknown += len(to_do) - len(known)
         table.add_row(
-            kind, str(asked[kind]), str(len(stages)), str(len(stages) - len(to_do)), str(len(to_do)), f"{work:,.0f}",
+            kind, str(asked[kind]), str(counts[kind]), str(counts[kind] - len(to_do)), str(len(to_do)), f"{work:,.0f}",
             _estimate(known, len(to_do)),
         )  # fmt: skip
     console.print(table)

@@ -113,7 +113,7 @@ def show_other_code(opened: Opened, keys: Collection[str], console: Console) -> 
     if keys:
         kinds = Counter(opened.plan.stages[key].kind for key in keys)
         what = ", ".join(f"{kinds[kind]} {kind}" for kind in kinds_in_order() if kinds[kind])
-        example = opened.plan.stages[min(keys)].label
+        example = opened.plan.stages[min(keys)].title
         console.print(
             f"made by other code than the code here: {counted(len(keys), 'stage')} ({what}; for example "
             f"'{example}'); --cache stale=redo makes them anew",

@@ -105,6 +105,11 @@ def to_json(stage: Stage) -> dict[str, Any]:
     return as_json({**plain, "parameters": stage.parameters, "inputs": inputs})
 
 
+def title(plain: Mapping[str, Any]) -> str:
+    """Return the title of a stage that `to_json` described."""
+    return f"{plain['what']} {plain['label']}" if plain["what"] else plain["label"]
+
+
 def from_json(plain: Mapping[str, Any]) -> Stage:
     """Return the stage that `to_json` described, with the typed parameters of its kind."""
     kind = registry.get("stage", plain["kind"])

@@ -41,7 +41,7 @@ Label = str | int | bool | tuple[str, ...]
 """A value of a label; a tuple is joined by + in the rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: see Stage
 class Measurement:
     """One row group of the table: the stages of its images and scores, and its labels."""
 

@@ -8,32 +8,33 @@ record of a finished stage give the same key, because both call `key` on the sam
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.core.described import as_json
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Increased when a stage's description changes its meaning, or when shared code (training, sampling, stages) changes
-its result, so that old records are not taken for new ones. Methods have their own versions."""
+its result, so that old records are not taken for new ones. Methods have their own versions. 2: parameters enter by
+their digest, so that long ones are hashed once, not for each stage that shares them."""
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):
     """A committed stage that another one reads."""
 
     kind: str
     key: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would take three times as long to make: a plan has hundreds of thousands
 class Stage:
-    """One unit of work whose result is kept. Plain data: printable, comparable, equal when rebuilt."""
+    """One unit of work whose result is kept. Plain data: printable, comparable, equal when rebuilt; never changed."""
 
     kind: str  # a registered kind of stage
     component: str  # method and its version, such as "imma@1"
@@ -46,17 +47,23 @@ class Stage:
 
     # The fields below describe this machine or are for people. They are not part of the identity.
     label: str = field(default="", compare=False)
+    what: str = field(default="", compare=False)  # before the label in the title; apart, so that stages share labels
     local: Mapping[str, Any] = field(default_factory=dict, compare=False)  # where files are on this machine
     workers: int = field(default=1, compare=False)  # processes that share the stage (world size)
     work: float = field(default=0.0, compare=False)  # UNet sample passes (a backward counts as two)
 
+    @property
+    def title(self) -> str:
+        """What people read: such as "clip_image of lora on purse (imma, seed 0)"."""
+        return f"{self.what} {self.label}" if self.what else self.label
+
 
 def describe(stage: Stage) -> dict[str, Any]:
-    """Return the description that is hashed: the identity of `stage` as JSON values."""
+    """Return the identity of `stage` as JSON values, as records hold it; `key_of` gives the key."""
     return {**_without_parameters(stage), "parameters": as_json(stage.parameters)}
 
 
-def _without_parameters(stage: Stage) -> dict[str, Any]:
+def _without_parameters(stage: Stage) -> dict[str, Any]:  # `key` writes the same
     return {
         "key_version": KEY_VERSION,
         "kind": stage.kind,
@@ -85,18 +92,38 @@ def digest_of_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
 
 
-def key(stage: Stage, parameters_json: str | None = None) -> str:
+def key(stage: Stage, parameters_digest: str | None = None) -> str:
     """Return the identity of `stage`: 32 hexadecimal digits.
 
-    `parameters_json`: the canonical JSON of the stage's parameters, if the caller already has it. It saves time, as
+    `parameters_digest`: `digest_of_json` of the stage's parameters, if the caller already has it. It saves time, as
     thousands of stages of a plan share few parameters. The key is the same without it.
     """
-    if parameters_json is None:
-        return digest_of_json(describe(stage))[:32]
-    description = _without_parameters(stage)
-    after = {name: description.pop(name) for name in ("precision", "seed")}  # sorted after "parameters"
-    text = f'{canonical_json(description)[:-1]},"parameters":{parameters_json},{canonical_json(after)[1:]}'
+    digest = parameters_digest or digest_of_json(as_json(stage.parameters))
+    inputs = ",".join([f'{_text(role)}:"{stage.inputs[role].key}"' for role in sorted(stage.inputs)])
+    text = (  # the canonical JSON that `key_of` hashes, by hand: a plan has hundreds of thousands of stages
+        f'{{"component":{_text(stage.component)},"data":{_small(stage.data)},"inputs":{{{inputs}}},'
+        f'"key_version":{KEY_VERSION},"kind":{_text(stage.kind)},"model":{_small(stage.model)},'
+        f'"parameters":"{digest}","precision":{_text(stage.precision)},'
+        f'"seed":{"null" if stage.seed is None else stage.seed}}}'
+    )
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+
+
+def key_of(description: Mapping[str, Any]) -> str:
+    """Return the key of a stage from its description, such as a record's: the parameters count by their digest."""
+    return digest_of_json({**description, "parameters": digest_of_json(description["parameters"])})[:32]
+
+
+_text = json.encoder.encode_basestring_ascii
+
+
+def _small(value: Mapping[str, str]) -> str:
+    return _small_json(tuple(value.items())) if value else "{}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _small_json(items: tuple[tuple[str, str], ...]) -> str:
+    return canonical_json(dict(items))
 
 
 def digest_of_file(path: Path) -> str:

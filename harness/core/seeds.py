@@ -7,12 +7,14 @@ functions of (seed, step), never of earlier draws: a loop that resumes at step k
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Literal, get_args
 
 Role = Literal["defense", "attack", "search", "sampling", "images"]
 
 
+@functools.lru_cache(maxsize=100_000, typed=True)
 def derive(role: Role, seed: int, *axes: str | int) -> int:
     """Return a seed in [0, 2**63) for `role`, from the suite's seed and the axes that it may depend on.
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.contracts.stage import title
 from harness.core.counted import counted
 from harness.core.errors import InputsLost, StageFailure
 from harness.stages import deaths, heartbeat, pulse
@@ -71,7 +72,7 @@ class Keeper:
                 key = self._stage or next(iter(stages))
                 dead[key] += 1
                 self.close()
-                kind, label = stages[key]["kind"], stages[key]["label"]
+                kind, label = stages[key]["kind"], title(stages[key])
                 heartbeat.path_of(workplace.run_folder, kind, key).unlink(missing_ok=True)
                 if ended.is_death and dead[key] <= RETRIES:
                     with open(log_path(workplace.run_folder, kind, key), "a", encoding="utf-8") as log:

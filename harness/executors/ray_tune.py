@@ -243,7 +243,7 @@ def _died(stages: Mapping[str, Stage], workplace: Workplace, error: Exception | 
     heartbeat.path_of(workplace.run_folder, stage.kind, key).unlink(missing_ok=True)
     lines = deaths.end_of([log_path(workplace.run_folder, stage.kind, key)])
     message = f"its worker died, with Ray's process: {words}; {deaths.in_words(lines)}"
-    return str(record_failure(workplace.run_folder, stage.kind, key, stage.label, message, log=lines))
+    return str(record_failure(workplace.run_folder, stage.kind, key, stage.title, message, log=lines))
 
 
 def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workplace):

@@ -14,7 +14,7 @@ from harness.contracts.state import ModelState
 from harness.core import digests, registry, seeds
 from harness.core.concept import PRIOR, SPLITS, Concept
 from harness.core.described import Described, as_json
-from harness.core.identity import Input, Stage, canonical_json, digest_of_file, digest_of_json, key
+from harness.core.identity import Input, Stage, digest_of_file, digest_of_json, key
 from harness.core.sampling import Sampling
 from harness.plan.graph import Plan, Unit
 from harness.stages.features import FeaturesParameters
@@ -25,6 +25,9 @@ from harness.stages.score import ScoreParameters
 from harness.suite.loaded import LoadedSuite
 from harness.suite.pairs import Pairs
 from harness.suite.spec import MethodSpec
+
+_NONE: Mapping[str, Any] = {}
+"""Of all stages that have nothing of a kind; nobody writes into it."""
 
 
 @dataclass(frozen=True, eq=False)  # hashable, by identity
@@ -50,7 +53,11 @@ class Builder:
         self._images: dict[str, str] = {}
         # keyed by id(); the object is kept so that its id is not reused
         self._identities: dict[int, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
-        self._shared: dict[tuple, tuple[Any, str]] = {}  # parameters that many stages have, with their JSON
+        self._kinds: dict[str, tuple[str, bool]] = {}
+        self._states: dict[ModelState, dict[str, Input]] = {}
+        self._scoring: dict[tuple, list] = {}
+        self._references: dict[tuple[Metric, str, str], str] = {}
+        self._shared: dict[tuple, dict[str, Any]] = {}  # parameters that many stages have, with their digest
         given = self.suite.sampling.model_dump()
         self.sampling = Sampling(**{f.name: given[f.name] for f in fields(Sampling)})
         self.metrics: list[Metric] = [
@@ -73,6 +80,7 @@ class Builder:
         *,
         inputs: Mapping[str, Input],
         label: str,
+        what: str = "",
         seed: int | None = None,
         component: str | None = None,
         reads_model: bool = True,
@@ -80,53 +88,68 @@ class Builder:
         local: Mapping[str, Any] | None = None,
         work: float = 0.0,
         workers: int = 1,
-        parameters_json: str | None = None,
+        parameters_digest: str | None = None,
     ) -> str:
-        """Add a stage.
+        """Add a stage; people read `what` and `label`.
 
         `component`: the method that does it; None: the kind itself. A kind that is not bundled is added to a method's,
         since its code changes the result too. `seed` None: the result does not depend on chance.
         `reads_model`: whether the base model is part of the identity. `data`: digests of files that no stage made,
         `local`: where they are on this machine. `work`: UNet sample passes, a backward pass counts as two. `workers`:
-        how many processes may share it. `parameters_json`: the canonical JSON of the parameters, where it is known.
+        how many processes may share it. `parameters_digest`: of the parameters' JSON, where it is known.
         """
-        cls = registry.get("stage", kind)
+        own, is_outside = self._kind(kind)
         if component is None:
-            component = registry.component(cls)
-        elif registry.is_outside(cls):
-            component = f"{component}/{registry.component(cls)}"
+            component = own
+        elif is_outside:
+            component = f"{component}/{own}"
         added = Stage(
             kind=kind,
             component=component,
             parameters=parameters,
-            inputs=dict(inputs),
-            model=self.loaded.model.identity if reads_model else {},
-            data=data or {},
+            inputs=inputs,
+            model=self.loaded.model.identity if reads_model else _NONE,
+            data=data or _NONE,
             seed=seed,
             precision=self.suite.model.computes_in,
             label=label,
-            local=local or {},
+            what=what,
+            local=local or _NONE,
             workers=workers,
             work=work,
         )
-        k = key(added, parameters_json)
+        k = key(added, parameters_digest)
         self.plan.stages.setdefault(k, added)
         return k
+
+    def _kind(self, kind: str) -> tuple[str, bool]:
+        """Return the component of a kind of stage, and whether the kind is not bundled."""
+        if kind not in self._kinds:
+            cls = registry.get("stage", kind)
+            self._kinds[kind] = registry.component(cls), registry.is_outside(cls)
+        return self._kinds[kind]
+
+    def inputs_of(self, state: ModelState) -> dict[str, Input]:
+        """Return role -> layer for a stage that works on a state; as `ModelState.inputs`, found once for each state."""
+        if state not in self._states:
+            self._states[state] = state.inputs()
+        return dict(self._states[state])
 
     def unit(self, name: str, stages: Iterable[str]) -> None:
         """Group stages into a unit unless an equal one exists; a stage belongs to the first unit that names it."""
         members = tuple(dict.fromkeys(stages))
         if members in self.units:
             return
-        reads = (read.key for member in members for read in self.plan.stages[member].inputs.values())
-        self.units[members] = Unit(name, members, frozenset(reads) - set(members))
+        reads = {read.key: None for member in members for read in self.plan.stages[member].inputs.values()}
+        self.units[members] = Unit(name, members, tuple(key for key in reads if key not in members))
 
     def share(self, *name: Any, make: Callable[[], Any]) -> dict[str, Any]:
-        """Return parameters that many stages share, with their JSON, as arguments of `stage`; they are made once."""
-        if name not in self._shared:
+        """Return parameters that many stages share, with their digest, as arguments of `stage`; they are made once."""
+        found = self._shared.get(name)
+        if found is None:
             made = make()
-            self._shared[name] = made, canonical_json(as_json(made))
-        return dict(zip(("parameters", "parameters_json"), self._shared[name], strict=True))
+            found = self._shared[name] = {"parameters": made, "parameters_digest": digest_of_json(as_json(made))}
+        return found
 
     def identified(self, cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (parameters for the identity, local parameters): files are identified by their content."""
@@ -295,6 +318,7 @@ class Builder:
             inputs=inputs,
             seed=seeds.derive("sampling", seed, concept.name),
             label=label,
+            what="sample",
             work=images * self.sampling.passes_an_image,
         )
 
@@ -310,13 +334,18 @@ class Builder:
 
         `images`: how many images of the attack split the attack trained on, if not all.
         """
-        descriptions = descriptions or tuple(e.description for e in concept.evaluations)
-        scores = {}
-        own = self.images(concept.name)
-        for metric in self.metrics:
-            trained = images if metric.cls.compares_with == "attack" else None
-            scores[metric.name] = self.score(metric, generated, own, concept.name, descriptions, label, trained)
-        return scores
+        place = concept.name, descriptions, images
+        if place not in self._scoring:
+            said = descriptions or tuple(e.description for e in concept.evaluations)
+            own = self.images(concept.name)
+            trained = {metric.name: images if metric.cls.compares_with == "attack" else None for metric in self.metrics}
+            self._scoring[place] = [
+                (metric, self._scored(metric, own, concept.name, said, trained[metric.name])) for metric in self.metrics
+            ]
+        return {
+            metric.name: self.stage("score", inputs={**generated, **references}, label=label, **fixed)
+            for metric, (fixed, references) in self._scoring[place]
+        }
 
     def score(
         self,
@@ -332,19 +361,22 @@ class Builder:
 
         `called`: a name for these references. `trained`: how many of them the attack trained on, if not all.
         """
+        fixed, references = self._scored(metric, images, called, descriptions, trained)
+        return self.stage("score", inputs={**generated, **references}, label=label, **fixed)
+
+    def _scored(
+        self, metric: Metric, images: str, called: str, descriptions: tuple[str, ...], trained: int | None
+    ) -> tuple[dict[str, Any], dict[str, Input]]:
+        """Return what scores of many images share: arguments of `stage`, and the references as an input."""
         shared = self.share(
             "score", metric, called, descriptions, trained or 0,
             make=lambda: ScoreParameters(metric.parameters, descriptions, trained or None),
         )  # fmt: skip
-        return self.stage(
-            "score",
-            **shared,
-            component=metric.component,
-            reads_model=False,
-            inputs={**generated, "references": self.read(self.references(metric, images, called))},
-            label=f"{metric.name} of {label}",
-            local={"parameters": metric.local} if metric.local else {},
-        )
+        fixed = {
+            **shared, "what": f"{metric.name} of", "component": metric.component, "reads_model": False,
+            "local": {"parameters": metric.local} if metric.local else _NONE,
+        }  # fmt: skip
+        return fixed, {"references": self.read(self.references(metric, images, called))}
 
     def references(self, metric: Metric, images: str, called: str, split: str | None = None) -> str:
         """Add the stage of a metric's references: the images of a stage, or their features.
@@ -355,7 +387,10 @@ class Builder:
         split = split or cls.compares_with
         if cls.encoder is None:
             return images
-        k = self.stage(
+        place = metric, images, split
+        if place in self._references:
+            return self._references[place]
+        k = self._references[place] = self.stage(
             "features",
             FeaturesParameters({n: metric.parameters[n] for n in cls.encoder_parameters}, split),
             component=registry.encoder(cls),

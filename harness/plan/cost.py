@@ -47,7 +47,6 @@ def unshared_passes(plan: Plan) -> float:
 
     Everything else (images of concepts, samples before any attack) is counted once, as in the plan.
     """
-    upstream = plan.upstream()
     per_trial = {kind for kind in registry.names("stage") if registry.get("stage", kind).per_trial}
     own: dict[str, float] = {}
     of_trials: set[str] = set()
@@ -57,7 +56,7 @@ def unshared_passes(plan: Plan) -> float:
             continue
         observed = measurement.observed
         if observed not in own:
-            stages = [k for k in upstream(observed) if plan.stages[k].kind in per_trial]
+            stages = [k for k in plan.needed([observed]) if plan.stages[k].kind in per_trial]
             of_trials.update(stages)
             own[observed] = sum(plan.stages[k].work for k in stages)
         total += own[observed]
@@ -66,15 +65,13 @@ def unshared_passes(plan: Plan) -> float:
 
 def asked(plan: Plan) -> Counter[str]:
     """Return how many stages of each kind the grid would have if nothing were shared."""
-    upstream = plan.upstream()
-    kinds = {key: stage.kind for key, stage in plan.stages.items()}
-    counted: Counter[str] = Counter()
+    stages = plan.stages
+    counted: dict[str, int] = {}
     for measurement in plan.measurements:
-        needed = {measurement.observed, *measurement.scores.values()}
-        for key in tuple(needed):
-            needed |= upstream(key)
-        counted.update([kinds[key] for key in needed])
-    return counted
+        for key in plan.needed([measurement.observed, *measurement.scores.values()]):
+            kind = stages[key].kind
+            counted[kind] = counted.get(kind, 0) + 1
+    return Counter(counted)
 
 
 def sd1_flops(side: int) -> int:
@@ -113,6 +110,8 @@ class Pace:
 
     def seconds(self, stage: Stage) -> float | None:
         """Return how long a stage will take: the median over finished ones like it; None if there are none."""
+        if not self._times:
+            return None
         like = (stage.kind, stage.component, tuple(sorted(stage.model.items())), stage.precision)
         times = self._times.get(like, ())
         if stage.work <= 0:

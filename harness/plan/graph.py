@@ -7,20 +7,20 @@ and their scores form one *unit*, which an executor hands to a worker. The stage
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from harness.contracts.task import Measurement
 from harness.core.identity import Input, Stage
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: see Stage
 class Unit:
     """Stages that one worker does in a row, each committed by itself."""
 
     name: str
     stages: tuple[str, ...]
-    needs: frozenset[str]  # keys of stages of other units
+    needs: tuple[str, ...]  # keys of stages of other units, each once
 
 
 @dataclass
@@ -37,14 +37,12 @@ class Plan:
         """Return a stage as the input of another one."""
         return Input(self.stages[key].kind, key)
 
-    def upstream(self) -> Callable[[str], frozenset[str]]:
-        """Return a function from a key to the set of itself and of all keys that it needs."""
-        closure: dict[str, frozenset[str]] = {}
-
-        def upstream(key: str) -> frozenset[str]:
-            if key not in closure:
-                inputs = self.stages[key].inputs.values()
-                closure[key] = frozenset({key}).union(*(upstream(read.key) for read in inputs))
-            return closure[key]
-
-        return upstream
+    def needed(self, keys: Iterable[str]) -> set[str]:
+        """Return these keys and all that their stages need, directly or not."""
+        stages, found, ahead = self.stages, set(), list(keys)
+        while ahead:
+            key = ahead.pop()
+            if key not in found:
+                found.add(key)
+                ahead += [read.key for read in stages[key].inputs.values()]
+        return found

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from harness.contracts.task import FILLED, Measurement
 from harness.core import registry
+from harness.core.garbage import collection_paused
 from harness.plan.builder import Builder
 from harness.plan.graph import Plan, Unit
 from harness.suite.loaded import LoadedSuite
@@ -13,15 +14,16 @@ from harness.suite.loaded import LoadedSuite
 
 def make(loaded: LoadedSuite) -> Plan:
     """Return the plan of a checked suite; it depends on the suite only."""
-    build = Builder(loaded)
-    for name, spec in loaded.suite.tasks.items():
-        cls = registry.get("task", spec.kind)
-        build.plan.tasks[name] = spec.kind
-        with registry.blamed(cls, f"planning the task '{name}' failed"):
-            measured = cls(None).plan(name, spec, build)
-            build.plan.measurements += (_named(name, measurement) for measurement in measured)
-    build.plan.units = list(build.units.values())
-    return ordered(build.plan)
+    with collection_paused():
+        build = Builder(loaded)
+        for name, spec in loaded.suite.tasks.items():
+            cls = registry.get("task", spec.kind)
+            build.plan.tasks[name] = spec.kind
+            with registry.blamed(cls, f"planning the task '{name}' failed"):
+                measured = cls(None).plan(name, spec, build)
+                build.plan.measurements += (_named(name, measurement) for measurement in measured)
+        build.plan.units = list(build.units.values())
+        return ordered(build.plan)
 
 
 def _named(task: str, measurement: Measurement) -> Measurement:
@@ -46,8 +48,8 @@ def ordered(plan: Plan) -> Plan:
         if not own:
             continue
         if own != unit.stages:
-            needs = {read.key for k in own for read in plan.stages[k].inputs.values() if read.key not in own}
-            unit = Unit(unit.name, own, frozenset(needs))
+            needs = {read.key: None for k in own for read in plan.stages[k].inputs.values() if read.key not in own}
+            unit = Unit(unit.name, own, tuple(needs))
         owner.update(dict.fromkeys(own, len(units)))
         units.append(unit)
     depth: dict[int, int] = {}

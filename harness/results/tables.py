@@ -243,5 +243,7 @@ def _fingerprint(plan: Plan, model_name: str, gates: Gates) -> str:
     """Return a digest of all inputs of the tables; score keys stand for the scores' values."""
     diagnostics = [registry.component(registry.get("diagnostic", name)) for name in registry.names("diagnostic")]
     tasks = {name: registry.component(registry.get("task", kind)) for name, kind in plan.tasks.items()}
-    measured = [vars(measurement) for measurement in plan.measurements]
+    measured = [
+        [dict(m.labels), m.observed, dict(m.scores), m.steps, dict(m.needs), m.is_apart] for m in plan.measurements
+    ]
     return digest_of_json([VERSION, plan.suite, model_name, asdict(gates), tasks, measured, diagnostics])

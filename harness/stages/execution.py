@@ -68,12 +68,12 @@ def execute(
 
                 _execute_locked(key, stage, workplace, store, work_folder, progressed, redo)
         except (Exception, SystemExit) as error:
-            log.exception("stage failed: %s", stage.label)
+            log.exception("stage failed: %s", stage.title)
             _forget_model()
             store.clean_failed(work_folder)
             where = traceback.format_exc()
             raise record_failure(
-                workplace.run_folder, stage.kind, key, stage.label, in_words(error), traceback=where
+                workplace.run_folder, stage.kind, key, stage.title, in_words(error), traceback=where
             ) from error
     failure_path(workplace.run_folder, stage.kind, key).unlink(missing_ok=True)
     _forget_model(further_alone=True)
@@ -154,7 +154,7 @@ def execute_unit(
         except OSError as error:  # at the log or the lock, before anything was done
             if not disk.is_full(error):
                 raise
-            raise StageFailure(f"{stage.label}: {type(error).__name__}: {one_line(error)}") from error
+            raise StageFailure(f"{stage.title}: {type(error).__name__}: {one_line(error)}") from error
     checkpoints.thin(stages, store, workplace.keep_checkpoint_mb)
     if failed:
         raise StageFailure("; ".join(message for message in failed.values() if message))
@@ -184,7 +184,7 @@ def _execute_locked(
 
     made_by = code.of_stage(stage)  # before its modules are imported
     device = prepare_device(workplace)
-    log.info("%s %s: %s", stage.kind, key, stage.label)
+    log.info("%s %s: %s", stage.kind, key, stage.title)
     started = time.time()
     clock = time.perf_counter()
     curves = workplace.run_folder / "tensorboard" / f"{stage.kind}-{key}" if workplace.is_tracked else None
@@ -221,7 +221,7 @@ def _execute_locked(
         record.update(
             identity=describe(stage),
             key=key,
-            label=stage.label,
+            label=stage.title,
             code=made_by,
             spare=registry.get("stage", stage.kind).spare,
             work=stage.work,
@@ -244,7 +244,7 @@ def notify(stage: Stage, workplace: Workplace, text: str) -> None:
     """Write one line about a stage to its log, and leave it for the user."""
     log.warning("%s", text)
     with contextlib.suppress(OSError):  # the log has it
-        notices.say(workplace.run_folder, f"{stage.label}: {text}")
+        notices.say(workplace.run_folder, f"{stage.title}: {text}")
 
 
 def _is_shared(stage: Stage, workplace: Workplace) -> bool:

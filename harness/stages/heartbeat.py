@@ -108,7 +108,7 @@ class Heart:
 
 def of_stage(run_folder: Path, key: str, stage: Stage) -> Heart:
     """Return the heartbeat of a stage that this process does."""
-    beat = Beat("stage", stage.label, **_process(), kind=stage.kind, key=key)
+    beat = Beat("stage", stage.title, **_process(), kind=stage.kind, key=key)
     return Heart(path_of(run_folder, stage.kind, key), beat)
 
 

@@ -63,12 +63,16 @@ class Grid:
     ):
         """`further`: labels that all its measurements have beside the grid's."""
         self.task, self.targets, self.build, self.further = task, targets, build, further
+        self._attacks: dict[tuple[int, str], Attack] = {}
+        self._needs: dict[tuple[Input, ...], dict[str, str]] = {}
 
     def attacked(self, released: Released, name: str, role: str) -> Iterator[Measurement]:
         """Yield the measurement of each attack of the task on a concept."""
         for index, attack in self.build.loaded.attacks_on(self.task):
             if role == "target" or attack.innocents:
-                yield Attack(self, released, name, role, index).measurement()
+                if (index, name) not in self._attacks:
+                    self._attacks[index, name] = Attack(self, name, index)
+                yield self._attacks[index, name].measurement(released, role)
 
     def real(self, name: str) -> Measurement:
         """Add the scores of real images: the ceiling that an attack can reach."""
@@ -93,7 +97,7 @@ class Grid:
         """Add the images that the released model draws before any attack (step 0)."""
         build, concept = self.build, self.build.concepts[name]
         text = f"{name} before the attack ({released.label})"
-        sample = build.sample(concept, released.seed, (0,), released.met_by(None).inputs(), f"sample {text}")
+        sample = build.sample(concept, released.seed, (0,), build.inputs_of(released.met_by(None)), text)
         scores = build.scores(concept, {"sample": build.read(sample)}, text)
         build.unit(f"sample {text}", [sample, *scores.values()])
         return self.measurement(released, name, role, (0,), sample, scores)
@@ -110,6 +114,8 @@ class Grid:
     ) -> Measurement:
         """Return the measurement of a concept; `released` None: for images that no released model drew."""
         defended = released.state.layers[-1:] if released is not None else ()
+        if defended not in self._needs:
+            self._needs[defended] = {layer.kind: layer.key for layer in defended}
         return Measurement(
             labels={
                 "task": self.task,
@@ -129,7 +135,7 @@ class Grid:
             observed=observed,
             scores=scores,
             steps=steps,
-            needs={layer.kind: layer.key for layer in defended},
+            needs=self._needs[defended],
             is_apart=attack is not None,
         )
 
@@ -137,8 +143,8 @@ class Grid:
 class Attack:
     """One attack on one concept: the probes of an adaptive attacker, the trajectory, its images and their scores."""
 
-    def __init__(self, grid: Grid, released: Released, concept: str, role: str, index: int):
-        self.grid, self.build, self.released, self.role = grid, grid.build, released, role
+    def __init__(self, grid: Grid, concept: str, index: int):
+        self.grid, self.build = grid, grid.build
         self.concept: Concept = self.build.concepts[concept]
         self.index = index
         self.spec = self.build.suite.attacks[index]
@@ -149,19 +155,19 @@ class Attack:
         self.identity, self.local = self.build.identified(self.cls, self.values)
         self.space = _space(self.spec, self.cls, self.values)
         self.prior = _prior_images(self.cls, self.values, self.space)
-        self.text = f"{self.spec.name} on {concept} ({released.label})"
         self.work = float(self.steps[-1] * self.batch_size * self.cls.passes_an_example(self.values))
 
-    def measurement(self) -> Measurement:
-        """Add all stages of the attack, and return its measurement."""
-        build, spec, concept, seed = self.build, self.spec, self.concept, self.released.seed
+    def measurement(self, released: Released, role: str) -> Measurement:
+        """Add all stages of the attack on a released model, and return its measurement."""
+        build, spec, concept, seed = self.build, self.spec, self.concept, released.seed
+        text = f"{spec.name} on {concept.name} ({released.label})"
         shared = build.share("adapt", self.index, concept.name, make=self._parameters)
-        state = self.released.met_by(spec).inputs()
+        state = build.inputs_of(released.met_by(spec))
         inputs = {**state, "images": build.read(build.images(concept.name))}
         if self.prior:
             inputs["prior"] = build.read(build.prior_images(concept, self.prior))
         if spec.search is not None:
-            inputs |= self._probes(shared["parameters"], inputs)
+            inputs |= self._probes(released, text, shared["parameters"], inputs)
         workers = build.suite.resources.workers
         adapt = build.stage(
             "adapt",
@@ -170,19 +176,20 @@ class Attack:
             inputs=inputs,
             local={"parameters": self.local} if self.local else {},
             seed=seeds.derive("attack", seed, concept.name),  # without the defense: all meet the same noise
-            label=f"adapt {self.text}",
+            label=text,
+            what="adapt",
             work=self.work,
             workers=workers if self.cls.can_share(self.values) and self.batch_size % workers == 0 else 1,
         )
         sample = build.sample(
-            concept, seed, self.steps, {**state, "adapt": build.read(adapt)}, f"sample {self.text}",
+            concept, seed, self.steps, {**state, "adapt": build.read(adapt)}, text,
             called=self.called, restore=tuple(sorted(spec.restore)),
             attacker=None if spec.attacker == "honest" else spec.attacker,
         )  # fmt: skip
-        scores = build.scores(concept, {"sample": build.read(sample)}, self.text, images=spec.images)
-        build.unit(self.text, [adapt, sample, *scores.values()])
+        scores = build.scores(concept, {"sample": build.read(sample)}, text, images=spec.images)
+        build.unit(text, [adapt, sample, *scores.values()])
         return self.grid.measurement(
-            self.released, concept.name, self.role, self.steps, sample, scores, spec
+            released, concept.name, role, self.steps, sample, scores, spec
         )
 
     def _parameters(self) -> AdaptParameters:
@@ -201,15 +208,17 @@ class Attack:
             restore=tuple(sorted(self.spec.restore)) or None,
         )
 
-    def _probes(self, attack: AdaptParameters, inputs: Mapping[str, Input]) -> dict[str, Input]:
+    def _probes(
+        self, released: Released, text: str, attack: AdaptParameters, inputs: Mapping[str, Input]
+    ) -> dict[str, Input]:
         """Add the probes of an adaptive attacker's search on one released model; return them by role."""
         build, concept, count = self.build, self.concept, self.spec.search.probes
-        base = self.released.seed, concept.name
+        base = released.seed, concept.name
         new = search.explored(count)
         probes: dict[str, Input] = {}
 
         def add(index: int, known: Mapping[str, Input], which: Mapping[str, int], seed: int) -> None:
-            label = f"probe {index + 1} of {count}: {self.text}"
+            label = f"probe {index + 1} of {count}: {text}"
             key = build.stage(
                 "probe",
                 self._probe(attack, which),

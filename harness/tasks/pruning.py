@@ -197,7 +197,7 @@ class _Plan:
             ReplayParameters(
                 own.captions, replace(build.sampling, images_per_prompt=1), "per_prompt", "epsilon"
             ),
-            inputs=model.state.inputs(),
+            inputs=build.inputs_of(model.state),
             seed=seeds.derive("sampling", model.seed, GENERAL),  # without the model: all meet the same starting noise
             label=f"draw {text}",
             work=len(own) * build.sampling.passes_an_image,

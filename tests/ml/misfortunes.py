@@ -39,7 +39,7 @@ def misfortune(what: str = "", label: str = "", after: str = "", **parameters) -
 def plan_of(stages: Iterable[Stage]) -> Plan:
     """Return a plan of one stage a unit."""
     by_key = {key(stage): stage for stage in stages}
-    return Plan("suite", by_key, [Unit(stage.label, (k,), frozenset()) for k, stage in by_key.items()])
+    return Plan("suite", by_key, [Unit(stage.title, (k,), ()) for k, stage in by_key.items()])
 
 
 def main(folder: str, gpus: str, workers: str, *whats: str) -> None:
