@@ -45,8 +45,8 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The label of the stage."""
-        return self.stage.label or f"{self.stage.kind} {self.stage.component}"
+        """The title of the stage."""
+        return self.stage.title or f"{self.stage.kind} {self.stage.component}"
 
 
 @dataclass(frozen=True)
