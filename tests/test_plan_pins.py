@@ -27,7 +27,7 @@ PINS = {
     "memorization": "e68bdfc9c038446752a44e3e16338b42",  # 273 stages, 113 units, 108 trials
     "memorization_smoke": "d9d0f3d85aa45830af87d7826103111a",  # 228 stages, 72 units, 88 trials
     "memorization_testbed": "4355947623e1ca2a71d08018771ad5ac",  # 568 stages, 163 units, 222 trials
-    "mima_full": "71dc0cb079c5f851ea5353bb6933b2f8",  # 11062 stages, 3457 units, 3397 trials
+    "mima_full": "1fa62cda4b0338c4829b823c33db6f44",  # 11062 stages, 3457 units, 3397 trials
     "mima_testbed": "9fb56e1dc728f093d4aaa1708a3c404b",  # 1321 stages, 337 units, 294 trials
     "mitigations_testbed": "831c6f54e37cba83b6f0d29ae37a8551",  # 256 stages, 67 units, 87 trials
     "quickstart": "6470cb019fd5f3d790ba7c8baadbbeee",  # 563 stages, 153 units, 128 trials
