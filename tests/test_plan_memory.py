@@ -36,6 +36,19 @@ def test_stages_of_other_seeds_and_concepts_are_one_setting(project):
     assert len({each.stage.component for each in of_imma}) == 1
 
 
+def test_settings_that_need_about_as_much_are_one_row(project):
+    """Of one kind and method, named by the largest; those that need much less are another row."""
+    adapting = attacking(project)[:1] * 4
+    erasing = [each for each in memory.settings(project.plan()) if each.stage.kind == "immunize"][:1]
+    needs = [Need({"weights": size}) for size in (100, 55, 96, 57)] + [Need({"weights": 100})]
+    found = memory.rows(list(zip(adapting + erasing, needs, strict=True)))
+
+    assert [(row.setting.stage.kind, row.need.bytes, row.settings) for row in found] == [
+        ("adapt", 100, 2), ("adapt", 57, 2), ("immunize", 100, 1),
+    ]  # fmt: skip
+    assert [row.stages for row in found[:2]] == [2 * adapting[0].count] * 2
+
+
 @pytest.mark.parametrize(
     ("card", "changed"),
     [

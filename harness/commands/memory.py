@@ -44,22 +44,22 @@ def show(opened: Opened, console: Console, card: float | None) -> None:
     needs = [(each, _rehearsed(estimator, each, given, place, total)) for place, each in enumerate(chosen)]
     device = "GPU" if on_gpu else "main memory"
     table = Table(title=f"{opened.plan.suite}: memory of a process, {device}, as configured", title_justify="left")
-    table.add_column("setting", no_wrap=True, overflow="ellipsis", max_width=WIDE)
-    for header in ("stages", "all", *(header for _, header in SHOWN), *(["main memory"] if on_gpu else [])):
+    table.add_column("the largest setting", no_wrap=True, overflow="ellipsis", max_width=WIDE)
+    for header in ("settings", "stages", "all", *(header for _, header in SHOWN), *(["main memory"] if on_gpu else [])):
         table.add_column(header, justify="right")
     unknown: Counter[str] = Counter()
     for setting, need in needs:
         if isinstance(need, str):
             unknown[f"{setting.stage.kind}: {need}"] += setting.count
-            continue
-        if not need.bytes:  # it copies files
-            continue
+    # those that need nothing copy files
+    for row in memory.rows([(setting, need) for setting, need in needs if isinstance(need, Need) and need.bytes]):
+        need = row.need
         parts = [_bytes(need.parts.get(kind, 0)) for kind, _ in SHOWN]
         host = [_bytes(need.host)] if on_gpu else []
         if not on_gpu and need.host:
             parts[1] = _bytes(need.parts.get("originals", 0) + need.host)
         whole = need.bytes + (0 if on_gpu else need.host)
-        table.add_row(setting.name, str(setting.count), _bytes(whole), *parts, *host)
+        table.add_row(row.setting.name, str(row.settings), str(row.stages), _bytes(whole), *parts, *host)
     if table.row_count:
         console.print(table)
     for line, count in unknown.items():

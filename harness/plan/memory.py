@@ -6,9 +6,8 @@ rehearsed on the meta device (`harness.stages.rehearsal`): torch is imported the
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts.stage import kinds_in_order
@@ -29,6 +28,8 @@ RUNTIME = 0.6 * GB
 """Bytes that CUDA and its libraries take on a card besides tensors. An assumption, not measured here."""
 USABLE = 0.95
 """Share of a card that is counted on: an allocator cannot use all of it. An assumption, not measured here."""
+NEAR = 0.05
+"""Settings of one method whose needs differ by no larger share are one row of the table."""
 TEXTS = frozenset(
     {"captions", "prior_captions", "phrase", "called", "words", "kind", "prompts", "descriptions", "steps", "count"}
 )
@@ -67,6 +68,16 @@ class Need:
 
 
 @dataclass(frozen=True)
+class Row:
+    """Settings of one kind of stage and one method that need about as much: the largest of them, and their number."""
+
+    setting: Setting
+    need: Need
+    settings: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Resources:
     """A choice of `resources`, as a suite would state the difference."""
 
@@ -85,6 +96,30 @@ def settings(plan: Plan) -> list[Setting]:
     chosen = [Setting(max(alike, key=_texts), plan.stages, len(alike)) for alike in found.values()]
     order = kinds_in_order()
     return sorted(chosen, key=lambda each: order.index(each.stage.kind))
+
+
+def rows(needs: Sequence[tuple[Setting, Need]]) -> list[Row]:
+    """Return the needs as rows of a table: kinds of stages in the order given, in each method the largest first.
+
+    Settings within NEAR of the largest of a row are that row's; a process needs as much with its main memory.
+    """
+    groups: dict[tuple[str, str], list[tuple[Setting, Need]]] = {}
+    for setting, need in needs:
+        groups.setdefault((setting.stage.kind, setting.stage.component), []).append((setting, need))
+    found: list[Row] = []
+    for group in groups.values():
+        row = None
+        for setting, need in sorted(group, key=lambda pair: -_whole(pair[1])):
+            if row is None or _whole(need) < (1 - NEAR) * _whole(row.need):
+                row = Row(setting, need, 1, setting.count)
+                found.append(row)
+            else:
+                row = found[-1] = replace(row, settings=row.settings + 1, stages=row.stages + setting.count)
+    return found
+
+
+def _whole(need: Need) -> int:
+    return need.bytes + need.host
 
 
 def _alike(stage: Stage, stages: Mapping[str, Stage]) -> str:
@@ -123,7 +158,7 @@ class Estimator:
         """Return what a process of a stage needs, or why that is not known, in a few words."""
         own = sharding
         if not registry.get("stage", setting.stage.kind).can_spread(setting.stage):
-            own = dataclasses.replace(sharding, workers=1, zero_stage=0, offload="none")
+            own = replace(sharding, workers=1, zero_stage=0, offload="none")
         place = (id(setting.stage), own)
         if place not in self._known:
             self._known[place] = self._rehearsed(setting, own)
@@ -178,7 +213,7 @@ def choices(given: Sharding, batch_size: int) -> Iterator[Resources]:
     tries += [aside, {**aside, "zero_stage": 1, "offload": "cpu"}]
     tries += [{**aside, "workers": workers, "zero_stage": 2} for workers in (2, 4, 8) if batch_size % workers == 0]
     for changed in tries:
-        yield Resources(changed, dataclasses.replace(given, **changed))
+        yield Resources(changed, replace(given, **changed))
 
 
 def first_fit(
