@@ -29,6 +29,7 @@ cleanup() {
   for node in node1 node2; do
     ip netns pids "$node" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true  # steps that outlive their node
     ip netns del "$node" 2>/dev/null || true
+    ip link del "slurm-$node" 2>/dev/null || true
   done
   ip link del slurm-bridge 2>/dev/null || true
 }
