@@ -65,7 +65,7 @@ def test_models_own_resolution_is_the_same_stated_or_not(project):
     assert project.plan().stages.keys() == stated
 
 
-def hub(side: int | None, id: str = "some/model") -> ModelSource:
+def of_hub(side: int | None, id: str = "some/model") -> ModelSource:
     """Return the source of a model of the hub that is not here."""
     return resolve_model(ModelSpec(id=id, revision=COMMIT, resolution=side), "suite.yaml:2", Path())
 
@@ -75,25 +75,30 @@ def test_model_that_is_not_here_is_identified_by_what_is_stated(monkeypatch, tmp
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     known = "CompVis/stable-diffusion-v1-4"
 
-    assert hub(512).identity == hub(None).identity | {"resolution": "512"}
-    assert hub(512, known).identity == hub(None, known).identity
-    assert hub(256, known).identity == hub(None, known).identity | {"resolution": "256"}
+    assert of_hub(512).identity == of_hub(None).identity | {"resolution": "512"}
+    assert of_hub(512, known).identity == of_hub(None, known).identity
+    assert of_hub(256, known).identity == of_hub(None, known).identity | {"resolution": "256"}
     with pytest.raises(UserMistake, match="multiples of 64 pixels"):
-        hub(250, known)
+        of_hub(250, known)
 
 
-def test_hub_model_is_checked_before_its_weights_are_fetched(tmp_path, monkeypatch):
+def test_hub_model_is_checked_before_its_weights_are_fetched(hub, tmp_path):
     """By the small files that say what it can do."""
-    for part, config in (("unet", UNET), ("vae", VAE), ("scheduler", {"prediction_type": "epsilon"})):
-        (tmp_path / part).mkdir()
-        name = "scheduler_config" if part == "scheduler" else "config"
-        (tmp_path / part / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name, revision: str(tmp_path / name))
+    served = tmp_path / "served"
+    for component, config in (("unet", UNET), ("vae", VAE), ("text_encoder", {})):
+        (served / component).mkdir(parents=True)
+        (served / component / "model.safetensors").write_bytes(b"large")
+        (served / component / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (served / "scheduler").mkdir()
+    (served / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "epsilon"}', encoding="utf-8")
+    (served / "model_index.json").write_text("{}", encoding="utf-8")
+    hub.add("some/model", served, commit=COMMIT)
+    known, unknown = of_hub(24), of_hub(20)
 
-    preflight(hub(24))
+    preflight(known)
     with pytest.raises(UserMistake, match="set 'resolution: 16 or 24'"):
-        preflight(hub(20))
+        preflight(unknown)
+    assert not [path for path in hub.paths() if path.endswith(".safetensors")]
 
 
 def test_configuration_of_the_unet_is_that_of_the_resolution(project):

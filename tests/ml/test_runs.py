@@ -73,7 +73,7 @@ def test_leaderboard_has_a_line_for_each_defense_step_and_task(finished):
 
 def test_every_committed_stage_has_its_provenance(finished):
     """Key, identity, ledger, versions; the recorded identity gives the recorded key."""
-    from harness.core.identity import digest_of_json
+    from harness.core.identity import key_of
 
     records = [json.loads(p.read_text()) for p in (finished[1] / "store").glob("*/*/record.json")]
 
@@ -81,7 +81,7 @@ def test_every_committed_stage_has_its_provenance(finished):
         "images", "erase", "immunize", "adapt", "sample", "features", "score"
     }  # fmt: skip
     for record in records:
-        assert digest_of_json(record["identity"])[:32] == record["key"]
+        assert key_of(record["identity"]) == record["key"]
         assert record["provenance"]["packages"]["torch"]
         assert record["ledger"]["peak_memory_bytes"] > 0
 
