@@ -157,7 +157,7 @@ EDITS: dict[str, tuple[tuple[str, str], int, str]] = {
     "model folder that is missing": (("model: model", "model: ./nowhere"), 2, "folder './nowhere' does not exist"),
     "folder that is no model": (("model: model", "model: purse"), 2, "has no model_index.json"),
     "variant that is not there": (("model: model", "model: {id: model, variant: fp16}"), 2, "of variant 'fp16'"),
-    "unknown precision": (("model: model", "model: {id: model, precision: fp8}"), 2, "must be 'fp32', 'bf16' or 'fp16'"),
+    "unknown precision": (("model: model", "model: {id: model, precision: fp8}"), 2, "'bf16' or 'fp16' (got"),
     "missing image folder": (("folder: lamp", "folder: lmap"), 6, "folder 'lmap' does not exist"),
     "too few images": (("folder: lamp", "folder: lamp, per_split: 9"), 6, "holds 6 images, but 3 splits need 9 each"),
     "two sources of images": (("folder: lamp", "folder: lamp, generate: {}"), 6, "give one of 'folder'"),
