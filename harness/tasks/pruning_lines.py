@@ -178,7 +178,10 @@ def _gap(first: int, second: int, means: np.ndarray) -> np.ndarray:
 
 
 def _regained(means: np.ndarray) -> np.ndarray:
-    return _gap(AFTER, BEFORE, means) / _gap(CONTROL_BEFORE, BEFORE, means)
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample in which nothing was suppressed: no interval
+        return _gap(AFTER, BEFORE, means) / _gap(CONTROL_BEFORE, BEFORE, means)
 
 
 def _value(of: statistics.Estimate | None) -> float | None:
