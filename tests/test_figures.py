@@ -94,13 +94,22 @@ def test_defenses_look_different_where_there_are_more_than_colours():
 
 
 def test_a_defense_keeps_its_colour_across_runs():
-    """Whatever else is in the run, and in whatever order; black is the undefended model's."""
+    """In whatever order: bundled ones always, others where no other of the figure has it; black is the undefended's."""
     names = ["none", "imma", "uce", "mine", "theirs", *(f"defense {i}" for i in range(20))]
     whole, turned = looks(names), looks(names[::-1])
+    alone = {name: looks(["none", name])[name].colour for name in names}
 
     assert turned == whole and list(turned) == names[::-1]
-    assert all(looks(["none", name])[name].colour == look.colour for name, look in whole.items())
     assert [name for name, look in whole.items() if look.colour == COLOURS[0]] == ["none"]
+    assert all(whole[name].colour == alone[name] for name in ("none", "imma", "uce"))
+    assert any(whole[name].colour == alone[name] for name in names if name not in FIXED)
+
+
+def test_no_two_defenses_have_one_colour_while_others_are_free():
+    """Own names would share colours by chance."""
+    names = ["none", "uce", *(f"recipe {i}" for i in range(len(COLOURS) - 2))]
+
+    assert {look.colour for look in looks(names).values()} == set(COLOURS)
 
 
 def test_bundled_defenses_have_a_fixed_colour():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pandas as pd
 import pytest
 
@@ -102,6 +104,22 @@ def test_nothing_is_regained_where_nothing_was_suppressed():
 
     one_seed = {key: by_seed[:1] for key, by_seed in (BEFORE | AFTER).items()}
     assert all(line["regained"] is None for line in lines_of.attacks(rows(one_seed)))
+
+
+def test_a_resample_without_suppression_leaves_the_interval_open_and_is_not_said():
+    """Two of six prompts were not suppressed; by chance a resample holds only those, and the share is undefined."""
+    control, own, after = [[1.0] * 6] * 2, [[0.0] * 4 + [1.0] * 2] * 2, [[0.5] * 4 + [0.9] * 2] * 2
+    values = {
+        **target("distilled", "none", control),
+        **target("bilevel", "bilevel_suppress", own),
+        **target("distilled", "none", control, "lora", 10),
+        **target("bilevel", "bilevel_suppress", after, "lora", 10),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        line = next(line for line in lines_of.attacks(rows(values)) if line["recipe"] == "bilevel")
+
+    assert line["regained"] == pytest.approx((4 * 0.5 - 2 * 0.1) / 4) and line["regained_low"] is None
 
 
 def test_for_a_distance_more_is_suppressed():

@@ -1,7 +1,8 @@
 """The look of defenses in figures: each keeps its colour in every run.
 
-The undefended model and the bundled methods have fixed colours; any other label has the colour that its digest gives.
-Where two defenses of a figure have one colour, the second has another line and marker.
+The undefended model and the bundled methods have fixed colours; any other label has the colour that its digest gives,
+or where another defense of the figure has that one, the next that is free. Where none is free, two have one colour, and
+the second has another line and marker.
 """
 
 from __future__ import annotations
@@ -48,13 +49,17 @@ class Look:
 def looks(defenses: Iterable[str], colours: Sequence[str] = COLOURS) -> dict[str, Look]:
     """Return a look for each defense, in their order; up to 16 defenses of one colour differ in line or marker.
 
-    The look does not depend on the order. Bundled methods come before other labels of their colour.
+    The look does not depend on the order. Bundled methods choose before other labels, those by their names.
     """
     given = list(dict.fromkeys(defenses))
     used = [0] * len(colours)
     found: dict[str, Look] = {}
     for name in sorted(given, key=lambda name: (name not in FIXED, name)):
-        place = _place(name, len(colours))
+        own = _place(name, len(colours))
+        # black, the first, is left to the undefended model
+        others = [1 + (own - 1 + shift) % (len(colours) - 1) for shift in range(len(colours) - 1)]
+        free = [own] if name in FIXED else [place for place in others if not used[place]]
+        place = free[0] if free else own
         found[name] = Look(colours[place], place, used[place])
         used[place] += 1
     return {name: found[name] for name in given}

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core.errors import one_line
-from harness.results.looks import COLOURS
+from harness.results.looks import looks
 from harness.store.layout import step_folder
+from harness.tasks.pruning_form import PRUNED, UNPRUNED
 from harness.tasks.pruning_values import leading_target_metric
 
 if TYPE_CHECKING:
@@ -44,15 +45,17 @@ def tradeoff(lines: Sequence[Line], path: Path) -> bool:
     height = -(-len(panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.8 * height), layout="constrained")
     axes = figure.subplots(height, columns, squeeze=False).flatten()
-    recipes = list(dict.fromkeys(line["recipe"] for line in lines))
+    models = list(dict.fromkeys(line["recipe"] for line in lines))
+    recipes = looks(model for model in models if model not in (UNPRUNED, PRUNED))  # as in the figure of the attacks
     for axis, (task, targets) in zip(axes, panels, strict=False):
-        for place, recipe in enumerate(recipes):
+        for place, recipe in enumerate(models):
             x = _line(lines, task, targets, recipe, "general", quality)
             y = _line(lines, task, targets, recipe, "target", similarity)
             if x is None or y is None or x["value"] is None or y["value"] is None:
                 continue
-            colour = COLOURS[place % len(COLOURS)]
-            axis.plot(x["value"], y["value"], "o^sDvP*X"[place % 8], color=colour, ms=7, label=recipe)
+            colour = recipes[recipe].colour if recipe in recipes else "black"
+            fill = "white" if recipe == PRUNED else colour
+            axis.plot(x["value"], y["value"], "o^sDvP*X"[place % 8], color=colour, mfc=fill, ms=7, label=recipe)
             if x["value_low"] is not None and y["value_low"] is not None:
                 axis.plot([x["value_low"], x["value_high"]], [y["value"]] * 2, color=colour, lw=0.8, alpha=0.6)
                 axis.plot([x["value"]] * 2, [y["value_low"], y["value_high"]], color=colour, lw=0.8, alpha=0.6)

@@ -178,7 +178,11 @@ def _gap(first: int, second: int, means: np.ndarray) -> np.ndarray:
 
 
 def _regained(means: np.ndarray) -> np.ndarray:
-    return _gap(AFTER, BEFORE, means) / _gap(CONTROL_BEFORE, BEFORE, means)
+    import numpy as np
+
+    suppressed = _gap(CONTROL_BEFORE, BEFORE, means)
+    undefined = np.full_like(suppressed, np.nan)  # of a resample in which nothing was suppressed
+    return np.divide(_gap(AFTER, BEFORE, means), suppressed, out=undefined, where=suppressed != 0)
 
 
 def _value(of: statistics.Estimate | None) -> float | None:

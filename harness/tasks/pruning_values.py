@@ -5,6 +5,7 @@ The registry imports this module with the tasks, so numpy is imported inside fun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +60,10 @@ def stacked(models: Sequence[Mapping[Any, Values]]) -> tuple[list[np.ndarray], i
 
 
 def interval_of(name: str, of: statistics.Estimate | None) -> Line:
-    """Return an estimate and its limits as columns; None where there is none."""
+    """Return an estimate and its limits as columns; None where there is none, or where it is undefined."""
     if of is None:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
-    low, high = of.interval()
+    low, high = (None if limit is None or not math.isfinite(limit) else limit for limit in of.interval())
     return {name: of.value, f"{name}_low": low, f"{name}_high": high}
 
 
