@@ -65,9 +65,9 @@ def attacking(source, name: str, given: Mapping[str, Any], *, batch_size: int, p
     return _stage("adapt", registry.component(cls), parameters, source, precision, _label(name, given))
 
 
-def sampling(source, *, batch_size: int, precision: str = "fp32") -> Stage:
+def sampling(source, *, batch_size: int, precision: str = "fp32", scheduler: str = "ddim", steps: int = 2) -> Stage:
     """Return a stage that draws a batch."""
-    settings = Sampling("ddim", 2, 7.5, 1, batch_size)
+    settings = Sampling(scheduler, steps, 7.5, 1, batch_size)
     parameters = SampleParameters(tuple("a picture of cat" for _ in range(batch_size)), (0,), settings)
     component = registry.component(registry.get("stage", "sample"))
     return _stage("sample", component, parameters, source, precision, "sample")

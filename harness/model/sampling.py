@@ -59,7 +59,9 @@ def sample(
         nothing = model.encode_text([""])
         for start in range(0, len(todo), size):
             part = todo[start : start + size]
-            pipeline.scheduler.set_timesteps(settings.steps, device=model.device)
+            # those of a rehearsal need values: some schedulers search in them
+            place = "cpu" if model.device.type == "meta" else model.device
+            pipeline.scheduler.set_timesteps(settings.steps, device=place)
             seeds = tuple(mix(seed, first_prompt + p, i) for p, i in part)
             latents, generators = starting_latents(model, seeds, embeddings)
             drawing = Drawing(

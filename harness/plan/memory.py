@@ -226,15 +226,17 @@ def first_fit(
     large = [each for each in chosen if isinstance(need := estimate(each, given), Need) and not need.fits(card)]
     if not large:
         return Resources({}, given), []
-    best: dict[int, Need] = {}
-    for resources in choices(given, max((_batch(each.stage) for each in large), default=1)):
-        needs = {index: estimate(each, resources.sharding) for index, each in enumerate(large)}
-        known = {index: need for index, need in needs.items() if isinstance(need, Need)}
-        for index, need in known.items():
-            best[index] = min(best.get(index, need), need, key=lambda each: each.bytes)
-        if len(known) == len(large) and all(need.fits(card) for need in known.values()):
+    tried = list(choices(given, max(_batch(each.stage) for each in large)))
+    for resources in tried:
+        needs = (estimate(each, resources.sharding) for each in large)
+        if all(isinstance(need, Need) and need.fits(card) for need in needs):  # a rehearsal takes seconds
             return resources, []
-    return None, [(large[index], need) for index, need in best.items() if not need.fits(card)]
+    found = []
+    for each in large:
+        needs = [need for resources in tried if isinstance(need := estimate(each, resources.sharding), Need)]
+        if needs and not (least := min(needs, key=lambda need: need.bytes)).fits(card):
+            found.append((each, least))
+    return None, found
 
 
 def _batch(stage: Stage) -> int:

@@ -40,6 +40,14 @@ def test_foreseen_memory_is_what_a_stage_holds(kind, tiny_source, model, make_ru
     assert expected == pytest.approx(real, rel=0.15)
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver", "pndm"])
+def test_every_scheduler_is_rehearsed(scheduler, tiny_source):
+    """Though some search for the step among timesteps, which have no values on the meta device."""
+    stage = stages.sampling(tiny_source, batch_size=1, scheduler=scheduler, steps=5)
+
+    assert foreseen(stage, tiny_source, on_gpu=True)[0] > 0
+
+
 def test_vectors_that_wait_in_main_memory_leave_the_device(tiny_source, model):
     """A round of MIMA over the whole UNet: of its two vectors only the gradient stays; originals were never there."""
     stage = next(iter(by_label(tiny_source).values()))
