@@ -13,7 +13,7 @@ from pathlib import Path
 
 import requests
 
-from harness.core.identity import digest_of_json
+from harness.core.identity import key_of
 from harness.store.store import Store
 
 BUCKET = "results"
@@ -82,8 +82,8 @@ def running() -> Iterator[Server]:
 
 def commit(store: Store, number: int, text: str = "x", *, kind: str = "score", spare: str | None = None) -> str:
     """Commit a stage by hand; return its key. `spare`: the content of a file that it may lack."""
-    identity = {"kind": kind, "number": number}
-    key = digest_of_json(identity)[:32]
+    identity = {"kind": kind, "parameters": {"number": number}}
+    key = key_of(identity)
     with store.writing(kind, key) as (folder, record):
         record.update(identity=identity, key=key, label=f"stage {number}", spare="large" if spare else None, host=text)
         (folder / "deep").mkdir()

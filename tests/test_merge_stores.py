@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.core.errors import UserMistake
-from harness.core.identity import digest_of_json
+from harness.core.identity import key_of
 from harness.store import contents
 from harness.store.merging import Merged, merge
 from harness.store.store import Store
@@ -17,8 +17,8 @@ from tests.conftest import sealed_again
 
 def put(runs: Path, number: int, text: str = "x", *, kind: str = "score", checkpoint: str | None = None) -> str:
     """Commit a stage by hand; return its key."""
-    identity = {"kind": kind, "number": number}
-    key = digest_of_json(identity)[:32]
+    identity = {"kind": kind, "parameters": {"number": number}}
+    key = key_of(identity)
     with Store(runs / "store").writing(kind, key) as (folder, record):
         record.update(identity=identity, key=key, label=f"stage {number}", seconds=len(text))
         (folder / "result.txt").write_text(text)
@@ -91,7 +91,7 @@ def test_checkpoints_that_went_are_no_conflict_but_other_ones_are(a, b, tmp_path
 def test_a_record_that_does_not_fit_its_key_is_refused(a, tmp_path):
     """Somebody edited it, or renamed the folder."""
     key = put(a, 1)
-    sealed_again(a / "store" / "score" / key, identity={"kind": "score", "number": 7})
+    sealed_again(a / "store" / "score" / key, identity={"kind": "score", "parameters": {"number": 7}})
 
     with pytest.raises(UserMistake, match="does not fit its key"):
         merge([str(a)], str(tmp_path / "into"))
@@ -114,8 +114,8 @@ def safetensors(metadata: str) -> bytes:
 
 def test_the_order_of_a_header_is_no_other_result(a, b, tmp_path):
     """Libraries write metadata in the order of a hash table. Headers are put in order when they are committed."""
-    identity = {"number": 1}
-    key = digest_of_json(identity)[:32]
+    identity = {"parameters": {"number": 1}}
+    key = key_of(identity)
     for runs, metadata in ((a, '{"format":"pt","kind":"x"}'), (b, '{"kind":"x","format":"pt"}')):
         with Store(runs / "store").writing("adapt", key) as (folder, record):
             record.update(identity=identity)

@@ -19,6 +19,8 @@ def write_tables(opened: Opened, papers: Sequence[Any] = ()) -> Written:
     """Write the tables of the committed stages."""
     from harness.results import tables
 
+    if opened.store.url is not None:
+        opened.committed()  # others may have pushed since it was listed
     folder, model = opened.folder, opened.source.name
     return tables.write(opened.plan, opened.store, folder, model, opened.gates, papers, arguments.warn)
 

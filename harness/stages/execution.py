@@ -26,6 +26,7 @@ from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, computing_in, peak_memory_bytes, prepare_device
 from harness.store import provenance, scores
+from harness.store.object_words import StoreProblem
 from harness.store.store import Damaged, Store
 
 log = logging.getLogger("immunitybench")
@@ -47,17 +48,19 @@ def execute(
     `sys.exit`, and InputsLost if a stage that it reads is damaged; that one is set aside. KeyboardInterrupt passes
     through.
     """
-    store = Store(workplace.store)
+    store = workplace.open_store()
     redo = key in workplace.redo
     if not redo and store.has(stage.kind, key):
+        if workplace.is_apart:
+            _share(key, stage, workplace, store)
         return False
     with (
         _logged(log_path(workplace.run_folder, stage.kind, key)),
         store.locked_work_folder(stage.kind, key) as work_folder,
     ):
-        if not redo and store.has(stage.kind, key):  # another process did it while this one waited for the lock
+        if not redo and store.is_here(stage.kind, key):  # another process did it while this one waited for the lock
             return False
-        _require_inputs(stage, store)
+        _require_inputs(key, stage, workplace, store)
         started(key)
         try:
             with heartbeat.of_stage(workplace.run_folder, key, stage) as heart:
@@ -67,6 +70,7 @@ def execute(
                     report(done, total)
 
                 _execute_locked(key, stage, workplace, store, work_folder, progressed, redo)
+            _push(key, stage, workplace, store, replace=redo)
         except (Exception, SystemExit) as error:
             log.exception("stage failed: %s", stage.title)
             _forget_model()
@@ -80,21 +84,63 @@ def execute(
     return True
 
 
-def _require_inputs(stage: Stage, store: Store) -> None:
-    """Raise InputsLost if committed inputs are not what was committed, after setting them aside."""
+def _require_inputs(key: str, stage: Stage, workplace: Workplace, store: Store) -> None:
+    """Bring the inputs here. Raises InputsLost if some are not what was committed, after setting them aside.
+
+    Raises StageFailure if the store cannot be asked for them.
+    """
     lost = {}
-    for read in stage.inputs.values():
-        if store.has(read.kind, read.key):
+    try:
+        for read in stage.inputs.values():
             try:
-                store.require(read.kind, read.key)
-                continue
+                if store.bring(read.kind, read.key, is_shared=workplace.is_apart):
+                    store.require(read.kind, read.key)
+                    continue
             except Damaged as damaged:
                 lost[read.key] = str(damaged)
                 store.set_aside(read.kind, read.key)
-        lost.setdefault(read.key, f"{read.kind} {read.key} is gone")
+            lost.setdefault(read.key, f"{read.kind} {read.key} is gone")
+    except StoreProblem as problem:
+        log.error("%s", problem)
+        raise record_failure(workplace.run_folder, stage.kind, key, stage.title, str(problem)) from None
     if lost:
         log.warning("inputs must be made anew: %s", "; ".join(lost.values()))
         raise InputsLost(list(lost), list(lost.values()))
+
+
+def _push(key: str, stage: Stage, workplace: Workplace, store: Store, *, replace: bool = False) -> None:
+    """Push a committed stage to the objects of its store, if it has any.
+
+    Where that fails the user reads one line, and the next run pushes it. Raises StoreProblem for nodes that share no
+    folder: what another node needs must be there.
+    """
+    try:
+        store.push(stage.kind, key, replace=replace)
+    except StoreProblem as problem:
+        _not_pushed(stage, workplace, problem)
+
+
+def _not_pushed(stage: Stage, workplace: Workplace, problem: StoreProblem) -> None:
+    words = f"{problem}; the stage is kept in {one_line(workplace.store, 300)}, and the next run there pushes it"
+    if workplace.is_apart:
+        raise StoreProblem(words) from None
+    log.warning("%s", words)
+    if str(problem) not in _told:
+        _told.add(str(problem))
+        notify(stage, workplace, words)
+
+
+def _share(key: str, stage: Stage, workplace: Workplace, store: Store) -> None:
+    """Push a stage that an earlier run left on this node alone. Raises StageFailure if it cannot."""
+    try:
+        if store.is_here(stage.kind, key):
+            store.push(stage.kind, key)
+    except StoreProblem as problem:
+        raise record_failure(workplace.run_folder, stage.kind, key, stage.title, str(problem)) from None
+
+
+_told: set[str] = set()
+"""Problems of the store that the user has read: there may be one for each stage."""
 
 
 def in_words(error: BaseException) -> str:
@@ -135,7 +181,7 @@ def execute_unit(
     If a stage fails, or failed before (key -> message), the stages of the unit that do not need it still run. Raises
     StageFailure at the end if any failed, and InputsLost at once if a stage that one of them reads must be made anew.
     """
-    store = Store(workplace.store)
+    store = workplace.open_store()
     workplace = replace(workplace, redo=workplace.redo | checkpoints.gone_but_needed(stages, store))
     done = 0
     failed = dict(failed_before)
@@ -156,6 +202,14 @@ def execute_unit(
                 raise
             raise StageFailure(f"{stage.title}: {type(error).__name__}: {one_line(error)}") from error
     checkpoints.thin(stages, store, workplace.keep_checkpoint_mb)
+    for key in checkpoints.spared(stages, store):
+        try:
+            store.push_spare(stages[key].kind, key)
+        except StoreProblem as problem:
+            try:
+                _not_pushed(stages[key], workplace, problem)
+            except StoreProblem as words:
+                failed[key] = f"{stages[key].title}: {words}"
     if failed:
         raise StageFailure("; ".join(message for message in failed.values() if message))
     return done
@@ -163,7 +217,7 @@ def execute_unit(
 
 def not_committed(stages: Mapping[str, Stage], workplace: Workplace) -> list[str]:
     """Return the keys of the stages that are not in the store, in order."""
-    store = Store(workplace.store)
+    store = workplace.open_store()
     return [key for key, stage in stages.items() if not store.has(stage.kind, key)]
 
 

@@ -30,13 +30,14 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from harness.core.errors import one_line
 from harness.core.files import sync_files, write_text
+from harness.core.identity import key_of
 from harness.core.locks import locked
 from harness.core.machine import host
 from harness.store import archive, contents
@@ -63,15 +64,10 @@ class CachedStore(Store):
 
     def __init__(self, root: Path, objects: Objects):
         super().__init__(root)
-        self.objects = objects
+        self.objects, self.url = objects, objects.url
         self._listed: dict[str, set[str]] = {}
         self._is_current: set[tuple[str, str]] = set()
         self._is_bad: set[tuple[str, str]] = set()
-
-    @property
-    def url(self) -> str:
-        """Where the objects are."""
-        return self.objects.url
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -222,7 +218,7 @@ class CachedStore(Store):
                 self._fetch_files(commit.archive, temporary, files_of(record))
                 (temporary / RECORD).write_bytes(commit.record)
                 why = contents.damage(temporary)
-                if record["key"] != key:
+                if key_of(record["identity"]) != key:
                     why = "its record is of another stage"
             except FileNotFoundError:
                 why = f"{commit.archive} is missing"
@@ -310,6 +306,35 @@ class CachedStore(Store):
                 return
         archived = self._push_files(kind, key, names)
         self.objects.write(spare_name(kind, key), commit_text(archived, record["digest"].encode()))
+
+    def push_left(self, stages: Stages, spares: Mapping[str, str]) -> tuple[int, list[str]]:
+        """Push those of these stages that are here alone, many at once, as their kinds are listed now.
+
+        `spares`: the folder of spare files by kind. Return how many were pushed, and a line for each that is damaged.
+        """
+        of_kind: dict[str, list[str]] = {}
+        for kind, key in stages:
+            of_kind.setdefault(kind, []).append(key)
+        alone, alone_spares = [], []
+        for kind, keys in of_kind.items():
+            here, there = self.here(kind), self.there(kind)
+            alone += [(kind, key) for key in keys if key in here and key not in there]
+            if kind in spares:
+                kept = {name.removesuffix(".json") for name in self.objects.names(f"spares/{kind}")}
+                mine = (key for key in keys if key in here and key not in kept)
+                alone_spares += [(kind, key) for key in mine if (self.folder(kind, key) / spares[kind]).is_dir()]
+        damaged: dict[tuple[str, str], str] = {}
+
+        def push(stage: tuple[str, str]) -> None:
+            try:
+                super(CachedStore, self).require(*stage)
+                self.push(*stage)
+            except Damaged as found:
+                damaged[stage] = str(found)
+
+        _at_once(push, alone)
+        _at_once(lambda stage: self.push_spare(*stage), [each for each in alone_spares if each not in damaged])
+        return len(alone) - len(damaged), sorted(damaged.values())
 
     def _push_files(self, kind: str, key: str, names: list[str]) -> str:
         name = f"files/{kind}/{key}-{uuid.uuid4().hex[:12]}.tar"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.core.errors import UserMistake, one_line
 from harness.core.files import sync_files
-from harness.core.identity import digest_of_json
+from harness.core.identity import key_of
 from harness.store import contents
 from harness.store.layout import CHECKPOINTS, RECORD
 from harness.store.store import Store
@@ -97,7 +97,10 @@ def _record(path: Path) -> dict:
 
 def _fits(path: Path, key: str) -> bool:
     identity = _record(path).get("identity")
-    return identity is not None and digest_of_json(identity)[:32] == key
+    try:
+        return key_of(identity) == key
+    except (KeyError, TypeError):
+        return False
 
 
 def _agree(one: Path, other: Path) -> bool:

@@ -48,6 +48,9 @@ class Damaged(UserMistake):
 class Store:
     """Finished stages by kind and key, shared by all suites that name the same folder."""
 
+    url: str | None = None
+    """Of the objects behind the folder; None: there are none."""
+
     def __init__(self, root: Path):
         self.root = Path(root)
 
@@ -103,7 +106,7 @@ class Store:
         return next((kind for kind in self.kinds(committed_only=False) if self.has(kind, key)), None)
 
     def know(self, stages: Iterable[tuple[str, str]]) -> None:
-        """Prepare for `record` of these (kind, key). Nothing to do here, as in the next three: see `CachedStore`."""
+        """Prepare for `record` of these (kind, key). Nothing to do here, as in the next five: see `CachedStore`."""
 
     def bring(self, kind: str, key: str, *, is_shared: bool = False) -> bool:
         """Bring a committed stage to this machine; return whether it is here."""
@@ -111,6 +114,12 @@ class Store:
 
     def bring_all(self, stages: Iterable[tuple[str, str]]) -> None:
         """Bring committed stages to this machine."""
+
+    def push(self, kind: str, key: str, *, replace: bool = False) -> None:
+        """Push a stage that is here to where other machines find it; `replace`: in place of the one there."""
+
+    def push_spare(self, kind: str, key: str) -> None:
+        """Push the spare files of a stage that are here."""
 
     def bring_spare(self, kind: str, key: str) -> bool:
         """Bring the spare files of a stage that is here without them; return whether they are here."""
