@@ -114,5 +114,5 @@ def do_what_reads_files(walk: Walk, workplace: Workplace, listen: Listener) -> N
 
 
 def reads_files_alone(stages: Iterable[Stage]) -> bool:
-    """Return whether stages read neither a model nor another stage."""
-    return all(not stage.model and not stage.inputs for stage in stages)
+    """Return whether stages read files of this machine, and neither a model nor another stage."""
+    return all(stage.local and not (stage.model or stage.inputs or stage.work) for stage in stages)

@@ -195,8 +195,10 @@ class CachedStore(Store):
 
     def bring_spare(self, kind: str, key: str) -> bool:
         """Bring the spare files of a stage that is here without them; return whether they are here."""
-        record = json.loads(super().raw_record(kind, key))
+        record = self._record_here(kind, key)
         folder = self.folder(kind, key)
+        if not spares_of(record):
+            return False
         if (folder / record["spare"]).is_dir():
             return True
         temporary = self._temporary(kind, key)
@@ -272,8 +274,9 @@ class CachedStore(Store):
         If it has another one of this key, that one stays, and takes the place of the one here when it is next read;
         where the one here has spare files it is kept, since what reads those is next. `replace`: this one replaces it.
         """
-        ours = super().raw_record(kind, key)
-        record = json.loads(ours)
+        ours, record = super().raw_record(kind, key), self._record_here(kind, key)
+        if not record:
+            raise self._damaged(kind, key, f"{RECORD} is not what was committed")
         try:
             there = self._commit(kind, key)
         except Damaged:
@@ -296,7 +299,7 @@ class CachedStore(Store):
         """Push the spare files of a stage that is here, if they are here and the store lacks them."""
         if not self.is_here(kind, key):
             return
-        record = json.loads(super().raw_record(kind, key))
+        record = self._record_here(kind, key)
         names = spares_of(record)
         if not names or not (self.folder(kind, key) / record["spare"]).is_dir():
             return
@@ -378,11 +381,19 @@ class CachedStore(Store):
         return kind not in self._listed or key in self._listed[kind]
 
     def _has_spares_here(self, kind: str, key: str) -> bool:
-        spare = json.loads(super().raw_record(kind, key)).get("spare")
+        spare = self._record_here(kind, key).get("spare")
         return spare is not None and (self.folder(kind, key) / spare).is_dir()
 
     def _digest_here(self, kind: str, key: str) -> str:
-        return json.loads(super().raw_record(kind, key))["digest"]
+        return str(self._record_here(kind, key).get("digest"))
+
+    def _record_here(self, kind: str, key: str) -> dict[str, Any]:
+        """Return the record of a stage that is here; {} if it cannot be read: `require` says so."""
+        try:
+            record = json.loads(super().raw_record(kind, key))
+        except ValueError:
+            return {}
+        return record if isinstance(record, dict) else {}
 
     def _own_folder(self) -> Path:
         return self.root / OWN

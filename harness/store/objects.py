@@ -9,6 +9,7 @@ printed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import time
@@ -31,7 +32,7 @@ T = TypeVar("T")
 SCHEMES = ("s3", "gs", "file")
 PAUSES_S = (1.0, 4.0)
 """Seconds between two tries of what may go better later; the libraries try by themselves before."""
-CONNECT_S, SILENT_S = 10.0, 30.0
+CONNECT_S, SILENT_S = 5.0, 30.0
 """Seconds for a connection, and without a byte, after which a request of S3 is given up."""
 _TRIES_OF_LIBRARY = 3
 _PROBES = "probes"
@@ -51,7 +52,7 @@ class Objects:
     @property
     def _fs(self) -> fs.FileSystem:
         if self._fs_made is None:
-            self._fs_made = self._tried(lambda: _file_system(self._scheme, self._root), "reach")
+            self._fs_made = self._tried(lambda: _file_system(self._scheme, self._root.partition("/")[0]), "reach")
         return self._fs_made
 
     def read(self, name: str) -> bytes | None:
@@ -166,10 +167,16 @@ class Objects:
             yield stream
 
     def _tried(self, do: Callable[[], T], verb: str, pauses_s: tuple[float, ...] | None = None) -> T:
-        """Return what `do` returns, after a few tries. Raises StoreProblem; FileNotFoundError passes through."""
-        for pause in (*(PAUSES_S if pauses_s is None else pauses_s), None):
+        """Return what `do` returns, after a few tries; after one where a network was away before.
+
+        Raises StoreProblem; FileNotFoundError passes through.
+        """
+        usual = () if self.url in _away else PAUSES_S
+        for pause in (*(usual if pauses_s is None else pauses_s), None):
             try:
-                return do()
+                done = do()
+                _away.discard(self.url)
+                return done
             except FileNotFoundError:
                 raise
             except OSError as error:
@@ -177,6 +184,8 @@ class Objects:
                     raise
                 problem = object_words.problem(self.url, verb, error)
                 if pause is None or not problem.is_passing:
+                    if problem.is_passing:
+                        _away.add(self.url)
                     raise problem from None
                 time.sleep(pause)
         raise AssertionError
@@ -210,7 +219,12 @@ def _parsed(url: str, option: str) -> tuple[str, str, str]:
     return f"{scheme}://" + "/".join(parts), scheme, "/".join(parts)
 
 
-def _file_system(scheme: str, root: str) -> fs.FileSystem:
+_away: set[str] = set()
+"""Stores that did not answer last: whoever asks next does not wait as long."""
+
+
+def _file_system(scheme: str, bucket: str) -> fs.FileSystem:
+    """Return what talks to a bucket or to folders. Raises UserMistake where pyarrow, or a variable, is not fit."""
     from pyarrow import fs
 
     if scheme == "file":
@@ -220,17 +234,24 @@ def _file_system(scheme: str, root: str) -> fs.FileSystem:
             return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=SILENT_S))
         except (ImportError, AttributeError, NotImplementedError):
             raise UserMistake("--store: this build of pyarrow has no gs://; install pyarrow from PyPI") from None
+    endpoint = _checked_endpoint(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     try:
-        retry = fs.AwsStandardS3RetryStrategy(max_attempts=_TRIES_OF_LIBRARY)
+        return _s3(bucket, endpoint, region)
     except (ImportError, AttributeError):
         raise UserMistake("--store: this build of pyarrow has no s3://; install pyarrow from PyPI") from None
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+@functools.lru_cache(maxsize=8)  # a worker opens its store for each stage
+def _s3(bucket: str, endpoint: str | None, region: str | None) -> fs.FileSystem:
+    from pyarrow import fs
+
     return fs.S3FileSystem(
-        endpoint_override=_checked_endpoint(endpoint),
-        region=_region(root.partition("/")[0], endpoint),
+        endpoint_override=endpoint,
+        region=region or _region(bucket, endpoint),
         connect_timeout=CONNECT_S,
         request_timeout=SILENT_S,
-        retry_strategy=retry,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_TRIES_OF_LIBRARY),
         allow_delayed_open=True,  # one request for a small object
     )
 
@@ -250,9 +271,7 @@ def _checked_endpoint(endpoint: str | None) -> str | None:
 
 
 def _region(bucket: str, endpoint: str | None) -> str | None:
-    """Return the region of a bucket; None: as the library finds it, from the environment and its configuration."""
-    if os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
-        return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    """Return the region of a bucket; None: as the library finds it in its configuration."""
     if endpoint:
         return "us-east-1"  # servers that are not Amazon's have one region
     from pyarrow import fs
