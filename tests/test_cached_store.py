@@ -433,3 +433,20 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
 
     with pytest.raises(StoreProblem, match="cannot be written"):
         opening.at(Path(tmp_path, "b"), url).bring("score", key)
+
+
+def test_records_of_one_store_are_not_taken_for_those_of_another(tmp_path):
+    """A folder that remembers none, as `plan` leaves it, may be asked about two."""
+    urls = [f"file://{tmp_path}/{name}" for name in ("one", "other")]
+    for url in urls:
+        store = opening.at(tmp_path / url[-5:].strip("/"), url)
+        store.objects.require_usable()
+        store.push("score", commit(store, 1, url))
+    key = commit(Store(tmp_path / "some"), 1)
+
+    for url in urls:
+        asked = opening.at(tmp_path / "asked", url)
+        asked.committed("score")
+        asked.know([("score", key)])
+        assert asked.record("score", key)["host"] == url
+    assert not (tmp_path / "asked").exists()

@@ -166,7 +166,6 @@ def _scored(
     asked = Counter(chain.from_iterable(each.scores.values() for each in plan.measurements))
     kept: dict[str, Mapping[str, Any] | None] = {}  # scores of stages that another measurement also uses
     committed: dict[tuple[str, str], bool] = {}
-    store.bring_all((plan.stages[key].kind, key) for key in asked)
     for measurement in plan.measurements:
         asked.subtract(measurement.scores.values())
         for need in measurement.needs.items():

@@ -66,6 +66,7 @@ class CachedStore(Store):
         super().__init__(root)
         self.objects, self.url = objects, objects.url
         self._listed: dict[str, set[str]] = {}
+        self._known: dict[tuple[str, str], Commit] = {}
         self._is_current: set[tuple[str, str]] = set()
         self._is_bad: set[tuple[str, str]] = set()
 
@@ -228,7 +229,7 @@ class CachedStore(Store):
                 why = one_line(error)
             if why is not None:
                 now = self._commit(kind, key)
-                if now is not None and now.text != commit.text:  # it was replaced, and its archive removed
+                if now is not None and now.archive != commit.archive:  # it was replaced, and its archive removed
                     return self._fetch(kind, key, now)
                 self._is_bad.add((kind, key))
                 raise Damaged(f"{self.url}/{record_name(kind, key)}: damaged: {why}", kind, key)
@@ -358,21 +359,31 @@ class CachedStore(Store):
             raise Damaged(f"{self.url}/{name}: damaged: {error}", kind, key) from None
 
     def _known_commit(self, kind: str, key: str) -> Commit | None:
-        """Return the commit of a stage as it was when it was first read, or None."""
+        """Return the commit of a stage as it was when it was first read, or None.
+
+        It is kept in the folder, if that remembers this store; otherwise in this process.
+        """
+        if (kind, key) in self._known:
+            return self._known[kind, key]
         place = self._own_folder() / kind / f"{key}.json"
-        with contextlib.suppress(OSError, ValueError):
-            return Commit(place.read_bytes(), str(place))
+        is_own = remembered(self.root) == self.url
+        if is_own:
+            with contextlib.suppress(OSError, ValueError):
+                return Commit(place.read_bytes(), str(place))
         try:
             commit = self._commit(kind, key)
         except Damaged:
             return None  # whoever needs its files says so
-        if commit is not None:
-            with contextlib.suppress(OSError):  # the cache may be read-only
+        if commit is not None and is_own:
+            with contextlib.suppress(OSError):  # the folder may be read-only
                 place.parent.mkdir(parents=True, exist_ok=True)
-                write_text(place, commit.text.decode())
+                write_text(place, commit_text(commit.archive, commit.record).decode())
+        elif commit is not None:
+            self._known[kind, key] = commit
         return commit
 
     def _forget(self, kind: str, key: str, *, listed: bool = False) -> None:
+        self._known.pop((kind, key), None)
         (self._own_folder() / kind / f"{key}.json").unlink(missing_ok=True)
         if not listed:
             self._listed.get(kind, set()).discard(key)
@@ -403,6 +414,13 @@ class CachedStore(Store):
         folder = self.root / kind / f".{key}.{host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
         return folder
+
+
+def remembered(root: Path) -> str | None:
+    """Return the URL of the store whose cache a folder is, or None."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return (root / OWN / "url").read_text(encoding="utf-8").strip()
+    return None
 
 
 def _at_once(do: Callable[[tuple[str, str]], Any], stages: list[tuple[str, str]]) -> None:

@@ -24,7 +24,6 @@ class Commit:
             raise StoreProblem(
                 f"{name}: was written by another version (format {self.format}, this one reads {FORMAT})"
             )
-        self.text = text
 
     @property
     def digest(self) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from harness.core.errors import UserMistake, one_line
 from harness.core.files import write_text
-from harness.store.cached import OWN, CachedStore
+from harness.store.cached import OWN, CachedStore, remembered
 from harness.store.objects import Objects
 from harness.store.store import Store
 
@@ -19,13 +18,6 @@ def at(root: Path, url: str | None = None) -> Store:
     """Return the store in a folder: with the objects at `url`, or those that the folder remembers; NONE: without."""
     url = remembered(root) if url is None else url
     return Store(root) if url in (None, NONE) else CachedStore(root, Objects(url))
-
-
-def remembered(root: Path) -> str | None:
-    """Return the URL of the store whose cache a folder is, or None."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return (root / OWN / "url").read_text(encoding="utf-8").strip()
-    return None
 
 
 def remember(store: CachedStore) -> None:
