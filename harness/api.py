@@ -102,9 +102,10 @@ def plan(
 ) -> Plan:
     """Return the stages, units and measurements of a suite; nothing is computed or written. Arguments as in `run`."""
     from harness.commands.opened import open_suite
+    from harness.store import opening
 
     given = [str(path) for path in plugins]
-    return open_suite(str(suite), assignments(overrides), plugins=given, runs=_text(runs)).plan
+    return open_suite(str(suite), assignments(overrides), plugins=given, runs=_text(runs), store=opening.NONE).plan
 
 
 def load(folder: str | Path) -> LoadedRun:

@@ -68,7 +68,7 @@ class CachedStore(Store):
         self._listed: dict[str, set[str]] = {}
         self._known: dict[tuple[str, str], Commit] = {}
         self._is_current: set[tuple[str, str]] = set()
-        self._is_bad: set[tuple[str, str]] = set()
+        self._bad: dict[tuple[str, str], str] = {}  # archives that are not what was committed; "": the commit is not
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -142,10 +142,10 @@ class CachedStore(Store):
 
     def set_aside(self, kind: str, key: str) -> Path:
         """Move a damaged stage out of the way here; there too, if that is where it is damaged."""
-        if (kind, key) in self._is_bad:
-            self._is_bad.discard((kind, key))
+        bad = self._bad.pop((kind, key), None)
+        if bad is not None:
             text = self.objects.read(record_name(kind, key))
-            if text is not None:
+            if text is not None and bad in text.decode("utf-8", "replace"):  # else it was replaced since
                 self.objects.write(f"damaged/{kind}-{key}-{uuid.uuid4().hex[:8]}.json", text)
                 self.objects.remove(record_name(kind, key))
             self._forget(kind, key)
@@ -212,7 +212,7 @@ class CachedStore(Store):
             shutil.rmtree(temporary, ignore_errors=True)
         return (folder / record["spare"]).is_dir()
 
-    def _fetch(self, kind: str, key: str, commit: Commit) -> None:
+    def _fetch(self, kind: str, key: str, commit: Commit, *, is_second: bool = False) -> None:
         """Fetch a stage under a temporary name, check it, and give it its name."""
         temporary = self._temporary(kind, key)
         try:
@@ -231,7 +231,9 @@ class CachedStore(Store):
                 now = self._commit(kind, key)
                 if now is not None and now.archive != commit.archive:  # it was replaced, and its archive removed
                     return self._fetch(kind, key, now)
-                self._is_bad.add((kind, key))
+                if not is_second:  # what came over the network may have been damaged there
+                    return self._fetch(kind, key, commit, is_second=True)
+                self._bad[kind, key] = commit.archive
                 raise Damaged(f"{self.url}/{record_name(kind, key)}: damaged: {why}", kind, key)
             if record.get("spare"):
                 self._fetch_spare(kind, key, record, temporary)
@@ -282,12 +284,13 @@ class CachedStore(Store):
             there = self._commit(kind, key)
         except Damaged:
             there = None
-            self._is_bad.discard((kind, key))
+            self._bad.pop((kind, key), None)
         if there is None or replace and there.record != ours:
             name = self._push_files(kind, key, files_of(record))
             self.objects.write(record_name(kind, key), commit_text(name, ours))
             if there is not None:
-                self.objects.remove(there.archive)
+                with contextlib.suppress(StoreProblem):  # it may be forbidden to delete
+                    self.objects.remove(there.archive)
             there = self._commit(kind, key)  # of two who push at once, the last one
         self._listed.get(kind, set()).add(key)
         if there is not None and there.record != ours and not self._has_spares_here(kind, key):
@@ -355,7 +358,7 @@ class CachedStore(Store):
         try:
             return None if text is None else Commit(text, f"{self.url}/{name}")
         except ValueError as error:
-            self._is_bad.add((kind, key))
+            self._bad[kind, key] = ""
             raise Damaged(f"{self.url}/{name}: damaged: {error}", kind, key) from None
 
     def _known_commit(self, kind: str, key: str) -> Commit | None:

@@ -31,7 +31,7 @@ _CODES_OF_CREDENTIALS = (
     "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN", "UNRECOGNIZED_CLIENT",
     "MISSING_AUTHENTICATION", "INVALID_TOKEN", "InvalidToken", "EXPIRED_TOKEN", "ExpiredToken", "REQUEST_EXPIRED",
     "INVALID_SIGNATURE", "HTTP status 401", "UNAUTHENTICATED", "invalid_grant",
-    "Could not load the default credentials",
+    "Could not load the default credentials", "OAuth2 access token",
 )  # fmt: skip
 _KNOWN: tuple[tuple[str, str, bool], ...] = (
     (

@@ -137,7 +137,7 @@ class Objects:
     def require_readable(self) -> None:
         """Raise StoreProblem if the objects cannot be listed: no bucket or folder, no permission, no server."""
         if self._scheme == "file":
-            _require_folder(Path(self._root), self.url)
+            _require_folder(Path(self._root), self.url, make=False)
         from pyarrow.fs import FileSelector
 
         # of the bucket, which must exist; a prefix need not
@@ -146,6 +146,8 @@ class Objects:
 
     def require_usable(self) -> None:
         """Raise StoreProblem if a small object cannot be written, listed and read."""
+        if self._scheme == "file":
+            _require_folder(Path(self._root), self.url, make=True)
         self.require_readable()
         name = uuid.uuid4().hex
         self.write(f"{_PROBES}/{name}", name.encode())
@@ -231,7 +233,7 @@ def _file_system(scheme: str, bucket: str) -> fs.FileSystem:
         return fs.LocalFileSystem()
     if scheme == "gs":
         try:
-            return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=SILENT_S))
+            return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=SILENT_S / 2))
         except (ImportError, AttributeError, NotImplementedError):
             raise UserMistake("--store: this build of pyarrow has no gs://; install pyarrow from PyPI") from None
     endpoint = _checked_endpoint(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
@@ -281,13 +283,14 @@ def _region(bucket: str, endpoint: str | None) -> str | None:
     return None
 
 
-def _require_folder(folder: Path, url: str) -> None:
-    """Make the folder of a file:// store, whose parent must be there: a disk may not be mounted."""
+def _require_folder(folder: Path, url: str, *, make: bool) -> None:
+    """Make the folder of a file:// store if wanted. Its parent must be there: a disk may not be mounted."""
+    if not folder.parent.is_dir():
+        raise StoreProblem(f"{url}: there is no folder {one_line(folder.parent)}; is its disk mounted?")
+    if folder.exists() and not folder.is_dir():
+        raise StoreProblem(f"{url}: is a file; name a folder")
     try:
-        folder.mkdir(exist_ok=True)
-    except FileNotFoundError:
-        raise StoreProblem(f"{url}: there is no folder {one_line(folder.parent)}; is its disk mounted?") from None
-    except FileExistsError:
-        raise StoreProblem(f"{url}: is a file; name a folder") from None
+        if make:
+            folder.mkdir(exist_ok=True)
     except OSError as error:
         raise object_words.problem(url, "write", error) from None
