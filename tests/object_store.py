@@ -97,6 +97,4 @@ def commit(store: Store, number: int, text: str = "x", *, kind: str = "score", s
 
 def files_below(folder: Path) -> dict[str, bytes]:
     """Return the content of all files below a folder by their relative paths."""
-    return {
-        os.path.relpath(path, folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return {os.path.relpath(path, folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -134,8 +134,11 @@ def test_two_processes_that_push_one_stage_at_once_leave_one_whole_stage(a, tmp_
     """Of one of them, not files of both."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PUSH, str(tmp_path / name), a.url, name], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            [sys.executable, "-c", PUSH, str(tmp_path / name), a.url, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
         for name in ("p", "q")
     ]

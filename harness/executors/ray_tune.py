@@ -157,7 +157,7 @@ def _is_spread(ray, walk: Walk, workplace: Workplace, address: str | None) -> bo
         if workplace.is_apart:
             raise UserMistake(
                 f"resources.workers: {workers} processes share a training, and no node has room for all of them; on "
-                "several nodes they need a results folder that these share: leave out --store (see docs/clusters.md), "
+                "several nodes they need a results folder that these share: give --store none (see docs/clusters.md), "
                 "or change resources"
             )
         return True

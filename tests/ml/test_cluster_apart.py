@@ -176,5 +176,3 @@ def test_folders_of_images_are_read_by_the_driver_alone(tmp_path, tiny_folder):
     assert not apart.reads_files_alone([stage(inputs={"images": Input("images", KEY)})])
     assert not apart.reads_files_alone([stage(local={})])
     assert not apart.reads_files_alone([stage(work=10.0)])
-
-
