@@ -17,7 +17,7 @@ from harness.store.store import Store
 from tests import object_store
 from tests.object_store import BUCKET, files_below
 
-LESS = ("--set", "seeds=1", "--set", "tasks.relearning=null", "--set", "defenses=[none]", "--executor", "serial")
+LESS = ("--set", "seeds=1", "--set", "defenses=[none]", "--executor", "serial")
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,13 @@ def server():
 
 @pytest.fixture(scope="module")
 def suite(tiny_folder, tmp_path_factory) -> Path:
-    """The tiny suite."""
+    """The tiny suite, without the task that erases."""
     from tests.ml.conftest import SUITE
 
     path = tmp_path_factory.mktemp("shared") / "tiny.yaml"
-    path.write_text(SUITE.format(folder=tiny_folder), encoding="utf-8")
+    lines = SUITE.format(folder=tiny_folder).splitlines()
+    text = "\n".join(line for line in lines if "vangogh" not in line)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -114,7 +116,7 @@ def test_what_a_machine_has_alone_is_pushed_by_its_next_run(server, first, suite
     assert "pushed" not in capsys.readouterr().out
     there = opening.at(tmp_path / "other", url)
     assert all(there.there(kind) == Store(runs / "store").here(kind) for kind in Store(runs / "store").kinds())
-    (key,) = there.there("adapt")
+    key = min(there.there("adapt"))
     assert (there.path("adapt", key) / "checkpoints").is_dir()
 
 
