@@ -12,22 +12,23 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from harness.core import disk, registry
-from harness.core.errors import InputsLost, StageFailure, one_line
+from harness.core.errors import StageFailure, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage, describe
 from harness.model.run import Run
-from harness.stages import checkpoints, code, deaths, heartbeat, notices
+from harness.stages import checkpoints, code, deaths, heartbeat, notices, sharing
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, computing_in, peak_memory_bytes, prepare_device
 from harness.store import provenance, scores
 from harness.store.object_words import StoreProblem
-from harness.store.store import Damaged, Store
+from harness.store.store import Store
 
 log = logging.getLogger("immunitybench")
 
@@ -51,8 +52,9 @@ def execute(
     store = workplace.open_store()
     redo = key in workplace.redo
     if not redo and store.has(stage.kind, key):
-        if workplace.is_apart:
-            _share(key, stage, workplace, store)
+        if workplace.is_apart and store.is_here(stage.kind, key):  # an earlier run may have left it here alone
+            with _store_asked(key, stage, workplace):
+                store.push(stage.kind, key)
         return False
     with (
         _logged(log_path(workplace.run_folder, stage.kind, key)),
@@ -60,7 +62,8 @@ def execute(
     ):
         if not redo and store.is_here(stage.kind, key):  # another process did it while this one waited for the lock
             return False
-        _require_inputs(key, stage, workplace, store)
+        with _store_asked(key, stage, workplace):
+            sharing.bring_inputs(stage, workplace, store)
         started(key)
         try:
             with heartbeat.of_stage(workplace.run_folder, key, stage) as heart:
@@ -70,7 +73,8 @@ def execute(
                     report(done, total)
 
                 _execute_locked(key, stage, workplace, store, work_folder, progressed, redo)
-            _push(key, stage, workplace, store, replace=redo)
+            told = partial(notify, stage, workplace)
+            sharing.push(stage.kind, key, workplace, store, told, replace=redo)
         except (Exception, SystemExit) as error:
             log.exception("stage failed: %s", stage.title)
             _forget_model()
@@ -84,63 +88,14 @@ def execute(
     return True
 
 
-def _require_inputs(key: str, stage: Stage, workplace: Workplace, store: Store) -> None:
-    """Bring the inputs here. Raises InputsLost if some are not what was committed, after setting them aside.
-
-    Raises StageFailure if the store cannot be asked for them.
-    """
-    lost = {}
+@contextlib.contextmanager
+def _store_asked(key: str, stage: Stage, workplace: Workplace) -> Iterator[None]:
+    """Record a store that cannot be used in the block as the stage's failure, and raise StageFailure."""
     try:
-        for read in stage.inputs.values():
-            try:
-                if store.bring(read.kind, read.key, is_shared=workplace.is_apart):
-                    store.require(read.kind, read.key)
-                    continue
-            except Damaged as damaged:
-                lost[read.key] = str(damaged)
-                store.set_aside(read.kind, read.key)
-            lost.setdefault(read.key, f"{read.kind} {read.key} is gone")
+        yield
     except StoreProblem as problem:
         log.error("%s", problem)
         raise record_failure(workplace.run_folder, stage.kind, key, stage.title, str(problem)) from None
-    if lost:
-        log.warning("inputs must be made anew: %s", "; ".join(lost.values()))
-        raise InputsLost(list(lost), list(lost.values()))
-
-
-def _push(key: str, stage: Stage, workplace: Workplace, store: Store, *, replace: bool = False) -> None:
-    """Push a committed stage to the objects of its store, if it has any.
-
-    Where that fails the user reads one line, and the next run pushes it. Raises StoreProblem for nodes that share no
-    folder: what another node needs must be there.
-    """
-    try:
-        store.push(stage.kind, key, replace=replace)
-    except StoreProblem as problem:
-        _not_pushed(stage, workplace, problem)
-
-
-def _not_pushed(stage: Stage, workplace: Workplace, problem: StoreProblem) -> None:
-    words = f"{problem}; the stage is kept in {one_line(workplace.store, 300)}, and the next run there pushes it"
-    if workplace.is_apart:
-        raise StoreProblem(words) from None
-    log.warning("%s", words)
-    if str(problem) not in _told:
-        _told.add(str(problem))
-        notify(stage, workplace, words)
-
-
-def _share(key: str, stage: Stage, workplace: Workplace, store: Store) -> None:
-    """Push a stage that an earlier run left on this node alone. Raises StageFailure if it cannot."""
-    try:
-        if store.is_here(stage.kind, key):
-            store.push(stage.kind, key)
-    except StoreProblem as problem:
-        raise record_failure(workplace.run_folder, stage.kind, key, stage.title, str(problem)) from None
-
-
-_told: set[str] = set()
-"""Problems of the store that the user has read: there may be one for each stage."""
 
 
 def in_words(error: BaseException) -> str:
@@ -203,13 +158,12 @@ def execute_unit(
             raise StageFailure(f"{stage.title}: {type(error).__name__}: {one_line(error)}") from error
     checkpoints.thin(stages, store, workplace.keep_checkpoint_mb)
     for key in checkpoints.spared(stages, store):
+        stage = stages[key]
         try:
-            store.push_spare(stages[key].kind, key)
-        except StoreProblem as problem:
-            try:
-                _not_pushed(stages[key], workplace, problem)
-            except StoreProblem as words:
-                failed[key] = f"{stages[key].title}: {words}"
+            with _store_asked(key, stage, workplace):
+                sharing.push_spare(stage.kind, key, workplace, store, partial(notify, stage, workplace))
+        except StageFailure as failure:
+            failed[key] = str(failure)
     if failed:
         raise StageFailure("; ".join(message for message in failed.values() if message))
     return done

@@ -5,18 +5,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from harness.cli import main
-from harness.core.errors import ExitCode
+from harness.core.errors import ExitCode, InputsLost, StageFailure
+from harness.core.identity import Input, key
 from harness.executors import apart, node, probe
 from harness.stages import notices
-from harness.stages.execution import failure_path, log_path, record_failure
+from harness.stages.execution import execute_unit, failure_path, log_path, record_failure
+from harness.store import opening
+from harness.store.cached import CachedStore
+from harness.store.object_words import StoreProblem
 from harness.store.store import Store
 from tests import object_store
+from tests.ml.misfortunes import misfortune
 from tests.ml.raylets import raylets
 from tests.ml.test_cluster import LESS, WAIT_S, events, start, suite, wait_for  # noqa: F401  the fixture too
 from tests.object_store import BUCKET
@@ -43,7 +49,7 @@ def test_rows_are_those_of_a_serial_run_though_nodes_share_no_folder_and_one_die
         cluster.kill(1)
         printed = process.communicate(timeout=WAIT_S)[0]
         assert process.returncode == ExitCode.DONE, printed
-        assert main(["status", str(runs / "tiny")]) == ExitCode.DONE
+        assert main(["status", str(suite), "--runs", str(runs), *LESS]) == ExitCode.DONE
 
     assert "Traceback" not in printed
     assert (runs / "tiny" / "rows.csv").read_bytes() == (alone / "tiny" / "rows.csv").read_bytes()
@@ -82,7 +88,7 @@ def test_what_a_node_has_to_say_reaches_the_driver(workplace, tmp_path, monkeypa
     monkeypatch.setenv(apart.FOLDER, str(tmp_path / "own"))
     there = apart.here(workplace)
     plain = {KEY: {"kind": "adapt"}, "1" * 32: {"kind": "adapt"}}
-    stages = {key: SimpleNamespace(kind="adapt") for key in plain}
+    stages = {each: SimpleNamespace(kind="adapt") for each in plain}
     record_failure(there.run_folder, "adapt", KEY, "a stage", "it failed")
     log = log_path(there.run_folder, "adapt", KEY)
     log.parent.mkdir(parents=True)
@@ -122,6 +128,50 @@ def test_a_unit_travels_with_its_trial():
 
     assert apart.unpacked(apart.packed(unit)) == unit
     assert len(apart.packed(unit)) < len(json.dumps(unit)) / 4
+
+
+def unreachable(*_, **__) -> None:
+    """What a push does when the network is away."""
+    raise StoreProblem("s3://b: no answer", is_passing=True)
+
+
+def test_what_cannot_be_pushed_is_a_failure_where_other_nodes_need_it(workplace, tmp_path, monkeypatch):
+    """It is kept, and pushed when the node next meets it; a machine alone says it once, and goes on."""
+    stage = misfortune()
+    stages = {key(stage): stage}
+    own = {"store": tmp_path / "alone" / "store", "run_folder": tmp_path / "alone" / "run"}
+    alone = replace(workplace, is_apart=False, **own)
+    with monkeypatch.context() as patch:
+        patch.setattr(CachedStore, "push", unreachable)
+        with pytest.raises(StageFailure, match="no answer; the stage is kept in .*driver/store, and the next run"):
+            execute_unit(stages, workplace)
+        assert execute_unit(stages, alone) == 1
+    (line,) = notices.take(alone.run_folder)
+    assert line.startswith("good: s3://b: no answer; the stage is kept in ")
+
+    assert Store(workplace.store).has("misfortune", key(stage))
+    assert execute_unit(stages, workplace) == 0
+    assert opening.at(tmp_path / "other", workplace.store_url).has("misfortune", key(stage))
+
+
+def test_a_stage_brings_its_inputs_from_the_store(workplace, tmp_path):
+    """What is damaged there is set aside there, to be made anew."""
+    first = misfortune(label="first")
+    second = misfortune(label="second", after=key(first))
+    execute_unit({key(first): first}, workplace)
+    there = replace(workplace, store=tmp_path / "there" / "store", run_folder=tmp_path / "there" / "run")
+    assert execute_unit({key(second): second}, there) == 1
+    assert Store(there.store).here("misfortune") == {key(first), key(second)}
+
+    (archived,) = (tmp_path / "objects" / "files" / "misfortune").glob(f"{key(second)}-*.tar")
+    archived.write_bytes(b"damaged")
+    third = misfortune(label="third", after=key(second))
+    other = replace(workplace, store=tmp_path / "other" / "store", run_folder=tmp_path / "other" / "run")
+    with pytest.raises(InputsLost, match="objects/records/misfortune/.*: damaged: it cannot be read"):
+        execute_unit({key(third): third}, other)
+    assert not opening.at(tmp_path / "new", workplace.store_url).has("misfortune", key(second))
+    assert execute_unit({key(second): second}, there) == 0  # it is there, and pushed again
+    assert execute_unit({key(third): third}, other) == 1
 
 
 @pytest.fixture
@@ -165,7 +215,6 @@ def test_what_a_node_cannot_do_is_one_line(question, tmp_path, monkeypatch):
 
 def test_folders_of_images_are_read_by_the_driver_alone(tmp_path, tiny_folder):
     """So nodes are not asked for them; what reads a model is done by a node."""
-    from harness.core.identity import Input
 
     def stage(**changes):
         about = {"kind": "images", "model": {}, "inputs": {}, "local": {"folder": str(tiny_folder)}, "work": 0.0}
