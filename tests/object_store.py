@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,19 @@ class Server:
     def demand_credentials(self) -> None:
         """Refuse whoever is unknown from now on, which is everybody."""
         requests.post(f"{self.url}/moto-api/reset-auth", data=b"0", timeout=30).raise_for_status()
+
+    def reader(self) -> dict[str, str]:
+        """Make somebody who may list and read, and not write; return the variables of their credentials."""
+        import boto3
+
+        known = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
+        iam = boto3.client("iam", endpoint_url=self.url, **known)
+        iam.create_user(UserName="reader")
+        allowed = {"Effect": "Allow", "Action": ["s3:ListBucket", "s3:GetObject"], "Resource": "*"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [allowed]})
+        iam.put_user_policy(UserName="reader", PolicyName="reads", PolicyDocument=policy)
+        made = iam.create_access_key(UserName="reader")["AccessKey"]
+        return {"AWS_ACCESS_KEY_ID": made["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": made["SecretAccessKey"]}
 
     def stop(self) -> None:
         """End it: nothing answers at its address any more."""

@@ -385,8 +385,12 @@ def test_problems_of_a_bucket_are_one_line_each(server, monkeypatch):
         monkeypatch.setenv(name, value)
     Objects(f"s3://{BUCKET}/new").require_usable()
     assert refused(Objects("s3://another/x")) == "s3://another/x: there is no such bucket; make it first"
+    reader = server.reader()
     server.demand_credentials()
     assert refused(Objects(f"s3://{BUCKET}")).startswith(f"s3://{BUCKET}: the credentials are not accepted; its cred")
+    for name, value in reader.items():
+        monkeypatch.setenv(name, value)
+    assert refused(Objects(f"s3://{BUCKET}")).startswith(f"s3://{BUCKET}: no permission to write it; its credentials")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert refused(Objects(f"s3://{BUCKET}")).startswith(f"s3://{BUCKET}: no answer (NETWORK_CONNECTION: ")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
