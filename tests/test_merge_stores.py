@@ -91,7 +91,7 @@ def test_checkpoints_that_went_are_no_conflict_but_other_ones_are(a, b, tmp_path
 def test_a_record_that_does_not_fit_its_key_is_refused(a, tmp_path):
     """Somebody edited it, or renamed the folder."""
     key = put(a, 1)
-    sealed_again(a / "store" / "score" / key, identity={"kind": "score", "parameters": {"number": 7}})
+    sealed_again(a / "store" / "score" / key, identity={"kind": "score", "number": 7})
 
     with pytest.raises(UserMistake, match="does not fit its key"):
         merge([str(a)], str(tmp_path / "into"))

@@ -97,10 +97,7 @@ def _record(path: Path) -> dict:
 
 def _fits(path: Path, key: str) -> bool:
     identity = _record(path).get("identity")
-    try:
-        return key_of(identity) == key
-    except (KeyError, TypeError):
-        return False
+    return isinstance(identity, dict) and "parameters" in identity and key_of(identity) == key
 
 
 def _agree(one: Path, other: Path) -> bool:
