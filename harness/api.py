@@ -65,6 +65,7 @@ def run(
     runs: str | Path | None = None,
     plugins: Sequence[str | Path] = (),
     ray_address: str | None = None,
+    store: str | None = None,
     console: Console | None = None,
     **overrides: Any,
 ) -> LoadedRun:
@@ -72,7 +73,8 @@ def run(
 
     `suite` is a file, the name of a bundled suite, the folder of a run, or a run's name. `runs` is the results folder;
     None: that of the run that is named, else "runs". `overrides` replace values of the suite: run(..., seeds=3); a
-    nested one is named by its path: run(..., **{"attacks.0.steps": [10, 20]}). `console` shows the progress; None:
+    nested one is named by its path: run(..., **{"attacks.0.steps": [10, 20]}). `store` is the URL of a store that
+    machines share, as `--store`; None: that which the results folder remembers. `console` shows the progress; None:
     standard output. Trials that failed do not raise: they are the `failures` of the results, and printed.
 
     Raises UserMistake for everything that is wrong in the suite, before any compute; KeyboardInterrupt when it was
@@ -85,7 +87,7 @@ def run(
     _check_choice("executor", executor, EXECUTORS)
     _check_choice("cache", cache, CACHE_MODES)
     given = [str(path) for path in plugins]
-    opened = open_suite(str(suite), assignments(overrides), plugins=given, runs=_text(runs))
+    opened = open_suite(str(suite), assignments(overrides), plugins=given, runs=_text(runs), store=store)
     options = running.RunOptions(executor, cache, ray_address=ray_address)
     code = running.run(opened, options, console or arguments.console())
     if code is ExitCode.INTERRUPTED:
@@ -100,9 +102,10 @@ def plan(
 ) -> Plan:
     """Return the stages, units and measurements of a suite; nothing is computed or written. Arguments as in `run`."""
     from harness.commands.opened import open_suite
+    from harness.store import opening
 
     given = [str(path) for path in plugins]
-    return open_suite(str(suite), assignments(overrides), plugins=given, runs=_text(runs)).plan
+    return open_suite(str(suite), assignments(overrides), plugins=given, runs=_text(runs), store=opening.NONE).plan
 
 
 def load(folder: str | Path) -> LoadedRun:

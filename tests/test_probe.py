@@ -14,7 +14,7 @@ import pytest
 from harness.core import paths
 from harness.executors import node, probe
 
-QUESTION = {"plugins": [], "reads": [], "shared": [], "probe": "probe"}
+QUESTION = {"plugins": [], "reads": [], "shared": [], "probe": "probe", "store": "", "own": []}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_what_a_suite_reads_is_asked_for(project):
     from harness.executors.walk import Walk
 
     plan = project.plan()
-    workplace = SimpleNamespace(source=SimpleNamespace(location="/models/sd"))
+    workplace = SimpleNamespace(source=SimpleNamespace(location="/models/sd"), is_apart=False)
 
     assert set(probe.read_paths(Walk(plan, lambda _: False), workplace)) == {
         "/models/sd", str(project.folder / "purse"), str(project.folder / "lamp")

@@ -18,7 +18,7 @@ def of_run(run: MeasuredRun) -> list[Mask]:
     """Return the masks of a run's defenses that are committed, each once, in the plan's order."""
     found = []
     for model in run.released():
-        rows = masks.read(model.folder)
+        rows = masks.read(model.folder) if masks.FILE in model.files else None
         if rows is None:
             continue
         parameters = model.stage.parameters.parameters

@@ -44,6 +44,15 @@ def add_runs(parser: argparse.ArgumentParser, what: str = "where results go") ->
     )
 
 
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Add the option for objects that machines share behind the results folder."""
+    parser.add_argument(
+        "--store", metavar="URL",
+        help="where machines share their stages: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///FOLDER "
+        "(docs/clusters.md); the results folder is its cache, and remembers it; none: the results folder alone",
+    )  # fmt: skip
+
+
 def add_into(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the option for a folder in place of the run's, whose disk may be full or read-only."""
     parser.add_argument("--into", metavar="FOLDER", help=f"write {what} into this folder instead of the run's")

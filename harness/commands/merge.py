@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from harness.commands import arguments
 from harness.core import disk
 from harness.core.counted import counted
 from harness.core.errors import ExitCode, UserMistake, one_line
@@ -23,10 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands import named
-    from harness.store import merging
+    from harness.store import merging, opening
 
     try:
-        merged = merging.merge([named.results_of(source) for source in given.sources], given.into)
+        sources = [named.results_of(source) for source in given.sources]
+        for source in sources:
+            if url := opening.remembered(Path(source, "store")) or opening.remembered(Path(source)):
+                arguments.note([f"{source} is the cache of {url}: what is in the folder is merged, and nothing else"])
+        merged = merging.merge(sources, given.into)
     except OSError as error:
         if disk.is_full(error):
             raise

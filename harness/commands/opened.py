@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands import named
+from harness.commands import arguments, named
 from harness.core import disk, registry
 from harness.core.errors import UserMistake, one_line
 from harness.plan import Plan, make
+from harness.store import opening
 from harness.store.store import Store
 from harness.suite import resolved
 from harness.suite.loaded import LoadedSuite
@@ -54,6 +55,8 @@ class Opened:
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
                     pass
+            if self.store.url is not None:
+                opening.remember(self.store)
         except OSError as error:
             if disk.is_full(error):
                 raise
@@ -69,9 +72,11 @@ class Opened:
         return code.made_by_other(self.plan.stages, committed, self.store)
 
     def committed(self) -> set[str]:
-        """Return the keys of the plan's stages that are in the store."""
+        """Return the keys of the plan's stages that are in the store, as it is now; their records can be read then."""
         by_kind = {kind: self.store.committed(kind) for kind in {stage.kind for stage in self.plan.stages.values()}}
-        return {key for key, stage in self.plan.stages.items() if key in by_kind[stage.kind]}
+        found = {key for key, stage in self.plan.stages.items() if key in by_kind[stage.kind]}
+        self.store.know((self.plan.stages[key].kind, key) for key in found)
+        return found
 
 
 def open_suite(
@@ -81,11 +86,14 @@ def open_suite(
     plugins: Sequence[str] = (),
     runs: str | None = None,
     into: str | None = None,
+    store: str | None = None,
 ) -> Opened:
     """Read, check and plan a suite: a file, the name of a bundled one, the folder of a run, or a run's name.
 
     `overrides` are key=value, as for --set. `runs`: the results folder; None: that of the run that is named, else
-    "runs". `into`: a folder for the tables, in place of the run's. Raises UserMistake with all mistakes.
+    "runs". `into`: a folder for the tables, in place of the run's. `store`: the URL of the objects behind the results
+    folder; None: that which the folder remembers, said in one line; "none": no objects. Raises UserMistake with all
+    mistakes.
     """
     found = named.suite(suite, runs)
     registry.load_plugins(plugins)
@@ -100,7 +108,18 @@ def open_suite(
     return Opened(
         loaded=loaded,
         plan=make(loaded),
-        store=Store(found.runs / "store"),
+        store=_store(found.runs / "store", store),
         folder=Path(into) if into is not None else found.runs / loaded.suite.name,
         plugins=tuple(str(Path(path).resolve()) for path in plugins),
     )
+
+
+def _store(root: Path, url: str | None) -> Store:
+    """Return the store in a folder. Raises UserMistake if its objects cannot be listed."""
+    if url is None and (known := opening.remembered(root)):
+        arguments.note([f"store: {known}, as {root} remembers; --store none uses what is in that folder alone"])
+    found = opening.at(root, url)
+    if found.url is not None:
+        opening.require_own(root, found.url)
+        found.objects.require_readable()
+    return found

@@ -14,6 +14,7 @@ SUMMARY = "show the stages of a suite, what they share, cost, and what is done a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     arguments.add_suite(parser)
+    arguments.add_store(parser)
     parser.add_argument(
         "--tflops", type=arguments.throughput, metavar="N",
         help="TFLOP/s that your GPU sustains, for the estimate of GPU-hours from UNet passes (SD 1.x)",
@@ -55,7 +56,7 @@ def main(given: argparse.Namespace) -> ExitCode:
         raise UserMistake("--power: shows seeds, not memory; leave out --memory and --card")
     from harness.commands.opened import open_suite
 
-    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs, store=given.store)
     arguments.note(opened.loaded.notices)
     if given.memory or given.card is not None:
         from harness.commands import memory

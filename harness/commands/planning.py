@@ -108,7 +108,7 @@ def _pace(opened: Opened) -> cost.Pace:
     """Return how long finished stages in this store took, for kinds of which something is to do."""
     pace = cost.Pace(on_gpu=opened.loaded.suite.resources.gpus > 0)
     for kind in {stage.kind for stage in opened.plan.stages.values()}:
-        for key in sorted(opened.store.committed(kind))[:MOST_RECORDS]:
+        for key in sorted(opened.store.here(kind))[:MOST_RECORDS]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or of another program
                 pace.learn(opened.store.record(kind, key))
     return pace

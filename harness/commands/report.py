@@ -28,10 +28,14 @@ def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands import named
     from harness.report import page
+    from harness.store import opening
 
     registry.load_plugins(given.plugins)
     into = Path(given.into) if given.into is not None else None
-    made = page.make(named.run(given.run, given.runs), given.prompts, into)
+    folder = named.run(given.run, given.runs)
+    if url := opening.remembered(folder.parent / "store"):
+        arguments.note([f"store: {url}; images that the page shows and that are not here are fetched from there"])
+    made = page.make(folder, given.prompts, into)
     print(
         f"written: {one_line(made.page, 1000)} ({counted(made.sheets, 'image sheet')}, {counted(made.images, 'image')})"
     )

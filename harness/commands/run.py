@@ -15,6 +15,7 @@ CACHE_MODES = ("always", "never", "only-missing", "only-cached", "stale=redo")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     arguments.add_suite(parser)
+    arguments.add_store(parser)
     parser.add_argument(
         "--executor", choices=EXECUTORS, default="ray", help="who runs the stages (default: ray)"
     )
@@ -40,7 +41,7 @@ def main(given: argparse.Namespace) -> ExitCode:
     if given.into is not None and given.cache != "only-cached":
         raise UserMistake("--into: requires --cache only-cached; the results of a run go to --runs")
     opened = open_suite(
-        given.suite, given.overrides, plugins=given.plugins, runs=given.runs, into=given.into
+        given.suite, given.overrides, plugins=given.plugins, runs=given.runs, into=given.into, store=given.store
     )
     options = RunOptions(given.executor, given.cache, given.track, given.ray_address)
     return run(opened, options, arguments.console())

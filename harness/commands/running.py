@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands import arguments
 from harness.commands.opened import Opened
+from harness.commands.pushing import push_at_end, push_left
 from harness.commands.written import are_written, finish, write_resolved, write_tables
 from harness.contracts.stage import kinds_in_order
 from harness.core import disk, streams, termination
@@ -53,6 +54,7 @@ def run(opened: Opened, options: RunOptions, console: Console) -> ExitCode:
     other = opened.made_by_other_code(committed)
     redo = _redone(opened, options, committed, other)
     done = committed - redo
+    push_left(opened, done, console)
     walk = Walk(opened.plan, done.__contains__)
     if options.cache == "always":
         _fail_as_before(walk, recorded_failures)
@@ -126,7 +128,8 @@ def _require(opened: Opened, options: RunOptions) -> None:
     mistakes: list[str] = []
     for check, argument in (
         (fetching.require_installed, opened.loaded), (fetching.require_offline, opened.loaded),
-        (preflight, opened.source), *([(_check_devices, opened)] if options.ray_address is None else []),
+        (preflight, opened.source), (_require_store, opened),
+        *([(_check_devices, opened)] if options.ray_address is None else []),
     ):  # fmt: skip
         try:
             check(argument)
@@ -136,6 +139,12 @@ def _require(opened: Opened, options: RunOptions) -> None:
         raise UserMistake(mistakes)
     if options.is_tracked:
         tracking.require()
+
+
+def _require_store(opened: Opened) -> None:
+    """Raise UserMistake if the objects of the store cannot be written, listed and read."""
+    if opened.store.url is not None:
+        opened.store.objects.require_usable()
 
 
 def _walked(
@@ -201,11 +210,12 @@ def _walked(
             highlight=False,
         )
         return ExitCode.INTERRUPTED
+    is_pushed = push_at_end(opened, console)
     finish(opened, console)
     console.print(f"{counted(summary.done, 'unit')} in {format_seconds(time.monotonic() - started)}", highlight=False)
     if summary.failed:
         return _show_failures(opened, summary, console)
-    return ExitCode.DONE
+    return ExitCode.DONE if is_pushed else ExitCode.TRIALS_FAILED
 
 
 def _workplace(opened: Opened, options: RunOptions, redo: frozenset[str]) -> Workplace:
@@ -223,6 +233,8 @@ def _workplace(opened: Opened, options: RunOptions, redo: frozenset[str]) -> Wor
         sharding=resources.sharding(),
         keep_checkpoint_mb=resources.keep_checkpoint_mb,
         stage_timeout_s=resources.stage_timeout_s,
+        store_url=opened.store.url,
+        is_apart=opened.store.url is not None and options.ray_address is not None,
     )
 
 

@@ -27,6 +27,7 @@ runs; 2 mistake in the input
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     arguments.add_suite(parser)
+    arguments.add_store(parser)
     parser.epilog = EPILOG
 
 
@@ -34,7 +35,7 @@ def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands.opened import open_suite
 
-    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs, store=given.store)
     return show(opened, arguments.console())
 
 
@@ -61,6 +62,12 @@ def show(opened: Opened, console: Console) -> ExitCode:
     for failure in failures:
         _print(console, f"failed: {failure['label']}: {failure['error']}", style="red")
     is_running = _show_running(opened, committed, console)
+    if opened.store.url is not None:
+        _print(
+            console,
+            f"store: {opened.store.url}; what other machines and other nodes do now is not seen here: their heartbeats "
+            "stay there",
+        )
     if is_running:
         return ExitCode.RUNNING
     if failures:

@@ -15,6 +15,7 @@ SUMMARY = "write and show the tables from what is committed"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     arguments.add_suite(parser)
+    arguments.add_store(parser)
     arguments.add_into(parser, "the tables")
     parser.add_argument(
         "--with-paper", action="store_true",
@@ -31,7 +32,7 @@ def main(given: argparse.Namespace) -> ExitCode:
     from harness.results import papers
 
     opened = open_suite(
-        given.suite, given.overrides, plugins=given.plugins, runs=given.runs, into=given.into
+        given.suite, given.overrides, plugins=given.plugins, runs=given.runs, into=given.into, store=given.store
     )
     opened.make_folder(for_tables=True)
     beside = papers.beside(opened.loaded.suite, arguments.warn) if given.with_paper else []

@@ -19,9 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands.opened import open_suite
+    from harness.store import opening
     from harness.suite import fetching
 
-    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs)
+    opened = open_suite(given.suite, given.overrides, plugins=given.plugins, runs=given.runs, store=opening.NONE)
     arguments.note(opened.loaded.notices)
     plan = opened.plan
     print(

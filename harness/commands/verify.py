@@ -22,12 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb; exit code 1 if a stage is damaged."""
+    from harness.store import opening
     from harness.store.store import DAMAGED, Store
 
     root = Path(given.runs) / "store"
     if not root.is_dir():
         raise UserMistake(f"--runs {one_line(given.runs)}: holds no store; name a folder of results, such as runs")
     store = Store(root)
+    if url := opening.remembered(root):
+        arguments.note([f"{root} is the cache of {url}: what is in the folder is read, and nothing else"])
     total = sum(len(store.committed(kind)) for kind in store.kinds())
     found = []
     for damaged in store.damages():

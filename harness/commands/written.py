@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands import arguments
 from harness.commands.opened import Opened
+from harness.core.counted import counted
 from harness.core.files import write_text
 
 if TYPE_CHECKING:
@@ -19,8 +20,21 @@ def write_tables(opened: Opened, papers: Sequence[Any] = ()) -> Written:
     """Write the tables of the committed stages."""
     from harness.results import tables
 
+    if opened.store.url is not None:
+        _bring_scores(opened)
     folder, model = opened.folder, opened.source.name
     return tables.write(opened.plan, opened.store, folder, model, opened.gates, papers, arguments.warn)
+
+
+def _bring_scores(opened: Opened) -> None:
+    """Bring the scores of the plan from the objects of its store, many at once; the rows ask for one after another."""
+    committed = opened.committed()  # others may have pushed since it was listed
+    scores = dict.fromkeys(key for each in opened.plan.measurements for key in each.scores.values())
+    wanted = [(opened.plan.stages[key].kind, key) for key in scores if key in committed]
+    missing = [stage for stage in wanted if not opened.store.is_here(*stage)]
+    if missing:
+        arguments.note([f"fetching {counted(len(missing), 'score')} from {opened.store.url}"])
+        opened.store.bring_all(missing)
 
 
 def are_written(opened: Opened) -> bool:

@@ -56,8 +56,21 @@ class ReleasedModel:
     key: str
     """Key of the stage; the same for all seeds if the result does not depend on the seed."""
     stage: Stage
-    folder: Path
-    """Holds the protection, and the files of `Defense.keep`."""
+    store: Store
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The names of its files, from its record: with a store that machines share they may be elsewhere."""
+        return frozenset(self.store.record("immunize", self.key)["contents"])
+
+    @property
+    def folder(self) -> Path:
+        """Holds the protection, and the files of `Defense.keep`; brought here if it is elsewhere.
+
+        Raises Damaged if it is not what was committed.
+        """
+        self.store.require_for_reading("immunize", self.key)
+        return self.store.path("immunize", self.key)
 
 
 class MeasuredRun(Protocol):

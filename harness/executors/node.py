@@ -24,6 +24,8 @@ class Question(TypedDict):
     reads: list[str]  # files and folders that stages read
     shared: list[str]  # folders into which all nodes write
     probe: str  # name of a folder in each of them; its file "driver" holds this name
+    store: str  # URL of a store, in which the object probes/<probe> holds this name; "": nodes share folders instead
+    own: list[str]  # folders that each node has for itself, unless it names another one
 
 
 class Answer(TypedDict):
@@ -40,6 +42,8 @@ class Answer(TypedDict):
     missing: list[str]  # of `reads`
     unseen: list[str]  # of `shared`: the driver's file is not there
     unwritten: dict[str, str]  # of `shared` -> why the node cannot write into it
+    unkept: dict[str, str]  # the same of its own folders
+    unstored: str  # why the node cannot use the store; "": it can
     gpus: list[tuple[str, int]]  # name, MiB
     time: float  # seconds since 1970
 
@@ -58,6 +62,8 @@ def answer(question: Question, name: str) -> Answer:
         "missing": [path for path in question["reads"] if not os.path.exists(path)],
         "unseen": [],
         "unwritten": {},
+        "unkept": {},
+        "unstored": "",
         "gpus": _gpus(),
         "time": time.time(),
     }
@@ -71,6 +77,8 @@ def answer(question: Question, name: str) -> Answer:
         found["code"] = _digest(code)
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
+    if question["store"] and not found["error"]:
+        _try_store(question, name, found)
     for folder in question["shared"]:
         place = Path(folder, question["probe"])
         try:
@@ -85,6 +93,34 @@ def answer(question: Question, name: str) -> Answer:
         except OSError as error:
             found["unwritten"][folder] = error.strerror or str(error)
     return found
+
+
+def _try_store(question: Question, name: str, found: Answer) -> None:
+    """Note why this node cannot write into its own folder, or cannot list, read and write what is in the store."""
+    from harness.core.errors import UserMistake
+    from harness.executors import apart
+    from harness.store.objects import Objects
+
+    for folder in {str(Path(os.environ.get(apart.FOLDER) or folder)) for folder in question["own"]}:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            place = Path(folder, f".probe-{name}")
+            place.write_text(name, encoding="utf-8")
+            place.unlink()
+        except OSError as error:
+            found["unkept"][folder] = error.strerror or str(error)
+    try:
+        objects = Objects(question["store"])
+        objects.require_usable()
+        seen = objects.read(f"probes/{question['probe']}")
+    except UserMistake as mistake:
+        found["unstored"] = str(mistake)
+        return
+    if seen != question["probe"].encode():
+        found["unstored"] = (
+            f"{question['store']}: what the driver wrote there is not there for this node; is AWS_ENDPOINT_URL the "
+            "same on all nodes?"
+        )
 
 
 def _digest(files) -> str:

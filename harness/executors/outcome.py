@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from harness.core.errors import InputsLost, StageFailure
 from harness.executors.events import Listener
 from harness.executors.walk import Walk
+
+
+def of(walk: Walk, index: int, do: Callable[[], object], listen: Listener) -> None:
+    """Do a unit, and record how it ended."""
+    try:
+        do()
+    except InputsLost as lost:
+        inputs_lost(walk, index, lost.keys, lost.messages, listen)
+    except StageFailure as failure:
+        failed(walk, index, str(failure), listen)
+    else:
+        done(walk, index, listen)
 
 
 def done(walk: Walk, index: int, listen: Listener, node: str = "") -> None:

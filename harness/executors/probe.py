@@ -17,10 +17,12 @@ from typing import Any
 from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
 from harness.core.files import sync_folder
-from harness.executors import node
+from harness.executors import apart, node
 from harness.executors.node import Answer, Question
 from harness.executors.walk import Walk
 from harness.stages.workplace import Workplace
+from harness.store.object_words import StoreProblem
+from harness.store.objects import Objects
 
 ANSWER_S = 180.0
 """Seconds for a node's answer; the start of its first worker is included."""
@@ -39,13 +41,16 @@ def require(ray: Any, walk: Walk, workplace: Workplace) -> list[str]:
     """
     nodes = [each for each in ray.nodes() if each["Alive"] and _works(each["Resources"])]
     nodes.sort(key=name_of)
-    folders = list(dict.fromkeys(str(folder) for folder in (workplace.run_folder, workplace.store)))
-    with _probe_folders(folders) as probe:
+    own = list(dict.fromkeys(str(folder) for folder in (workplace.run_folder, workplace.store)))
+    folders = [] if workplace.is_apart else own
+    with _probe_folders(folders) as probe, _probe_object(workplace, probe):
         question: Question = {
             "plugins": list(workplace.plugins),
             "reads": read_paths(walk, workplace),
             "shared": folders,
             "probe": probe,
+            "store": workplace.store_url if workplace.is_apart else "",
+            "own": own,
         }
         here = node.answer(question, "here")
         answers = _ask(ray, nodes, question)
@@ -74,7 +79,10 @@ def read_paths(walk: Walk, workplace: Workplace) -> list[str]:
     if os.path.isabs(workplace.source.location):
         found.add(workplace.source.location)
     for index in walk.missing:
-        for key in walk.unit(index).stages:
+        stages = walk.unit(index).stages
+        if workplace.is_apart and apart.reads_files_alone(walk.plan.stages[key] for key in stages):
+            continue  # this machine does it
+        for key in stages:
             for path in _paths_in(walk.plan.stages[key].local):
                 found.add(path if os.path.isdir(path) else os.path.dirname(path))
     return sorted(found)
@@ -112,10 +120,17 @@ def differences(here: Answer, there: Answer, unread: Sequence[str] = ()) -> Iter
     for folder in there["unseen"]:
         yield (
             f"does not see the folder {folder} of this machine; results go to a file system that all nodes share under "
-            "one path: name a folder on it with --runs"
+            "one path: name a folder on it with --runs, or give a store that needs none: --store s3://..."
         )
     for folder, why in there["unwritten"].items():
         yield f"cannot write into {folder}: {one_line(why)}; let the user that started Ray there write into it"
+    for folder, why in there["unkept"].items():
+        yield (
+            f"cannot write into {folder}: {one_line(why)}; let the user that started Ray there write into it, or set "
+            f"{apart.FOLDER} to another folder before `ray start` there"
+        )
+    if there["unstored"]:
+        yield f"{there['unstored']} (variables are those with which `ray start` was given there)"
     for folder in unread:
         yield f"what it writes into {folder} does not arrive here within {ARRIVE_S:g} s; is it one file system?"
     if missing := [path for path in there["missing"] if path not in here["missing"]]:
@@ -192,6 +207,21 @@ def _ask(ray: Any, nodes: Sequence[Mapping[str, Any]], question: Question) -> di
             why = f"{type(error).__name__}: {one_line(error, 300)}"
             answers[key] = f"could not answer ({why}); see the logs of Ray there"
     return answers
+
+
+@contextlib.contextmanager
+def _probe_object(workplace: Workplace, name: str) -> Iterator[None]:
+    """Write the object that each node must see in the store, if nodes share nothing else."""
+    if not workplace.is_apart:
+        yield
+        return
+    objects = Objects(workplace.store_url)
+    objects.write(f"probes/{name}", name.encode())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(StoreProblem):
+            objects.remove(f"probes/{name}")
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from harness.core import disk, termination
 from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage
-from harness.executors import loopback, outcome, probe, rank_actors, ray_session
+from harness.executors import apart, loopback, outcome, probe, rank_actors, ray_session
 from harness.executors.events import Listener
 from harness.executors.keeper import Keeper
 from harness.executors.scratch import own_scratch
@@ -74,6 +74,8 @@ def run(
         if address is not None:
             for line in probe.require(ray, walk, workplace):
                 listen("notice", {"message": f"cluster: {line}"})
+        if workplace.is_apart:
+            apart.do_what_reads_files(walk, workplace, listen)
         is_spread = _is_spread(ray, walk, workplace, address)
         searcher = _make_searcher(walk, listen, scratch, workplace)
 
@@ -152,6 +154,12 @@ def _is_spread(ray, walk: Walk, workplace: Workplace, address: str | None) -> bo
     if any(rooms):
         return False
     if address and workers > 1 and sum(_room(node, _wanted(workplace, 1)) for node in nodes) >= workers:
+        if workplace.is_apart:
+            raise UserMistake(
+                f"resources.workers: {workers} processes share a training, and no node has room for all of them; on "
+                "several nodes they need a results folder that these share: give --store none (see docs/clusters.md), "
+                "or change resources"
+            )
         return True
     names = ("CPU", "GPU")
     there = sorted({", ".join(f"{node.get(name, 0):g} {name}" for name in names) for node in nodes})
@@ -187,22 +195,31 @@ def _do_unit(
     import ray
     from ray import tune
 
-    _begun_file(Path(scratch), config["unit"], uuid.uuid4().hex).touch()
     node = "" if is_private else f"{platform.node()} ({ray.util.get_node_ip_address()})"
+    result = {"done": 0, "failure": "", "lost": "", "node": node, "begun": 0, "said": ""}
+    if workplace.is_apart:
+        tune.report({**result, "begun": 1})
+        workplace = apart.here(workplace)
+        unit = dict(apart.unpacked(config["stages"]))
+    else:
+        _begun_file(Path(scratch), config["unit"], uuid.uuid4().hex).touch()
+        unit = dict(json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8")))
     try:
         if is_private:
             loopback.require()
-        unit = json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8"))
         if is_spread and config["workers"] > 1:
-            _do_spread(dict(unit), workplace, config["workers"], ray.util.get_node_ip_address())
+            _do_spread(unit, workplace, config["workers"], ray.util.get_node_ip_address())
         else:
-            _keeper.do(dict(unit), workplace)
+            _keeper.do(unit, workplace)
     except (StageFailure, UserMistake) as failure:
-        tune.report({"done": 0, "failure": str(failure), "lost": "", "node": node})
+        result["failure"] = str(failure)
     except InputsLost as lost:
-        tune.report({"done": 0, "failure": "", "lost": json.dumps([lost.keys, lost.messages]), "node": node})
+        result["lost"] = json.dumps([lost.keys, lost.messages])
     else:
-        tune.report({"done": 1, "failure": "", "lost": "", "node": node})
+        result["done"] = 1
+    if workplace.is_apart:
+        result["said"] = apart.gathered(workplace, unit)
+    tune.report(result)
 
 
 def _do_spread(stages: dict[str, dict[str, Any]], workplace: Workplace, workers: int, address: str) -> None:
@@ -232,8 +249,8 @@ def _make_scheduler(searcher):
     return ErrorsToSearcher()
 
 
-def _died(stages: Mapping[str, Stage], workplace: Workplace, error: Exception | None) -> str:
-    """Record that the Ray worker of a unit died; return the message."""
+def _died(stages: Mapping[str, Stage], workplace: Workplace, error: Exception | None, node: str = "") -> str:
+    """Record that the Ray worker of a unit died; return the message. `node`: where, if nodes share no folder."""
     at_work = {beat.key for beat in heartbeat.read(workplace.run_folder)} & stages.keys()
     key = next(iter(at_work or not_committed(stages, workplace) or stages))
     words = one_line(error, 500) if error else "Ray gave no reason"
@@ -242,7 +259,8 @@ def _died(stages: Mapping[str, Stage], workplace: Workplace, error: Exception | 
     stage = stages[key]
     heartbeat.path_of(workplace.run_folder, stage.kind, key).unlink(missing_ok=True)
     lines = deaths.end_of([log_path(workplace.run_folder, stage.kind, key)])
-    message = f"its worker died, with Ray's process: {words}; {deaths.in_words(lines)}"
+    ending = f"its log is on node {node}" if node else deaths.in_words(lines)
+    message = f"its worker died, with Ray's process: {words}; {ending}"
     return str(record_failure(workplace.run_folder, stage.kind, key, stage.title, message, log=lines))
 
 
@@ -258,6 +276,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
             self.units: dict[str, int] = {}
             self.tries: Counter[int] = Counter()
             self.errors: dict[str, Exception | None] = {}
+            self.begun: dict[int, list[str]] = {}  # nodes on which a unit was begun, if they share no folder
 
         def set_search_properties(self, metric, mode, config, **spec):
             return True
@@ -271,22 +290,34 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
             self.units[trial_id] = index
             self.tries[index] += 1
             # a list, since stages are done in this order
-            write_json(_unit_file(scratch, index), [(k, to_json(walk.plan.stages[k])) for k in walk.unit(index).stages])
+            described = [(k, to_json(walk.plan.stages[k])) for k in walk.unit(index).stages]
+            config = {"unit": index, "workers": max(walk.plan.stages[k].workers for k in walk.unit(index).stages)}
+            if workplace.is_apart:
+                config["stages"] = apart.packed(described)
+            else:
+                write_json(_unit_file(scratch, index), described)
             listen("unit_started", {"unit": walk.unit(index).name})
-            return {"unit": index, "workers": max(walk.plan.stages[k].workers for k in walk.unit(index).stages)}
+            return config
+
+        def on_trial_result(self, trial_id, result):
+            if result.get("begun") and trial_id in self.units:
+                self.begun.setdefault(self.units[trial_id], []).append(result["node"])
 
         def on_trial_complete(self, trial_id, result=None, error=False):
             index = self.units.pop(trial_id, None)
             if index is None:
                 return
+            stages = {key: walk.plan.stages[key] for key in walk.unit(index).stages}
             message = (result or {}).get("failure", "")
+            if result is not None and result.get("said"):
+                apart.received(result["said"], workplace.run_folder, stages, listen)
             if not message and (error or result is None):
-                begun = list(scratch.glob(_begun_file(scratch, index, "*").name))
+                begun = self.begun.get(index, []) or list(scratch.glob(_begun_file(scratch, index, "*").name))
                 if len(begun) <= RETRIES and self.tries[index] < _MOST_TRIES:
                     walk.give_back(index)
                     return
-                stages = {key: walk.plan.stages[key] for key in walk.unit(index).stages}
-                message = _died(stages, workplace, self.errors.pop(trial_id, None))
+                node = begun[-1] if workplace.is_apart and begun else ""
+                message = _died(stages, workplace, self.errors.pop(trial_id, None), node)
             if message:
                 outcome.failed(walk, index, message, listen)
             elif result["lost"]:

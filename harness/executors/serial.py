@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Mapping
 
 from harness.contracts.stage import to_json
-from harness.core.errors import InputsLost, StageFailure
 from harness.core.identity import Stage
 from harness.executors import outcome
 from harness.executors.events import Listener
@@ -35,22 +34,15 @@ def run(walk: Walk, workplace: Workplace, listen: Listener) -> Summary:
 
 
 def _walk(walk: Walk, workplace: Workplace, listen: Listener, do: Callable) -> Summary:
+    def progressed(done: int, total: int) -> None:
+        listen("stage_progress", {"done": done, "total": total})
+
     try:
         while (index := walk.take()) is not None:
             unit = walk.unit(index)
             listen("unit_started", {"unit": unit.name})
-            try:
-                do(
-                    {key: walk.plan.stages[key] for key in unit.stages},
-                    workplace,
-                    lambda done, total: listen("stage_progress", {"done": done, "total": total}),
-                )
-            except InputsLost as lost:
-                outcome.inputs_lost(walk, index, lost.keys, lost.messages, listen)
-            except StageFailure as failure:
-                outcome.failed(walk, index, str(failure), listen)
-            else:
-                outcome.done(walk, index, listen)
+            stages = {key: walk.plan.stages[key] for key in unit.stages}
+            outcome.of(walk, index, lambda stages=stages: do(stages, workplace, progressed), listen)
     except KeyboardInterrupt:
         return walk.summary(is_interrupted=True)
     return walk.summary()

@@ -58,11 +58,14 @@ class Walk:
             return True
         return len(self.done) + len(self.failed) + len(self.blocked) == self.total
 
-    def take(self) -> int | None:
-        """Return the index of a ready unit and mark it running, or None when none is ready."""
+    def take(self, index: int | None = None) -> int | None:
+        """Return the index of a ready unit and mark it running, or None when none is ready. `index`: this one."""
         if not self.ready or self.stopped:
             return None
-        index = self.ready.popleft()
+        if index is None:
+            index = self.ready.popleft()
+        else:
+            self.ready.remove(index)
         self.running.add(index)
         return index
 

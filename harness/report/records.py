@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -91,8 +90,7 @@ def _kinds(store: Store) -> dict[str, str]:
     """Return key -> kind of every committed stage, since inputs are named only by key."""
     found: dict[str, str] = {}
     for kind in store.kinds():
-        with os.scandir(store.root / kind) as entries:
-            found |= {entry.name: kind for entry in entries if not entry.name.startswith(".")}
+        found |= dict.fromkeys(store.committed(kind), kind)
     return found
 
 

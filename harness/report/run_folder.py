@@ -14,6 +14,7 @@ from harness.core.errors import UserMistake, one_line
 from harness.results import folder
 from harness.results.folder import RESOLVED, read_suite
 from harness.results.rows import read_rows
+from harness.store import opening
 from harness.store.store import Store
 from harness.suite.spec import DEFAULT_TASK
 
@@ -85,7 +86,7 @@ def read(path: Path) -> RunFolder:
         seed=seed,
         drawn=_drawn(own, seed),
         scores=_keys(rows["score_key"]),
-        store=Store(path.parent / "store"),
+        store=opening.at(path.parent / "store"),
         is_whole=folder.is_whole(path),
         failures=folder.failures(path),
     )

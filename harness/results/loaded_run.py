@@ -12,8 +12,8 @@ from harness.core.errors import UserMistake, did_you_mean, one_line
 from harness.results import folder as run_folder
 from harness.results.cells import from_cell
 from harness.results.rows import read_rows
+from harness.store import opening
 from harness.store.layout import step_folder
-from harness.store.store import Store
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -135,7 +135,7 @@ class LoadedRun:
                 raise UserMistake(f"images: {name} is nowhere {one_line(repr(value), 60)}; there are {known}")
             asked = asked[asked[name] == value]
         once = asked[[*IMAGE_LABELS, "sample_key"]].drop_duplicates()
-        store, found = Store(self.folder.parent / "store"), []
+        store, found = opening.at(self.folder.parent / "store"), []
         for line in once.itertuples(index=False):
             if not _KEY.fullmatch(line.sample_key):  # it could be a path outside the store
                 continue

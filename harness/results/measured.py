@@ -106,7 +106,8 @@ class RunResults:
             if name in seen:
                 continue
             seen.add(name)
-            self.store.require_for_reading("immunize", key)
+            if self.store.is_here("immunize", key):
+                self.store.require_for_reading("immunize", key)
             yield ReleasedModel(
                 task=about["task"],
                 defense=about["defense"],
@@ -117,5 +118,5 @@ class RunResults:
                 is_weak=about["is_weak"],
                 key=key,
                 stage=self.plan.stages[key],
-                folder=self.store.path("immunize", key),
+                store=self.store,
             )

@@ -27,6 +27,7 @@ from harness.core.files import write_text
 from harness.plan.graph import Plan
 from harness.results.cells import from_cell, to_cell
 from harness.store.layout import SCORES
+from harness.store.object_words import StoreProblem
 from harness.store.store import Damaged, Store
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _scores(
     try:
         return json.loads(store.content(kind, key, SCORES))
     except Damaged as damaged:
-        with contextlib.suppress(OSError):  # the store may be read-only
+        with contextlib.suppress(OSError, StoreProblem):  # the store may be read-only
             store.set_aside(kind, key)
         if say is not None:
             say(f"{damaged}; its rows are left out; `run` makes it anew")

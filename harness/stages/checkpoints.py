@@ -28,6 +28,7 @@ def gone_but_needed(stages: Mapping[str, Stage], store: Store) -> frozenset[str]
         and not folder.is_dir()
         and not _are_read(key, stages, store)
         and _had(key, stage, store)
+        and not (store.bring(stage.kind, key) and store.bring_spare(stage.kind, key))
     )
 
 
@@ -37,7 +38,7 @@ def thin(stages: Mapping[str, Stage], store: Store, keep_mb: float | None) -> No
         return
     for key, stage in stages.items():
         folder = _spare(key, stage, store)
-        if folder is None or not folder.is_dir() or not store.has(stage.kind, key):
+        if folder is None or not folder.is_dir() or not store.is_here(stage.kind, key):
             continue
         sizes = [sum(p.stat().st_size for p in step.rglob("*") if p.is_file()) for step in folder.iterdir()]
         if max(sizes, default=0) > keep_mb * 1e6 and _are_read(key, stages, store):
@@ -46,10 +47,15 @@ def thin(stages: Mapping[str, Stage], store: Store, keep_mb: float | None) -> No
             shutil.rmtree(away, ignore_errors=True)
 
 
+def spared(stages: Mapping[str, Stage], store: Store) -> list[str]:
+    """Return the stages of a unit whose spare folder is here."""
+    return [key for key, stage in stages.items() if (folder := _spare(key, stage, store)) and folder.is_dir()]
+
+
 def _spare(key: str, stage: Stage, store: Store) -> Path | None:
-    """Return the folder of a stage that may be deleted after use; None: its kind has none."""
+    """Return the folder of a stage that may be deleted after use, on this machine; None: its kind has none."""
     spare = registry.get("stage", stage.kind).spare
-    return None if spare is None else store.path(stage.kind, key) / spare
+    return None if spare is None else store.folder(stage.kind, key) / spare
 
 
 def _had(key: str, stage: Stage, store: Store) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from harness.core import registry
 from harness.core.identity import Stage, digest_of_json
 from harness.stages.work import class_of
-from harness.store.layout import RECORD
 from harness.store.store import Store
 
 
@@ -44,9 +43,8 @@ def made_by_other(stages: Mapping[str, Stage], committed: Iterable[str], store: 
         if name not in known:
             known[name] = f'"code": "{of_stage(stage)}"'.encode()
         try:
-            with open(f"{store.root}/{stage.kind}/{key}/{RECORD}", "rb", buffering=0) as file:
-                if known[name] not in file.readall():  # fast, for thousands of records
-                    found.append(key)
+            if known[name] not in store.raw_record(stage.kind, key):  # fast, for thousands of records
+                found.append(key)
         except OSError:
             continue  # another process is making it anew
     return found

@@ -12,21 +12,23 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from harness.core import disk, registry
-from harness.core.errors import InputsLost, StageFailure, one_line
+from harness.core.errors import StageFailure, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage, describe
 from harness.model.run import Run
-from harness.stages import checkpoints, code, deaths, heartbeat, notices
+from harness.stages import checkpoints, code, deaths, heartbeat, notices, sharing
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, computing_in, peak_memory_bytes, prepare_device
 from harness.store import provenance, scores
-from harness.store.store import Damaged, Store
+from harness.store.object_words import StoreProblem
+from harness.store.store import Store
 
 log = logging.getLogger("immunitybench")
 
@@ -47,17 +49,21 @@ def execute(
     `sys.exit`, and InputsLost if a stage that it reads is damaged; that one is set aside. KeyboardInterrupt passes
     through.
     """
-    store = Store(workplace.store)
+    store = workplace.open_store()
     redo = key in workplace.redo
     if not redo and store.has(stage.kind, key):
+        if workplace.is_apart and store.is_here(stage.kind, key):  # an earlier run may have left it here alone
+            with _store_asked(key, stage, workplace):
+                store.push(stage.kind, key)
         return False
     with (
         _logged(log_path(workplace.run_folder, stage.kind, key)),
         store.locked_work_folder(stage.kind, key) as work_folder,
     ):
-        if not redo and store.has(stage.kind, key):  # another process did it while this one waited for the lock
+        if not redo and store.is_here(stage.kind, key):  # another process did it while this one waited for the lock
             return False
-        _require_inputs(stage, store)
+        with _store_asked(key, stage, workplace):
+            sharing.bring_inputs(stage, workplace, store)
         started(key)
         try:
             with heartbeat.of_stage(workplace.run_folder, key, stage) as heart:
@@ -67,6 +73,8 @@ def execute(
                     report(done, total)
 
                 _execute_locked(key, stage, workplace, store, work_folder, progressed, redo)
+            told = partial(notify, stage, workplace)
+            sharing.push(stage.kind, key, workplace, store, told, replace=redo)
         except (Exception, SystemExit) as error:
             log.exception("stage failed: %s", stage.title)
             _forget_model()
@@ -80,21 +88,14 @@ def execute(
     return True
 
 
-def _require_inputs(stage: Stage, store: Store) -> None:
-    """Raise InputsLost if committed inputs are not what was committed, after setting them aside."""
-    lost = {}
-    for read in stage.inputs.values():
-        if store.has(read.kind, read.key):
-            try:
-                store.require(read.kind, read.key)
-                continue
-            except Damaged as damaged:
-                lost[read.key] = str(damaged)
-                store.set_aside(read.kind, read.key)
-        lost.setdefault(read.key, f"{read.kind} {read.key} is gone")
-    if lost:
-        log.warning("inputs must be made anew: %s", "; ".join(lost.values()))
-        raise InputsLost(list(lost), list(lost.values()))
+@contextlib.contextmanager
+def _store_asked(key: str, stage: Stage, workplace: Workplace) -> Iterator[None]:
+    """Record a store that cannot be used in the block as the stage's failure, and raise StageFailure."""
+    try:
+        yield
+    except StoreProblem as problem:
+        log.error("%s", problem)
+        raise record_failure(workplace.run_folder, stage.kind, key, stage.title, str(problem)) from None
 
 
 def in_words(error: BaseException) -> str:
@@ -135,7 +136,7 @@ def execute_unit(
     If a stage fails, or failed before (key -> message), the stages of the unit that do not need it still run. Raises
     StageFailure at the end if any failed, and InputsLost at once if a stage that one of them reads must be made anew.
     """
-    store = Store(workplace.store)
+    store = workplace.open_store()
     workplace = replace(workplace, redo=workplace.redo | checkpoints.gone_but_needed(stages, store))
     done = 0
     failed = dict(failed_before)
@@ -156,6 +157,13 @@ def execute_unit(
                 raise
             raise StageFailure(f"{stage.title}: {type(error).__name__}: {one_line(error)}") from error
     checkpoints.thin(stages, store, workplace.keep_checkpoint_mb)
+    for key in checkpoints.spared(stages, store):
+        stage = stages[key]
+        try:
+            with _store_asked(key, stage, workplace):
+                sharing.push_spare(stage.kind, key, workplace, store, partial(notify, stage, workplace))
+        except StageFailure as failure:
+            failed[key] = str(failure)
     if failed:
         raise StageFailure("; ".join(message for message in failed.values() if message))
     return done
@@ -163,7 +171,7 @@ def execute_unit(
 
 def not_committed(stages: Mapping[str, Stage], workplace: Workplace) -> list[str]:
     """Return the keys of the stages that are not in the store, in order."""
-    store = Store(workplace.store)
+    store = workplace.open_store()
     return [key for key, stage in stages.items() if not store.has(stage.kind, key)]
 
 

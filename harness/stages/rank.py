@@ -58,7 +58,6 @@ def _work(described, workplace, work_folder, begun: tuple[float, float], rank: i
     from harness.stages.execution import notify
     from harness.stages.work import StageAtWork
     from harness.stages.workplace import computing_in, peak_memory_bytes, prepare_device
-    from harness.store.store import Store
     from harness.training import sharding
 
     registry.load_plugins(workplace.plugins, is_worker=True)
@@ -83,7 +82,7 @@ def _work(described, workplace, work_folder, begun: tuple[float, float], rank: i
             started=begun[0],
             began=begun[1],  # a clock of one machine: only the first process, which is on it, uses it
         )
-        work = StageAtWork(stage, workplace, Store(workplace.store), run, folder)
+        work = StageAtWork(stage, workplace, workplace.open_store(), run, folder)
         with computing_in(stage.precision, device, run.notify if rank == 0 else lambda text: None):
             registry.get("stage", stage.kind)(None).do(stage.parameters, work)
         run.ledger.peak_memory_bytes = peak_memory_bytes(device)

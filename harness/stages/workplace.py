@@ -14,6 +14,8 @@ from harness.core.sharding import Sharding
 from harness.model.run import CHECKPOINT_INTERVAL_S
 from harness.model.source import ModelSource
 from harness.stages.rank_host import Place
+from harness.store import opening
+from harness.store.store import Store
 
 FIRST_WITH_TF32 = (8, 0)
 """The CUDA capability from which GPUs have TF32 and bf16: Ampere's."""
@@ -23,7 +25,7 @@ FIRST_WITH_TF32 = (8, 0)
 class Workplace:
     """What a process needs to do stages of a run; plain data, so that it can be sent to workers."""
 
-    store: Path
+    store: Path  # folder of the store, on this machine
     run_folder: Path  # holds logs/ and failures/
     source: ModelSource
     plugins: tuple[str, ...] = ()
@@ -38,6 +40,12 @@ class Workplace:
     rank_hosts: tuple[Place, ...] = ()  # for all processes of a shared stage but the first; (): all are on this node
     address: str | None = None  # of this node of a cluster, with `rank_hosts`
     stage_timeout_s: float | None = None  # a stage that takes longer is ended; needs a process apart (`Keeper`)
+    store_url: str | None = None  # objects of which `store` is the cache; None: the store is that folder
+    is_apart: bool = False  # nodes share no folder: all that they have in common is at `store_url`
+
+    def open_store(self) -> Store:
+        """Return the store."""
+        return opening.at(self.store, self.store_url or opening.NONE)
 
 
 def prepare_device(workplace: Workplace, local_rank: int = 0):

@@ -69,6 +69,11 @@ def damage(folder: Path) -> str | None:
     return f"{more[0]} was added" if more else None
 
 
+def is_as_committed(path: Path, size: int, digest: str) -> bool:
+    """Return whether a file has the size and the digest that a record names."""
+    return path.is_file() and path.stat().st_size == size and digest_of_file(path) == digest
+
+
 def require_digests(record: bytes, store: Path) -> None:
     """Raise UserMistake if a readable record has no digests of its stage's files, as those of older versions have none.
 

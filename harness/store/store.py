@@ -1,5 +1,7 @@
 """Where finished stages are kept: `<store>/<kind>/<key>/`, with a commit record.
 
+`harness.store.cached` is the same with a bucket behind it, of which such a folder is the local part.
+
 A stage writes into a temporary folder next to its final one; the last step renames it to `<key>`. A folder without
 `record.json` is ignored. Readers need no lock. A lock on the stage's work folder separates two processes that do the
 same stage at the same time; the folder also holds the state from which a long stage resumes.
@@ -13,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,26 @@ class Damaged(UserMistake):
 class Store:
     """Finished stages by kind and key, shared by all suites that name the same folder."""
 
+    url: str | None = None
+    """Of the objects behind the folder; None: there are none."""
+
     def __init__(self, root: Path):
         self.root = Path(root)
 
-    def path(self, kind: str, key: str) -> Path:
-        """Return where the stage's files are, or will be."""
+    def folder(self, kind: str, key: str) -> Path:
+        """Return where the stage's files are on this machine, or would be."""
         return self.root / kind / key
+
+    def path(self, kind: str, key: str) -> Path:
+        """Return the folder of a stage, with its files if it is committed."""
+        return self.folder(kind, key)
 
     def has(self, kind: str, key: str) -> bool:
         """Return whether the stage is committed."""
+        return self.is_here(kind, key)
+
+    def is_here(self, kind: str, key: str) -> bool:
+        """Return whether the stage is committed, with its files on this machine."""
         return os.path.isfile(f"{self.root}/{kind}/{key}/{RECORD}")  # called for thousands of stages at each start
 
     def kinds(self, *, committed_only: bool = True) -> list[str]:
@@ -68,24 +81,53 @@ class Store:
 
     def committed(self, kind: str) -> set[str]:
         """Return the keys of all committed stages of a kind."""
+        return self.here(kind)
+
+    def here(self, kind: str) -> set[str]:
+        """Return the keys of the committed stages of a kind whose files are on this machine."""
         try:
             with os.scandir(self.root / kind) as entries:
                 names = [entry.name for entry in entries if not entry.name.startswith(".")]
         except (FileNotFoundError, NotADirectoryError):
             return set()
-        return {name for name in names if self.has(kind, name)}
+        return {name for name in names if self.is_here(kind, name)}
 
     def record(self, kind: str, key: str) -> dict[str, Any]:
         """Return the commit record. Raises FileNotFoundError when the stage is not committed."""
-        return json.loads((self.path(kind, key) / RECORD).read_text(encoding="utf-8"))
+        return json.loads(self.raw_record(kind, key))
+
+    def raw_record(self, kind: str, key: str) -> bytes:
+        """Return the commit record as it was written, fast. Raises FileNotFoundError as `record` does."""
+        with open(f"{self.root}/{kind}/{key}/{RECORD}", "rb", buffering=0) as file:
+            return file.readall()
 
     def kind_of(self, key: str) -> str | None:
         """Return the kind of a committed stage, whose key names no other; None if there is no such stage."""
         return next((kind for kind in self.kinds(committed_only=False) if self.has(kind, key)), None)
 
+    def know(self, stages: Iterable[tuple[str, str]]) -> None:
+        """Prepare for `record` of these (kind, key). Nothing to do here, as in the next five: see `CachedStore`."""
+
+    def bring(self, kind: str, key: str, *, is_shared: bool = False) -> bool:
+        """Bring a committed stage to this machine; return whether it is here."""
+        return self.is_here(kind, key)
+
+    def bring_all(self, stages: Iterable[tuple[str, str]]) -> None:
+        """Bring committed stages to this machine."""
+
+    def push(self, kind: str, key: str, *, replace: bool = False) -> None:
+        """Push a stage that is here to where other machines find it; `replace`: in place of the one there."""
+
+    def push_spare(self, kind: str, key: str) -> None:
+        """Push the spare files of a stage that are here."""
+
+    def bring_spare(self, kind: str, key: str) -> bool:
+        """Bring the spare files of a stage that is here without them; return whether they are here."""
+        return False
+
     def require(self, kind: str, key: str) -> None:
         """Raise Damaged if a committed stage's files are not what was committed. A process reads each file once."""
-        why = contents.damage(self.path(kind, key))
+        why = contents.damage(self.folder(kind, key))
         if why is not None:
             raise self._damaged(kind, key, why)
 
@@ -109,8 +151,7 @@ class Store:
                 content = file.readall()
         except FileNotFoundError:
             raise self._damaged(kind, key, f"{name} is missing") from None
-        with open(f"{folder}/{RECORD}", "rb", buffering=0) as file:
-            record = file.readall()
+        record = self.raw_record(kind, key)
         if hashlib.sha256(content).hexdigest().encode() not in record:
             contents.require_digests(record, self.root)
             raise self._damaged(kind, key, f"{name} is not what was committed")
@@ -138,7 +179,7 @@ class Store:
         place = self.root / DAMAGED / f"{kind}-{key}-{uuid.uuid4().hex[:8]}"
         place.parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another process was first
-            os.replace(self.path(kind, key), place)
+            os.replace(self.folder(kind, key), place)
         return place
 
     @contextlib.contextmanager
@@ -185,13 +226,13 @@ class Store:
             # written last: a record means that all other files are there
             write_json(folder / RECORD, contents.sealed(folder, record))
             sync_folder(folder)
-            final = self.path(kind, key)
-            if final.exists() and (replace or not self.has(kind, key)):
+            final = self.folder(kind, key)
+            if final.exists() and (replace or not self.is_here(kind, key)):
                 os.replace(final, parent / f".old.{uuid.uuid4().hex}")
             try:
                 os.rename(folder, final)
             except OSError:
-                if not self.has(kind, key):
+                if not self.is_here(kind, key):
                     raise
             sync_folder(parent)
             shutil.rmtree(self.root / ".work" / f"{kind}-{key}", ignore_errors=True)
