@@ -12,16 +12,15 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+from torch import Tensor
 
 from harness.core.counted import counted
 from harness.model.loss_scale import MOST_SKIPPED, Overflow
 from harness.model.run import Run
 from harness.model.saved_state import UnfitState
 from harness.model.transfer import on_host
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 READ_EVERY = 10
 """Steps whose numbers are read from the device together."""
@@ -137,7 +136,7 @@ class _Numbers:
     def add(self, index: int, numbers: Mapping[str, float | Tensor]) -> None:
         """Keep the numbers of a step, as they are now and without a graph."""
         for name, value in numbers.items():
-            self._waiting.append((index, name, value if isinstance(value, (float, int)) else value.detach().clone()))
+            self._waiting.append((index, name, value.detach().clone() if isinstance(value, Tensor) else float(value)))
 
     def read(self, *, together: bool = True) -> None:
         """Read what is kept, and track it; values are means over processes, or without `together` those of this one.

@@ -381,7 +381,7 @@ def add_scaled(held: Tensor, value: Tensor, scale: float | Tensor) -> None:
     """Add scale * value to a tensor in place, where it is; the host does not wait for a scale on the device."""
     value = value.to(held.device)
     if isinstance(scale, Tensor) and held.device.type != "cpu":
-        held.addcmul_(value, scale)
+        held.addcmul_(value, scale.to(value))
     else:  # on a CPU nobody waits, and both operations need not round alike
         held.add_(value, alpha=float(scale))
 
