@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from harness.core.errors import one_line
 
 RECOMPILED = 64
-"""How often the pass may be compiled in one process: for batches of other sizes, other trained weights, adapters."""
+"""Forms of the pass that are kept: for batches of other sizes, other trained weights, adapters of earlier stages."""
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch")
 
 
@@ -26,10 +26,14 @@ class CompiledUNet:
     def __init__(self, unet: nn.Module, backend: str = "inductor"):
         """`backend`: of `torch.compile`; "eager" and "aot_eager" show in tests what is traced, without a compiler."""
         import torch._dynamo.config as limits
+        from torch._dynamo.exc import FailOnRecompileLimitHit
 
         limits.recompile_limit = max(limits.recompile_limit, RECOMPILED)
         limits.fail_on_recompile_limit_hit = True
+        self._limit_hit = FailOnRecompileLimitHit
         self.unet = unet
+        self.may_forget = True
+        """Whether the forms of earlier stages may be dropped when there are too many: once in a stage."""
         self._call = torch.compile(unet, backend=backend, fullgraph=True, dynamic=False)
 
     def __call__(self, noisy: Tensor, timesteps: Tensor | int, embeddings: Tensor, **options) -> tuple[Tensor, ...]:
@@ -39,7 +43,14 @@ class CompiledUNet:
         if not isinstance(timesteps, Tensor):  # a number would be part of the code, which is compiled again for each
             timesteps = torch.full((), timesteps, device=noisy.device)
         try:
-            return self._call(noisy, timesteps, embeddings, **options)
+            try:
+                return self._call(noisy, timesteps, embeddings, **options)
+            except self._limit_hit:
+                if not self.may_forget:
+                    raise
+                self.may_forget = False
+                torch.compiler.reset()
+                return self._call(noisy, timesteps, embeddings, **options)
         except Exception as error:
             if not type(error).__module__.startswith(_COMPILERS):
                 raise

@@ -127,6 +127,12 @@ class DiffusionModel:
         """
         return (self.engine or self._caller())(noisy, timesteps, embeddings, return_dict=False)[0]
 
+    def compile_passes(self, is_on: bool) -> None:
+        """Let `denoise` call compiled code, or not; called when a stage begins."""
+        self.compiles = is_on
+        if self._compiled is not None:
+            self._compiled.may_forget = True
+
     def _caller(self) -> nn.Module | CompiledUNet:
         if not self.compiles:
             return self.unet

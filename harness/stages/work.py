@@ -78,7 +78,7 @@ class StageAtWork:
         chosen = self.run.sharding
         model.keeps_originals = chosen.keep_originals
         model.lay_out(channels_last=chosen.channels_last)
-        model.compiles = chosen.compile and registry.get("stage", self.stage.kind).compiles
+        model.compile_passes(chosen.compile and registry.get("stage", self.stage.kind).compiles)
         return model
 
 
