@@ -148,7 +148,7 @@ class Esd(Defense):
         source = (_Pool if p.sampler == "frozen" else _Fresh)(model, run, p, phrases, trained)
         weights = LocalWeights(trained, {"erased": Level(tuple(trained), p.learning_rate)}, run)
 
-        def step(index: int) -> dict[str, float]:
+        def step(index: int) -> dict[str, float | Tensor]:
             loss = _Distance(model, run, source.draw(index))
             weights.step("erased", weights.gradient([loss], list(trained)))
             return {"loss": loss.value}
@@ -189,7 +189,7 @@ class _Distance:
 
     def __init__(self, model: DiffusionModel, run: Run, batch: _Batch):
         self.model, self.run, self.batch = model, run, batch
-        self.value = math.nan  # at the last call
+        self.value: float | Tensor = math.nan  # at the last call
 
     def __call__(self) -> Tensor:
         """Return the mean squared distance, with its graph."""
@@ -197,10 +197,10 @@ class _Distance:
 
         batch = self.batch
         with self.run.autocast():
-            said = self.model.unet(batch.latents, batch.timesteps, batch.text, return_dict=False)[0]
+            said = self.model.denoise(batch.latents, batch.timesteps, batch.text)
         self.run.ledger.forward_passes += len(batch.latents)
         loss = torch.nn.functional.mse_loss(said.float(), batch.target)
-        self.value = float(loss.detach())
+        self.value = loss.detach()
         return loss
 
 
@@ -232,10 +232,15 @@ class _Source:
         import torch
 
         count = len(latents)
-        steps = torch.as_tensor(timesteps, device=latents.device).expand(count)
+        # a number is filled in on the device: a tensor made of it here would have to be copied there
+        steps = timesteps if isinstance(timesteps, torch.Tensor) else torch.full((1,), timesteps, device=latents.device)
+        steps = steps.expand(count)
         inputs = torch.cat([latents] * 2), torch.cat([steps] * 2), torch.cat([self.nothing.expand_as(text), text])
         with torch.no_grad(), self.run.autocast():
-            said = torch.func.functional_call(self.model.unet, weights or {}, inputs, {"return_dict": False})[0]
+            if weights is None:
+                said = self.model.denoise(*inputs)
+            else:
+                said = torch.func.functional_call(self.model.unet, weights, inputs, {"return_dict": False})[0]
         self.run.ledger.forward_passes += 2 * count
         unconditional, conditional = said.float().chunk(2)
         return unconditional, conditional
@@ -263,6 +268,7 @@ class _Fresh(_Source):
         """Return the batch of an iteration."""
         import torch
 
+        from harness.model.transfer import to_device
         from harness.training.suppression import negated
 
         p, device = self.p, self.model.device
@@ -271,9 +277,9 @@ class _Fresh(_Source):
         templates = torch.randint(self.texts.shape[1], (p.batch_size,), generator=generator)
         position = int(torch.randint(p.sampling_steps, (1,), generator=generator))
         first, end = self.span(position)
-        timesteps = torch.randint(first, end, (p.batch_size,), generator=generator).to(device)
-        latents = torch.randn((p.batch_size, *self.shape), generator=generator).to(device)
-        text = self.texts[concepts.to(device), templates.to(device)]
+        timesteps = to_device(torch.randint(first, end, (p.batch_size,), generator=generator), device)
+        latents = to_device(torch.randn((p.batch_size, *self.shape), generator=generator), device)
+        text = self.texts[to_device(concepts, device), to_device(templates, device)]
         for timestep in self.timesteps[:position]:
             latents = self.advance(*self.predict(latents, timestep, text), timestep, latents)
         target = negated(*self.predict(latents, timesteps, text, self.originals), p.eta)
@@ -316,6 +322,8 @@ class _Pool(_Source):
         """Return the batch of an iteration."""
         import torch
 
+        from harness.model.transfer import to_device
+
         p, device = self.p, self.model.device
         generator = self.generator("draw", step)
         concepts = torch.randint(self.texts.shape[0], (p.batch_size,), generator=generator)
@@ -323,8 +331,8 @@ class _Pool(_Source):
         positions = torch.randint(p.sampling_steps, (p.batch_size,), generator=generator)
         rows = concepts * p.pool + chosen
         return _Batch(
-            self.latents[rows, positions].to(device),
-            torch.tensor(self.timesteps)[positions].to(device),
-            self.texts[concepts.to(device), (chosen % len(p.templates)).to(device)],
-            self.targets[rows, positions].to(device),
+            to_device(self.latents[rows, positions], device),
+            to_device(torch.tensor(self.timesteps)[positions], device),
+            self.texts[to_device(concepts, device), to_device(chosen % len(p.templates), device)],
+            to_device(self.targets[rows, positions], device),
         )

@@ -50,7 +50,7 @@ from harness.contracts.defense import Defense, ProtectedConcept
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core.profiles import ByProfile
 from harness.core.registry import register
-from harness.core.sharding import global_batch, hypergradient_mode
+from harness.core.sharding import exact_when_compiled, global_batch, hypergradient_mode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,6 +168,11 @@ class ImmaBase(Defense):
         return parameters.prior_images if parameters.prior_weight else 0
 
     @classmethod
+    def check_compiled(cls, parameters) -> list[tuple[str, str]]:
+        """Reject second derivatives."""
+        return list(exact_when_compiled(parameters.hypergradient))
+
+    @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
         """Reject settings that do not work with several processes."""
         found = list(global_batch(parameters, sharding))
@@ -224,13 +229,13 @@ def immunize(model: DiffusionModel, targets: Sequence[ProtectedConcept], p: Para
         weights = sharding.spread(model, {**upper, **lower}, levels, run)
         plan = list(_levels(p, len(concept)))
 
-        def alternating(index: int) -> dict[str, float]:
+        def alternating(index: int) -> dict[str, Tensor]:
             level = plan[index]
             loss = concept.at(index, -1.0 if level == "upper" else 1.0, p.prior_weight if level == "lower" else 0.0)
             weights.step(level, weights.gradient(loss, levels[level].names))
             return {f"{level}_loss": mean_value(loss)}
 
-        def looking_ahead(index: int) -> dict[str, float]:
+        def looking_ahead(index: int) -> dict[str, Tensor]:
             first = index * (p.lower_steps + 1)
             losses = [concept.at(first + k, 1.0, p.prior_weight) for k in range(p.lower_steps)]
             outer = concept.at(first + p.lower_steps, -1.0)

@@ -48,9 +48,11 @@ from harness.contracts.defense import Defense, ProtectedConcept
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core.profiles import ByProfile
 from harness.core.registry import register
-from harness.core.sharding import global_batch, hypergradient_mode
+from harness.core.sharding import exact_when_compiled, global_batch, hypergradient_mode
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from harness.model.pipeline import DiffusionModel
     from harness.model.run import Run
     from harness.training.diffusion import EncodedImages
@@ -235,6 +237,11 @@ class Mima(Defense):
         return []
 
     @classmethod
+    def check_compiled(cls, parameters) -> list[tuple[str, str]]:
+        """Reject second derivatives."""
+        return list(exact_when_compiled(parameters.chosen("hypergradient")))
+
+    @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
         """Reject settings that do not work with several processes."""
         found = list(global_batch(parameters, sharding))
@@ -311,7 +318,7 @@ class _Immunization:
 
     # -- Algorithm 1 -------------------------------------------------------------------------------------
 
-    def looking_ahead(self, step: int) -> dict[str, float]:
+    def looking_ahead(self, step: int) -> dict[str, Tensor]:
         """Do one round: look ahead for each concept, merge, and ascend the loss at the merged weights."""
         from harness.training import bilevel
         from harness.training.weights import installed
@@ -340,7 +347,7 @@ class _Immunization:
 
     # -- the released loop -------------------------------------------------------------------------------
 
-    def alternating(self, step: int) -> dict[str, float]:
+    def alternating(self, step: int) -> dict[str, Tensor]:
         """Do one iteration: the lower level of all concepts, with the merged weights kept, or the upper level."""
         p = self.p
         if step % (p.lower_steps + 1) == p.lower_steps:
@@ -414,7 +421,7 @@ class _Immunization:
         return words.of(self.model, texts).cpu()
 
 
-def _mean(losses) -> float:
+def _mean(losses) -> Tensor:
     """Return the mean of the losses' values, including class images, without signs and weights."""
     from harness.training.diffusion import mean_value
 

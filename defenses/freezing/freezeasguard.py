@@ -243,12 +243,12 @@ class FreezeAsGuard(Freezing):
         epoch = math.ceil(len(domains) / p.batch_size) if is_mixed else None
         plan = list(schedule(p.rounds, p.chosen("user_steps"), epoch))
 
-        def step(index: int) -> dict[str, float]:
+        def step(index: int) -> dict[str, Tensor]:
             if plan[index] == "mask":
                 parts = domains.losses(index, -0.5, 0.5)
                 learned.note(masked.mask_step(weights.gradient(parts, names)))
                 share = (masked.logits > 0).float().mean()
-                return {"frozen_share": float(share), "mask_mean": float(masked.mask.mean())}
+                return {"frozen_share": share, "mask_mean": masked.mask.mean()}
             if p.chosen("lower_weighting") == "batch_mean":
                 parts = domains.mean(index)
             else:

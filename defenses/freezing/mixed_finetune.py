@@ -12,7 +12,7 @@ in both).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ from harness.contracts.defense import Defense
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core.registry import register
 from harness.core.sharding import global_batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class MixedFinetune(Defense):
         level = Level(tuple(trained), p.learning_rate, p.weight_decay, p.clip_norm)
         weights = sharding.spread(model, trained, {"fine_tuning": level}, run)
 
-        def step(index: int) -> dict[str, float]:
+        def step(index: int) -> dict[str, Tensor]:
             parts = domains.mean(index)
             weights.step("fine_tuning", weights.gradient(parts, level.names))
             return {"loss": mean_value(parts)}

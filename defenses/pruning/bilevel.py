@@ -47,6 +47,7 @@ from defenses.pruning.students import (
     Steps,
     Warmup,
     Weight,
+    blocks_when_compiled,
     distillation,
     spread,
     suppression,
@@ -149,6 +150,11 @@ class BilevelSuppress(Defense):
         return replace(parameters, lower_steps=1, steps=8, warmup_steps=0), 4
 
     @classmethod
+    def check_compiled(cls, parameters) -> list[tuple[str, str]]:
+        """Reject the comparison of blocks, whose outputs hooks read."""
+        return blocks_when_compiled(parameters)
+
+    @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
         """Reject a batch that the processes do not divide."""
         return list(global_batch(parameters, sharding))
@@ -182,7 +188,7 @@ class _Alternating:
         }
         self.weights = spread(model, run, levels)
 
-    def step(self, index: int) -> dict[str, float]:
+    def step(self, index: int) -> dict[str, float | Tensor]:
         """Take a lower step, and after every so many an upper one."""
         from harness.training.suppression import mean_loss
 
@@ -194,7 +200,7 @@ class _Alternating:
             numbers["upper_loss"] = mean_loss(parts)
         return numbers
 
-    def lower_step(self, index: int, done: int) -> dict[str, float]:
+    def lower_step(self, index: int, done: int) -> dict[str, Tensor]:
         """Take a step on the lower loss at batch `index`, after `done` of its level."""
         from harness.training.distillation import mean_terms
 
@@ -235,12 +241,12 @@ class _Penalty(_Alternating):
         super().__init__(p, model, targets, run)
         self.theta = self.weights.read(self.names)
 
-    def step(self, index: int) -> dict[str, float]:
+    def step(self, index: int) -> dict[str, float | Tensor]:
         """Take a step on the second student, or after every so many one on theta."""
         done, place = divmod(index, self.every + 1)
         return self.lower_step(index, done * self.every + place) if place < self.every else self._outer(index, done)
 
-    def _outer(self, index: int, done: int) -> dict[str, float]:
+    def _outer(self, index: int, done: int) -> dict[str, float | Tensor]:
         from harness.training.distillation import mean_terms
         from harness.training.suppression import mean_loss
 

@@ -137,6 +137,12 @@ class ConceptPrune(Defense):
         texts = (len(p.things) + len(p.object_templates)) / 2
         return (targets + 1) * texts * p.images_per_prompt * p.steps * (2.0 if p.guidance > 1 else 1.0)
 
+    @classmethod
+    def check_compiled(cls, parameters) -> list[tuple[str, str]]:
+        """Reject compiled code: hooks read what the feed-forwards get."""
+        what = "concept_prune reads what the UNet's layers get by hooks, and code of torch.compile calls none"
+        return [("method", f"{what}; set resources.compile: false")]
+
     def protect(self, model, targets, preserved, run) -> Protection:
         """Return the second linear layers of the feed-forwards with the chosen weights set to zero."""
         import torch

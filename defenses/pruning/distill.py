@@ -18,12 +18,25 @@ that predicts noise is weighed by the standard min-SNR. How the paper differs fr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from defenses.pruning.students import LowerLoss, Rate, Steps, Warmup, distillation, spread, unet_names
+from defenses.pruning.students import (
+    LowerLoss,
+    Rate,
+    Steps,
+    Warmup,
+    blocks_when_compiled,
+    distillation,
+    spread,
+    unet_names,
+)
 from harness.contracts.defense import Defense
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core.registry import register
 from harness.core.sharding import global_batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +77,11 @@ class Distill(Defense):
         return parameters.steps * parameters.batch_size * parameters.lower_passes
 
     @classmethod
+    def check_compiled(cls, parameters) -> list[tuple[str, str]]:
+        """Reject the comparison of blocks, whose outputs hooks read."""
+        return blocks_when_compiled(parameters)
+
+    @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
         """Reject a batch that the processes do not divide."""
         return list(global_batch(parameters, sharding))
@@ -78,7 +96,7 @@ class Distill(Defense):
         loss = distillation(model, run, p)
         weights = spread(model, run, {"lower": Level(names, p.learning_rate)})
 
-        def step(index: int) -> dict[str, float]:
+        def step(index: int) -> dict[str, Tensor]:
             parts = loss.at(index)
             weights.step("lower", weights.gradient(parts, names), warmed(index, p.warmup_steps))
             return mean_terms(parts)

@@ -65,6 +65,14 @@ class LowerLoss(Batches):
         return FORWARD_AND_BACKWARD + self.needs_teacher
 
 
+def blocks_when_compiled(p: LowerLoss) -> list[tuple[str, str]]:
+    """Return (parameter, message) if the lower loss compares blocks, which compiled code does not show."""
+    if not p.block_weight:
+        return []
+    what = "hooks read the outputs of the UNet's blocks, and code of torch.compile calls none; set block_weight to 0"
+    return [("block_weight", f"{what}, or resources.compile: false")]
+
+
 UPPER_PASSES = FORWARD_AND_BACKWARD + 2
 """Passes of an example of the upper loss: the student's, and the teacher's without and with the caption."""
 

@@ -13,6 +13,7 @@ Differences from the paper: it has no such row. Differences from the released pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from defenses.pruning.students import (
     UPPER_PASSES,
@@ -29,6 +30,9 @@ from harness.contracts.defense import Defense
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core.registry import register
 from harness.core.sharding import global_batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ class Suppress(Defense):
         loss = suppression(model, targets, run, p, p.strength)
         weights = spread(model, run, {"upper": Level(names, p.learning_rate)})
 
-        def step(index: int) -> dict[str, float]:
+        def step(index: int) -> dict[str, float | Tensor]:
             parts = loss.at(index)
             weights.step("upper", weights.gradient(parts, names), warmed(index, p.warmup_steps))
             return {"upper_loss": mean_loss(parts)}

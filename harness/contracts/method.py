@@ -39,6 +39,14 @@ class Method:
         return {}
 
     @classmethod
+    def check_compiled(cls, parameters: Any) -> Sequence[tuple[str, str]]:
+        """Return (parameter, message) for each setting that does not work with `resources.compile`.
+
+        Such as second derivatives, and hooks on the UNet's modules: compiled code calls none.
+        """
+        return ()
+
+    @classmethod
     def fetches(cls, parameters: Any) -> Sequence[Fetched]:
         """Return what it needs from elsewhere, so that `fetch` brings it and `validate` names what is not here yet.
 

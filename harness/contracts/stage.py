@@ -76,6 +76,9 @@ class StageKind(Method):
     """The kind of the method that does such a stage and that its component names; None: the stage kind itself."""
     per_trial: ClassVar[bool] = False
     """Whether a script for a single trial would do it itself; `plan` uses this to count what sharing saves."""
+    compiles: ClassVar[bool] = False
+    """Whether `resources.compile` applies to it: it calls the UNet by `DiffusionModel.denoise` alone, without hooks on
+    modules and without attention of its own. Others compute without compiling."""
     is_layer: ClassVar[bool] = False
     """Whether its folder holds a `Protection`, so that it can be a layer of a model state."""
     restorable: ClassVar[bool] = False

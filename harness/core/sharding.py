@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a stage is spread and how it saves memory. Results agree up to the order of sums, so no identity has it."""
+    """How a stage is spread, and how it saves memory and time.
+
+    Results agree up to the order of sums and the rounding of kernels, so no identity has it.
+    """
 
     workers: int = 1  # processes that share the stage; they divide the global batch
     zero_stage: int = 0  # DeepSpeed ZeRO: 1 partitions optimizer states, 2 gradients too, 3 weights too
@@ -18,6 +21,8 @@ class Sharding:
     gradient_checkpointing: bool = False  # recompute activations of the UNet in the backward pass
     keep_originals: bool = True  # keep what the weights were; False: the next stage loads the model again
     vectors: str = "device"  # device | cpu: where vectors of a look-ahead wait until they are used
+    channels_last: bool = False  # lay out UNet and VAE as convolutions on a GPU read them fastest
+    compile: bool = False  # compute the UNet's passes in code that torch.compile makes
 
     @property
     def needs_deepspeed(self) -> bool:
@@ -32,6 +37,16 @@ def global_batch(parameters: Any, sharding: Sharding) -> Iterator[tuple[str, str
             "batch_size",
             f"{sharding.workers} workers do not divide the global batch of {parameters.batch_size}; change batch_size "
             "or resources.workers",
+        )
+
+
+def exact_when_compiled(mode: str) -> Iterator[tuple[str, str]]:
+    """Find a mode of hypergradients that compiled code does not support."""
+    if mode == "exact":
+        yield (
+            "hypergradient",
+            "'exact' differentiates twice, and code of torch.compile has no second derivative; use finite_difference, "
+            "or resources.compile: false",
         )
 
 

@@ -61,7 +61,7 @@ class Drawing:
         with torch.set_grad_enabled(with_gradient):
             # the schedulers that `sampling` knows do not scale, so the timestep does not matter
             scaled = scheduler.scale_model_input(latents, timestep)
-            said = self.model.unet(scaled, timestep, encoder_hidden_states=embeddings, return_dict=False)[0]
+            said = self.model.denoise(scaled, timestep, embeddings)
         ledger, count = self.run.ledger, latents.shape[0]
         ledger.forward_passes += count
 

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from harness.core.errors import UserMistake, one_line
 from harness.core.hub import snapshot
 from harness.core.regions import ORIGINALS, region
+from harness.model.compiled import CompiledUNet
 from harness.model.source import ModelSource, fetches
+from harness.model.transfer import to_device
 
 COMPONENTS = ("unet", "text_encoder", "vae")
+_CONVOLUTIONAL = ("unet", "vae")
 
 
 class DiffusionModel:
@@ -50,6 +53,9 @@ class DiffusionModel:
         self._processors = dict(pipeline.unet.attn_processors)
         self._scheduler = pipeline.scheduler
         self.engine: nn.Module | None = None  # calls the UNet while its weights are spread over processes
+        self.compiles = False  # whether `denoise` calls compiled code
+        self._compiled: CompiledUNet | None = None
+        self._layout = torch.contiguous_format
 
     @classmethod
     def load(cls, source: ModelSource, device: torch.device) -> DiffusionModel:
@@ -114,9 +120,36 @@ class DiffusionModel:
         """Side of the square images that the model trains on and draws, in pixels."""
         return self.unet.config.sample_size * self.pipeline.vae_scale_factor
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        """Return the UNet's prediction [batch, channels, height, width], through the sharding engine if any."""
-        return (self.engine or self.unet)(noisy, timesteps, embeddings, return_dict=False)[0]
+    def denoise(self, noisy: Tensor, timesteps: Tensor | int, embeddings: Tensor) -> Tensor:
+        """Return the UNet's prediction [batch, channels, height, width], through the sharding engine or compiled code.
+
+        `timesteps`: [batch], or one for all. Raises NotCompiled if the UNet is to be compiled and cannot be.
+        """
+        return (self.engine or self._caller())(noisy, timesteps, embeddings, return_dict=False)[0]
+
+    def compile_passes(self, is_on: bool) -> None:
+        """Let `denoise` call compiled code, or not; called when a stage begins."""
+        self.compiles = is_on
+        if self._compiled is not None:
+            self._compiled.may_forget = True
+
+    def _caller(self) -> nn.Module | CompiledUNet:
+        if not self.compiles:
+            return self.unet
+        if self._compiled is None or self._compiled.unet is not self.unet:  # also for a student in its place
+            self._compiled = CompiledUNet(self.unet)
+        return self._compiled
+
+    def lay_out(self, *, channels_last: bool) -> None:
+        """Let the weights of convolutions in UNet and VAE lie with their channels last, or as they are by default.
+
+        Values and shapes stay; kernels may round otherwise. Components that take another's place follow.
+        """
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        if layout is not self._layout:
+            self._layout = layout
+            for component in _CONVOLUTIONAL:
+                getattr(self.pipeline, component).to(memory_format=layout)
 
     def noise_scheduler(self):
         """Return the DDPM scheduler that training uses (same betas and prediction type as the model's)."""
@@ -146,7 +179,7 @@ class DiffusionModel:
     def encode_text(self, texts: Iterable[str]) -> Tensor:
         """Return the last hidden states [texts, tokens, width] of the text encoder, padded to full length."""
         with torch.no_grad():
-            return self.text_encoder(self.tokenize(texts).to(self.device))[0]
+            return self.text_encoder(to_device(self.tokenize(texts), self.device))[0]
 
     # -- changes -----------------------------------------------------------------------------------------
 
@@ -201,6 +234,8 @@ class DiffusionModel:
         if not isinstance(other, nn.Module):
             other = type(own).from_pretrained(other, torch_dtype=torch.float32, use_safetensors=True)
         other.to(device=self.device, dtype=torch.float32).requires_grad_(False).eval()
+        if component in _CONVOLUTIONAL:
+            other.to(memory_format=self._layout)
         of_own = {name: t for name, t in self._originals.items() if name.startswith(f"{component}.")}
         self._originals = {name: t for name, t in self._originals.items() if name not in of_own}
         self._replaced.setdefault(component, (own, of_own))

@@ -109,6 +109,9 @@ def _facts(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
     sharding = provenance.get("sharding")
     if sharding:
         yield "sharding", ", ".join(f"{name} {value}" for name, value in sorted(sharding.items()))
+    hastened = [name for name, is_on in sorted(provenance.get("speed", {}).items()) if is_on]
+    if hastened:
+        yield "speed", ", ".join(hastened)
     yield "Python", str(provenance.get("python"))
     for name, version in sorted((provenance.get("packages") or {}).items()):
         yield name, str(version)

@@ -98,6 +98,7 @@ class Attacking(StageKind):
     version = 1
     method_kind = "attack"
     per_trial = True
+    compiles = True
 
 
 @register("stage")

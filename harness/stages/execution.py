@@ -242,6 +242,7 @@ def _execute_locked(
                 "executor": workplace.executor,
                 "threads": workplace.cpus,
                 "sharding": _spread(stage, workplace),
+                "speed": _hastened(stage, workplace),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             },
         )
@@ -269,6 +270,12 @@ def _spread(stage: Stage, workplace: Workplace) -> dict[str, Any]:
         return {}
     nodes = sorted({place.node for place in workplace.rank_hosts})
     return {**asdict(workplace.sharding), **({"other_nodes": nodes} if nodes else {})}
+
+
+def _hastened(stage: Stage, workplace: Workplace) -> dict[str, bool]:
+    """Return the settings that change how fast the diffusion model is, and how it rounds."""
+    chosen, compiles = workplace.sharding, registry.get("stage", stage.kind).compiles
+    return {"channels_last": chosen.channels_last, "compile": chosen.compile and compiles}
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ class Images(StageKind):
 
     name = "images"
     version = 1
+    compiles = True
     Parameters = ImagesParameters
 
     def do(self, parameters: ImagesParameters, work: StageAtWork) -> None:

@@ -68,6 +68,7 @@ class Memorize(StageKind):
     version = 1
     after = ("images", "erase", "immunize")
     is_layer = True
+    compiles = True
     Parameters = MemorizeParameters
 
     @classmethod
@@ -119,7 +120,7 @@ def _learner(model, run, weights, parameters: MemorizeParameters, protection: Pr
 
         skipped = 0
 
-        def step(self, index: int) -> dict[str, float]:
+        def step(self, index: int) -> dict[str, float | torch.Tensor]:
             """Take or skip one step; return the mean loss over all examples, unweighted."""
             batch = mixture.batch(index)
             parts = denoising_loss(model, run, scheduler, batch, weigh=hooks.weigh(index))
@@ -172,6 +173,7 @@ class Mixture:
         """Return the examples of a step; all draws are made on the CPU and depend only on (seed, step)."""
         import torch
 
+        from harness.model.transfer import to_device
         from harness.training.diffusion import Draw, draw_noise
 
         first = step * self._size
@@ -181,10 +183,11 @@ class Mixture:
         mean, deviation = (torch.stack(each) for each in zip(*encoded, strict=True))
         device = self._model.device
         posterior, noise, timesteps = draw_noise(mean.shape, self._timesteps, source)
-        latents = (mean + deviation * posterior.to(device)) * self._model.vae.config.scaling_factor
+        latents = (mean + deviation * to_device(posterior, device)) * self._model.vae.config.scaling_factor
         captions = self._hooks.rewritten((self._captions[pair] for pair in chosen), self._run.seed, first)
         embeddings = self._model.encode_text(captions).float()
-        return Draw(latents, noise.to(device), timesteps.to(device), embeddings, torch.tensor(chosen))
+        noise, timesteps = to_device(noise, device), to_device(timesteps, device)
+        return Draw(latents, noise, timesteps, embeddings, torch.tensor(chosen))
 
     def _encoded(self, pair: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and deviation of an image's latents, each [channels, height, width], on the model's device."""

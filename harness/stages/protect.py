@@ -51,6 +51,7 @@ class Protect(StageKind):
 
     version = 1
     per_trial = True
+    compiles = True
     method_kind = "defense"
     Parameters = ProtectParameters
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -89,16 +90,57 @@ def rehearse(
 
     Raises Unknown for another kind of stage, a model that is not here, and a method that cannot be rehearsed.
     """
+    from harness.model.footprint import Footprint
+
+    footprint = Footprint(kind_of(stage.precision), with_host=not on_gpu)
+    _rehearsed(stage, source, sharding, footprint, stages)
+    return footprint.peak
+
+
+def waits(
+    stage: Stage,
+    source: ModelSource,
+    sharding: Sharding = Sharding(),  # noqa: B008  (frozen)
+    *,
+    stages: Mapping[str, Stage] = MappingProxyType({}),
+) -> Counter[str]:
+    """Return how often the host waits for the device in the later half of a rehearsal's steps, by operation of torch.
+
+    The earlier half has steps of every kind too, and in it are copied what later ones find on the device. Copies to
+    pinned memory count as queued, as they are on a GPU. Raises Unknown as `rehearse` does.
+    """
+    from harness.model.footprint import Footprint
+    from harness.model.waits import Waits
+
+    counted = Waits()
+
+    def stepped(done: int, steps: int) -> None:
+        if done == steps // 2:
+            counted.counts.clear()
+
+    _rehearsed(stage, source, sharding, Footprint(kind_of(stage.precision)), stages, within=counted, stepped=stepped)
+    return counted.counts
+
+
+def _rehearsed(
+    stage: Stage,
+    source: ModelSource,
+    sharding: Sharding,
+    footprint: Footprint,
+    stages: Mapping[str, Stage],
+    *,
+    within: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008  (has no state)
+    stepped: Callable[[int, int], None] = lambda done, steps: None,
+) -> None:
+    """Rehearse a stage under a footprint, and inside it within another context; `stepped` is called after each step."""
     if stage.kind not in KINDS:
         raise Unknown("stages of this kind are not rehearsed")
     try:
-        method, parameters, steps = _shortened(stage)
+        shortened = _shortened(stage)
     except (ValueError, TypeError) as error:
         raise Unknown(one_line(error, 200)) from error
-    from harness.model.footprint import Footprint
     from harness.model.skeleton import META
 
-    footprint = Footprint(kind_of(stage.precision), with_host=not on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(
             stage.seed, META, stage.precision, Path(folder),
@@ -106,28 +148,40 @@ def rehearse(
             checkpoint_interval_s=math.inf, notify=lambda text: None,
         )  # fmt: skip
         try:
-            with footprint:
-                _do(stage, (method, parameters, steps), source, run, stages, footprint=footprint)
+            with footprint, within:
+                _do(stage, shortened, source, run, stages, stepped, footprint=footprint)
         except Unknown:
             raise
         except Exception as error:
             raise Unknown(f"it cannot be rehearsed: {type(error).__name__}: {one_line(error, 200)}") from error
-    return footprint.peak
 
 
-def measurable(stage: Stage, model: DiffusionModel, source: ModelSource, run: Run) -> None:
+def measurable(
+    stage: Stage,
+    model: DiffusionModel,
+    source: ModelSource,
+    run: Run,
+    *,
+    steps: int | None = None,
+    stepped: Callable[[int, int], None] = lambda done, steps: None,
+) -> None:
     """Do with a real model and blank images what a rehearsal of the stage does without values, to compare them.
 
+    `steps`: so many, if the stage has them; None: as many as a rehearsal. `stepped(done, steps)` is called after each.
     The stage reads no others. Nothing is kept, and the model is not restored.
     """
-    _do(stage, _shortened(stage), source, run, {}, model=model)
+    method, parameters, few = _shortened(stage)
+    _do(stage, (method, parameters, few if steps is None else steps), source, run, {}, stepped, model=model)
 
 
-def _do(stage: Stage, shortened: tuple[Any, Any, int], source: ModelSource, run: Run, stages, **how: Any) -> None:
+def _do(
+    stage: Stage, shortened: tuple[Any, Any, int], source: ModelSource, run: Run, stages, stepped, **how: Any
+) -> None:
     """Do a stage until all was seen."""
     method, parameters, steps = shortened
 
     def seen(done: int, total: int) -> None:
+        stepped(done, steps)
         if done >= steps:
             raise _Seen
 

@@ -43,6 +43,7 @@ class Sample(StageKind):
     version = 1
     after = ("erase", "immunize", "adapt")
     per_trial = True
+    compiles = True
     Parameters = SampleParameters
 
     @classmethod

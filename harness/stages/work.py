@@ -75,7 +75,10 @@ class StageAtWork:
 
         with self.run.ledger.phase("load"):
             model = warm(self.workplace.source, self.run.device, name)
-        model.keeps_originals = self.run.sharding.keep_originals
+        chosen = self.run.sharding
+        model.keeps_originals = chosen.keep_originals
+        model.lay_out(channels_last=chosen.channels_last)
+        model.compile_passes(chosen.compile and registry.get("stage", self.stage.kind).compiles)
         return model
 
 

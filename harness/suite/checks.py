@@ -35,7 +35,8 @@ MAX_TRIALS = 200_000
 def before_concepts(loaded: LoadedSuite) -> list[Mistake]:
     """Resolve the parameters of every method; return all mistakes that need neither images nor a model."""
     mistakes = resolve_methods(loaded)
-    for check in (_reserved_names, _duplicates, _sections, _sharded, _precisions, _unknown_tasks, _grid_size):
+    of_methods = (_sharded, _compiled, _precisions)
+    for check in (_reserved_names, _duplicates, _sections, *of_methods, _unknown_tasks, _grid_size):
         mistakes += check(loaded)
     for kind, entries in _entries(loaded).items():
         mistakes += registry.get("task", kind).check(loaded, entries)
@@ -222,6 +223,18 @@ def _sharded(loaded: LoadedSuite) -> list[Mistake]:
         if not cls.can_shard:
             continue
         mistakes += asked(cls, path, "check_sharding", values, sharding)
+    return mistakes
+
+
+def _compiled(loaded: LoadedSuite) -> list[Mistake]:
+    """Find methods with settings that do not work in compiled code."""
+    if not loaded.suite.resources.compile:
+        return []
+    mistakes: list[Mistake] = []
+    for path, kind, spec in loaded.methods():
+        values = loaded.parameters.get(tuple(map(str, path)))
+        if spec is not None and values is not None:
+            mistakes += asked(registry.get(kind, spec.method), path, "check_compiled", values)
     return mistakes
 
 

@@ -406,6 +406,10 @@ class ResourcesSpec(Strict):
     SD 1.x); the next stage loads the model again."""
     vectors: Literal["device", "cpu"] = "device"
     """cpu: the vectors of a look-ahead (MIMA; IMMA if it differentiates the lower steps) wait in main memory."""
+    channels_last: bool = False
+    """Lay out the weights of UNet and VAE as convolutions on a GPU read them fastest, in bf16 and fp16 above all."""
+    compile: bool = False
+    """Compute the UNet's passes in code that torch.compile makes, in training and drawing: minutes once a process."""
     keep_checkpoint_mb: Annotated[float, Field(ge=0)] | None = 512.0
     """A larger adapted model is deleted once its images are drawn, and made again if it is needed later: a fine-tuned
     UNet of SD 1.x takes 3.4 GB at each step that is read. None: all are kept."""
@@ -416,6 +420,13 @@ class ResourcesSpec(Strict):
     def _offload_is_zero(self) -> ResourcesSpec:
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError("offload moves what ZeRO owns; add zero_stage: 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_owns_its_weights(self) -> ResourcesSpec:
+        for name in ("channels_last", "compile"):
+            if getattr(self, name) and self.sharding().needs_deepspeed:
+                raise ValueError(f"{name}: true is for one process; with workers or offload DeepSpeed owns the weights")
         return self
 
     @model_validator(mode="after")

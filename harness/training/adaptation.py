@@ -105,7 +105,7 @@ class _Adaptation:
         self._prior_weight = prior_weight
         self._skipped = 0
 
-    def step(self, index: int) -> dict[str, float]:
+    def step(self, index: int) -> dict[str, float | Tensor]:
         """Take or skip one optimizer step; return the mean loss over all examples, unweighted."""
         groups = self._loss.groups(index, 1.0, self._prior_weight)
         is_skipped = self._loss.hooks.step(self._weights, LEVEL, groups)

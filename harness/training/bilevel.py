@@ -46,13 +46,12 @@ def hessian_vector(
 
 
 def _central_difference(weights: Weights, loss: Loss, names: Sequence[str], vector: Mapping[str, Tensor]) -> Vector:
-    length = weights.norm(vector)
-    if length == 0:
-        return {name: torch.zeros_like(value) for name, value in weights.read(names).items()}
     start: Vector = {}
     for name in vector:  # one at a time, where vectors wait in main memory
         start |= weights.aside(weights.read([name]))
-    step = weights.relative_step * weights.norm(start) / length
+    length = weights.norm(vector)
+    step = weights.relative_step * weights.norm(start) / length  # a number on the device, which the host does not read
+    step = torch.where(length == 0, 1.0, step)  # the product with zeros is zero, whatever the step
     sides = []
     for sign in (1.0, -1.0):
         weights.shift(vector, sign * step)
@@ -61,7 +60,7 @@ def _central_difference(weights: Weights, loss: Loss, names: Sequence[str], vect
         finally:
             weights.write(start)
     ahead, behind = sides
-    return {name: ahead[name].sub_(behind[name]).div_(2 * step) for name in names}
+    return {name: ahead[name].sub_(behind[name]).div_((2 * step).to(ahead[name].device)) for name in names}
 
 
 Starts = tuple[Vector, ...]

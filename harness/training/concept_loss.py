@@ -97,7 +97,7 @@ class ConceptLoss:
             captions = [self._captions[place] for place in batch.chosen.tolist()]
         texts = self.hooks.rewritten(captions, self._seed, step * self._batch_size)
         if self._images.text is not None:
-            return self._images.text.ids(texts).to(self._model.device)
+            return self._images.text.ids(texts)
         return self._model.encode_text(texts).float()
 
     def _draw(self, encoded: EncodedImages, step: int, seed: int) -> Draw:

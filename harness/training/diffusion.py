@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,16 +13,17 @@ from torch import Tensor
 from harness.core.finite import require_finite
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run
+from harness.model.transfer import to_device
 
 
 class TextSource(Protocol):
     """Computes text embeddings again at each step, because weights that they depend on are trained."""
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """Return token ids [texts, tokens]."""
+        """Return token ids [texts, tokens], on the CPU."""
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Return embeddings [texts, tokens, width] with a graph to the trained parameters."""
+        """Return embeddings [texts, tokens, width] with a graph to the trained parameters; ids are on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class EncodedImages:
 
     mean: Tensor  # [flips, images, channels, height, width]; flips: 0 as given, 1 mirrored
     deviation: Tensor  # same shape; standard deviation of the posterior
-    embeddings: Tensor  # [images, tokens, width]; with `text`, token ids [images, tokens]
+    embeddings: Tensor  # [images, tokens, width]; with `text`, token ids [images, tokens] on the CPU
     scaling: float  # the VAE's scaling factor
     text: TextSource | None = None  # computes the embeddings from the ids at each step
 
@@ -70,7 +72,7 @@ def encode_images(
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
     mean, deviation = encode_latents(model, run, images, flip=flip)
     with run.ledger.phase("encode"), torch.no_grad():
-        embeddings = text.ids(captions).to(model.device) if text else model.encode_text(captions).float()
+        embeddings = text.ids(captions) if text else model.encode_text(captions).float()
     return EncodedImages(mean, deviation, embeddings, model.vae.config.scaling_factor, text)
 
 
@@ -98,7 +100,7 @@ class Draw:
     latents: Tensor  # [batch, channels, height, width]
     noise: Tensor  # same shape
     timesteps: Tensor  # [batch], uniform over the schedule
-    embeddings: Tensor  # [batch, tokens, width], or token ids [batch, tokens]
+    embeddings: Tensor  # [batch, tokens, width], or token ids [batch, tokens] on the CPU
     chosen: Tensor  # [batch], indices of the encoded images; on the CPU
 
     def __len__(self) -> int:
@@ -142,19 +144,19 @@ def draw(encoded: EncodedImages, batch_size: int, timesteps: int, *, seed: int, 
     from harness.core.seeds import mix
 
     generator = torch.Generator().manual_seed(mix(seed, "batch", step))
-    indices = shuffled(len(encoded), batch_size, seed=seed, step=step)
-    chosen = torch.tensor(indices)
+    chosen = torch.tensor(shuffled(len(encoded), batch_size, seed=seed, step=step))
     flips = torch.randint(encoded.mean.shape[0], (batch_size,), generator=generator)
     posterior_noise, noise, steps = draw_noise((batch_size, *encoded.mean.shape[2:]), timesteps, generator)
     where = encoded.mean.device
-    chosen, flips = chosen.to(where), flips.to(where)
-    latents = encoded.mean[flips, chosen] + encoded.deviation[flips, chosen] * posterior_noise.to(where)
+    places = to_device(flips, where), to_device(chosen, where)
+    latents = encoded.mean[places] + encoded.deviation[places] * to_device(posterior_noise, where)
+    embeddings = encoded.embeddings[to_device(chosen, encoded.embeddings.device)]
     return Draw(
         (latents * encoded.scaling).to(device),
-        noise.to(device),
-        steps.to(device),
-        encoded.embeddings[chosen].to(device),
-        torch.tensor(indices),
+        to_device(noise, device),
+        to_device(steps, device),
+        embeddings if encoded.text is not None else embeddings.to(device),
+        chosen,
     )
 
 
@@ -193,7 +195,7 @@ class LossPart:
     weight: float  # factor of the sum of its examples' losses
     text: TextSource | None = None  # computes embeddings of the batch's token ids, with a graph
     weigh: Weigh | None = None  # one weight per example
-    value: float = field(default=float("nan"))  # mean loss of its examples at the last call
+    value: float | Tensor = math.nan  # mean loss of its examples at the last call
     example_weights: Tensor | None = None  # [examples], result of `weigh` at the last call
 
     def __call__(self) -> Tensor:
@@ -247,10 +249,10 @@ def micro_batches(batch: Draw, run: Run) -> list[Draw]:
 
 
 def are_rejected(parts: Sequence[LossPart]) -> bool:
-    """Return whether every example of the parts had weight zero at the last call."""
+    """Return whether every example of the parts had weight zero at the last call; the host waits for the weights."""
     return all(part.example_weights is not None and not bool(part.example_weights.any()) for part in parts)
 
 
-def mean_value(parts: Sequence[LossPart]) -> float:
-    """Return the unweighted mean loss over the parts at their last call."""
-    return float(sum(part.value for part in parts) / len(parts))
+def mean_value(parts: Sequence[LossPart]) -> Tensor:
+    """Return the unweighted mean loss over the parts at their last call, fp64, where it was computed."""
+    return torch.as_tensor(sum(part.value for part in parts) / len(parts)).double()

@@ -76,12 +76,12 @@ class DistillationPart:
     batch: Draw
     answer: _Answer | None
     weight: float  # factor of the sum of its examples' losses
-    values: dict[str, float] = field(default_factory=dict)  # mean of each term over its examples, at the last call
+    values: dict[str, Tensor] = field(default_factory=dict)  # mean of each term over its examples, at the last call
 
     def __call__(self) -> Tensor:
         """Return the weighted loss, with its graph."""
         examples = self.loss.terms_of(self.batch, self.answer)
-        self.values = {name: float(term.detach().mean()) for name, term in examples.items()}
+        self.values = {name: term.detach().mean().double() for name, term in examples.items()}
         return self.weight * sum(examples.values()).sum()
 
 
@@ -150,8 +150,8 @@ class Distillation:
         return _Answer(prediction, [match.of_teacher(outputs[match.teacher]) for match in self._matches])
 
 
-def mean_terms(parts: Sequence[DistillationPart]) -> dict[str, float]:
-    """Return the mean of each term over the parts at their last call, and of their sum ("lower_loss")."""
+def mean_terms(parts: Sequence[DistillationPart]) -> dict[str, Tensor]:
+    """Return the mean of each term over the parts at their last call, and of their sum ("lower_loss"), fp64."""
     count = sum(len(part.batch) for part in parts)
     terms = {name: sum(part.values[name] * len(part.batch) for part in parts) / count for name in parts[0].values}
     return {"lower_loss": sum(terms.values())} | {f"lower_{name}": value for name, value in terms.items()}

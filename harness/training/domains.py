@@ -14,6 +14,7 @@ import torch
 from harness.core.seeds import mix
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run
+from harness.model.transfer import to_device
 from harness.training import diffusion
 from harness.training.diffusion import Draw, EncodedImages, LossPart, denoising_loss, encode_images
 
@@ -77,7 +78,7 @@ class Domains:
 
         def weigh(part: Draw, noisy, prediction, losses):
             own = part.chosen < len(self._illegal)
-            return torch.where(own, of_illegal, of_innocent).to(losses)
+            return to_device(torch.where(own, of_illegal, of_innocent).to(losses.dtype), losses.device)
 
         return denoising_loss(self._model, self._run, self._scheduler, batch, weigh=weigh)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from harness.core.seeds import mix
 from harness.model.pipeline import DiffusionModel
 from harness.model.run import Pairs, Run
+from harness.model.transfer import to_device
 from harness.training.diffusion import Draw, draw_noise, encode_latents, own_share, shuffled
 
 KEPT = 2048
@@ -49,7 +50,7 @@ class GeneralPairs:
         mean, deviation = (torch.stack(each) for each in zip(*encoded, strict=True))
         shape = (self._batch_size, *mean.shape[1:])
         draws = draw_noise(shape, self._timesteps, generator)
-        posterior, noise, timesteps = (each[places].to(device) for each in draws)
+        posterior, noise, timesteps = (to_device(each[places], device) for each in draws)
         latents = (mean + deviation * posterior) * self._model.vae.config.scaling_factor
         with self._run.ledger.phase("encode"):
             embeddings = self._model.encode_text([self._pairs.captions[pair] for pair in chosen]).float()

@@ -29,9 +29,10 @@ class Hooked:
         from harness.contracts.hooks import AdaptationHook
 
         self._model, self._run, self._hooks = model, run, hooks
+        self._weighing = [hook for hook in hooks if type(hook).weigh is not AdaptationHook.weigh]
         self.rewrites = any(type(hook).rewrite is not AdaptationHook.rewrite for hook in hooks)
         """Whether captions must be encoded again at each step."""
-        self._renormalizes = any(hook.renormalizes for hook in hooks)
+        self._renormalizes = any(hook.renormalizes for hook in self._weighing)
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
@@ -54,9 +55,10 @@ class Hooked:
     def weigh(self, step: int) -> Weigh | None:
         """Return a function that gives the product of the hooks' weights for each example of a step.
 
-        None without hooks. The function raises ValueError if a hook does not return one finite number per example.
+        None without hooks that weigh. The function raises ValueError if a hook does not return one finite number per
+        example; for this, and to know whether a step is skipped, the host waits for the weights.
         """
-        if not self._hooks:
+        if not self._weighing:
             return None
         from harness.contracts.hooks import Batch
 
@@ -65,7 +67,7 @@ class Hooked:
             weights = torch.ones_like(losses.detach())
             ledger = self._run.ledger
             before = ledger.forward_passes
-            for hook in self._hooks:
+            for hook in self._weighing:
                 given = hook.weigh(self._model, seen).detach()
                 if given.shape != weights.shape or not bool(given.isfinite().all()):
                     raise ValueError(f"{hook.name} must weigh each of {len(weights)} examples by one finite number")
@@ -89,7 +91,7 @@ class Hooked:
             slope = weights.gradient(parts, names)
         else:
             slope = _summed([self._renormalized(weights.gradient(group, names), group) for group in groups])
-        if self._hooks and self._run.world.all(are_rejected(parts)):
+        if self._weighing and self._run.world.all(are_rejected(parts)):
             return True
         weights.step(level, slope)
         return False

@@ -1,19 +1,29 @@
-"""The loop of all training stages: saves state, resumes after a kill, reports progress, detects divergence."""
+"""The loop of all training stages: saves state, resumes after a kill, reports progress, detects divergence.
+
+A step queues work for the device, and its numbers stay there: reading one makes the host wait until the device has done
+all that is queued, and then the queue is empty. The numbers of up to `READ_EVERY` steps are read together, and before
+anything that others see: a stop, a saved state, the end. So a value that is not finite is found a few steps late, but
+never used, and named with the step that it is of.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
 
 from harness.core.counted import counted
 from harness.model.loss_scale import MOST_SKIPPED, Overflow
 from harness.model.run import Run
 from harness.model.saved_state import UnfitState
+from harness.model.transfer import on_host
 
-if TYPE_CHECKING:
-    from torch import Tensor
+READ_EVERY = 10
+"""Steps whose numbers are read from the device together."""
 
 
 class Stateful(Protocol):
@@ -35,15 +45,18 @@ class Stateful(Protocol):
 class Learner(Stateful, Protocol):
     """The interface that the training loop needs."""
 
-    def step(self, index: int) -> Mapping[str, float]:
-        """Take one step; return the numbers to log, by name. Random draws must depend only on the index."""
+    def step(self, index: int) -> Mapping[str, float | Tensor]:
+        """Take one step; return the numbers to log, by name. Random draws must depend only on the index.
+
+        Numbers that were computed on a device are returned as tensors of one element, which the loop reads later.
+        """
 
 
 @dataclass(frozen=True)
 class StepOver:
     """A `Learner` made of a step function and an object that holds all state that the function changes."""
 
-    step: Callable[[int], Mapping[str, float]]
+    step: Callable[[int], Mapping[str, float | Tensor]]
     moved: Stateful
 
     def state(self) -> dict[str, Tensor]:
@@ -59,9 +72,9 @@ def train(run: Run, learner: Learner, steps: int, what: str) -> None:
     """Take the remaining steps of `learner`.
 
     Only the learner's state is saved. The last value of each number goes to the ledger. Raises FloatingPointError,
-    naming `what`, when a number is not finite. In fp16 a step whose gradient overflows is skipped from there on, so a
-    step that changes anything before its last gradient leaves it in order; the ledger counts skipped steps, and too
-    many of them raise FloatingPointError.
+    naming `what` and the step, when a number is not finite; up to `READ_EVERY` further steps may have been taken. In
+    fp16 a step whose gradient overflows is skipped from there on, so a step that changes anything before its last
+    gradient leaves it in order; the ledger counts skipped steps, and too many of them raise FloatingPointError.
     """
     for _ in trajectory(run, learner, [steps], what):
         pass
@@ -84,28 +97,64 @@ def trajectory(run: Run, learner: Learner, stops: Sequence[int], what: str) -> I
         else:
             start, last = kept[0], kept[2]
         kept = None  # closes the file
-    note = _noting(run)
+    numbers, note = _Numbers(run, what, last), _noting(run)
     for index in range(start, steps):
+        done, is_end = index + 1, index + 1 == steps
         with run.ledger.phase("train"):
-            for name, value in _step(run, learner, index, steps, what).items():
-                last[name] = run.world.mean(float(value))
-                if not math.isfinite(last[name]):
-                    raise FloatingPointError(f"{what}'s {name} is {last[name]} at step {index}: the training diverged")
-                run.track(name, last[name], index)
-        run.report(index + 1, steps)
+            try:
+                numbers.add(index, _step(run, learner, index, steps, what))
+            except Exception:
+                with contextlib.suppress(RuntimeError):  # a device that does not answer: the first error is the cause
+                    numbers.read(together=False)  # what went wrong may follow from a value that was not finite before
+                raise
+            if done % READ_EVERY == 0 or done in stops or is_end:
+                numbers.read()
+        run.report(done, steps)
         note(last)
-        if index + 1 in stops:
-            yield index + 1
-        if run.is_checkpoint_due() or (index + 1 == steps and run.keeps_end):
+        if done in stops:
+            yield done
+        if run.is_checkpoint_due() or (is_end and run.keeps_end):
+            with run.ledger.phase("train"):
+                numbers.read()
             with run.ledger.phase("save"):
-                run.save_state(index + 1, learner.state(), last)
+                run.save_state(done, learner.state(), last)
     note(last)
     skipped = run.loss_scale.skipped
     if skipped and run.world.rank == 0:
         run.notify(f"{what} skipped {counted(skipped, 'step')} of {steps}: not finite in fp16")
 
 
-def _step(run: Run, learner: Learner, index: int, steps: int, what: str) -> Mapping[str, float]:
+@dataclass
+class _Numbers:
+    """The numbers of steps, as they were returned until they are read."""
+
+    run: Run
+    what: str
+    last: dict[str, float]  # the last value of each that was read
+    _waiting: list[tuple[int, str, float | Tensor]] = field(default_factory=list)
+
+    def add(self, index: int, numbers: Mapping[str, float | Tensor]) -> None:
+        """Keep the numbers of a step, as they are now and without a graph."""
+        for name, value in numbers.items():
+            self._waiting.append((index, name, value.detach().clone() if isinstance(value, Tensor) else float(value)))
+
+    def read(self, *, together: bool = True) -> None:
+        """Read what is kept, and track it; values are means over processes, or without `together` those of this one.
+
+        Raises FloatingPointError for the first value that is not finite.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        for (index, name, _), own in zip(waiting, on_host([value for *_, value in waiting]), strict=True):
+            value = self.run.world.mean(own) if together else own
+            self.last[name] = value
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{self.what}'s {name} is {value} at step {index}: the training diverged")
+            self.run.track(name, value, index)
+
+
+def _step(run: Run, learner: Learner, index: int, steps: int, what: str) -> Mapping[str, float | Tensor]:
     """Take a step; return its numbers, none if it is skipped. Raises FloatingPointError if too many are."""
     try:
         return learner.step(index)

@@ -29,6 +29,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from harness.model.transfer import to_device
+
 TOLERANCE = 1e-6
 RIDGE = 1e-6
 
@@ -98,7 +100,7 @@ class Merge:
 
     def to(self, device) -> Merge:
         """Return the same map with its matrices on a device."""
-        return Merge(tuple(p.to(device) for p in self.projections), self.kept)
+        return Merge(tuple(to_device(p, device) for p in self.projections), self.kept)
 
     def pull_back(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the gradients with respect to W and each W_n, from that with respect to the merged weight."""

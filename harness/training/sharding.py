@@ -39,6 +39,7 @@ from harness.training.weights import (
     Loss,
     Vector,
     Weights,
+    add_scaled,
     bytes_of,
     differentiate_twice,
     finite_curvature,
@@ -177,7 +178,9 @@ class ZeroWeights:
         self.relative_step = relative_step(self.parameters, run)
         self._shapes = {name: p.shape for name, p in self.parameters.items()}
         self._optimizer = LevelAdamW(
-            [{"params": [self.parameters[n] for n in names], "levels": users} for users, names in groups], levels
+            [{"params": [self.parameters[n] for n in names], "levels": users} for users, names in groups],
+            levels,
+            fused=run.device.type == "cuda" and run.sharding.offload == "none",  # else the states are in main memory
         )
         self.engine, *_ = deepspeed.initialize(
             model=_Autocast(model.unet, run),
@@ -200,11 +203,10 @@ class ZeroWeights:
             self._held(name).copy_(value)
 
     @torch.no_grad()
-    def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
+    def shift(self, vector: Mapping[str, Tensor], scale: float | Tensor | Mapping[str, float]) -> None:
         """Add scale * vector to the weights."""
         for name, value in vector.items():
-            held = self._held(name)
-            held.add_(value.to(held.device), alpha=scale[name] if isinstance(scale, Mapping) else scale)
+            add_scaled(self._held(name), value, scale[name] if isinstance(scale, Mapping) else scale)
 
     @torch.no_grad()
     def exchange(self, values: Vector) -> None:
@@ -360,12 +362,12 @@ class ZeroWeights:
         """Let a vector wait; return it."""
         return put_aside(values, self._run)
 
-    def norm(self, tensors: Mapping[str, Tensor]) -> float:
+    def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the Euclidean norm of a vector."""
         total = squared_norm(tensors, self._model.device)
         if self.stage == 3:
             dist.all_reduce(total)
-        return float(total.sqrt())
+        return total.sqrt()
 
     def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
         """Return the inner product of each weight's values, over the pieces of all processes."""
@@ -392,15 +394,16 @@ class ZeroWeights:
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
         chosen = self.levels[level]
-        scale = 1.0
+        scale = None
         if chosen.clip_norm is not None:
             norm = self.norm({name: gradient[name] for name in chosen.names})
-            scale = min(1.0, chosen.clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+            scale = (chosen.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
         for name in chosen.names:
-            value = gradient[name] * scale if scale != 1.0 else gradient[name]
+            value = gradient[name].to(self._run.device)
+            value = value if scale is None else value * scale.to(value.device)
             parameter = self.parameters[name]
             if self.stage == 3:
-                safe_set_local_grad(parameter, value.to(self._run.device))
+                safe_set_local_grad(parameter, value)
             elif self.stage > 0:
                 safe_set_full_grad(parameter, value)
             else:
@@ -448,7 +451,7 @@ class ZeroWeights:
                 value = state[f"slot/{level}/{share.name}/{slot}"]
                 slots = self._optimizer.slots[level][share.owned]
                 if slot == STEP:
-                    slots[slot] = value
+                    slots[slot] = value.to(share.owned.device) if self._optimizer.fused else value
                     continue
                 if slot not in slots:
                     slots[slot] = torch.zeros_like(share.owned)
@@ -536,10 +539,9 @@ class ProcessGroup(World):
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
 
     def _reduce(self, value: float, operation) -> float:
-        tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
+        tensor = torch.tensor([value], dtype=torch.float64)  # gloo carries it: nobody waits for a GPU
         dist.all_reduce(tensor, op=operation)
         return float(tensor)
 

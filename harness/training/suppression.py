@@ -41,7 +41,7 @@ class SuppressionPart:
     batch: Draw
     target: Tensor
     weight: float  # factor of the sum of its examples' losses
-    value: float = math.nan  # mean loss of its examples at the last call
+    value: float | Tensor = math.nan  # mean loss of its examples at the last call
 
     def __call__(self) -> Tensor:
         """Return the weighted loss, with its graph."""
@@ -49,7 +49,7 @@ class SuppressionPart:
             said = self.model.denoise(self.noisy, self.batch.timesteps, self.batch.embeddings)
         self.run.ledger.forward_passes += len(self.batch)
         losses = (said.float() - self.target).square().flatten(1).mean(1)
-        self.value = float(losses.detach().mean())
+        self.value = losses.detach().mean().double()
         return self.weight * losses.sum()
 
 
@@ -104,6 +104,6 @@ class Suppression:
         return SuppressionPart(self._model, self._run, noisy, batch, target, weight)
 
 
-def mean_loss(parts: Sequence[SuppressionPart]) -> float:
-    """Return the unweighted mean loss over the parts at their last call."""
+def mean_loss(parts: Sequence[SuppressionPart]) -> float | Tensor:
+    """Return the unweighted mean loss over the parts at their last call, fp64, where it was computed."""
     return sum(part.value * len(part.batch) for part in parts) / sum(len(part.batch) for part in parts)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from harness.model.pipeline import DiffusionModel
+from harness.model.transfer import to_device
 
 
 class TrainedTextEncoder:
@@ -16,9 +17,9 @@ class TrainedTextEncoder:
         self._model = model
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """Return token ids [texts, tokens], padded or cut to the tokenizer's maximum length."""
+        """Return token ids [texts, tokens] on the CPU, padded or cut to the tokenizer's maximum length."""
         return self._model.tokenize(texts)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Return the last hidden states [texts, tokens, width], with a graph."""
-        return self._model.text_encoder(ids.to(self._model.device))[0]
+        return self._model.text_encoder(to_device(ids, self._model.device))[0]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.model.pipeline import DiffusionModel
+from harness.model.transfer import to_device
 
 SLOT = -1
 
@@ -63,18 +64,21 @@ class LearnedWord:
         return self.model.tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Return text embeddings [texts, tokens, width], with a graph to `vectors`."""
-        ids = ids.to(self.model.device)
+        """Return text embeddings [texts, tokens, width], with a graph to `vectors`; `ids` are on the CPU."""
         slots = ids == SLOT
+        given = to_device(ids.masked_fill(slots, self._stand_in), self.model.device)
+        # places rather than a mask: of a mask on the device, the host would have to read how many there are
+        places = tuple(to_device(each, self.model.device) for each in slots.nonzero(as_tuple=True))
+        times = len(places[0]) // len(self.vectors)
 
         def fill(module, arguments, embedded):
             embedded = embedded.clone()
-            embedded[slots] = self.vectors.repeat(int(slots.sum()) // len(self.vectors), 1).to(embedded)
+            embedded[places] = self.vectors.repeat(times, 1).to(embedded)
             return embedded
 
         handle = self.model.text_encoder.get_input_embeddings().register_forward_hook(fill)
         try:
-            return self.model.text_encoder(ids.masked_fill(slots, self._stand_in))[0]
+            return self.model.text_encoder(given)[0]
         finally:
             handle.remove()
 

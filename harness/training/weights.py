@@ -73,7 +73,7 @@ class Weights(Protocol):
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Install values temporarily: a look-ahead, a perturbation, or weights that were read before."""
 
-    def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
+    def shift(self, vector: Mapping[str, Tensor], scale: float | Tensor | Mapping[str, float]) -> None:
         """Add scale * vector to the installed weights, like `write`; `scale` is one number or one per name."""
 
     def exchange(self, values: Vector) -> None:
@@ -104,8 +104,8 @@ class Weights(Protocol):
         `write`, `shift`, `exchange` and `norm` take such vectors, with the same results.
         """
 
-    def norm(self, tensors: Mapping[str, Tensor]) -> float:
-        """Return the Euclidean norm of a vector, over all processes."""
+    def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the Euclidean norm of a vector, over all processes: one number in fp64, on the device."""
 
     def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
         """Return the inner product of each weight's values, [weights] in the order of `first`, fp32 on the CPU."""
@@ -183,11 +183,16 @@ class LevelAdamW(torch.optim.AdamW):
 
     Each group has `levels`, the names of the levels that train it. `step` updates only the groups of the current
     `level`, so two levels may train the same weight, and DeepSpeed, which supports one optimizer, can own all groups.
-    `rate` is the factor of the level's learning rate in this step.
+    `rate` is the factor of the level's learning rate in this step. On GPUs all of a step is one kernel (torch's fused
+    AdamW), and its counter is there too.
     """
 
-    def __init__(self, groups: Sequence[Mapping], levels: Mapping[str, Level]):
-        super().__init__([dict(g) for g in groups], betas=(0.9, 0.999), eps=1e-8)
+    def __init__(self, groups: Sequence[Mapping], levels: Mapping[str, Level], *, fused: bool | None = None):
+        """`fused`: None: if all weights are on GPUs; a CPU has such a kernel too, which rounds otherwise."""
+        if fused is None:
+            fused = all(weight.is_cuda for group in groups for weight in group["params"])
+        super().__init__([dict(g) for g in groups], betas=(0.9, 0.999), eps=1e-8, fused=fused or None)
+        self.fused = fused
         self.level: str | None = None
         self.rate = 1.0
         self._levels = dict(levels)
@@ -372,6 +377,15 @@ def fitting_slots(
     return found
 
 
+def add_scaled(held: Tensor, value: Tensor, scale: float | Tensor) -> None:
+    """Add scale * value to a tensor in place, where it is; the host does not wait for a scale on the device."""
+    value = value.to(held.device)
+    if isinstance(scale, Tensor) and held.device.type != "cpu":
+        held.addcmul_(value, scale.to(value))
+    else:  # on a CPU nobody waits, and both operations need not round alike
+        held.add_(value, alpha=float(scale))
+
+
 def bytes_of(values: Iterable[object]) -> int:
     """Return the bytes of the tensors among values."""
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
@@ -416,11 +430,10 @@ class LocalWeights:
     settle = write
 
     @torch.no_grad()
-    def shift(self, vector: Mapping[str, Tensor], scale: float | Mapping[str, float]) -> None:
+    def shift(self, vector: Mapping[str, Tensor], scale: float | Tensor | Mapping[str, float]) -> None:
         """Add scale * vector to the installed weights."""
         for name, value in vector.items():
-            held = self.parameters[name]
-            held.add_(value.to(held.device), alpha=scale[name] if isinstance(scale, Mapping) else scale)
+            add_scaled(self.parameters[name], value, scale[name] if isinstance(scale, Mapping) else scale)
 
     @torch.no_grad()
     def exchange(self, values: Vector) -> None:
@@ -463,9 +476,9 @@ class LocalWeights:
         """Let a vector wait; return it."""
         return put_aside(values, self._run)
 
-    def norm(self, tensors: Mapping[str, Tensor]) -> float:
+    def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the Euclidean norm of a vector."""
-        return float(squared_norm(tensors, self._device()).sqrt())
+        return squared_norm(tensors, self._device()).sqrt()
 
     def _device(self) -> torch.device | None:
         return next((p.device for p in self.parameters.values()), None)
@@ -520,8 +533,11 @@ class LocalWeights:
             for name in names:
                 weight = self.parameters[name]
                 value = state[f"slot/{level}/{name}/{slot}"]
-                # a step counter stays on the CPU, where AdamW keeps it
-                self._optimizer.slots[level][weight][slot] = value if slot == STEP else value.to(weight)
+                if slot == STEP:  # AdamW keeps the counter on the CPU, but the fused one
+                    value = value.to(weight.device) if self._optimizer.fused else value
+                else:
+                    value = value.to(weight)
+                self._optimizer.slots[level][weight][slot] = value
 
     def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of weights."""

@@ -4,6 +4,7 @@
     python -m tests.benchmarks.sd_shape --work DIR --parts mima --precision bf16 --gpu
     python -m tests.benchmarks.sd_shape --work DIR --shape sd21 --parts pruning
     python -m tests.benchmarks.sd_shape --work DIR --shape tiny           # of this script itself, in minutes
+    python -m tests.benchmarks.sd_shape --work DIR --settings --precision bf16 --gpu    # step times side by side
 
 Models and images are random, so the numbers of the rows mean nothing; what a stage costs does not depend on them. The
 folder keeps models and finished stages: a run that was cut goes on. At SD's shape it was not run yet: on two CPU cores
@@ -11,21 +12,29 @@ expect hours, and more than 20 GB.
 
 With --gpu each stage takes more steps (GPU_STEPS), and the table also gives the share of the card's peak throughput,
 if the card is in PEAK_TFLOPS, for a UNet of SD 1.x's shape at 512 pixels.
+
+With --settings no suite runs. A few methods take steps with each setting of speed, and the table has seconds a step
+side by side, and how often a step makes the host wait for the GPU (by torch's own check; on a CPU "–").
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
+import tempfile
+import time
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
 from harness.plan.cost import SD1_UNET_FLOPS
-from tests import tiny
+from tests import rehearsed_stages, tiny
 
 PARTS = ("mima", "freezing", "memorization", "pruning")
 STEPS, GPU_STEPS = 2, 20
@@ -46,6 +55,15 @@ TEXT = {
     },
 }  # fmt: skip
 TESTBED = {"preset": "testbed"}
+SETTINGS: dict[str, dict[str, bool]] = {
+    "as it is": {},
+    "AdamW not fused": {"fused": False},
+    "channels_last": {"channels_last": True},
+    "compile": {"compile": True},
+    "both": {"channels_last": True, "compile": True},
+}
+FIRST, TIMED = 6, 20
+"""Steps that are not timed, since kernels are chosen and code is compiled in them, and those that are."""
 
 
 def save_model(folder: Path, shape: str) -> Path:
@@ -245,6 +263,79 @@ def table(part: str, lines: list[dict[str, Any]], precision: str, is_sd1: bool) 
     return f"### {part}\n\n| {' | '.join(head)} |\n{lengths}\n{body}\n"
 
 
+def timed_stages(source, precision: str, batch_size: int, shape: str) -> list:
+    """Return the stages whose steps are timed."""
+    fitted = rehearsed_stages.FITTED if shape == "tiny" else {"prior_images": 2}
+    looking = {"hypergradient": "finite_difference", "batch_size": batch_size, **fitted}
+    attacks = [(name, {}) for name in ("lora", "full_finetune")]
+    return [
+        *(rehearsed_stages.attacking(source, name, given, batch_size=batch_size, precision=precision)
+          for name, given in attacks),
+        rehearsed_stages.protecting(source, "imma", {"batch_size": batch_size}, precision=precision),
+        rehearsed_stages.protecting(source, "mima", looking, targets=2, precision=precision),
+    ]  # fmt: skip
+
+
+def step_times(source, device, precision: str, batch_size: int, shape: str) -> str:
+    """Return a table of seconds a step, and of waits, for each of the timed stages and each setting."""
+    import torch
+
+    from harness.model.pipeline import DiffusionModel
+    from harness.training import weights
+
+    rows = []
+    for stage in timed_stages(source, precision, batch_size, shape):
+        row = [stage.label]
+        for chosen in SETTINGS.values():
+            torch.compiler.reset()
+            model = DiffusionModel.load(source, device)
+            model.keeps_originals = False
+            model.lay_out(channels_last=chosen.get("channels_last", False))
+            model.compiles = chosen.get("compile", False)
+            plain = functools.partial(weights.LevelAdamW, fused=chosen.get("fused"))
+            with mock.patch.object(weights, "LevelAdamW", plain):
+                row.append(_timed(stage, model, source, device))
+            del model
+        rows.append(row)
+    head = ["s a step (waits)", *SETTINGS]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _timed(stage, model, source, device) -> str:
+    """Return the seconds of a step after the first ones, and how often one makes the host wait; or what failed."""
+    import torch
+
+    from harness.model.run import Run
+    from harness.stages import rehearsal
+    from harness.stages.workplace import computing_in
+
+    marks: list[float] = []
+    is_gpu = device.type == "cuda"
+
+    def stepped(done: int, steps: int) -> None:
+        if done in (FIRST, FIRST + TIMED):
+            if is_gpu:
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+        if is_gpu and done == FIRST + TIMED:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run = Run(1, device, stage.precision, Path(folder), checkpoint_interval_s=1e9)
+        try:
+            with computing_in(stage.precision, device, print):
+                rehearsal.measurable(stage, model, source, run, steps=FIRST + TIMED + 2, stepped=stepped)
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error)[:60]}"
+        finally:
+            if is_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchronizing" in str(each.message) for each in seen) / 2
+    return f"{(marks[1] - marks[0]) / TIMED:.3g} ({waits:g})" if is_gpu else f"{(marks[1] - marks[0]) / TIMED:.3g} (–)"
+
+
 def main() -> int:
     """Command line entry; returns 1 if a stage failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -253,6 +344,8 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--settings", action="store_true", help="step times with each setting of speed, side by side")
+    parser.add_argument("--batch-size", type=int, default=2, help="with --settings")
     options = parser.parse_args()
     parts = options.parts.split(",")
     unknown = [part for part in parts if part not in PARTS]
@@ -261,6 +354,19 @@ def main() -> int:
     work = options.work.resolve()
     folder = save_model(work / options.shape, options.shape)
     model = {"id": str(folder), "precision": options.precision}
+    if options.settings:
+        import torch
+
+        from harness.core import registry
+        from harness.model.source import resolve_model
+        from harness.suite.spec import ModelSpec
+
+        registry.load()
+        torch.backends.cudnn.deterministic = True  # as in stages
+        source, device = resolve_model(ModelSpec(id=str(folder)), "sd_shape", work), torch.device("cuda", 0)
+        device = device if options.gpu else torch.device("cpu")
+        print(step_times(source, device, options.precision, options.batch_size, options.shape), flush=True)
+        return 0
     steps = GPU_STEPS if options.gpu else STEPS
     codes = []
     for part, whole in suites(work, parts, model, steps, int(options.gpu)).items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 
 import pytest
 import torch
 
 from harness.cli import main
 from harness.model.loss_scale import LARGEST
+from harness.model.pipeline import DiffusionModel
 from harness.stages.workplace import FIRST_WITH_TF32, computing_in
 from harness.training.weights import Level, LocalWeights
 
@@ -114,6 +116,72 @@ def test_loss_scale_is_the_same_on_both_devices(make_run):
 
     assert repeated == again > 0
     assert all((here[n] - there[n].cpu()).norm() < 2**-8 * here[n].norm() for n in here)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["lora", "full_finetune", "textual_inversion", "mima", "imma", "esd"])
+def test_a_step_does_not_wait_for_the_gpu(tiny_source, make_run, name):
+    """By torch's own check, which sees what libraries do too; the first steps may copy what stays there."""
+    from harness.stages import rehearsal
+    from tests import rehearsed_stages
+
+    stages = rehearsed_stages.all_of_them(tiny_source, 2, fitted=rehearsed_stages.FITTED)
+    stage = next(stage for stage in stages if stage.label.startswith(name))
+    device = torch.device("cuda", 0)
+    run = make_run()
+    run.device, run.checkpoint_interval_s = device, math.inf
+
+    def stepped(done: int, steps: int) -> None:
+        if done == steps // 2:
+            torch.cuda.set_sync_debug_mode("error")
+
+    try:
+        rehearsal.measurable(stage, DiffusionModel.load(tiny_source, device), tiny_source, run, stepped=stepped)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("setting", ["channels_last", "compile"])
+def test_settings_of_speed_give_the_same_rows_up_to_rounding(suite_file, tmp_path, precision, setting):
+    """Of one GPU, with and without."""
+    values = []
+    for chosen in ("false", "true"):
+        runs = tmp_path / chosen
+        settings = ["--set", "resources.gpus=1", "--set", "seeds=1", "--set", f"model.precision={precision}"]
+        settings += ["--set", f"resources.{setting}={chosen}"]
+        assert main(["run", str(suite_file), "--executor", "serial", "--runs", str(runs), *settings]) == 0
+        with open(runs / "tiny" / "rows.csv", encoding="utf-8") as file:
+            values.append([float(row["value"]) for row in csv.DictReader(file)])
+
+    assert values[1] == pytest.approx(values[0], abs=1e-3 if precision == "fp32" else 5e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_adamw_is_fused_and_continues_on_either_device():
+    """Ten steps with a break, in each order of devices, against ten on the CPU."""
+    levels = {"one": Level(("a",), 1e-2, 0.1, 1.0)}
+    source = torch.Generator().manual_seed(0)
+    start, slopes = torch.randn(64, 32, generator=source), torch.randn(10, 64, 32, generator=source)
+
+    def stepped(device: str, steps: range, state=None) -> LocalWeights:
+        weights = LocalWeights({"a": torch.nn.Parameter(start.clone().to(device))}, levels)
+        if state is not None:
+            weights.load_state({name: value.clone().cpu() for name, value in state.items()})
+        for step in steps:
+            weights.step("one", {"a": slopes[step].to(device)})
+        assert weights._optimizer.fused is (device == "cuda")
+        return weights
+
+    whole = stepped("cpu", range(10)).read(["a"])["a"]
+    for first in ("cpu", "cuda"):
+        for then in ("cpu", "cuda"):
+            end = stepped(then, range(5, 10), stepped(first, range(5)).state())
+            assert torch.allclose(end.read(["a"])["a"].cpu(), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -214,7 +214,7 @@ def test_words_are_every_token_but_the_start_and_the_padding(model):
 
 
 def test_a_diverged_training_is_named(make_run):
-    """And ends at once."""
+    """With the step that it is of; what it returns need not be a tensor."""
     run = make_run()
     weights = LocalWeights(_parameters(), LEVELS)
 
