@@ -49,6 +49,15 @@ def test_settings_that_need_about_as_much_are_one_row(project):
     assert [row.stages for row in found[:2]] == [2 * adapting[0].count] * 2
 
 
+def test_main_memory_counts_where_it_is_the_device(project):
+    """On a card it does not: what waits there makes no setting larger."""
+    adapting = attacking(project)[:1] * 2
+    needs = list(zip(adapting, [Need({"weights": 100}), Need({"weights": 50}, host=90)], strict=True))
+
+    assert memory.rows(needs)[0].need.bytes == 100
+    assert memory.rows(needs, with_host=True)[0].need.bytes == 50
+
+
 @pytest.mark.parametrize(
     ("card", "changed"),
     [

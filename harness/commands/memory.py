@@ -52,7 +52,8 @@ def show(opened: Opened, console: Console, card: float | None) -> None:
         if isinstance(need, str):
             unknown[f"{setting.stage.kind}: {need}"] += setting.count
     # those that need nothing copy files
-    for row in memory.rows([(setting, need) for setting, need in needs if isinstance(need, Need) and need.bytes]):
+    shown = [(setting, need) for setting, need in needs if isinstance(need, Need) and need.bytes]
+    for row in memory.rows(shown, with_host=not on_gpu):
         need = row.need
         parts = [_bytes(need.parts.get(kind, 0)) for kind, _ in SHOWN]
         host = [_bytes(need.host)] if on_gpu else []

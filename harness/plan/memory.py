@@ -98,28 +98,29 @@ def settings(plan: Plan) -> list[Setting]:
     return sorted(chosen, key=lambda each: order.index(each.stage.kind))
 
 
-def rows(needs: Sequence[tuple[Setting, Need]]) -> list[Row]:
+def rows(needs: Sequence[tuple[Setting, Need]], *, with_host: bool = False) -> list[Row]:
     """Return the needs as rows of a table: kinds of stages in the order given, in each method the largest first.
 
-    Settings within NEAR of the largest of a row are that row's; a process needs as much with its main memory.
+    Settings within NEAR of the largest of a row are that row's. `with_host`: main memory counts, since it is the
+    device.
     """
+
+    def size(need: Need) -> int:
+        return need.bytes + (need.host if with_host else 0)
+
     groups: dict[tuple[str, str], list[tuple[Setting, Need]]] = {}
     for setting, need in needs:
         groups.setdefault((setting.stage.kind, setting.stage.component), []).append((setting, need))
     found: list[Row] = []
     for group in groups.values():
         row = None
-        for setting, need in sorted(group, key=lambda pair: -_whole(pair[1])):
-            if row is None or _whole(need) < (1 - NEAR) * _whole(row.need):
+        for setting, need in sorted(group, key=lambda pair: (-size(pair[1]), -pair[1].host)):
+            if row is None or size(need) < (1 - NEAR) * size(row.need):
                 row = Row(setting, need, 1, setting.count)
                 found.append(row)
             else:
                 row = found[-1] = replace(row, settings=row.settings + 1, stages=row.stages + setting.count)
     return found
-
-
-def _whole(need: Need) -> int:
-    return need.bytes + need.host
 
 
 def _alike(stage: Stage, stages: Mapping[str, Stage]) -> str:

@@ -1,4 +1,4 @@
-"""The look of defenses in figures: each keeps its colour in every run.
+"""The look of defenses in figures: as far as possible each keeps its colour in every run.
 
 The undefended model and the bundled methods have fixed colours; any other label has the colour that its digest gives,
 or where another defense of the figure has that one, the next that is free. Where none is free, two have one colour, and

@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster on this machine: processes of `ray start`, each with an address of loopback of its own."""
+"""Nodes of a Ray cluster on this machine: processes of `ray start`, each with another address of loopback."""
 
 from __future__ import annotations
 
