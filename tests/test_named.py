@@ -146,6 +146,26 @@ def test_copies_of_bundled_suites_give_the_same_plan(tmp_path, suite):
     assert (again.folder, again.store.root) == (opened.folder, opened.store.root)
 
 
+def test_a_copy_does_not_describe_what_only_a_part_left_out_used(project):
+    """A concept of a task that `--set` removed is not in the copy, which would be refused with it."""
+    import yaml
+
+    from harness.suite import loading, resolved
+
+    data = yaml.safe_load(project.suite.read_text(encoding="utf-8"))
+    (name, task), *_ = data["tasks"].items()
+    concept = next(iter(data["concepts"]))
+    data["concepts"]["further"] = data["concepts"][concept]
+    data["tasks"]["second"] = {**task, "targets": [["further"]], "innocents": []}
+    project.suite.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    loaded = loading.load(project.suite, ["tasks.second=null"])
+    copy = project.suite.with_name("copy.yaml")
+    copy.write_text(resolved.text(loaded, copy.parent), encoding="utf-8")
+
+    assert "further" not in yaml.safe_load(copy.read_text(encoding="utf-8"))["concepts"]
+    assert loading.load(copy).concepts.keys() == loaded.concepts.keys()
+
+
 PLUGIN = """
 from dataclasses import dataclass
 from harness.api import Defense, Protection, ThreatModel, register

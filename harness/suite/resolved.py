@@ -25,9 +25,12 @@ _PLUGIN = re.compile(r"^# made with --plugin (.+)$", re.MULTILINE)
 def text(loaded: LoadedSuite, folder: Path, plugins: Iterable[str] = ()) -> str:
     """Return the suite's copy for the folder of a run.
 
-    Paths that the suite gives relative to its own folder are relative to the run's folder instead.
+    Paths that the suite gives relative to its own folder are relative to the run's folder instead. Concepts that only
+    parts used which a `--set` left out are not in it: a suite must use what it describes.
     """
     described: dict[str, Any] = loaded.suite.model_dump(mode="json")
+    used = set(loaded.suite.concept_names())
+    described["concepts"] = {name: concept for name, concept in described["concepts"].items() if name in used}
     if loaded.model is not None and loaded.model.identity["source"] == "folder":
         described["model"]["id"] = _moved(described["model"]["id"], loaded.folder, folder)
     for concept in described["concepts"].values():
