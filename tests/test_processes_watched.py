@@ -176,9 +176,13 @@ def test_processes_are_spread_where_no_node_has_room_and_refused_where_none_can_
         {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
     ]
     ray = SimpleNamespace(nodes=lambda: nodes)
-    place = SimpleNamespace(cpus=1, gpus=gpus)
+    place = SimpleNamespace(cpus=1, gpus=gpus, is_apart=False)
     if is_spread is not None:
         assert ray_tune._is_spread(ray, walk_of(workers), place, "host:6379") == is_spread
+        if is_spread:
+            place.is_apart = True
+            with pytest.raises(UserMistake, match="on several nodes they need a results folder that these share"):
+                ray_tune._is_spread(ray, walk_of(workers), place, "host:6379")
         return
     with pytest.raises(UserMistake, match=r"^--ray-address host:6379: .*the nodes have 8 CPU, 2 GPU; change resources"):
         ray_tune._is_spread(ray, walk_of(workers), place, "host:6379")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -38,8 +38,14 @@ class Raylets:
         own = {"PATH": path, "RAY_AUTH_TOKEN": TOKEN, "HOME": str(self.folder)}
         return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **own}
 
-    def start(self, *arguments: str, **variables: str) -> int:
-        """Start a node with one CPU and wait until it has joined; the first one is the head. Return its number."""
+    def start(
+        self, *arguments: str, python: str = sys.executable, before: Sequence[str] = (), **variables: str
+    ) -> int:
+        """Start a node with one CPU and wait until it has joined; the first one is the head. Return its number.
+
+        `python`: the interpreter of the node and its workers. `before`: a command that starts the node's, with the
+        place that it sees.
+        """
         number = len(self._nodes)
         if number:
             place = [f"--address={self.address}"]
@@ -47,7 +53,7 @@ class Raylets:
             port = self.address.rpartition(":")[2]
             place = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self.folder / 'ray'}"]
         command = [
-            str(Path(sys.executable).parent / "ray"), "start", *place, f"--node-ip-address=127.0.0.{number + 2}",
+            *before, python, "-m", "ray.scripts.scripts", "start", *place, f"--node-ip-address=127.0.0.{number + 2}",
             "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block", *arguments,
         ]  # fmt: skip
         log = self.folder / f"node{number}.log"

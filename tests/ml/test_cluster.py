@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,45 @@ def test_rows_are_those_of_a_serial_run_though_a_node_died_in_the_middle(suite, 
     records = [json.loads(path.read_text("utf-8")) for path in runs.glob("store/*/*/record.json")]
     assert {record["provenance"]["machine"]["host"] for record in records} == {host}
     assert not list(tmp_path.rglob(".probe-*"))
+
+
+def other_python(folder: Path) -> str:
+    """Return an interpreter with the packages of this one, but for diffusers, which says that it is older."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    (packages / "these.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    about = packages / "diffusers-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: diffusers\nVersion: 0.1.0\n")
+    return str(folder / "bin" / "python")
+
+
+def can_hide_folders() -> bool:
+    """Return whether a process here may have mounts that others do not see."""
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_hide_folders(), reason="a process may not mount anything here (unshare --mount)")
+def test_nodes_that_cannot_do_the_work_are_named_before_any(suite, tmp_path):
+    """One node has another version of a package, another does not see the folders of results: a line for each."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    hidden = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {runs} && exec "$0" "$@"')
+    with raylets(1) as cluster:
+        cluster.start(python=other_python(tmp_path / "older"))
+        cluster.start(before=hidden)
+        printed = start(cluster, suite, runs).communicate(timeout=WAIT_S)[0]
+
+    host = platform.node()
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 3, printed
+    assert lines[0].startswith(f"error: node {host} (127.0.0.3): has diffusers 0.1.0, this machine diffusers ")
+    assert lines[0].endswith("results would differ: install the same versions")
+    for line, folder in zip(lines[1:], ("tiny", "store"), strict=True):
+        assert line.startswith(f"error: node {host} (127.0.0.4): does not see the folder {runs / folder} of this")
+        assert "name a folder on it with --runs, or give a store that needs none" in line
+    assert "Traceback" not in printed
+    assert not list(runs.rglob("record.json")) and not list(runs.rglob(".probe-*"))
 
 
 SHARED = (
