@@ -2,8 +2,9 @@
 
 A Searcher returns units whose inputs are committed, returns None while none is ready, and ends when all units are done.
 Units do not wait for each other otherwise; each worker has a process that keeps the model loaded between units
-(`reuse_actors`, `Keeper`). Ray is started on loopback without its dashboard unless an address is given. Runs resume
-from the store, so Tune's own experiment state is discarded.
+(`reuse_actors`, `Keeper`). Tune ends a worker that becomes free while no trial waits, and its process with it: so as
+many units are handed out in advance as there are workers. Ray is started on loopback without its dashboard unless an
+address is given. Runs resume from the store, so Tune's own experiment state is discarded.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import json
 import platform
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from harness.core import disk, termination
 from harness.core.errors import InputsLost, StageFailure, UserMistake, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage
-from harness.executors import apart, loopback, outcome, probe, rank_actors, ray_session
+from harness.executors import apart, joining, loopback, outcome, probe, rank_actors, ray_session
 from harness.executors.events import Listener
 from harness.executors.keeper import Keeper
 from harness.executors.scratch import own_scratch
@@ -77,6 +78,7 @@ def run(
         if workplace.is_apart:
             apart.do_what_reads_files(walk, workplace, listen)
         is_spread = _is_spread(ray, walk, workplace, address)
+        stack.enter_context(joining.variables({"TUNE_MAX_PENDING_TRIALS_PG": str(_most_workers(ray, workplace))}))
         searcher = _make_searcher(walk, listen, scratch, workplace)
 
         def resources(config: Mapping[str, Any]):
@@ -85,22 +87,14 @@ def run(
                 return tune.PlacementGroupFactory([_wanted(workplace, 1)] * workers, strategy="PACK")
             return tune.PlacementGroupFactory([_wanted(workplace, workers)])
 
-        trainable = tune.with_resources(
-            tune.with_parameters(
-                _do_unit,
-                scratch=str(scratch),
-                workplace=workplace,
-                is_private=address is None,
-                is_spread=is_spread,
-            ),
-            resources,
-        )
+        place = _Place(str(scratch), workplace, address is None, is_spread)
+        trainable = tune.with_resources(tune.with_parameters(_make_trainable(), place=place), resources)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=_make_scheduler(searcher),
-                metric="done",
+                metric="begun",
                 mode="max",
                 num_samples=-1,
                 reuse_actors=True,
@@ -110,6 +104,7 @@ def run(
                 storage_path=str(scratch.resolve()),
                 verbose=0,
                 log_to_file=False,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the store has it all
                 failure_config=tune.FailureConfig(max_failures=0),  # it counts one death twice; see on_trial_complete
             ),
         )
@@ -139,6 +134,12 @@ def _wanted(workplace: Workplace, workers: int) -> dict[str, float]:
     """Return what a unit wants of one node; its processes are started by its Ray worker."""
     bundle = {"CPU": workplace.cpus * workers, "GPU": workplace.gpus * workers}
     return {name: value for name, value in bundle.items() if value}
+
+
+def _most_workers(ray, workplace: Workplace) -> int:
+    """Return how many units may be done at once on the nodes that are there."""
+    wanted = _wanted(workplace, 1)
+    return max(1, sum(_room(node["Resources"], wanted) for node in ray.nodes() if node["Alive"]))
 
 
 def _is_spread(ray, walk: Walk, workplace: Workplace, address: str | None) -> bool:
@@ -180,6 +181,10 @@ def _unit_file(scratch: Path, index: int) -> Path:
     return scratch / f"unit-{index}.json"
 
 
+def _stop_file(scratch: Path) -> Path:
+    return scratch / "stopped"
+
+
 def _begun_file(scratch: Path, index: int, attempt: str) -> Path:
     return scratch / f"unit-{index}.begun.{attempt}"
 
@@ -188,26 +193,61 @@ _keeper = Keeper()
 """The keeper of this Ray worker: its process outlives the units."""
 
 
-def _do_unit(
-    config: Mapping[str, Any], scratch: str, workplace: Workplace, is_private: bool, is_spread: bool
-) -> None:
-    """Do one unit in a worker. A failure of a stage is a result, reported to the searcher."""
-    import ray
-    from ray import tune
+@dataclass(frozen=True)
+class _Place:
+    """What the workers of a run share."""
 
-    node = "" if is_private else f"{platform.node()} ({ray.util.get_node_ip_address()})"
-    result = {"done": 0, "failure": "", "lost": "", "node": node, "begun": 0, "said": ""}
+    scratch: str
+    workplace: Workplace
+    is_private: bool  # Ray was started for this run
+    is_spread: bool  # processes of a shared stage are on several nodes
+
+
+def _make_trainable():
+    """Return the Trainable that does units; defined in a function, since its base class needs Ray.
+
+    It is a class: of a function, Tune notices the end only when it looks again, some tenths of a second later.
+    """
+    from ray.tune import Trainable
+
+    class UnitOfWork(Trainable):
+        """Does the unit of a trial; the next trial of this worker resets it."""
+
+        def setup(self, config: dict[str, Any], place: _Place) -> None:
+            self._place = place
+            self.reset_config(config)
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self._results = _do_unit(new_config, self._place)
+            return True
+
+        def step(self) -> dict[str, Any]:
+            return next(self._results)
+
+    return UnitOfWork
+
+
+def _do_unit(config: Mapping[str, Any], place: _Place) -> Iterator[dict[str, Any]]:
+    """Do one unit in a worker; yield results for the searcher, the last one `done`. A stage's failure is a result."""
+    import ray
+
+    workplace = place.workplace
+    node = "" if place.is_private else f"{platform.node()} ({ray.util.get_node_ip_address()})"
+    result = {"failure": "", "lost": "", "node": node, "begun": 1, "said": ""}
     if workplace.is_apart:
-        tune.report({**result, "begun": 1})
+        yield result
         workplace = apart.here(workplace)
         unit = dict(apart.unpacked(config["stages"]))
     else:
-        _begun_file(Path(scratch), config["unit"], uuid.uuid4().hex).touch()
-        unit = dict(json.loads(_unit_file(Path(scratch), config["unit"]).read_text("utf-8")))
+        if _stop_file(Path(place.scratch)).exists():
+            yield {**result, "begun": 0, "done": True}
+            return
+        _begun_file(Path(place.scratch), config["unit"], uuid.uuid4().hex).touch()
+        unit = dict(json.loads(_unit_file(Path(place.scratch), config["unit"]).read_text("utf-8")))
     try:
-        if is_private:
+        if place.is_private:
             loopback.require()
-        if is_spread and config["workers"] > 1:
+        if place.is_spread and config["workers"] > 1:
             _do_spread(unit, workplace, config["workers"], ray.util.get_node_ip_address())
         else:
             _keeper.do(unit, workplace)
@@ -215,11 +255,9 @@ def _do_unit(
         result["failure"] = str(failure)
     except InputsLost as lost:
         result["lost"] = json.dumps([lost.keys, lost.messages])
-    else:
-        result["done"] = 1
     if workplace.is_apart:
         result["said"] = apart.gathered(workplace, unit)
-    tune.report(result)
+    yield {**result, "done": True}
 
 
 def _do_spread(stages: dict[str, dict[str, Any]], workplace: Workplace, workers: int, address: str) -> None:
@@ -272,7 +310,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
         """Returns ready units of the plan as Tune trials."""
 
         def __init__(self):
-            super().__init__(metric="done", mode="max")
+            super().__init__(metric="begun", mode="max")
             self.units: dict[str, int] = {}
             self.tries: Counter[int] = Counter()
             self.errors: dict[str, Exception | None] = {}
@@ -300,7 +338,7 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
             return config
 
         def on_trial_result(self, trial_id, result):
-            if result.get("begun") and trial_id in self.units:
+            if not result["done"] and trial_id in self.units:
                 self.begun.setdefault(self.units[trial_id], []).append(result["node"])
 
         def on_trial_complete(self, trial_id, result=None, error=False):
@@ -311,6 +349,9 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
             message = (result or {}).get("failure", "")
             if result is not None and result.get("said"):
                 apart.received(result["said"], workplace.run_folder, stages, listen)
+            if not (error or result is None) and not result["begun"]:  # it was handed out in advance
+                walk.give_back(index)
+                return
             if not message and (error or result is None):
                 begun = self.begun.get(index, []) or list(scratch.glob(_begun_file(scratch, index, "*").name))
                 if len(begun) <= RETRIES and self.tries[index] < _MOST_TRIES:
@@ -320,6 +361,8 @@ def _make_searcher(walk: Walk, listen: Listener, scratch: Path, workplace: Workp
                 message = _died(stages, workplace, self.errors.pop(trial_id, None), node)
             if message:
                 outcome.failed(walk, index, message, listen)
+                if walk.stopped:
+                    _stop_file(scratch).touch()
             elif result["lost"]:
                 outcome.inputs_lost(walk, index, *json.loads(result["lost"]), listen)
             else:

@@ -6,8 +6,8 @@
 Stages compute nothing, so 8 workers fit two cores. Each unit is one stage; every second one reads the stage before it.
 "bare loop": as many threads take the same stages from a queue, wait as long, and write the same file; no harness.
 "walk": the state of a run alone, which hands out units and takes them back. "serial" and "ray": the executors, with
-everything that they do for a stage: its record, its commit, its log, its heartbeat. Ray's time begins when a tenth of
-the units are done: its start, that of 8 workers and of the processes that they keep, is printed apart.
+everything that they do for a stage: its record, its commit, its log, its heartbeat. Ray's time begins when half of the
+units are done: its start, that of 8 workers and of the processes that they keep, is printed apart.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def rows(units: int, workers: int, seconds: float) -> Iterator[Row]:
             ended = time.perf_counter()
         if what != "ray":
             return Row(what, count, units, ended - started)
-        first = len(done_at) // 10
+        first = len(done_at) // 2
         return Row(what, count, len(done_at) - first - 1, done_at[-1] - done_at[first], done_at[first] - started)
 
     def listen(event: str, data: Mapping[str, object]) -> None:
@@ -118,7 +118,7 @@ def rows(units: int, workers: int, seconds: float) -> Iterator[Row]:
 def main() -> None:
     """Print a line for each way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--units", type=int, default=800)
+    parser.add_argument("--units", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seconds", type=float, nargs="+", default=[0.0, 0.5])
     options = parser.parse_args()

@@ -78,10 +78,51 @@ def test_no_process_of_a_run_listens_for_other_machines(tmp_path, workers, varia
     assert [each for each in seen if not is_loopback(each[1])] == []
     names = {name for name, _ in seen}
     assert {"tests.ml.misfortunes", "gcs_server", "raylet", "ray::RuntimeEnvAgent"} <= names
-    assert any(name.startswith("ray::ImplicitFunc") for name in names)
+    assert any(name.startswith("ray::ResourceTrainable") for name in names)
     assert ("harness.stages.rank" in names) == (workers > 1)
     assert len(printed.splitlines()) == 1  # nothing of Ray's tokens
     assert not (tmp_path / "home" / ".ray").exists()
+
+
+NAPS = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from unittest import mock
+from harness.core import machine, registry
+from harness.executors import ray_tune
+from harness.executors.walk import Walk
+from harness.model.source import ModelSource
+from harness.stages.workplace import Workplace
+from tests.benchmarks import walk_speed
+
+folder, plugin = Path(sys.argv[1]), str(walk_speed.PLUGIN)
+registry.load_plugins([plugin])
+source = ModelSource({"source": "folder", "revision": "none"}, "nowhere")
+place = Workplace(folder / "store", folder / "run", source, plugins=(plugin,))
+waiting = [0]
+
+def listen(event, data):
+    waiting.append(waiting[-1] + {"unit_started": 1, "unit_done": -1}.get(event, 0))
+
+with mock.patch.object(machine, "cores", lambda: 2):
+    summary = ray_tune.run(Walk(walk_speed.plan_of(60, 0.1), lambda _: False), place, listen)
+print(json.dumps({**asdict(summary), "most": max(waiting)}))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_does_unit_after_unit_in_one_process(tmp_path):
+    """Two workers do all units, with as many handed out in advance: what a process has loaded stays loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", NAPS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    summary = json.loads(done.stdout.splitlines()[-1])
+    processes = {path.read_text() for path in tmp_path.glob("store/nap/*/done")}
+
+    assert summary["done"] == 60, done.stderr
+    assert 1 <= len(processes) <= 2
+    assert summary["most"] == 4
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -25,6 +26,6 @@ class Nap(StageKind):
     Parameters = Asked
 
     def do(self, parameters, work):
-        """Leave `done`."""
+        """Leave `done`, with the number of this process."""
         time.sleep(parameters.seconds)
-        (work.folder / "done").write_text("", encoding="utf-8")
+        (work.folder / "done").write_text(str(os.getpid()), encoding="utf-8")
