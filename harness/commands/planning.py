@@ -37,7 +37,7 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
     for header in ("stage", "in the grid", "after sharing", "done", "to do", "UNet passes to do", "estimate"):
         table.add_column(header, justify="left" if header == "stage" else "right")
     total_seconds, n_unknown = 0.0, 0
-    asked = cost.asked(plan)
+    shared, (unshared, asked) = cost.shared_passes(plan), cost.unshared(plan)
     counts = Counter(stage.kind for stage in plan.stages.values())
     remaining: dict[str, list[Stage]] = {kind: [] for kind in counts}
     for key, stage in plan.stages.items():
@@ -58,7 +58,6 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
         f"sharing saves {sum(asked.values()) - len(plan.stages)} of {counted(sum(asked.values()), 'stage')}",
         highlight=False,
     )
-    shared, unshared = cost.shared_passes(plan), cost.unshared_passes(plan)
     ratio = f" ({unshared / shared:.1f} times as many)" if shared else ""
     apart = (
         f"; {unshared:,.0f}{ratio} if each attack on each concept erased, immunized, adapted and sampled for itself"

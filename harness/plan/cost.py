@@ -42,36 +42,31 @@ def shared_passes(plan: Plan) -> float:
     return sum(stage.work for stage in plan.stages.values())
 
 
-def unshared_passes(plan: Plan) -> float:
-    """Return the UNet passes if each attack on each concept did its own erasing, immunizing, adapting and sampling.
+def unshared(plan: Plan) -> tuple[float, Counter[str]]:
+    """Return (UNet passes, stages by kind) of the grid if less were shared.
 
-    Everything else (images of concepts, samples before any attack) is counted once, as in the plan.
+    Passes: if each attack on each concept did its own erasing, immunizing, adapting and sampling; everything else
+    (images of concepts, samples before any attack) is counted once, as in the plan. Stages: if nothing were shared.
     """
+    stages = plan.stages
     per_trial = {kind for kind in registry.names("stage") if registry.get("stage", kind).per_trial}
     own: dict[str, float] = {}
     of_trials: set[str] = set()
-    total = 0.0
-    for measurement in plan.measurements:
-        if not measurement.is_apart:
-            continue
-        observed = measurement.observed
-        if observed not in own:
-            stages = [k for k in plan.needed([observed]) if plan.stages[k].kind in per_trial]
-            of_trials.update(stages)
-            own[observed] = sum(plan.stages[k].work for k in stages)
-        total += own[observed]
-    return total + sum(stage.work for key, stage in plan.stages.items() if key not in of_trials)
-
-
-def asked(plan: Plan) -> Counter[str]:
-    """Return how many stages of each kind the grid would have if nothing were shared."""
-    stages = plan.stages
     counted: dict[str, int] = {}
+    passes = 0.0
     for measurement in plan.measurements:
-        for key in plan.needed([measurement.observed, *measurement.scores.values()]):
+        observed = plan.needed([measurement.observed])
+        for key in plan.needed(measurement.scores.values(), observed):
             kind = stages[key].kind
             counted[kind] = counted.get(kind, 0) + 1
-    return Counter(counted)
+        if not measurement.is_apart:
+            continue
+        if measurement.observed not in own:
+            apart = [key for key in observed if stages[key].kind in per_trial]
+            of_trials.update(apart)
+            own[measurement.observed] = sum(stages[key].work for key in apart)
+        passes += own[measurement.observed]
+    return passes + sum(stage.work for key, stage in stages.items() if key not in of_trials), Counter(counted)
 
 
 def sd1_flops(side: int) -> int:

@@ -37,9 +37,9 @@ class Plan:
         """Return a stage as the input of another one."""
         return Input(self.stages[key].kind, key)
 
-    def needed(self, keys: Iterable[str]) -> set[str]:
-        """Return these keys and all that their stages need, directly or not."""
-        stages, found, ahead = self.stages, set(), list(keys)
+    def needed(self, keys: Iterable[str], known: Iterable[str] = ()) -> set[str]:
+        """Return these keys and all that their stages need, directly or not; `known`: the result for other keys."""
+        stages, found, ahead = self.stages, set(known), list(keys)
         while ahead:
             key = ahead.pop()
             if key not in found:
