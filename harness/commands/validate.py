@@ -7,6 +7,7 @@ import argparse
 from harness.commands import arguments
 from harness.core.counted import counted
 from harness.core.errors import ExitCode, one_line
+from harness.core.garbage import collection_paused
 
 SUMMARY = "check a suite and report all mistakes in it"
 
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_suite(parser)
 
 
+@collection_paused()
 def main(given: argparse.Namespace) -> ExitCode:
     """Run the verb."""
     from harness.commands.opened import open_suite
