@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,8 +24,6 @@ from tests.object_store import BUCKET, commit, files_below
 @pytest.fixture(scope="module")
 def server():
     """A server of S3 on loopback."""
-    if importlib.util.find_spec("moto") is None:
-        pytest.skip("needs moto's server of S3: pip install 'immunitybench[test]'")
     with object_store.running() as running:
         yield running
 

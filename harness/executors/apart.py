@@ -1,4 +1,4 @@
-"""A run whose nodes share no folder: each has a folder of its own, and the store's objects are all they have in common.
+"""A run whose nodes share no folder: each has another one, and the store's objects are all they have in common.
 
 A unit goes to its node with the trial, not as a file. What a node has to say of it comes back with the result: lines
 for the user, records of failures, and the ends of their logs. Heartbeats, saved states and whole logs stay there.

@@ -42,7 +42,7 @@ class Answer(TypedDict):
     missing: list[str]  # of `reads`
     unseen: list[str]  # of `shared`: the driver's file is not there
     unwritten: dict[str, str]  # of `shared` -> why the node cannot write into it
-    unkept: dict[str, str]  # the same of its own folders
+    unkept: dict[str, str]  # the same of the node's folders
     unstored: str  # why the node cannot use the store; "": it can
     gpus: list[tuple[str, int]]  # name, MiB
     time: float  # seconds since 1970

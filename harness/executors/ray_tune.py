@@ -2,8 +2,8 @@
 
 A Searcher returns units whose inputs are committed, returns None while none is ready, and ends when all units are done.
 Units do not wait for each other otherwise; each worker has a process that keeps the model loaded between units
-(`reuse_actors`, `Keeper`). Tune ends a worker that becomes free while no trial waits, and its process with it: so as
-many units are handed out in advance as there are workers. Ray is started on loopback without its dashboard unless an
+(`reuse_actors`, `Keeper`). As many units are handed out in advance as there are workers: Tune's usual limit is one, and
+then workers start one after the other and wait for it. Ray is started on loopback without its dashboard unless an
 address is given. Runs resume from the store, so Tune's own experiment state is discarded.
 """
 

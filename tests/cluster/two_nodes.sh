@@ -83,7 +83,7 @@ munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/mun
 started+=($!)
 for _ in $(seq 50); do [ -S "$folder/munge.socket" ] && break; sleep 0.1; done
 
-# with a host name of its own, and names of all in its /etc/hosts; not `ip netns exec`, which hides the cgroups
+# with another host name, and names of all in its /etc/hosts; not `ip netns exec`, which hides the cgroups
 as() {
   exec unshare --uts --mount sh -c 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"' sh "$1" "$folder/hosts" "${@:2}"
 }

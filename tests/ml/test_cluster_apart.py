@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 from dataclasses import replace
@@ -32,9 +31,7 @@ KEY = "0" * 32
 
 @pytest.mark.slow
 def test_rows_are_those_of_a_serial_run_though_nodes_share_no_folder_and_one_died(suite, tmp_path):  # noqa: F811
-    """Each has a folder of its own; the driver brings the scores alone."""
-    if importlib.util.find_spec("moto") is None:
-        pytest.skip("needs moto's server of S3: pip install 'immunitybench[test]'")
+    """Each has another folder; the driver brings the scores alone."""
     alone, runs = tmp_path / "alone", tmp_path / "runs"
     own = {number: tmp_path / f"node{number}" for number in (0, 1)}
     assert main(["run", str(suite), "--runs", str(alone), "--executor", "serial", *LESS]) == ExitCode.DONE

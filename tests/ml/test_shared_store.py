@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -23,8 +22,6 @@ LESS = ("--set", "seeds=1", "--set", "defenses=[none]", "--executor", "serial")
 @pytest.fixture(scope="module")
 def server():
     """A server of S3 on loopback, with its credentials in this process' environment."""
-    if importlib.util.find_spec("moto") is None:
-        pytest.skip("needs moto's server of S3: pip install 'immunitybench[test]'")
     with object_store.running() as running, pytest.MonkeyPatch.context() as patch:
         for name, value in running.environment.items():
             patch.setenv(name, value)
