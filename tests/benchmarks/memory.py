@@ -118,7 +118,7 @@ def _measured(given) -> dict[str, int]:
     from harness.stages.rehearsal import measurable
     from harness.stages.workplace import peak_memory_bytes, reset_peak_memory
     from tests.allocated import peak_bytes
-    from tests.benchmarks.bilevel import _resident_bytes
+    from tests.benchmarks.bilevel import _held_bytes
 
     torch.set_num_threads(1)
     source, device = _source(given), torch.device(given.device)
@@ -145,7 +145,7 @@ def _measured(given) -> dict[str, int]:
             gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         reset_peak_memory()
-        idle = _resident_bytes()
+        idle = _held_bytes()
         do()
         return {**found, "process": peak_memory_bytes(device) - idle}
 
