@@ -291,7 +291,7 @@ def _retry_after(response: Response) -> float:
 
 
 def _tries(error: Exception) -> int:
-    return 2 if is_unreachable(error) else TRIES
+    return min(2, TRIES) if is_unreachable(error) else TRIES
 
 
 def _pause(attempt: int) -> float:

@@ -10,9 +10,9 @@ the upper level; at the merge 200 captions encoded one by one and, for each key 
 matrix, its solve for every word and the inverse of M. It is written here, plainly; the released code is not run.
 
 Ours is `defenses/mima.py` as it is, profile paper. The released loop has class images in every batch, Algorithm 1 has
-not: `--prior` gives ours them too. Memory is the peak above the loaded model, set-up and optimizer states included; on a
-CPU what the process holds, swapped memory too, looked at each 20 ms.
-Neither keeps the weights from before the training (`keep_originals: false`).
+not: `--prior` gives ours them too. Memory is the peak above the loaded model, set-up and optimizer states included; on
+a CPU what the process holds, swapped memory too, looked at each 20 ms. Neither keeps the weights from before
+the training (`keep_originals: false`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of concepts")
     parser.add_argument("--vectors", choices=("device", "cpu"), default="device", help="where our vectors wait")
     parser.add_argument("--prior", action="store_true", help="class images in our batches too")
-    parser.add_argument("--modes", choices=MODES[1:], nargs="+", default=MODES[1:], help="ours; released is measured too")
+    parser.add_argument("--modes", choices=MODES[1:], nargs="+", default=MODES[1:], help="ours; released is added")
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.mode:

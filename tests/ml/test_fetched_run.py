@@ -38,7 +38,11 @@ def hub(tiny_folder, tmp_path):
 @pytest.fixture
 def environment(hub, tmp_path) -> dict[str, str]:
     """A user's machine with empty caches, whose hub is the one on loopback."""
-    home = tmp_path / "home"
+    return user_of(hub, tmp_path / "home")
+
+
+def user_of(hub, home: Path) -> dict[str, str]:
+    """Return the variables of a user who has nothing but that hub."""
     return {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache"),
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1",
