@@ -60,7 +60,10 @@ def test_a_paper_without_a_file_is_refused_with_the_known_ones():
     [
         # rows x columns of each table, less its dashes
         ("freezeasguard", {"1": 6 * 3, "2": 17 * 8 + 1, "3": 2 * 8, "4": 7 * 8, "5": 7 * 4 + 2, "6": 5 * 6}),
-        ("imma", {"1": 3 * 3, "replication": 4 * 3 + 2 * 2 + 6, "replication, robustness": 12 * 3, "CLAMP": 4}),
+        (
+            "imma",
+            {"1": 3 * 3, "replication": 4 * 3 + 2 * 2 + 6, "replication, robustness": 12 * 3, "reduced": 6, "CLAMP": 4},
+        ),
         (
                 "memorization",
                 {

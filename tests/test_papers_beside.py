@@ -11,7 +11,7 @@ from tests.test_cli import arguments, commit_all
 
 
 def test_rows_of_the_suites_tasks_and_defenses_stand_beside_it(project):
-    """Of UCE and IMMA, in re-learning and in adaptation; the measured tables do not change."""
+    """Of UCE and IMMA, in re-learning, personalization and adaptation; the measured tables do not change."""
     commit_all(project)
     assert project.cli("table", *arguments(project)).code == 0
     folder = project.runs / "small"
@@ -24,7 +24,7 @@ def test_rows_of_the_suites_tasks_and_defenses_stand_beside_it(project):
         rows = list(csv.DictReader(file))
     assert outcome.code == 0 and f"papers' numbers: {len(rows)} rows" in outcome.out
     assert {row["defense"] for row in rows} <= {"", "none", "uce", "imma"}
-    assert {row["task"] for row in rows} == {"relearning", "adaptation"}
+    assert {row["task"] for row in rows} == {"relearning", "personalization", "adaptation"}
     assert {row["paper"] for row in rows} >= {"imma", "freezeasguard"}
     assert "18.40" in {row["value"] for row in rows}
     text = (folder / "paper_rows.md").read_text()
@@ -40,7 +40,7 @@ def test_a_task_without_erasure_has_no_rows_of_relearning(project):
 
     with open(project.runs / "small" / "paper_rows.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["task"] for row in rows} == {"adaptation"}
+    assert {row["task"] for row in rows} == {"personalization", "adaptation"}
     assert {row["defense"] for row in rows} <= {"", "none"}
 
 
