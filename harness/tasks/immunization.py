@@ -91,10 +91,12 @@ class _Grid(Grid):
         self.spec = spec
         self.roles = [(c, "target") for c in targets] + [(c, "innocent") for c in spec.innocents]
         self.utility = [(c, "utility") for c in build.suite.utility]
+        self._made: dict[tuple[int, int], Released] = {}
+        self._start = ModelState()
 
     def measurements(self) -> Iterator[Measurement]:
         """Yield them in the order of the table: real images, then per seed the model before erasure and defenses."""
-        erased = self._erased()
+        self._start = erased = self._erased()
         for name, _ in self.roles:
             yield self.real(name)
         for name, _ in self.utility:
@@ -105,7 +107,7 @@ class _Grid(Grid):
                 for name, role in [*self.roles, *self.utility]:
                     yield self.before(original, name, role)
             for index, _ in self.build.loaded.defenses_in(self.task):
-                yield from self._defended(index, seed, erased)
+                yield from self._defended(index, seed)
 
     def _erased(self) -> ModelState:
         """Return the state that defenses start from: the base model, erased if the task erases."""
@@ -122,9 +124,14 @@ class _Grid(Grid):
     ) -> str:
         return self.build.release(kind, defense, called, targets, self.spec.preserve, seed, over)
 
-    def _defended(self, index: int, seed: int, erased: ModelState) -> Iterator[Measurement]:
+    def tuned_on(self, defense: str, seed: int) -> Released:
+        """Return the released model of a defense of the suite under a seed."""
+        index = next(i for i, spec in self.build.loaded.defenses_in(self.task) if spec.name == defense)
+        return self._released(index, seed)
+
+    def _defended(self, index: int, seed: int) -> Iterator[Measurement]:
         """Yield all measurements of one defense under one seed."""
-        released = self._released(index, seed, erased)
+        released = self._released(index, seed)
         for name, role in self.roles:
             if released.is_weak and role != "target":
                 continue
@@ -133,8 +140,13 @@ class _Grid(Grid):
         for name, role in self.utility:
             yield self.before(released, name, role)
 
-    def _released(self, index: int, seed: int, erased: ModelState) -> Released:
-        """Add the stage of a defense under one seed."""
+    def _released(self, index: int, seed: int) -> Released:
+        """Return the released model of a defense under one seed; its stage is added once."""
+        if (index, seed) not in self._made:
+            self._made[index, seed] = self._release_of(index, seed, self._start)
+        return self._made[index, seed]
+
+    def _release_of(self, index: int, seed: int, erased: ModelState) -> Released:
         spec = self.build.suite.defenses[index]
         values = self.build.loaded.parameters["defenses", str(index)]
         given = self.targets if spec.protects == "all" else self.targets[:1]
