@@ -17,10 +17,10 @@ the released model.
 The loss is the denoising loss on the attacker's images, AdamW with a constant rate, gradients clipped to norm 1. An
 honest attacker trains no frozen tensor, and puts no adapter on a module whose weight is frozen.
 
-Differences from SPQR's released code (talha-alam/spqr at 20cc2f4; papers' facts: neighbours.md, 2.1): its cross-attention
-is k, v and out, here q too; its rate warms up over 500 steps; it tunes on about 5,000 captioned photographs, here on
-whatever the attack is given; there, adapters are named but not implemented. The learning rate is its 1e-4 for every
-reach: compare a reach at the rate that suits it.
+Differences from SPQR's released code (talha-alam/spqr at 20cc2f4; papers' facts: neighbours.md, 2.1): cross-attention
+is k, v and out there, here q too; the rate warms up over 500 steps there; it tunes on about 5,000 captioned
+photographs, here on the attack's images; adapters are named there, but not implemented. The learning rate is its 1e-4
+for every reach: compare reaches at rates that suit each.
 """
 
 from __future__ import annotations

@@ -339,10 +339,12 @@ class Builder:
         label: str,
         descriptions: tuple[str, ...] | None = None,
         images: int | None = None,
+        is_taught: bool = True,
     ) -> dict[str, str]:
         """Score images against the references of a concept; `descriptions`: by default those of its prompts.
 
-        `images`: how many images of the attack split the attack trained on, if not all.
+        `images`: how many images of the attack split the attack trained on, if not all. `is_taught`: whether it trained
+        on any; else no metric compares with them.
         """
         place = concept.name, descriptions, images
         if place not in self._scoring:
@@ -355,6 +357,7 @@ class Builder:
         return {
             metric.name: self.stage("score", inputs={**generated, **references}, label=label, **fixed)
             for metric, (fixed, references) in self._scoring[place]
+            if is_taught or metric.cls.compares_with != "attack"
         }
 
     def score(

@@ -60,7 +60,8 @@ class StageAtWork:
         """Return (model, protection): the base model with all layers that the stage's inputs name.
 
         If an attacker restores components, their tensors are those from before the defense: from the base model, or
-        from the layers below the defense. An attacker who rounds weights does so after that. States with different names are separate models in memory.
+        from the layers below the defense. An attacker who rounds weights does so after that. States with different
+        names are separate models in memory.
         """
         restored = frozenset(getattr(self.stage.parameters, "restore", None) or ())
         model = self._model(name)

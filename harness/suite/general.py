@@ -7,6 +7,7 @@ lay out, draw and train on a concept's images work on them as they are.
 from __future__ import annotations
 
 from harness.core.concept import SPLITS, Concept
+from harness.core.counted import counted
 from harness.core.errors import UserMistake
 from harness.core.identity import digest_of_json
 from harness.core.paths import path_from
@@ -19,9 +20,9 @@ NAME = "general images"
 
 
 def resolve(loaded: LoadedSuite) -> Concept | None:
-    """Return the general images of a suite, or None if it has none. Raises UserMistake for a folder that cannot be read.
+    """Return the general images of a suite, or None if it has none; what is ignored of a folder becomes a notice.
 
-    What is ignored of a folder is added to the suite's notices.
+    Raises UserMistake for a folder that cannot be read, and for captions that would not be used.
     """
     spec = loaded.suite.general
     if spec is None:
@@ -35,8 +36,8 @@ def resolve(loaded: LoadedSuite) -> Concept | None:
     count = spec.count or len(spec.captions)
     if count < len(spec.captions):
         raise UserMistake(
-            f"{loaded.source.where(('general', 'count'))}: general.count: {count} images for {len(spec.captions)} "
-            "captions: some would not be used; raise count, or remove captions"
+            f"{loaded.source.where(('general', 'count'))}: general.count: {counted(count, 'image')} for "
+            f"{len(spec.captions)} captions: some would not be used; raise count, or remove captions"
         )
     return _concept(tuple(spec.captions[i % len(spec.captions)] for i in range(count)))
 

@@ -224,10 +224,10 @@ class AttackSpec(MethodSpec):
         if self.tuned_on is not None and self.search is None:
             raise ValueError("'tuned_on' is for an attack with a search; add search, or remove it")
         if self.search is not None and self.trains_on == "general":
-            raise ValueError("a search judges images of the target, which trains_on: general does not know; remove one")
+            raise ValueError("a search judges images of the target, unknown to trains_on: general; remove one")
         if self.observes_targets and not self.adapts_innocents:
             other = "trains_on: general" if self.innocents else "innocents: false"
-            raise ValueError(f"observe: targets is about adaptations to innocents, which {other} leaves out; remove one")
+            raise ValueError(f"observe: targets needs adaptations to innocents; {other} leaves them out: remove one")
         return self
 
     @model_validator(mode="after")

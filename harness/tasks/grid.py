@@ -204,20 +204,23 @@ class Attack:
         build, spec = self.build, self.spec
         text = f"{spec.name} on {self.trained.name} ({released.label})"
         state = build.inputs_of(released.met_by(spec))
-        members = [self._adapted(released, text, state)] if self.cls.takes_steps else []
-        adapted = {"adapt": build.read(key) for key in members}
-        if not self.cls.takes_steps:
+        members, inputs = [], dict(state)
+        if self.cls.takes_steps:
+            members = [self._adapted(released, text, state)]
+            inputs["adapt"] = build.read(members[0])
+        else:
             text = f"{concept.name} by {spec.name} ({released.label})"
-        elif concept is not self.trained:
+        is_taught = self.cls.takes_steps and concept is self.trained
+        if self.cls.takes_steps and not is_taught:
             text = f"{concept.name} after {text}"
         sample = build.sample(
-            concept, released.seed, self.steps, {**state, **adapted}, text,
+            concept, released.seed, self.steps, inputs, text,
             called=called, restore=tuple(sorted(spec.restore)),
             attacker=None if spec.attacker == "honest" else spec.attacker, rounded_to=spec.rounded_to,
         )  # fmt: skip
-        scores = build.scores(concept, {"sample": build.read(sample)}, text, images=spec.images)
-        if concept is not self.trained or not self.cls.takes_steps:  # nothing to compare with: it trained on no image of it
-            scores = {m.name: scores[m.name] for m in build.metrics if m.cls.compares_with != "attack"}
+        scores = build.scores(
+            concept, {"sample": build.read(sample)}, text, images=spec.images, is_taught=is_taught
+        )  # fmt: skip
         build.unit(text, [*members, sample, *scores.values()])
         return self.grid.measurement(released, concept.name, role, self.steps, sample, scores, spec, **labels)
 
