@@ -290,10 +290,7 @@ class _Attacked:
                 reasons.append(f"incomplete: {len(on_weak)} of {len(undefended)} trials on {weak}, a weak defense")
             reasons += _failures(on_weak, before, self.real, gates, "target", sign, weak)
         reasons += _unerased(self.original, before, gates, sign)
-        for name, (value, reason) in self.utilities.items():
-            if reason:
-                reasons.append(reason)
-        return reasons
+        return reasons + [reason for _, reason in self.utilities.values() if reason]
 
     def lost_utility(self, gates: Gates) -> list[str]:
         """Return by which metrics the released model lost too much of its utility."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from harness.analysis.claims import FLOOR_COLUMNS
 from harness.analysis.curves import COLUMNS as CURVE_COLUMNS
 from harness.analysis.curves import curves
 from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, by_concept
@@ -20,7 +21,7 @@ from harness.contracts.task import Measurement, Task
 from harness.core import registry
 from harness.core.registry import register
 from harness.plan.builder import Builder
-from harness.results import headline, leaderboard
+from harness.results import floors, headline, leaderboard
 from harness.results.figures import recovery_curves
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.tasks import immunization_checks
@@ -64,10 +65,13 @@ class Immunization(Task):
         found, measured = run.claims, run.measurements
         lines, worst, soon, concepts = found.lines, found.worst, curves(measured), by_concept(measured)
         short = headline.section(found.headlines, lines)
-        yield Table("leaderboard", COLUMNS, lines, leaderboard.sections(lines, worst, soon, short))
+        by_floor = floors.sections(found)
+        yield Table("leaderboard", COLUMNS, lines, leaderboard.sections(lines, worst, soon, short, by_floor))
         yield Table("worst_case", COLUMNS, worst)
+        yield Table("worst_case_by_floor", FLOOR_COLUMNS, found.by_floor)
         yield Table("curves", CURVE_COLUMNS, soon)
         yield Table("concepts", CONCEPT_COLUMNS, concepts, leaderboard.concept_sections(concepts))
+        yield Figure("worst_case_by_floor", partial(floors.draw, found))
         for role in ("target", "innocent"):
             yield Figure(f"recovery_{role}", partial(recovery_curves, measured, role=role))
 
