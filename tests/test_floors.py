@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from harness.analysis import ranking
-from harness.analysis.claims import FLOOR_COLUMNS, FLOORS, claims
-from harness.analysis.leaderboard import Gates, leaderboard
+from harness.analysis.claims import FLOORS, claims
+from harness.analysis.leaderboard import FLOOR_COLUMNS, Gates, leaderboard
 from harness.analysis.measurements import Measurements
 from harness.results import floors
 from tests.frames import frame_of
@@ -21,7 +21,7 @@ KEPT = {"none": 0.7, "one": 0.66, "again": 0.66, "weak": 0.7, "strong": 0.51, "b
 """Scores of the utility concept; images of another concept score 0.1, so `strong` keeps 0.41 / 0.6 and `one` 0.93."""
 
 
-def made(noise: float = 0.02) -> list[dict]:
+def made(noise: float = 0.002) -> list[dict]:
     """Return rows of six defenses under three attacks, some of which lose utility."""
     found = claimed_rows(LEVELS, attacks=ATTACKS, noise=noise, equal={"again": "one"})
     return [{**r, "value": KEPT[r["defense"]]} if r["role"] == "utility" else r for r in found]

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.analysis.leaderboard import interval, worst_case
+from harness.analysis.leaderboard import FLOOR_COLUMNS, interval, worst_case
 from harness.analysis.measurements import Measurements
 from harness.analysis.pairing import Key
 from harness.analysis.ranking import Block, PairTests
@@ -36,11 +36,6 @@ Line = Mapping[str, Any]
 DRAWS = 1000
 FLOORS = tuple(percent / 100 for percent in range(50, 101, 5))
 """The shares of utility that a released model must keep, from half to all."""
-FLOOR_COLUMNS = (
-    "suite", "model", "task", "metric", "step", "floor", "defense", "method", "profile", "attack", "attacker",
-    "n_probes", "target_none", "target_defended", "sgr", "sgr_low", "sgr_high", "rank_low", "rank_high", "valid",
-    "valid_up_to", "direction", "unit",
-)  # fmt: skip
 FRONT, DOMINATED, TIE, ONE_SEED = "front", "dominated", "tie", "one seed"
 """The places of a defense in immunity and retention; "" where there is nothing to compare with."""
 

@@ -61,6 +61,13 @@ CONCEPT_COLUMNS = (
 )  # fmt: skip
 
 
+FLOOR_COLUMNS = (
+    "suite", "model", "task", "metric", "step", "floor", "defense", "method", "profile", "attack", "attacker",
+    "n_probes", "target_none", "target_defended", "sgr", "sgr_low", "sgr_high", "rank_low", "rank_high", "valid",
+    "valid_up_to", "direction", "unit",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Gates:
     """Thresholds that decide whether a cell counts."""

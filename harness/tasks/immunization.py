@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from harness.analysis.claims import FLOOR_COLUMNS
 from harness.analysis.curves import COLUMNS as CURVE_COLUMNS
 from harness.analysis.curves import curves
-from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, by_concept
+from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, FLOOR_COLUMNS, by_concept
 from harness.contracts.defense import Defense
 from harness.contracts.state import ModelState
 from harness.contracts.table import Figure, Section, Table
