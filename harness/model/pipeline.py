@@ -203,12 +203,14 @@ class DiffusionModel:
 
         A tensor has moved if |w - w_base| > `above` * |w_base| (Frobenius norms): with 0, if any value differs. Tensors
         of other shape than the base's, or without one there, have moved. Raises ValueError if the originals were not
-        kept: nothing is known then.
+        kept: nothing is known then. Without values (a rehearsal on the meta device) nothing counts as moved.
         """
         if self._is_spent:
             raise ValueError("what was moved is not known without the originals; set resources.keep_originals: true")
         found = set()
         for name, base, now in self._changed():
+            if now.is_meta:
+                continue
             if base is None or base.shape != now.shape:
                 found.add(name.rpartition(".")[0])
                 continue
