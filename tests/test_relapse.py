@@ -50,7 +50,7 @@ def test_the_share_that_returns_is_by_target_then_by_seed():
 
 
 def test_several_innocents_are_averaged():
-    """Each has its rows, told apart by what was adapted to."""
+    """Each has its rows; `adapted_to` names it."""
     cup, hat = after((0.4, 0.4), (0.1, 0.1), adapted_to="cup"), after((0.8, 0.8), (0.5, 0.5), adapted_to="hat")
 
     assert only([*released(), *cup, *hat])["relapse"] == pytest.approx(((0.6 - 0.3) / 0.5 + (0.3 - 0.1) / 0.4) / 2)

@@ -32,7 +32,7 @@ def run(tiny_folder, tmp_path_factory) -> tuple[list[str], Path]:
     text = SUITE.format(folder=tiny_folder)
     assert old in text
     suite.write_text(text.replace(old, ATTACKS), encoding="utf-8")
-    given = [str(suite), "--runs", str(folder / "runs"), "--set", "tasks.personalization=null"]
+    given = [str(suite), "--runs", str(folder / "runs"), "--set", "tasks.personalization=null", "--set", "seeds=1"]
     assert main(["run", *given, "--executor", "serial"]) == ExitCode.DONE
     return given, folder / "runs" / "tiny"
 
