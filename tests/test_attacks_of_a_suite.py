@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.core.described import as_json
-from tests.conftest import SUITE
+from tests.conftest import SUITE, write_images
 from tests.test_suite_mistakes import assert_says
 from tests.trials import trials
 
@@ -261,3 +261,240 @@ def test_what_cannot_be_taken_away_is_reported(project, given, words):
 
     assert outcome.code == 2
     assert len(outcome.errors) == 1 and words in outcome.errors[0] and outcome.errors[0].startswith("error: --set ")
+
+
+# -- rounded weights, and no step --------------------------------------------------------------------------------
+
+ROUNDED = "  - {method: as_released, name: eight, rounded_to: int8}\n"
+
+
+def test_an_attack_without_steps_adapts_nothing(project):
+    """It draws and scores the released model at step 0, on targets alone; rounding is all that is in its key."""
+    plan = project.plan(only("  - as_released\n", ROUNDED))
+
+    made = {(t.attack, t.role, t.steps) for t in trials(plan) if t.attack}
+    assert made == {(name, role, (0,)) for name in ("as_released", "eight") for role in ("target", "relapse")}
+    assert not any(stage.kind == "adapt" for stage in plan.stages.values())
+    rounded = {t.attack: as_json(plan.stages[t.sample].parameters).get("rounded_to") for t in trials(plan) if t.attack}
+    assert rounded == {"as_released": None, "eight": "int8"}
+    before = {t.sample for t in trials(plan) if not t.attack}
+    assert {t.sample for t in trials(plan) if t.attack == "as_released"} < before
+
+
+def test_rounding_is_in_the_key_of_the_adaptation(project):
+    """And of what it draws: the adapter is loaded over the rounded weights."""
+    four = "  - {method: lora, name: four, steps: [2, 4], batch_size: 2, rounded_to: int4}\n"
+    plan = project.plan(with_attacks(four))
+
+    by_attack = {t.attack: plan.stages[t.sample] for t in trials(plan) if t.attack and t.role == "target"}
+    for name, wanted in (("lora", None), ("four", "int4")):
+        adapted = plan.stages[by_attack[name].inputs["adapt"].key]
+        assert as_json(by_attack[name].parameters).get("rounded_to") == wanted
+        assert as_json(adapted.parameters).get("rounded_to") == wanted
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("method: as_released, steps: [10]", "attacks[1].steps: as_released takes no step; remove it"),
+        ("method: as_released, batch_size: 2", "attacks[1].batch_size: as_released takes no step; remove it"),
+        ("method: as_released, observe: targets", "attacks[1].observe: as_released adapts no innocent; remove it"),
+        ("method: as_released, rounded_to: int2", "attacks[1].rounded_to: must be 'int8', 'int4', 'fp16' or 'bf16'"),
+        (
+            "method: reach, reach: unmoved, rounded_to: int8",
+            "attacks[1].rounded_to: rounding moves every weight, and this attack asks which the defense moved",
+        ),
+        ("method: reach, reach: cross_attention, moved_above: 0.1", "attacks[1]: moved_above is for reach: unmoved"),
+    ],
+)
+def test_what_does_not_fit_is_refused(project, entry, words):
+    """At its place, before anything is computed."""
+    project.write(with_attacks(f"  - {{{entry}}}\n"))
+
+    assert_says(project.validate(), project, ":17: ", words)
+
+
+def test_what_moved_is_not_known_without_originals(project):
+    """The base weights are not kept then."""
+    text = with_attacks("  - {method: reach, reach: unmoved, steps: [2]}\n") + "resources: {keep_originals: false}\n"
+    project.write(text)
+
+    assert_says(project.validate(), project, ":17: ", "attacks[1]: it asks which weights the defense moved; set")
+
+
+# -- targets after adaptations to innocents ----------------------------------------------------------------------
+
+OBSERVED = SUITE.replace("    batch_size: 2\n", "    batch_size: 2\n    observe: targets\n")
+
+
+def test_targets_are_drawn_by_models_that_were_adapted_to_innocents(project):
+    """By the same adaptations: nothing else is trained."""
+    plan, plain = project.plan(OBSERVED), project.plan()
+
+    relapsed = [t for t in trials(plan) if t.role == "relapse"]
+    assert {(t.task, t.concept, t.adapted_to) for t in relapsed} == {
+        ("relearning", "vangogh", "lamp"), ("personalization", "purse", "lamp"),
+    }  # fmt: skip
+    for kind in ("adapt", "immunize", "erase", "images"):
+        assert {k for k, s in plan.stages.items() if s.kind == kind} == {
+            k for k, s in plain.stages.items() if s.kind == kind
+        }
+    innocents = {plan.stages[t.sample].inputs["adapt"] for t in trials(plan) if t.role == "innocent" and t.attack}
+    assert {plan.stages[t.sample].inputs["adapt"] for t in relapsed} == innocents
+    assert set(plain.stages) < set(plan.stages)
+
+
+def test_a_target_after_an_innocent_is_asked_in_its_own_words(project):
+    """The attacker's new word is the innocent's."""
+    text = with_attacks("  - {method: textual_inversion, name: ti, steps: [4], observe: targets}\n")
+    plan = project.plan(text)
+
+    relapsed = next(t for t in trials(plan) if t.role == "relapse" and t.concept == "purse")
+    assert as_json(plan.stages[relapsed.sample].parameters)["prompts"] == ["a purse on the beach", "a purse"]
+
+
+def test_a_target_after_an_innocent_is_not_compared_with_training_images(project):
+    """None of it was trained on."""
+    plan = project.plan(OBSERVED.replace("metrics: [", "metrics: [nearest_training_image, "))
+
+    scored = {name for t in trials(plan) if t.role == "relapse" for name in t.scores}
+    assert scored == {"clip_image", "clip_text"}
+    planned = {key for unit in plan.units for key in unit.stages}
+    assert planned == set(plan.stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("innocents: [lamp]", "innocents: []"), "attacks[0].observe: no task of this attack has innocents"),
+        (("observe: targets", "observe: targets\n    innocents: false"), "attacks[0]: observe: targets needs"),
+        (("observe: targets", "observe: target"), "attacks[0].observe: must be 'adapted' or 'targets'"),
+    ],
+)
+def test_observing_needs_innocents(project, change, words):
+    """Otherwise there is nothing to observe."""
+    project.write(OBSERVED.replace(*change))
+
+    outcome = project.validate()
+
+    assert outcome.code == 2 and any(words in line for line in outcome.errors), outcome.err
+
+
+# -- general images ----------------------------------------------------------------------------------------------
+
+GENERAL = "  - {method: lora, name: blind, steps: [2, 4], batch_size: 2, trains_on: general}\n"
+CAPTIONS = "general: {captions: [a tree, a house], count: 3}\n"
+
+
+def test_an_attack_on_general_images_is_one_for_all_targets(project):
+    """It does not know them; the base model draws its images, and it does not teach innocents."""
+    text = with_attacks(GENERAL).replace("targets: [purse]", "targets: [[purse, dog]]").replace("[dog]\n", "[lamp]\n")
+    text = text.replace("rounds: 3", "rounds: 3, protects: first")
+    plan = project.plan(text + CAPTIONS)
+
+    blind = [t for t in trials(plan) if t.attack == "blind" and t.task == "personalization"]
+    assert {(t.concept, t.role) for t in blind} == {(c, r) for c in ("purse", "dog") for r in ("target", "relapse")}
+    by_state = {(t.defense, t.seed): set() for t in blind}
+    for trial in blind:
+        by_state[trial.defense, trial.seed].add(plan.stages[trial.sample].inputs["adapt"].key)
+    assert {len(keys) for keys in by_state.values()} == {1}
+    adapted = plan.stages[next(iter(by_state.values())).pop()]
+    assert as_json(adapted.parameters)["concept"]["captions"] == ["a tree", "a house", "a tree"]
+    drawn = plan.stages[adapted.inputs["images"].key]
+    assert as_json(drawn.parameters)["prompts"] == {"attack": ["a tree", "a house", "a tree"]}
+
+
+def test_general_images_may_be_a_folder_with_captions(project):
+    """Their pixels and captions are in the keys, and their place is not."""
+    write_images(project.folder / "trees", 3)
+    for index in range(3):
+        (project.folder / "trees" / f"{index}.txt").write_text(f"tree {index}", encoding="utf-8")
+    plan = project.plan(with_attacks(GENERAL) + "general: {folder: trees}\n")
+
+    adapted = next(plan.stages[plan.stages[t.sample].inputs["adapt"].key] for t in trials(plan) if t.attack == "blind")
+    assert as_json(adapted.parameters)["concept"]["captions"] == ["tree 0", "tree 1", "tree 2"]
+    assert as_json(plan.stages[adapted.inputs["images"].key].parameters)["count"]["attack"] == 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "general", "words"),
+    [
+        (GENERAL, "", "attacks[1].trains_on: the suite has no general images; give 'general' with captions"),
+        (GENERAL.replace("}", ", images: 4}"), CAPTIONS, "attacks[1].images: 4 asked for, but there are 3 general"),
+        (GENERAL.replace("}", ", prior_weight: 1.0}"), CAPTIONS, "attacks[1].trains_on: lora trains on the"),
+        (GENERAL.replace("lora", "custom_diffusion"), CAPTIONS, "attacks[1].trains_on: custom_diffusion learns a word"),
+        (GENERAL.replace("}", ", observe: targets}"), CAPTIONS, "attacks[1]: observe: targets needs adaptations"),
+        (GENERAL.replace("}", ", attacker: adaptive, search: {probes: 2}}"), CAPTIONS, "attacks[1]: a search judges"),
+        (GENERAL, "general: {captions: [a purse in a tree]}\n", "general: 'a purse in a tree' names the target"),
+        (GENERAL, "general: {captions: [a tree, a house], count: 1}\n", "general.count: 1 image for 2 captions"),
+        (GENERAL, "general: {captions: [a tree], folder: purse}\n", "general: give one of 'captions' (the base model"),
+        (GENERAL, "general: {folder: nowhere}\n", "general: folder 'nowhere' does not exist"),
+        ("", CAPTIONS, "general: no attack has trains_on: general; remove it"),
+    ],
+)
+def test_general_images_that_do_not_fit_are_refused(project, entry, general, words):
+    """In one line each."""
+    project.write(with_attacks(entry) + general)
+
+    outcome = project.validate()
+
+    assert outcome.code == 2 and len(outcome.errors) == 1 and words in outcome.errors[0], outcome.err
+
+
+# -- tuned on another defense ------------------------------------------------------------------------------------
+
+OWN = "  - {method: lora, name: own, steps: [2], attacker: adaptive, innocents: false, search: {probes: 2}}\n"
+TRANSFERRED = OWN.replace("name: own", "name: transferred, tuned_on: uce")
+
+
+def test_settings_of_one_model_are_used_on_the_others(project):
+    """Probes are those of the named defense under the same seed: done once, and shared with its own tuning."""
+    plan = project.plan(with_attacks(OWN, TRANSFERRED))
+
+    probes: dict[tuple[str, str, int, str], set[str]] = {}
+    for trial in trials(plan):
+        if trial.attack in ("own", "transferred") and trial.role == "target":
+            adapted = plan.stages[plan.stages[trial.sample].inputs["adapt"].key]
+            read = {i.key for role, i in adapted.inputs.items() if role.startswith("probe.")}
+            probes[trial.attack, trial.defense, trial.seed, trial.concept] = read
+    for (attack, defense, seed, concept), read in probes.items():
+        if attack == "transferred":
+            assert read == probes["own", "uce", seed, concept]
+            assert (read == probes["own", defense, seed, concept]) == (defense == "uce")
+    count = {name: sum(s.kind == "probe" for s in project.plan(with_attacks(*of)).stages.values())
+             for name, of in {"own": [OWN], "both": [OWN, TRANSFERRED], "one": [TRANSFERRED]}.items()}  # fmt: skip
+    assert count["both"] == count["own"] == 3 * count["one"]
+
+
+def test_what_is_tuned_elsewhere_starts_from_its_own_model(project):
+    """Only the settings come from the other defense."""
+    plan = project.plan(with_attacks(TRANSFERRED))
+
+    for trial in trials(plan):
+        if trial.attack == "transferred" and trial.role == "target":
+            own = plan.stages[plan.stages[trial.sample].inputs["adapt"].key].inputs["immunize"].key
+            assert own == trial.released
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (TRANSFERRED.replace("uce", "ucf"), "attacks[1].tuned_on: unknown defense 'ucf'; did you mean 'uce'?"),
+        (TRANSFERRED.replace(", search: {probes: 2}", ""), "attacks[1]: 'tuned_on' is for an attack with a search"),
+    ],
+)
+def test_a_defense_to_tune_on_must_be_there(project, entry, words):
+    """And there must be something to tune."""
+    project.write(with_attacks(entry))
+
+    assert_says(project.validate(), project, ":17: ", words)
+
+
+def test_a_defense_to_tune_on_is_made_in_the_tasks_of_the_attack(project):
+    """A defense may be limited to some tasks."""
+    text = with_attacks(TRANSFERRED).replace("none, uce,", "none, {method: uce, tasks: [relearning]},")
+    project.write(text)
+
+    assert_says(project.validate(), project, ":17: ", "attacks[1].tuned_on: 'uce' is not a defense of task 'person")
+    project.write(text.replace("tuned_on: uce", "tasks: [relearning], tuned_on: uce"))
+    assert project.validate().code == 0

@@ -32,9 +32,10 @@ def test_the_page_is_made_of_the_definitions():
 
 DEFINITIONS = [found for _, section in definitions.sections() for found in section]
 GENERAL = (
-    leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, curves.COLUMNS, compare.COLUMNS, adaptation_cost.COLUMNS,
+    leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, leaderboard.FLOOR_COLUMNS, curves.COLUMNS, compare.COLUMNS,
+    adaptation_cost.COLUMNS,
 )  # fmt: skip
-"""Of leaderboard.csv and worst_case.csv, concepts.csv, curves.csv, what `compare` writes, and of costs."""
+"""Of leaderboard.csv and worst_case.csv, concepts.csv, worst_case_by_floor.csv, curves.csv, what `compare` writes, and of costs."""
 MEMORIZATION = (
     memorization.DETECTION, memorization.DRAWN, memorization.MITIGATIONS, memorization.EQUAL, memorization.TOKENS,
 )  # fmt: skip

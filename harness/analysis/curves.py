@@ -33,6 +33,8 @@ def curves(rows: DataFrame | Measurements) -> list[dict[str, Any]]:
     table = measured(rows)
     steps: dict[tuple[str, str, str, str], list[int]] = {}
     for task, attack, attacker, metric, step in table.groups:
+        if step == 0:  # an attack that takes no step has no trajectory
+            continue
         steps.setdefault((task, metric, attack, attacker), []).append(step)
     lines = []
     for (task, metric, attack, attacker), read in steps.items():

@@ -12,6 +12,8 @@ averaged over a concept's evaluation prompts and images, for one seed:
     recovery       (M_defense - M_before) / (M_none - M_before), M_before: the undefended released model before the
                    attack; sums over seeds, then the mean over targets. 0: the attack gained nothing; 1: as much as on
                    the undefended model. Unlike sgr it has a floor. Below 0: worse than before the attack.
+    relapse        (M_after - M_released) / (M_whole - M_released), "comes back by itself": what the released model
+                   draws of a target after an adaptation that never saw it; `harness.analysis.relapse`.
     utility        (M_defense - floor) / (M_none - floor) on the utility concepts before any attack; floor: the score of
                    images of another concept. 1: undamaged; 0: draws something else.
     nearest_training  how close the images of the attack on the defense are to its training images, mean over targets;
@@ -24,7 +26,8 @@ A cell is valid when: (1) every trial of the undefended model has its counterpar
 score clearly more than the undefended model before the attack (`min_headroom`, a share of their score), and the attack
 regained at least `min_recovery` of that difference, on the undefended model and on every defense made weak on purpose;
 (3) an eraser, if the task has one, took away at least that headroom; (4) the released model kept `min_utility` of its
-utility by *every* metric of the suite. Otherwise `reason` says why. `innocent_valid` says the same for the attack on
+utility by *every* metric of the suite. Otherwise `reason` says why; `valid_up_to` is the greatest `min_utility` at
+which the line would count. `innocent_valid` says the same for the attack on
 every innocent concept. Metrics without a direction have rows, but no lines.
 """
 
@@ -36,6 +39,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from harness.analysis import relapse
 from harness.analysis.measurements import Cell, Measurements, Trial, measured
 
 if TYPE_CHECKING:
@@ -45,14 +49,22 @@ COLUMNS = (
     "suite", "model", "task", "defense", "method", "profile", "is_weak", "attack", "attacker", "n_probes", "metric",
     "step", "n_targets", "n_innocents", "n_seeds", "target_original", "target_before", "target_none", "target_defended",
     "target_real", "sgr", "sgr_low", "sgr_high", "rank_low", "rank_high", "innocent_none", "innocent_defended",
-    "innocent_sgr", "innocent_sgr_low", "innocent_sgr_high", "relative_gap", "recovery", "utility",
-    "nearest_training", "nearest_training_real", "valid", "innocent_valid", "reason", "direction", "unit", "backbone",
+    "innocent_sgr", "innocent_sgr_low", "innocent_sgr_high", "relative_gap", "recovery", "relapse", "relapse_low",
+    "relapse_high", "utility", "nearest_training", "nearest_training_real", "valid", "valid_up_to", "innocent_valid",
+    "reason", "direction", "unit", "backbone",
 )  # fmt: skip
 
 
 CONCEPT_COLUMNS = (
     "suite", "task", "protected", "concept", "role", "defense", "method", "profile", "attack", "attacker", "metric",
     "step", "n_seeds", "original", "before", "none", "defended", "real", "sgr", "sgr_low", "sgr_high", "recovery",
+)  # fmt: skip
+
+
+FLOOR_COLUMNS = (
+    "suite", "model", "task", "metric", "step", "floor", "defense", "method", "profile", "attack", "attacker",
+    "n_probes", "target_none", "target_defended", "sgr", "sgr_low", "sgr_high", "rank_low", "rank_high", "valid",
+    "valid_up_to", "direction", "unit",
 )  # fmt: skip
 
 
@@ -95,7 +107,7 @@ def worst_case(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     the most that any attack makes the released model draw. The least sgr would not do, because an attack that does
     little on both models has a small one. `target_none`, and so `sgr`, come from the attack that comes closest on the
     undefended model, which may be another one. Columns that compare an attack with itself (recovery, intervals,
-    innocents) are empty.
+    innocents) are empty; `relapse` is the greatest of any attack.
 
     The work of a step differs between attacks, so lines of one step share a stated budget, not work. Only steps with
     two or more attacks have lines; each line names its attack and attacker. Defenses made weak on purpose are left out.
@@ -119,9 +131,17 @@ def worst_case(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             is_defined = undefended is not None and undefended > 0
             gap = _closeness(line, undefended) - _closeness(line) if is_defined else None
             sgr = gap / undefended if is_defined else None
-            chosen.append({**line, **dict.fromkeys(_OF_ONE_ATTACK), "target_none": undefended, "sgr": sgr})
+            own = dict.fromkeys(_OF_ONE_ATTACK) | _greatest_relapse(by_defense[line["defense"]])
+            chosen.append({**line, **own, "target_none": undefended, "sgr": sgr})
         worst += sorted(chosen, key=lambda line: (not line["valid"], _closeness(line)))
     return worst
+
+
+def _greatest_relapse(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return the columns of the greatest relapse among lines."""
+    known = [line for line in lines if line["relapse"] is not None]
+    most = max(known, key=lambda line: line["relapse"], default=None)
+    return {name: most[name] if most else None for name in ("relapse", "relapse_low", "relapse_high")}
 
 
 def _closeness(line: Mapping[str, Any], value: float | None = None) -> float:
@@ -258,8 +278,16 @@ class _Attacked:
         """The defenses that were made weak on purpose."""
         return self.table.weak.get(self.group[0], ())
 
+    def relapse(self, gates: Gates) -> dict[str, float | None]:
+        """Return how far targets come back after an adaptation on something else, with its interval over seeds."""
+        after, released = self.means(self.defense, "relapse"), self.unattacked(self.defense, "target")
+        whole = self.original or self.before["target"]
+        values = relapse.shares(after, released, whole, self.sign, gates.min_headroom)
+        low, high = interval(values)
+        return {"relapse": _mean(values), "relapse_low": low, "relapse_high": high}
+
     def reasons(self, gates: Gates) -> list[str]:
-        """Return why the line does not count."""
+        """Return why the line does not count, whatever utility it asks for."""
         sign, before, undefended = self.sign, self.before["target"], self.undefended["target"]
         reasons = self._incomplete("target")
         reasons += _failures(self.sides["target"], before, self.real, gates, "target", sign)
@@ -269,13 +297,15 @@ class _Attacked:
                 reasons.append(f"incomplete: {len(on_weak)} of {len(undefended)} trials on {weak}, a weak defense")
             reasons += _failures(on_weak, before, self.real, gates, "target", sign, weak)
         reasons += _unerased(self.original, before, gates, sign)
-        for name, (value, reason) in self.utilities.items():
-            if reason:
-                reasons.append(reason)
-            if value is not None and value < gates.min_utility:
-                kept = f"utility {value:.2f} by {name}"
-                reasons.append(f"{kept} is below {gates.min_utility:g} of the undefended model's")
-        return reasons
+        return reasons + [reason for _, reason in self.utilities.values() if reason]
+
+    def lost_utility(self, gates: Gates) -> list[str]:
+        """Return by which metrics the released model lost too much of its utility."""
+        return [
+            f"utility {value:.2f} by {name} is below {gates.min_utility:g} of the undefended model's"
+            for name, (value, _) in self.utilities.items()
+            if value is not None and value < gates.min_utility
+        ]
 
     def innocent_reasons(self, gates: Gates) -> list[str]:
         """Return why the innocents' part of the line does not count."""
@@ -306,6 +336,9 @@ def _line(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict
     reasons, innocent_reasons = at.reasons(gates), at.innocent_reasons(gates)
     if target["sgr"] is None:
         reasons.append("sgr is undefined: the undefended similarity is not positive")
+    kept = [value for value, _ in at.utilities.values() if value is not None]
+    up_to = None if reasons else min(kept, default=None)
+    reasons += at.lost_utility(gates)
     gap = None if target["sgr"] is None or innocent["sgr"] is None else target["sgr"] - innocent["sgr"]
     return {
         "suite": first["suite"],
@@ -340,10 +373,12 @@ def _line(table: Measurements, group: tuple, defense: str, gates: Gates) -> dict
         "innocent_sgr_high": innocent["high"],
         "relative_gap": gap,
         "recovery": _recovery(targets, at.before["target"], at.sign),
+        **at.relapse(gates),
         "utility": at.utilities[metric][0],
         "nearest_training": _mean(table.means(task, defense, attack, attacker, table.guard, step, "target").values()),
         "nearest_training_real": _mean(copied[key] for key in _cells(targets, copied)),
         "valid": not reasons,
+        "valid_up_to": up_to,
         "innocent_valid": bool(innocents) and not innocent_reasons,
         "reason": "; ".join(dict.fromkeys(reasons + innocent_reasons)),
         "direction": table.about[metric]["direction"],

@@ -24,10 +24,10 @@ def attack_verdicts(lines: Sequence[Line]) -> list[AttackVerdict]:
     """Return a verdict on each attack of the tasks that hold a defense made weak on purpose; [] without any.
 
     An attack works where its line of the undefended model is valid (`harness.analysis.leaderboard`): it then brings
-    every target back on that model and on the weak defenses.
+    every target back on that model and on the weak defenses. What takes no step is not judged.
     """
     tested = {line["task"] for line in lines if line["is_weak"]}
-    bare = [line for line in lines if line["task"] in tested and line["method"] == "none"]
+    bare = [line for line in lines if line["task"] in tested and line["method"] == "none" and line["step"] > 0]
     found = []
     for task, attack in dict.fromkeys((line["task"], line["attack"]) for line in bare):
         own = [line for line in bare if (line["task"], line["attack"]) == (task, attack)]

@@ -266,7 +266,12 @@ def adapted(
     saved: Path | None = None,
     look: Callable[[int, DiffusionModel], None] = lambda step, model: None,
 ) -> Trajectory:
-    """Run an attack on a concept; save each checkpoint into `saved`. `look` is called before each is saved."""
+    """Run an attack on a concept; save each checkpoint into `saved`. `look` is called before each is saved.
+
+    Raises NotApplicable for an attack that takes no step.
+    """
+    if not attack.takes_steps:
+        raise NotApplicable("it takes no step (`takes_steps`)")
     saved = saved or setting.run_folder()
     model = model or setting.model()
     found = Trajectory()

@@ -93,6 +93,8 @@ class Attack(Method):
     """Preset ("" for the defaults) -> the budget in its source."""
     trains_released_weights: ClassVar[bool] = True
     """Whether it trains weights that a publisher can freeze; False: only additional weights."""
+    takes_steps: ClassVar[bool] = True
+    """Whether it trains; False: it is scored as it gets the released model, and `adapt` is never called."""
     uses_words: ClassVar[bool] = False
     """Whether the result depends on the parts of a name (`AttackedConcept.words`), not only on texts with the name."""
 
@@ -128,6 +130,11 @@ class Attack(Method):
     def search_space(cls, parameters: Any) -> Space:
         """Return the parameters that an adaptive attacker may change, with their values; {}: none."""
         return {}
+
+    @classmethod
+    def compares_with_base(cls, parameters: Any) -> bool:
+        """Return whether it asks what a defense moved (`DiffusionModel.moved`); rounded weights have all moved."""
+        return False
 
     @classmethod
     def overwrites(cls, parameters: Any) -> Sequence[str]:

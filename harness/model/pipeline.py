@@ -198,6 +198,37 @@ class DiffusionModel:
                     self._originals[name] = off_card(known[name])
         return changed
 
+    def moved(self, above: float = 0.0) -> set[str]:
+        """Return the modules ("unet.mid_block...to_k") of which a tensor is not what it is in the base model.
+
+        A tensor has moved if |w - w_base| > `above` * |w_base| (Frobenius norms): with 0, if any value differs. Tensors
+        of other shape than the base's, or without one there, have moved. Raises ValueError if the originals were not
+        kept: nothing is known then. Without values (a rehearsal on the meta device) nothing counts as moved.
+        """
+        if self._is_spent:
+            raise ValueError("what was moved is not known without the originals; set resources.keep_originals: true")
+        found = set()
+        for name, base, now in self._changed():
+            if now.is_meta:
+                continue
+            if base is None or base.shape != now.shape:
+                found.add(name.rpartition(".")[0])
+                continue
+            base, now = base.double(), now.detach().cpu().double()
+            if float((now - base).norm()) > above * float(base.norm()):
+                found.add(name.rpartition(".")[0])
+        return found
+
+    def _changed(self) -> Iterable[tuple[str, Tensor | None, Tensor]]:
+        """Yield (name, the base's tensor or None, the tensor) of all that may differ from the base."""
+        known = self.parameters()
+        for component, (own, of_own) in self._replaced.items():
+            base = {f"{component}.{name}": parameter for name, parameter in own.named_parameters()} | of_own
+            yield from ((n, base.get(n), p) for n, p in known.items() if n.startswith(f"{component}."))
+        for name, original in self._originals.items():
+            if name.partition(".")[0] not in self._replaced:
+                yield name, original, known[name]
+
     def use_up(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Like `change`, but without keeping the originals, for a method that has no memory for them.
 

@@ -163,10 +163,18 @@ class Builder:
         """Add the stage that lays out the images of a concept, one folder per split."""
         if name in self._images:
             return self._images[name]
-        concept = self.concepts[name]
+        k = self._images[name] = self._laid_out(self.concepts[name], SPLITS, f"images of {name}")
+        return k
+
+    def general_images(self) -> str:
+        """Add the stage that lays out the suite's general images, all of them in the split `attack`."""
+        return self._laid_out(self.loaded.general, ("attack",), "general images")
+
+    def _laid_out(self, concept: Concept, splits: Sequence[str], label: str) -> str:
+        """Add the stage of a concept's images: drawn by the base model, or copied."""
         if concept.source == "generated":
-            prompts = {s: concept.prompts[s] for s in SPLITS}
-            k = self._drawn(prompts, seeds.derive("images", self.suite.images.seed, name), f"images of {name}")
+            prompts = {s: concept.prompts[s] for s in splits}
+            k = self._drawn(prompts, seeds.derive("images", self.suite.images.seed, concept.name), label)
         else:
             k = self.stage(
                 "images",
@@ -174,7 +182,7 @@ class Builder:
                 reads_model=False,
                 inputs={},
                 data={"images": concept.digest},
-                label=f"images of {name}",
+                label=label,
                 local={
                     "source": concept.source,
                     "folder": concept.folder,
@@ -182,8 +190,7 @@ class Builder:
                     "digests": {s: list(concept.files.get(s, ())) for s in SPLITS},
                 },
             )
-        self._images[name] = k
-        self.unit(f"images of {name}", [k])
+        self.unit(label, [k])
         return k
 
     def _drawn(self, prompts: Mapping[str, Sequence[str]], seed: int, label: str) -> str:
@@ -295,21 +302,24 @@ class Builder:
         called: str | None = None,
         restore: tuple[str, ...] = (),
         attacker: str | None = None,
+        rounded_to: str | None = None,
     ) -> str:
         """Add a stage that draws the evaluation images; `called`: the name that the model was taught for the concept.
 
-        `restore`: components that an adaptive attacker puts back; `attacker`: "adaptive", or None if honest.
+        `restore`: components that an adaptive attacker puts back; `attacker`: "adaptive", or None if honest;
+        `rounded_to`: what the attacker rounds the released weights to.
         """
         called = concept.words.name if called is None else called
         images = len(concept.evaluations) * self.suite.sampling.images_per_prompt * len(steps)
         shared = self.share(
-            "sample", concept.name, called, steps, restore, attacker,
+            "sample", concept.name, called, steps, restore, attacker, rounded_to,
             make=lambda: SampleParameters(
                 tuple(concept.words.renamed(e.prompt, called) for e in concept.evaluations),
                 steps,
                 self.sampling,
                 restore or None,
                 attacker,
+                rounded_to,
             ),
         )  # fmt: skip
         return self.stage(
@@ -329,10 +339,12 @@ class Builder:
         label: str,
         descriptions: tuple[str, ...] | None = None,
         images: int | None = None,
+        is_taught: bool = True,
     ) -> dict[str, str]:
         """Score images against the references of a concept; `descriptions`: by default those of its prompts.
 
-        `images`: how many images of the attack split the attack trained on, if not all.
+        `images`: how many images of the attack split the attack trained on, if not all. `is_taught`: whether it trained
+        on any; else no metric compares with them.
         """
         place = concept.name, descriptions, images
         if place not in self._scoring:
@@ -345,6 +357,7 @@ class Builder:
         return {
             metric.name: self.stage("score", inputs={**generated, **references}, label=label, **fixed)
             for metric, (fixed, references) in self._scoring[place]
+            if is_taught or metric.cls.compares_with != "attack"
         }
 
     def score(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.report.views import ConceptCurves, CurvePoint, Interval, Plane
+from harness.results.floors import panel
 from harness.results.looks import COLOURS, Look, looks
 
 DARK = (
@@ -79,6 +80,20 @@ def _panel(axis, curves: ConceptCurves, by_defense: Mapping[str, Sequence[CurveP
             axis.axhline(value, color=FAINT, ls=style, lw=1, label=label)
     axis.set_xticks(list(places.values()), [str(step) for step in steps])
     _plain(axis)
+
+
+def floors(path: Path, lines: Sequence[Mapping[str, Any]], own: Mapping[str, Look]) -> None:
+    """Draw SGR in the worst case over the utility floor, of one task, metric and step: `harness.results.floors`."""
+    figure, axes = _figure(1, 1, 5.0, 2.6)
+    axis = axes[0][0]
+    panel(axis, lines, own)
+    axis.set_title(f"{lines[0]['metric']}, after step {lines[0]['step']}", fontsize=9, color=INK)
+    axis.set_xlabel("utility that must be kept, %", fontsize=8, color=INK)
+    axis.set_ylabel("SGR in the worst case, %", fontsize=8, color=INK)
+    _plain(axis)
+    handles, labels = axis.get_legend_handles_labels()
+    _legend(figure, dict(zip(labels, handles, strict=True)))
+    _save(figure, path)
 
 
 def plane(path: Path, shown: Plane, own: Mapping[str, Look]) -> None:

@@ -24,7 +24,7 @@ from harness.core.counted import counted
 from harness.core.errors import UserMistake, one_line
 from harness.core.version import __version__
 from harness.report import costs, drawings, own_sections, records, run_folder, sheets, views
-from harness.results import definitions, tables
+from harness.results import definitions, floors, tables
 from harness.results.folder import RESOLVED
 from harness.results.headline import above_notes, attack_sentences
 from harness.results.leaderboard import SOON_LEGEND, soon_text
@@ -32,7 +32,8 @@ from harness.results.reading import read_table
 
 FOLDER = "report"
 DATA = (
-    "leaderboard.csv", "worst_case.csv", "curves.csv", "concepts.csv", "rows.csv", costs.FILE, RESOLVED,
+    "leaderboard.csv", "worst_case.csv", "worst_case_by_floor.csv", "curves.csv", "concepts.csv", "rows.csv",
+    costs.FILE, RESOLVED,
 )  # fmt: skip
 LONGEST = 200
 """Maximum number of displayed lines of a table without its own section; the file has all lines."""
@@ -110,6 +111,7 @@ def _fill(run: run_folder.RunFolder, folder: Path, prompts: int) -> tuple[int, i
         "definitions": definitions.sections(),
         "data": [name for name in data if (folder / "data" / name).is_file()],
         "soon_legend": SOON_LEGEND,
+        "floors_legend": floors.LEGEND,
         "palette": list(zip(drawings.COLOURS, drawings.DARK, strict=True)),
     }
     (folder / "index.html").write_text(_render(context), encoding="utf-8")
@@ -161,6 +163,7 @@ def _tasks(run, claimed: Claims, soon, concepts, shown, figures: Path, looks) ->
     for place, task in enumerate(views.tasks(lines)):
         own = [line for line in lines if line["task"] == task]
         headlines = [headline for headline in claimed.headlines if headline.task == task]
+        by_floor = [each for each in floors.shown(claimed).items() if each[0][0] == task]
         planes = [plane for headline in headlines if (plane := views.plane_of(headline)).points]
         found.append(
             {
@@ -183,6 +186,11 @@ def _tasks(run, claimed: Claims, soon, concepts, shown, figures: Path, looks) ->
                 "planes": [
                     (plane, _draw(drawings.plane, figures, f"plane-{place}-{i}", plane, looks))
                     for i, plane in enumerate(planes)
+                ],
+                "floors": [
+                    (*about[1:], _draw(drawings.floors, figures, f"floors-{place}-{i}", own_floors, looks),
+                     *floors.table(own_floors))
+                    for i, (about, own_floors) in enumerate(by_floor)
                 ],
                 "concepts": _concepts(
                     [c for c in drawn if c.task == task], [c for c in concepts if c["task"] == task], figures, place,

@@ -302,7 +302,8 @@ def concept_curves(table: Measurements) -> list[ConceptCurves]:
     made: dict[tuple[str, str, str, str], ConceptCurves] = {}
     steps: dict[tuple[str, str, str, str], list[int]] = {}
     for task, attack, attacker, metric, step in table.groups:
-        steps.setdefault((task, metric, attack, attacker), []).append(step)
+        if step > 0:  # an attack that takes no step has no curve
+            steps.setdefault((task, metric, attack, attacker), []).append(step)
     for (task, metric, attack, attacker), read in steps.items():
         for role in ("target", "innocent"):
             for defense in table.defenses[task]:

@@ -51,7 +51,9 @@ def _adapted(plan: Plan) -> Iterator[tuple[Measurement, str]]:
     """Yield (measurement, key of its adaptation) for measurements on adapted models, in tasks that name attacks."""
     for measurement in plan.measurements:
         read = plan.stages[measurement.observed].inputs.get("adapt")
-        if read is not None and "attack" in measurement.labels:
+        labels = measurement.labels
+        # what an adaptation shows of something else is another look at it, not another adaptation
+        if read is not None and "attack" in labels and labels.get("role") != "relapse":
             yield measurement, read.key
 
 

@@ -23,7 +23,7 @@ def recovery_curves(rows: DataFrame | Measurements, path: Path, role: str = "tar
     table = measured(rows)
     made: dict[tuple[str, str, str], tuple[str, list[int]]] = {}  # (task, metric, attack) -> attacker, steps
     for task, attack, attacker, metric, step in table.groups:
-        if any(table.means(task, d, attack, attacker, metric, step, role) for d in table.defenses[task]):
+        if step and any(table.means(task, d, attack, attacker, metric, step, role) for d in table.defenses[task]):
             made.setdefault((task, metric, attack), (attacker, []))[1].append(step)
     if not made:
         return False

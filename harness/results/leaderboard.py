@@ -25,17 +25,20 @@ SHOWN = (
     ("innocent_sgr", "innocent SGR %"),
     ("relative_gap", "RSGR (our reading) %"),
     ("recovery", "recovery"),
+    ("relapse", "comes back by itself"),
     ("utility", "utility"),
     ("nearest_training", "nearest training image"),
     ("valid", "valid"),
 )
 TEXT = frozenset({"defense", "attack", "attacker"})
 """Text columns."""
+SHARES = frozenset({"recovery", "relapse", "utility"})
+"""Columns with two digits."""
 WORST_LEGEND = (
     "For each defense and step the attack that comes closest to the targets, of those that count. 95 %: covers chance "
     "in seeds and prompts, and the choice of the attacks. undefended: what the closest attack on the undefended model "
     "reaches, whichever that is. An adaptive attacker's line holds the number of probes that the attack was tuned "
-    "with, on each released model by itself."
+    "with, on each released model by itself unless its entry says tuned_on."
 )
 SOON_LEGEND = (
     "Steps until the attack is half way from the undefended model before it to real images; in brackets how far it is "
@@ -45,7 +48,9 @@ LEGEND = (
     "SGR: (undefended - defended) / undefended similarity on the targets, mean over targets and seeds; greater is "
     "stronger protection. innocent SGR: the same on innocent concepts; near 0 is good. RSGR (our reading): their "
     "difference; the papers' own formula was not found, so it is not to be set beside theirs. "
-    "recovery: the defended attack's gain over the undefended one's. utility: the released model's score before any "
+    "recovery: the defended attack's gain over the undefended one's. comes back by itself: which share of what the "
+    "release took from a target returns after an adaptation that never saw it (on innocents with observe: targets, on "
+    "general images, or on nothing). utility: the released model's score before any "
     "attack over the undefended model's, both above what images of another concept score. 95 %: Student t over seeds; "
     "covers chance in defense, attack and sampling for these concepts and prompts. rank: of the defenses that count, "
     "by paired tests of all pairs, corrected together (Holm); tie 1–3: chance explains the order, any rank from 1 to 3 "
@@ -65,10 +70,11 @@ def sections(
     worst: Sequence[dict[str, Any]] = (),
     soon: Sequence[dict[str, Any]] = (),
     short: Section | None = None,
+    by_floor: Sequence[Section] = (),
 ) -> list[Section]:
     """Return leaderboard.md: in short; a table for each task and metric; the worst case, and how soon attacks recover.
 
-    `short`: the section of `harness.results.headline`.
+    `short`: the section of `harness.results.headline`; `by_floor`: those of `harness.results.floors`.
     """
     if not lines:
         return [NO_ROWS]
@@ -76,6 +82,7 @@ def sections(
     found += _by_metric(lines)
     if worst:
         found += [Section("Worst case over attacks", (WORST_LEGEND,)), *_by_metric(worst, with_notes=False)]
+    found += by_floor
     if soon:
         found += [Section("How soon", (SOON_LEGEND,)), *_soon(soon)]
     return [*found, Section(text=(LEGEND,))]
@@ -91,8 +98,9 @@ def shown(
     if worst:
         heading, legend = Section("Worst case over attacks"), Section(text=(WORST_LEGEND,))
         found += [heading, *_by_metric(worst, with_notes=False), legend]
-    if all(line["nearest_training"] is None for line in lines):  # not measured: space for the intervals
-        found = [_without(section, dict(SHOWN)["nearest_training"]) for section in found]
+    for column in ("nearest_training", "relapse"):
+        if all(line[column] is None for line in lines):  # not measured: space for the intervals
+            found = [_without(section, dict(SHOWN)[column]) for section in found]
     return [*found, Section(text=(LEGEND,)), *([short] if short else [])]
 
 
@@ -158,7 +166,7 @@ def cells(line: dict[str, Any]) -> list[str]:
         elif column in ("valid",):
             texts.append("yes" if line[column] else "no")
         elif isinstance(line[column], float):
-            texts.append(f"{line[column]:.3f}" if column not in ("recovery", "utility") else f"{line[column]:.2f}")
+            texts.append(f"{line[column]:.{2 if column in SHARES else 3}f}")
         else:
             texts.append("–" if line[column] is None else str(line[column]))
     return texts

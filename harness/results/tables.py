@@ -36,7 +36,7 @@ STATE = "tables.json"
 """The file that records what the folder's tables were made from, the written files, and failed diagnostics."""
 FAILURES = "failures"
 """The folder of the records of stages that failed: KIND-KEY.json."""
-VERSION = 15
+VERSION = 16
 """Increased when the same rows give different tables or figures."""
 RESERVED = frozenset({"paper_rows", "report"})
 """Names that tables of a run may not have."""

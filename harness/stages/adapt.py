@@ -67,6 +67,7 @@ class AdaptParameters:
     attacker: str  # honest | adaptive
     concept: AttackerKnows
     restore: tuple[str, ...] | None = optional()  # components reset to their state before the defense
+    rounded_to: str | None = optional()  # what the released weights are rounded to first
 
 
 @dataclass(frozen=True)

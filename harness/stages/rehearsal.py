@@ -275,6 +275,11 @@ class _Work:
                     model.replace("unet", _student(self.stages[layer.key], model))
             else:
                 model.change(_covered(model, self._changes(layer)))
+        rounded_to = getattr(self.stage.parameters, "rounded_to", None)
+        if rounded_to is not None:
+            from harness.model import rounding
+
+            model.change(rounding.names(model, rounded_to))
         if self.attacked is not None:
             adapted = self.stages[self.attacked.key]
             attack = made("attack", adapted.component, adapted.parameters.parameters)

@@ -33,6 +33,7 @@ class SampleParameters:
     sampling: Sampling
     restore: tuple[str, ...] | None = optional()  # components reset to their state before the defense
     attacker: str | None = optional()  # "adaptive": the publisher's hooks are left out; None: honest
+    rounded_to: str | None = optional()  # what the released weights are rounded to before they are adapted or drawn by
 
 
 @register("stage")

@@ -60,7 +60,8 @@ class StageAtWork:
         """Return (model, protection): the base model with all layers that the stage's inputs name.
 
         If an attacker restores components, their tensors are those from before the defense: from the base model, or
-        from the layers below the defense. States with different names are separate models in memory.
+        from the layers below the defense. An attacker who rounds weights does so after that. States with different
+        names are separate models in memory.
         """
         restored = frozenset(getattr(self.stage.parameters, "restore", None) or ())
         model = self._model(name)
@@ -68,7 +69,13 @@ class StageAtWork:
             (self.store.path(layer.kind, layer.key), restored if registry.get("stage", layer.kind).restorable else ())
             for layer in ModelState.read(self.stage.inputs, name).layers
         ]
-        return model, apply(model, layers)
+        released = apply(model, layers)
+        rounded_to = getattr(self.stage.parameters, "rounded_to", None)
+        if rounded_to is not None:
+            from harness.model.rounding import round_weights
+
+            round_weights(model, rounded_to)
+        return model, released
 
     def _model(self, name: str):
         from harness.model.pipeline import warm

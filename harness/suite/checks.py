@@ -36,7 +36,7 @@ def before_concepts(loaded: LoadedSuite) -> list[Mistake]:
     """Resolve the parameters of every method; return all mistakes that need neither images nor a model."""
     mistakes = resolve_methods(loaded)
     of_methods = (_sharded, _compiled, _precisions)
-    for check in (_reserved_names, _duplicates, _sections, *of_methods, _unknown_tasks, _grid_size):
+    for check in (_reserved_names, _duplicates, _sections, *of_methods, _unknown_tasks, _general, _bases, _grid_size):
         mistakes += check(loaded)
     for kind, entries in _entries(loaded).items():
         mistakes += registry.get("task", kind).check(loaded, entries)
@@ -88,7 +88,10 @@ def resolve_methods(loaded: LoadedSuite) -> list[Mistake]:
 
 
 def _budget(cls: type, spec: AttackSpec, path: tuple) -> list[Mistake]:
-    """Find a budget that neither the suite nor the method states."""
+    """Find a budget that neither the suite nor the method states, or one of an attack that takes no step."""
+    if not cls.takes_steps:
+        given = [key for key in ("steps", "batch_size", "images", "search") if getattr(spec, key) is not None]
+        return [((*path, key), f"{cls.name} takes no step; remove it") for key in given]
     try:
         spec.budget(cls.budgets.get(spec.preset or ""))
     except ValueError as error:
@@ -273,6 +276,36 @@ def _unknown_tasks(loaded: LoadedSuite) -> list[Mistake]:
                 if name not in known | removed:
                     path = (section, index, "tasks", place)
                     mistakes.append((path, f"unknown task '{name}'{did_you_mean(name, known)}"))
+    return mistakes
+
+
+def _general(loaded: LoadedSuite) -> list[Mistake]:
+    """Find attacks on general images that the suite does not have, and general images that no attack asks for."""
+    suite = loaded.suite
+    if "general" in loaded.broken:
+        return []
+    asking = [i for i, spec in enumerate(suite.attacks) if spec is not None and spec.trains_on == "general"]
+    if suite.general is None:
+        what = "the suite has no general images; give 'general' with captions or a folder"
+        return [(("attacks", index, "trains_on"), what) for index in asking]
+    if not asking and "attacks" not in loaded.broken:
+        return [(("general",), "no attack has trains_on: general; remove it")]
+    return []
+
+
+def _bases(loaded: LoadedSuite) -> list[Mistake]:
+    """Find attacks that ask what a defense moved where that cannot be known."""
+    mistakes: list[Mistake] = []
+    for index, spec in enumerate(loaded.suite.attacks):
+        values = loaded.parameters.get(("attacks", str(index)))
+        if spec is None or values is None or not registry.get("attack", spec.method).compares_with_base(values):
+            continue
+        if spec.rounded_to is not None:
+            what = "rounding moves every weight, and this attack asks which the defense moved; remove it"
+            mistakes.append((("attacks", index, "rounded_to"), what))
+        if not loaded.suite.resources.keep_originals:
+            what = "it asks which weights the defense moved; set resources.keep_originals: true"
+            mistakes.append((("attacks", index), what))
     return mistakes
 
 

@@ -25,6 +25,7 @@ class LoadedSuite:
         self.parameters: dict[tuple[str, ...], Any] = {}  # ("defenses", "0") -> parameters instance
         self.broken: frozenset[str] = frozenset()  # sections that could not be read in full; empty once loaded
         self.concepts: dict[str, Concept] = {}
+        self.general: Concept | None = None  # the general images (`harness.suite.general`)
         self.model: ModelSource | None = None  # None while there are mistakes
         self.tokens: Tokens | None = None  # the model's tokenizer; None where this machine does not have it yet
         self.found: dict[str, Any] = {}  # name of a task -> what its `check_concepts` read and its `plan` uses

@@ -43,11 +43,12 @@ def bundled_suites() -> list[Path]:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSuite:
     """Read and check a suite. Raises UserMistake with every mistake that can be found before compute."""
-    from harness.suite import checks, concepts, fetching, texts
+    from harness.suite import checks, concepts, fetching, general, texts
 
     loaded, messages, mistakes = _read(path, overrides)
     try:
         loaded.concepts = concepts.resolve_all(loaded)
+        loaded.general = general.resolve(loaded)
         mistakes += texts.check(loaded)
         mistakes += checks.after_concepts(loaded)
     except UserMistake as mistake:

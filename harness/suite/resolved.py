@@ -36,6 +36,8 @@ def text(loaded: LoadedSuite, folder: Path, plugins: Iterable[str] = ()) -> str:
     for concept in described["concepts"].values():
         if concept.get("folder") is not None:
             concept["folder"] = _moved(concept["folder"], loaded.folder, folder)
+    if loaded.suite.general is not None and loaded.suite.general.folder is not None:
+        described["general"]["folder"] = _moved(described["general"]["folder"], loaded.folder, folder)
     for name, task in loaded.suite.tasks.items():
         for *path, last in task.locations():
             entry = described["tasks"][name]

@@ -90,6 +90,8 @@ def _as_list(value: Any) -> Any:
 
 Step = Annotated[Any, AfterValidator(_step)]
 """Optimizer steps: a number, or a multiple of the usual one."""
+Rounding = Literal["int8", "int4", "fp16", "bf16"]
+"""What the weights are rounded to (`harness.model.rounding`)."""
 
 
 class Strict(BaseModel):
@@ -198,6 +200,35 @@ class AttackSpec(MethodSpec):
     innocents: bool = True
     """Whether it also adapts innocent concepts. Set it to false for additional attacks: one is enough to measure the
     cost to honest users, who do not tune an attack on each model."""
+    observe: Literal["adapted", "targets"] = "adapted"
+    """targets: each model that it adapts to an innocent also draws the targets, which may come back by themselves."""
+    trains_on: Literal["concept", "general"] = "concept"
+    """general: on the suite's general images alone, by an attacker who does not know the target."""
+    rounded_to: Rounding | None = None
+    """The attacker rounds the released weights first (`harness.model.rounding`). None: they stay as released."""
+    tuned_on: Label | None = None
+    """With a search: the defense on whose released model the attack is tuned. None: each released model by itself."""
+
+    @property
+    def adapts_innocents(self) -> bool:
+        """Whether innocents are adapted: an attacker who trains on general images alone teaches none."""
+        return self.innocents and self.trains_on == "concept"
+
+    @property
+    def observes_targets(self) -> bool:
+        """Whether targets are drawn by models that were adapted to innocents."""
+        return self.observe == "targets"
+
+    @model_validator(mode="after")
+    def _combinations(self) -> AttackSpec:
+        if self.tuned_on is not None and self.search is None:
+            raise ValueError("'tuned_on' is for an attack with a search; add search, or remove it")
+        if self.search is not None and self.trains_on == "general":
+            raise ValueError("a search judges images of the target, unknown to trains_on: general; remove one")
+        if self.observes_targets and not self.adapts_innocents:
+            other = "trains_on: general" if self.innocents else "innocents: false"
+            raise ValueError(f"observe: targets needs adaptations to innocents; {other} leaves them out: remove one")
+        return self
 
     @model_validator(mode="after")
     def _adaptive_alone(self) -> AttackSpec:
@@ -363,6 +394,22 @@ class ConceptSpec(ImagesFrom):
         return self
 
 
+class GeneralSpec(Strict):
+    """Images with captions that name no target: all that an attack with trains_on: general sees."""
+
+    captions: Annotated[list[Prompt], Field(min_length=1, max_length=10_000)] | None = None
+    """The base model draws images of them."""
+    folder: Location | None = None  # instead: images of the user, with captions beside them
+    count: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """How many images; None: one for each caption, or all of the folder. Captions are used again in order."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> GeneralSpec:
+        if (self.captions is None) == (self.folder is None):
+            raise ValueError("give one of 'captions' (the base model draws them) and 'folder' (images with captions)")
+        return self
+
+
 class SamplingSpec(Strict):
     """How images are drawn for evaluation, the same for every trial."""
 
@@ -453,6 +500,7 @@ class Suite(Strict):
     attacks: Annotated[list[AttackSpec], Field(max_length=1000)] = []
     metrics: Annotated[list[MethodSpec], Field(max_length=100)] = []
     utility: list[ConceptName] = []
+    general: GeneralSpec | None = None  # for attacks with trains_on: general
     sampling: SamplingSpec = SamplingSpec()
     images: ImagesSpec = ImagesSpec()
     gates: GatesSpec = GatesSpec()
@@ -495,6 +543,7 @@ SPEC_BY_KEY: dict[str, type[Strict]] = {
     "gates": GatesSpec,
     "resources": ResourcesSpec,
     "generate": GenerateSpec,
+    "general": GeneralSpec,
     "archive": ArchiveSpec,
     "dataset": DataSetSpec,
 }

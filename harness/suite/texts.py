@@ -16,9 +16,11 @@ SHOWN = 6
 def check(loaded: LoadedSuite) -> list[Mistake]:
     """Return an error for texts that become equal; add a notice for each text that is cut."""
     mistakes: list[Mistake] = []
-    for name, concept in loaded.concepts.items():
-        path = ("concepts", name)
-        about = f"{loaded.source.where(path)}: concept '{name}'"
+    named = [(("concepts", name), f"concept '{name}'", concept) for name, concept in loaded.concepts.items()]
+    if loaded.general is not None:
+        named.append((("general",), "general", loaded.general))
+    for path, called, concept in named:
+        about = f"{loaded.source.where(path)}: {called}"
         by_role = {role: dict.fromkeys(texts) for role, texts in _texts(concept).items()}
         if loaded.tokens is None:
             every = {text for texts in by_role.values() for text in texts}

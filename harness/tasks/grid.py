@@ -6,7 +6,7 @@ Tasks that release models share it: they make the states (`Released`), and yield
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,8 @@ from harness.plan.builder import Builder, cycled
 from harness.stages.adapt import AdaptParameters, AttackerKnows, Judge, ProbeParameters, SpentBudget
 from harness.suite.spec import AttackSpec
 
+RELAPSE = "relapse"
+"""The role of a target that was drawn after an adaptation on something else, or after none."""
 HELD_OUT = 3
 """An adaptive attacker holds out one in this many of its images to judge probes."""
 
@@ -69,10 +71,25 @@ class Grid:
     def attacked(self, released: Released, name: str, role: str) -> Iterator[Measurement]:
         """Yield the measurement of each attack of the task on a concept."""
         for index, attack in self.build.loaded.attacks_on(self.task):
-            if role == "target" or attack.innocents:
-                if (index, name) not in self._attacks:
-                    self._attacks[index, name] = Attack(self, name, index)
-                yield self._attacks[index, name].measurement(released, role)
+            learns = registry.get("attack", attack.method).takes_steps and attack.adapts_innocents
+            if role == "target" or learns:
+                made = self._attack(index, name).measurement(released, role)
+                yield made
+                if role == "target" and self._attack(index, name).is_blind:
+                    yield replace(made, labels={**made.labels, "role": RELAPSE})
+                if role == "innocent" and attack.observes_targets and not released.is_weak:
+                    for target in self.targets:
+                        yield self._attack(index, name).on_target(released, target)
+
+    def _attack(self, index: int, name: str) -> Attack:
+        """Return an attack on a concept, made once."""
+        if (index, name) not in self._attacks:
+            self._attacks[index, name] = Attack(self, name, index)
+        return self._attacks[index, name]
+
+    def tuned_on(self, defense: str, seed: int) -> Released:
+        """Return the released model of a defense, on which an attack with `tuned_on` is tuned."""
+        raise NotImplementedError(f"{type(self).__name__} has no released models by name")
 
     def real(self, name: str) -> Measurement:
         """Add the scores of real images: the ceiling that an attack can reach."""
@@ -111,8 +128,12 @@ class Grid:
         observed: str,
         scores: Mapping[str, str],
         attack: AttackSpec | None = None,
+        **labels: Label,
     ) -> Measurement:
-        """Return the measurement of a concept; `released` None: for images that no released model drew."""
+        """Return the measurement of a concept; `released` None: for images that no released model drew.
+
+        `labels`: those that only some measurements have.
+        """
         defended = released.state.layers[-1:] if released is not None else ()
         if defended not in self._needs:
             self._needs[defended] = {layer.kind: layer.key for layer in defended}
@@ -130,7 +151,9 @@ class Grid:
                 "concept": concept,
                 "role": role,
                 "seed": released.seed if released else 0,
+                **({"tuned_on": attack.tuned_on} if attack and attack.tuned_on else {}),
                 **self.further,
+                **labels,
             },
             observed=observed,
             scores=scores,
@@ -145,55 +168,88 @@ class Attack:
 
     def __init__(self, grid: Grid, concept: str, index: int):
         self.grid, self.build = grid, grid.build
-        self.concept: Concept = self.build.concepts[concept]
         self.index = index
         self.spec = self.build.suite.attacks[index]
+        self.concept: Concept = self.build.concepts[concept]
+        """What is drawn and scored."""
+        self.trained: Concept = self.build.loaded.general if self.spec.trains_on == "general" else self.concept
+        """What it trains on."""
         self.cls = registry.get("attack", self.spec.method)
         self.values = self.build.loaded.parameters["attacks", str(index)]
         self.steps, self.batch_size = self.build.loaded.budget(index)
-        self.called = self.cls.called(self.values, self.concept.words)
+        self.called = self.cls.called(self.values, self.trained.words)
+        """Its name for what it trains on."""
         self.identity, self.local = self.build.identified(self.cls, self.values)
         self.space = _space(self.spec, self.cls, self.values)
         self.prior = _prior_images(self.cls, self.values, self.space)
         self.work = float(self.steps[-1] * self.batch_size * self.cls.passes_an_example(self.values))
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether it never sees the target: it takes no step, or trains on general images."""
+        return not self.cls.takes_steps or self.trained is not self.concept
+
     def measurement(self, released: Released, role: str) -> Measurement:
         """Add all stages of the attack on a released model, and return its measurement."""
-        build, spec, concept, seed = self.build, self.spec, self.concept, released.seed
-        text = f"{spec.name} on {concept.name} ({released.label})"
-        shared = build.share("adapt", self.index, concept.name, make=self._parameters)
+        return self._drawn(released, self.concept, self.called if not self.is_blind else None, role)
+
+    def on_target(self, released: Released, target: str) -> Measurement:
+        """Add what the model that was adapted to this innocent draws of a target, in its own words."""
+        return self._drawn(released, self.build.concepts[target], None, RELAPSE, adapted_to=self.concept.name)
+
+    def _drawn(
+        self, released: Released, concept: Concept, called: str | None, role: str, **labels: Label
+    ) -> Measurement:
+        """Add the adaptation, what it draws of a concept, and the scores; `called`: its name for the concept."""
+        build, spec = self.build, self.spec
+        text = f"{spec.name} on {self.trained.name} ({released.label})"
         state = build.inputs_of(released.met_by(spec))
-        inputs = {**state, "images": build.read(build.images(concept.name))}
+        members, inputs = [], dict(state)
+        if self.cls.takes_steps:
+            members = [self._adapted(released, text, state)]
+            inputs["adapt"] = build.read(members[0])
+        else:
+            text = f"{concept.name} by {spec.name} ({released.label})"
+        is_taught = self.cls.takes_steps and concept is self.trained
+        if self.cls.takes_steps and not is_taught:
+            text = f"{concept.name} after {text}"
+        sample = build.sample(
+            concept, released.seed, self.steps, inputs, text,
+            called=called, restore=tuple(sorted(spec.restore)),
+            attacker=None if spec.attacker == "honest" else spec.attacker, rounded_to=spec.rounded_to,
+        )  # fmt: skip
+        scores = build.scores(
+            concept, {"sample": build.read(sample)}, text, images=spec.images, is_taught=is_taught
+        )  # fmt: skip
+        build.unit(text, [*members, sample, *scores.values()])
+        return self.grid.measurement(released, concept.name, role, self.steps, sample, scores, spec, **labels)
+
+    def _adapted(self, released: Released, text: str, state: Mapping[str, Input]) -> str:
+        """Add the adaptation of a released model, and the probes of a search; return its key."""
+        build, spec, trained, seed = self.build, self.spec, self.trained, released.seed
+        shared = build.share("adapt", self.index, trained.name, make=self._parameters)
+        images = build.images(trained.name) if trained is self.concept else build.general_images()
+        inputs = {**state, "images": build.read(images)}
         if self.prior:
-            inputs["prior"] = build.read(build.prior_images(concept, self.prior))
+            inputs["prior"] = build.read(build.prior_images(trained, self.prior))
         if spec.search is not None:
-            inputs |= self._probes(released, text, shared["parameters"], inputs)
+            inputs |= self._probes(released, shared["parameters"], inputs)
         workers = build.suite.resources.workers
-        adapt = build.stage(
+        return build.stage(
             "adapt",
             **shared,
             component=registry.component(self.cls),
             inputs=inputs,
             local={"parameters": self.local} if self.local else {},
-            seed=seeds.derive("attack", seed, concept.name),  # without the defense: all meet the same noise
+            seed=seeds.derive("attack", seed, trained.name),  # without the defense: all meet the same noise
             label=text,
             what="adapt",
             work=self.work,
             workers=workers if self.cls.can_share(self.values) and self.batch_size % workers == 0 else 1,
         )
-        sample = build.sample(
-            concept, seed, self.steps, {**state, "adapt": build.read(adapt)}, text,
-            called=self.called, restore=tuple(sorted(spec.restore)),
-            attacker=None if spec.attacker == "honest" else spec.attacker,
-        )  # fmt: skip
-        scores = build.scores(concept, {"sample": build.read(sample)}, text, images=spec.images)
-        build.unit(text, [adapt, sample, *scores.values()])
-        return self.grid.measurement(
-            released, concept.name, role, self.steps, sample, scores, spec
-        )
 
     def _parameters(self) -> AdaptParameters:
-        concept = self.concept
+        concept = self.trained
         return AdaptParameters(
             parameters=self.identity,
             budget=SpentBudget(self.steps, self.batch_size, self.spec.images),
@@ -206,13 +262,22 @@ class Attack:
                 prior_captions=cycled(concept.class_prompts, self.prior) if self.prior else None,
             ),
             restore=tuple(sorted(self.spec.restore)) or None,
+            rounded_to=self.spec.rounded_to,
         )
 
-    def _probes(
-        self, released: Released, text: str, attack: AdaptParameters, inputs: Mapping[str, Input]
-    ) -> dict[str, Input]:
-        """Add the probes of an adaptive attacker's search on one released model; return them by role."""
+    def _probes(self, released: Released, attack: AdaptParameters, inputs: Mapping[str, Input]) -> dict[str, Input]:
+        """Add the probes of an adaptive attacker's search; return them by role.
+
+        They are tried on the released model, or on that of the defense of `tuned_on` under the same seed. `inputs`:
+        those of the adaptation.
+        """
         build, concept, count = self.build, self.concept, self.spec.search.probes
+        if self.spec.tuned_on is not None:
+            own = build.inputs_of(released.met_by(self.spec))
+            released = self.grid.tuned_on(self.spec.tuned_on, released.seed)
+            kept = {role: read for role, read in inputs.items() if role not in own}
+            inputs = {**build.inputs_of(released.met_by(self.spec)), **kept}
+        text = f"{self.spec.name} on {concept.name} ({released.label})"
         base = released.seed, concept.name
         new = search.explored(count)
         probes: dict[str, Input] = {}
@@ -258,6 +323,7 @@ class Attack:
             attacker=attack.attacker,
             concept=attack.concept,
             restore=attack.restore,
+            rounded_to=attack.rounded_to,
             space=self.space,
             search=search.VERSION,
             held_out=max(1, available // HELD_OUT),

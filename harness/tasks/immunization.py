@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from harness.analysis.curves import COLUMNS as CURVE_COLUMNS
 from harness.analysis.curves import curves
-from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, by_concept
+from harness.analysis.leaderboard import COLUMNS, CONCEPT_COLUMNS, FLOOR_COLUMNS, by_concept
 from harness.contracts.defense import Defense
 from harness.contracts.state import ModelState
 from harness.contracts.table import Figure, Section, Table
@@ -20,7 +20,7 @@ from harness.contracts.task import Measurement, Task
 from harness.core import registry
 from harness.core.registry import register
 from harness.plan.builder import Builder
-from harness.results import headline, leaderboard
+from harness.results import floors, headline, leaderboard
 from harness.results.figures import recovery_curves
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.tasks import immunization_checks
@@ -64,10 +64,13 @@ class Immunization(Task):
         found, measured = run.claims, run.measurements
         lines, worst, soon, concepts = found.lines, found.worst, curves(measured), by_concept(measured)
         short = headline.section(found.headlines, lines)
-        yield Table("leaderboard", COLUMNS, lines, leaderboard.sections(lines, worst, soon, short))
+        by_floor = floors.sections(found)
+        yield Table("leaderboard", COLUMNS, lines, leaderboard.sections(lines, worst, soon, short, by_floor))
         yield Table("worst_case", COLUMNS, worst)
+        yield Table("worst_case_by_floor", FLOOR_COLUMNS, found.by_floor)
         yield Table("curves", CURVE_COLUMNS, soon)
         yield Table("concepts", CONCEPT_COLUMNS, concepts, leaderboard.concept_sections(concepts))
+        yield Figure("worst_case_by_floor", partial(floors.draw, found))
         for role in ("target", "innocent"):
             yield Figure(f"recovery_{role}", partial(recovery_curves, measured, role=role))
 
@@ -91,10 +94,12 @@ class _Grid(Grid):
         self.spec = spec
         self.roles = [(c, "target") for c in targets] + [(c, "innocent") for c in spec.innocents]
         self.utility = [(c, "utility") for c in build.suite.utility]
+        self._made: dict[tuple[int, int], Released] = {}
+        self._start = ModelState()
 
     def measurements(self) -> Iterator[Measurement]:
         """Yield them in the order of the table: real images, then per seed the model before erasure and defenses."""
-        erased = self._erased()
+        self._start = erased = self._erased()
         for name, _ in self.roles:
             yield self.real(name)
         for name, _ in self.utility:
@@ -105,7 +110,7 @@ class _Grid(Grid):
                 for name, role in [*self.roles, *self.utility]:
                     yield self.before(original, name, role)
             for index, _ in self.build.loaded.defenses_in(self.task):
-                yield from self._defended(index, seed, erased)
+                yield from self._defended(index, seed)
 
     def _erased(self) -> ModelState:
         """Return the state that defenses start from: the base model, erased if the task erases."""
@@ -122,9 +127,14 @@ class _Grid(Grid):
     ) -> str:
         return self.build.release(kind, defense, called, targets, self.spec.preserve, seed, over)
 
-    def _defended(self, index: int, seed: int, erased: ModelState) -> Iterator[Measurement]:
+    def tuned_on(self, defense: str, seed: int) -> Released:
+        """Return the released model of a defense of the suite under a seed."""
+        index = next(i for i, spec in self.build.loaded.defenses_in(self.task) if spec.name == defense)
+        return self._released(index, seed)
+
+    def _defended(self, index: int, seed: int) -> Iterator[Measurement]:
         """Yield all measurements of one defense under one seed."""
-        released = self._released(index, seed, erased)
+        released = self._released(index, seed)
         for name, role in self.roles:
             if released.is_weak and role != "target":
                 continue
@@ -133,8 +143,13 @@ class _Grid(Grid):
         for name, role in self.utility:
             yield self.before(released, name, role)
 
-    def _released(self, index: int, seed: int, erased: ModelState) -> Released:
-        """Add the stage of a defense under one seed."""
+    def _released(self, index: int, seed: int) -> Released:
+        """Return the released model of a defense under one seed; its stage is added once."""
+        if (index, seed) not in self._made:
+            self._made[index, seed] = self._release_of(index, seed, self._start)
+        return self._made[index, seed]
+
+    def _release_of(self, index: int, seed: int, erased: ModelState) -> Released:
         spec = self.build.suite.defenses[index]
         values = self.build.loaded.parameters["defenses", str(index)]
         given = self.targets if spec.protects == "all" else self.targets[:1]

@@ -12,6 +12,7 @@ from harness.suite.checks import asked, twice
 from harness.suite.loaded import LoadedSuite, Mistake
 from harness.suite.spec import AttackSpec
 from harness.suite.texts import equal, same_text
+from harness.tasks import attack_checks
 from harness.tasks.immunization_form import ImmunizationSpec
 
 Entries = Mapping[str, ImmunizationSpec]
@@ -21,13 +22,15 @@ Entries = Mapping[str, ImmunizationSpec]
 def before_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Return the mistakes that can be found before images are read."""
     checks = (_erasers, _trainers, duplicates, crossed_concepts, _undefended, _protected_together, no_attack)
-    return [mistake for check in checks for mistake in check(loaded, entries)]
+    found = [mistake for check in checks for mistake in check(loaded, entries)]
+    return [*found, *attack_checks.before_concepts(loaded, entries)]
 
 
 def after_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Return the mistakes in concepts and their images."""
     checks = (seen_by_both, attack_images, attack_words, probe_prompts, scored_concepts)
-    return [mistake for check in checks for mistake in check(loaded, entries)]
+    found = [mistake for check in checks for mistake in check(loaded, entries)]
+    return [*found, *attack_checks.after_concepts(loaded, entries)]
 
 
 def _erasers(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
@@ -152,7 +155,7 @@ def attack_images(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     """Find attacks with more images than an attacked concept has, or a search with too few images to hold any out."""
     mistakes: list[Mistake] = []
     for index, attack in enumerate(loaded.suite.attacks):
-        if attack is None or (attack.images is None and attack.search is None):
+        if attack is None or attack.trains_on == "general" or (attack.images is None and attack.search is None):
             continue
         attacked = [name for name in _attacked(entries, attack) if name in loaded.concepts]
         counts = {name: loaded.concepts[name].count("attack") for name in attacked}
@@ -171,7 +174,7 @@ def attack_words(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
     mistakes: list[Mistake] = []
     for index, attack in enumerate(loaded.suite.attacks):
         values = loaded.parameters.get(("attacks", str(index)))
-        if attack is None or values is None:
+        if attack is None or values is None or attack.trains_on == "general":
             continue
         cls = registry.get("attack", attack.method)
         for name in _attacked(entries, attack):
@@ -286,5 +289,5 @@ def _attacked(entries: Entries, attack: AttackSpec) -> list[str]:
     names: dict[str, None] = {}
     for task_name, task in entries.items():
         if task_name in (attack.tasks or [task_name]):
-            names |= dict.fromkeys([*task.flat_targets(), *(task.innocents if attack.innocents else ())])
+            names |= dict.fromkeys([*task.flat_targets(), *(task.innocents if attack.adapts_innocents else ())])
     return list(names)

@@ -9,7 +9,7 @@ from harness.core import registry
 from harness.core.errors import UserMistake, one_line
 from harness.suite.checks import asked, twice
 from harness.suite.loaded import LoadedSuite, Mistake
-from harness.tasks import image_sets, immunization_checks, pruning_data, pruning_student
+from harness.tasks import attack_checks, image_sets, immunization_checks, pruning_data, pruning_student
 from harness.tasks.pruning_data import General
 from harness.tasks.pruning_form import PRUNED, UNPRUNED, PruningSpec
 
@@ -22,6 +22,7 @@ def before_concepts(loaded: LoadedSuite, entries: Entries) -> list[Mistake]:
         mistake for check in (immunization_checks.crossed_concepts, immunization_checks.no_attack)
         for mistake in check(loaded, entries)
     ]  # fmt: skip
+    mistakes += attack_checks.of_other_tasks(loaded, entries)
     for name, spec in entries.items():
         mistakes += _listed_twice(name, spec)
         mistakes += _recipes(loaded, name, spec)

@@ -83,3 +83,18 @@ def test_a_model_that_is_not_here_is_not_guessed(tiny_source):
 
     with pytest.raises(rehearsal.Unknown, match="not on this machine yet"):
         rehearsal.rehearse(stage, elsewhere, Sharding(), on_gpu=False)
+
+
+def test_attacks_on_unmoved_and_rounded_weights_are_rehearsed(suite_file, tmp_path, capsys):
+    """What moved has no values there: nothing has, which needs the most memory. Rounding keeps all originals."""
+    attacks = (
+        "attacks=[{method: reach, name: unmoved, reach: unmoved, steps: [2], batch_size: 2}, "
+        "{method: as_released, rounded_to: int8}, {method: lora, steps: [2], trains_on: general}]"
+    )
+    chosen = ["--set", "tasks.relearning=null", "--set", "seeds=1", "--runs", str(tmp_path / "runs")]
+    chosen += ["--set", attacks, "--set", "general={captions: [a tree]}"]
+    code = main(["plan", str(suite_file), "--memory", *chosen])
+    shown = capsys.readouterr().out
+
+    assert code == 0 and "cannot be rehearsed" not in shown
+    assert all(row in shown for row in ("adapt unmoved on purse", "sample purse by as_released", "adapt lora on general"))
