@@ -15,6 +15,7 @@ from harness.contracts.task import Label, Measurement
 from harness.core import registry, search, seeds
 from harness.core.concept import Concept
 from harness.core.identity import Input
+from harness.core.tuning import PROPOSAL
 from harness.plan.builder import Builder, cycled
 from harness.stages.adapt import AdaptParameters, AttackerKnows, Judge, ProbeParameters, SpentBudget
 from harness.suite.spec import AttackSpec
@@ -36,6 +37,13 @@ class Released:
     is_weak: bool = False
     undefended: ModelState | None = None  # the state of `none`, where the defense changes no weight
     must_honour: frozenset[str] = frozenset()
+    proposal: Input | None = None  # of a probe of a tuned defense: the stage that proposed its setting
+
+    def seen_by(self, attack: AttackSpec | None, build: Builder) -> dict[str, Input]:
+        """Return the inputs of a stage on the state that `met_by` returns; those of a probe are marked as such."""
+        state = self.met_by(attack)
+        mark = {PROPOSAL: self.proposal} if self.proposal is not None and state is self.state else {}
+        return {**build.inputs_of(state), **mark}
 
     def met_by(self, attack: AttackSpec | None) -> ModelState:
         """Return the state that an attack (None: sampling before any attack) works on.
@@ -62,6 +70,7 @@ class Grid:
         self, task: str, targets: tuple[str, ...], build: Builder, further: Mapping[str, Label] = MappingProxyType({})
     ):
         """`further`: labels that all its measurements have beside the grid's."""
+        self.only: frozenset[str] | None = None  # labels of the metrics that score; None: all
         self.task, self.targets, self.build, self.further = task, targets, build, further
         self._attacks: dict[tuple[int, str], Attack] = {}
         self._needs: dict[tuple[Input, ...], dict[str, str]] = {}
@@ -70,15 +79,20 @@ class Grid:
         """Yield the measurement of each attack of the task on a concept."""
         for index, attack in self.build.loaded.attacks_on(self.task):
             if role == "target" or attack.innocents:
-                if (index, name) not in self._attacks:
-                    self._attacks[index, name] = Attack(self, name, index)
-                yield self._attacks[index, name].measurement(released, role)
+                yield self.attacked_by(index, released, name, role)
+
+    def attacked_by(self, index: int, released: Released, name: str, role: str) -> Measurement:
+        """Add one attack of the suite on a concept."""
+        if (index, name) not in self._attacks:
+            self._attacks[index, name] = Attack(self, name, index)
+        return self._attacks[index, name].measurement(released, role)
 
     def real(self, name: str) -> Measurement:
         """Add the scores of real images: the ceiling that an attack can reach."""
         build, images = self.build, self.build.images(name)
         concept = build.concepts[name]
-        scores = build.scores(concept, {"images": build.read(images)}, f"real images of {name}", concept.descriptions)
+        text = f"real images of {name}"
+        scores = build.scores(concept, {"images": build.read(images)}, text, concept.descriptions, only=self.only)
         build.unit(f"score real images of {name}", scores.values())
         return self.measurement(None, name, "real", (0,), images, scores)
 
@@ -89,7 +103,7 @@ class Grid:
         words = [e.description for e in concept.evaluations]
         descriptions = cycled(words, build.concepts[other].count("attack"))
         text = f"images of {other} against the references of {name} (floor)"
-        scores = build.scores(concept, {"images": build.read(images)}, text, descriptions)
+        scores = build.scores(concept, {"images": build.read(images)}, text, descriptions, only=self.only)
         build.unit(f"score {text}", scores.values())
         return self.measurement(None, name, "floor", (0,), images, scores)
 
@@ -97,8 +111,8 @@ class Grid:
         """Add the images that the released model draws before any attack (step 0)."""
         build, concept = self.build, self.build.concepts[name]
         text = f"{name} before the attack ({released.label})"
-        sample = build.sample(concept, released.seed, (0,), build.inputs_of(released.met_by(None)), text)
-        scores = build.scores(concept, {"sample": build.read(sample)}, text)
+        sample = build.sample(concept, released.seed, (0,), released.seen_by(None, build), text)
+        scores = build.scores(concept, {"sample": build.read(sample)}, text, only=self.only)
         build.unit(f"sample {text}", [sample, *scores.values()])
         return self.measurement(released, name, role, (0,), sample, scores)
 
@@ -162,7 +176,7 @@ class Attack:
         build, spec, concept, seed = self.build, self.spec, self.concept, released.seed
         text = f"{spec.name} on {concept.name} ({released.label})"
         shared = build.share("adapt", self.index, concept.name, make=self._parameters)
-        state = build.inputs_of(released.met_by(spec))
+        state = released.seen_by(spec, build)
         inputs = {**state, "images": build.read(build.images(concept.name))}
         if self.prior:
             inputs["prior"] = build.read(build.prior_images(concept, self.prior))
@@ -186,7 +200,8 @@ class Attack:
             called=self.called, restore=tuple(sorted(spec.restore)),
             attacker=None if spec.attacker == "honest" else spec.attacker,
         )  # fmt: skip
-        scores = build.scores(concept, {"sample": build.read(sample)}, text, images=spec.images)
+        sampled = {"sample": build.read(sample)}
+        scores = build.scores(concept, sampled, text, images=spec.images, only=self.grid.only)
         build.unit(text, [adapt, sample, *scores.values()])
         return self.grid.measurement(
             released, concept.name, role, self.steps, sample, scores, spec
