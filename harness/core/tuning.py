@@ -1,4 +1,4 @@
-"""What a setting of a defense is worth on the tuning concepts: its immunity, and whether it keeps its utility. No torch.
+"""What a setting of a defense achieves on the tuning concepts: its immunity, and the utility that it keeps. No torch.
 
 A probe is one setting of a defense. With M a metric's mean over prompts and images, in the direction in which higher is
 closer to the concept, a probe is judged by

@@ -122,9 +122,7 @@ def _wait(processes: Sequence[HereProcess | ThereProcess], work_folder: Path, lo
         time.sleep(0.05)
 
 
-def _failure(
-    processes: Sequence[HereProcess | ThereProcess], work_folder: Path, logs: list[Path]
-) -> RuntimeError:
+def _failure(processes: Sequence[HereProcess | ThereProcess], work_folder: Path, logs: list[Path]) -> RuntimeError:
     """Return what made the processes fail: an error of a method, else a death, else a broken connection."""
     deadline = time.monotonic() + CAUSE_S
     while True:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ class Choose(StageKind):
         if not result["passes"]:
             metric, least = min(result["utility"].items(), key=lambda item: item[1])
             work.run.notify(
-                f"no probe keeps {parameters.floor:g} of the utility by every metric; the nearest is taken, which keeps "
+                f"no probe keeps {parameters.floor:g} of the utility by every metric; the nearest is taken: it keeps "
                 f"{least:.3f} by {metric}"
             )
         write_json(work.folder / SETTINGS, {"values": chosen.values})
@@ -172,20 +173,17 @@ def _values(folder: Path) -> dict[str, Any] | None:
 def _attacked(parameters: AssessParameters, work: StageAtWork) -> list[tuning.Attacked]:
     """Return the scores of targets; those where the undefended attack shows nothing are left out, and said."""
     cells, left_out = [], []
-    last = parameters.steps[-1]
+    steps = parameters.steps
     for place in range(parameters.targets):
         for metric, direction in parameters.metrics.items():
-
-            def value(what: str, step: int = 0, place=place, metric=metric, sign=_sign(direction)) -> float:
-                return sign * _score(work.input(f"{what}.{place}.{metric}"), step)
-
+            value = partial(_signed, work, place, metric, direction)
             cell = tuning.Attacked(
                 metric=metric,
-                before=value("before"),
-                undefended=value("undefended", last),
-                real=value("real"),
-                start=value("start"),
-                reached=tuple(value("attacked", step) for step in parameters.steps),
+                before=value("before", 0),
+                undefended=value("undefended", steps[-1]),
+                real=value("real", 0),
+                start=value("start", 0),
+                reached=tuple(value("attacked", step) for step in steps),
             )
             if cell.counts(parameters.min_recovery, parameters.min_headroom):
                 cells.append(cell)
@@ -205,11 +203,8 @@ def _kept(parameters: AssessParameters, work: StageAtWork) -> list[tuning.Kept]:
     found, left_out = [], []
     for place in range(parameters.innocents):
         for metric, direction in parameters.metrics.items():
-            sign = _sign(direction)
-            probe, undefended, floor = (
-                sign * _score(work.input(f"{what}.{place}.{metric}"), 0) for what in ("kept", "kept_none", "floor")
-            )
-            kept = tuning.Kept(metric, probe, undefended, floor)
+            value = partial(_signed, work, place, metric, direction)
+            kept = tuning.Kept(metric, value("kept", 0), value("kept_none", 0), value("floor", 0))
             if kept.counts:
                 found.append(kept)
             else:
@@ -228,8 +223,10 @@ def _say(work: StageAtWork, left_out: Sequence[str], why: str) -> None:
         work.run.notify(f"not counted, since {why}: {', '.join(left_out)}")
 
 
-def _sign(direction: str) -> float:
-    return -1.0 if direction == "lower" else 1.0
+def _signed(work: StageAtWork, place: int, metric: str, direction: str, what: str, step: int) -> float:
+    """Return a mean score, so that higher is closer to the concept."""
+    value = _score(work.input(f"{what}.{place}.{metric}"), step)
+    return -value if direction == "lower" else value
 
 
 def _score(folder: Path, step: int) -> float:
@@ -239,5 +236,3 @@ def _score(folder: Path, step: int) -> float:
     if not own:
         raise ValueError(f"no score of step {step} in {folder.name}")
     return math.fsum(own) / len(own)
-
-

@@ -153,9 +153,7 @@ class MethodSpec(Strict):
         return {**{key: value for key, value in whole.items() if key != "parameters"}, **whole["parameters"]}
 
 
-SpaceSpec = dict[
-    Annotated[str, Field(max_length=40)], Annotated[list[Any], Field(min_length=1, max_length=100)]
-]
+SpaceSpec = dict[Annotated[str, Field(max_length=40)], Annotated[list[Any], Field(min_length=1, max_length=100)]]
 """A search space, in place of the method's own: [low, high] for a fractional number (tried on a logarithmic scale), a
 list of values for anything else."""
 

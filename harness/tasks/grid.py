@@ -203,9 +203,7 @@ class Attack:
         sampled = {"sample": build.read(sample)}
         scores = build.scores(concept, sampled, text, images=spec.images, only=self.grid.only)
         build.unit(text, [adapt, sample, *scores.values()])
-        return self.grid.measurement(
-            released, concept.name, role, self.steps, sample, scores, spec
-        )
+        return self.grid.measurement(released, concept.name, role, self.steps, sample, scores, spec)
 
     def _parameters(self) -> AdaptParameters:
         concept = self.concept

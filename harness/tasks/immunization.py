@@ -144,9 +144,7 @@ class _Grid(Grid):
         over: ModelState,
         setting: Mapping[str, Input] = _STATED,
     ) -> str:
-        return self.build.release(
-            kind, defense, called, targets, self.spec.preserve, seed, over, setting=setting
-        )
+        return self.build.release(kind, defense, called, targets, self.spec.preserve, seed, over, setting=setting)
 
     def _defended(self, index: int, seed: int, erased: ModelState) -> Iterator[Measurement]:
         """Yield all measurements of one defense under one seed."""
@@ -199,4 +197,3 @@ class _Grid(Grid):
             must_honour=frozenset(cls.threat_model.must_honour),
             proposal=setting.get(PROPOSAL),
         )
-
