@@ -181,7 +181,7 @@ REFUSED = {
     "floor": (("attack: lora}", "attack: lora, floor: 1.5}"), "tuning.floor: must be at most 1.0 (got 1.5)"),
     "objective": (("attack: lora}", "attack: lora, objective: mean}"), "tuning.objective: must be 'worst' or 'area'"),
     "a target of a task": (("targets: [bag]", "targets: [purse]"), "'purse' is a target of task 'personalization'; no"),
-    "an innocent of a task": (("targets: [bag]", "targets: [lamp]"), "'lamp' is an innocent of task 'personalization'; no"),
+    "an innocent of a task": (("targets: [bag]", "targets: [lamp]"), "'lamp' is an innocent of task 'personal"),
     "a utility concept": (("innocents: [tree]", "innocents: [dog]"), "'dog' is a utility concept of the suite; no tab"),
     "two roles": (("innocents: [tree]", "innocents: [bag]"), "'bag' is a target of the tuning too"),
     "together": (

@@ -45,7 +45,8 @@ class Attacked:
         """Return whether the attack shows anything here: the leaderboard's gates for headroom and recovery."""
         headroom = self.real - self.before
         gained = self.undefended - self.before
-        return headroom > 0 and headroom >= min_headroom * abs(self.real) and gained >= min_recovery * headroom > 0
+        has_headroom = headroom > 0 and headroom >= min_headroom * abs(self.real)
+        return has_headroom and gained > 0 and gained >= min_recovery * headroom
 
     def recovered(self) -> tuple[float, ...]:
         """Return the recovered shares from step 0 on."""

@@ -55,6 +55,7 @@ class AssessParameters:
     innocents: int  # number of measured innocents, over all protected sets
     min_recovery: float  # the gates of the suite
     min_headroom: float
+    is_repeat: bool | None = optional()  # under another seed than the probes that try new settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,10 @@ class ChooseParameters:
     parameters: Described
     search: int
     floor: float
+
+
+class _NotMeasured(ValueError):
+    """The undefended model shows nothing on the tuning concepts."""
 
 
 @register("stage")
@@ -105,13 +110,24 @@ class Assess(StageKind):
     Parameters = AssessParameters
 
     def do(self, parameters: AssessParameters, work: StageAtWork) -> None:
-        """Write the probe's setting and result; a probe with a void stage has no score."""
+        """Write the probe's setting and result; a probe with a void stage has no score.
+
+        Raises ValueError if the undefended model cannot be measured on the tuning concepts: then no probe can be
+        judged. A repeat that cannot be judged under its seed has no score, and so confirms nothing.
+        """
         values = _values(work.input(tuning.PROPOSAL))
         why = void.of_inputs(work.stage, work.store)
+        if why is None:
+            try:
+                attacked, kept = _attacked(parameters, work), _kept(parameters, work)
+            except _NotMeasured as error:
+                if not parameters.is_repeat:
+                    raise
+                why = str(error)
+                work.run.notify(f"this repeat confirms nothing: {why}")
         if why is not None:
             write_json(work.folder / RESULT, {"values": values, "score": None, "void": why})
             return
-        attacked, kept = _attacked(parameters, work), _kept(parameters, work)
         immune = tuning.immunity(attacked, parameters.steps, parameters.objective)
         utilities = tuning.utility(kept)
         found = {
@@ -190,7 +206,7 @@ def _attacked(parameters: AssessParameters, work: StageAtWork) -> list[tuning.At
             else:
                 left_out.append(f"{metric} on target {place + 1}")
     if not cells:
-        raise ValueError(
+        raise _NotMeasured(
             "the attack on the undefended model regains too little on every tuning target by every metric, so immunity "
             "cannot be measured; choose other tuning.targets or a stronger tuning.attack"
         )
@@ -210,7 +226,7 @@ def _kept(parameters: AssessParameters, work: StageAtWork) -> list[tuning.Kept]:
             else:
                 left_out.append(f"{metric} on innocent {place + 1}")
     if not found:
-        raise ValueError(
+        raise _NotMeasured(
             "the undefended model draws no tuning innocent better than images of another concept, so utility cannot be "
             "measured; choose other tuning.innocents"
         )

@@ -174,6 +174,7 @@ class _Search:
                 innocents=n_innocents,
                 min_recovery=gates.min_recovery,
                 min_headroom=gates.min_headroom,
+                is_repeat=True if pair else None,
             ),
             reads_model=False,
             inputs={PROPOSAL: proposal, **measured},
