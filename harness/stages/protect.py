@@ -125,7 +125,7 @@ class Immunize(Protect):
     """Run a defense on the model, erased or not."""
 
     name = "immunize"
-    after = ("images", "erase", "prepare")
+    after = ("images", "erase", "prepare", "propose")
     is_layer = True
     restorable = True
 
