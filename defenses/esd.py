@@ -47,6 +47,7 @@ from pydantic import Field
 from harness.contracts.defense import Defense
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core.registry import register
+from harness.core.search import Choice, Space, around
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +131,15 @@ class Esd(Defense):
         if p.sampler == "frozen":
             return 2.0 * targets * p.pool * p.sampling_steps + 3.0 * samples
         return samples * (2 * (p.sampling_steps - 1) / 2 + 2 + 3.0)
+
+    @classmethod
+    def search_space(cls, parameters) -> Space:
+        """Vary the rate, the negative guidance, and the trained weights."""
+        return {
+            "learning_rate": around(parameters.learning_rate, 4.0),
+            "eta": Choice(tuple(sorted({0.5, 1.0, 2.0, parameters.eta}))),
+            "variant": Choice(("x", "x_strict", "u")),
+        }
 
     @classmethod
     def rehearsed(cls, parameters) -> tuple[Parameters, int]:

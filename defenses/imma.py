@@ -50,6 +50,7 @@ from harness.contracts.defense import Defense, ProtectedConcept
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core.profiles import ByProfile
 from harness.core.registry import register
+from harness.core.search import Choice, Space, around
 from harness.core.sharding import exact_when_compiled, global_batch, hypergradient_mode
 
 if TYPE_CHECKING:
@@ -154,6 +155,19 @@ class ImmaBase(Defense):
         lower = 0 if p.ascent_only else p.lower_steps * (2 if p.prior_weight else 1)
         again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.hypergradient]
         return p.rounds * p.batch_size * (lower * (1 + again) + 1) * 3.0
+
+    @classmethod
+    def search_space(cls, parameters) -> Space:
+        """Vary the rates of both levels, and which weights are immunized."""
+        upper = around(parameters.chosen("upper_learning_rate"), 4.0)
+        space: Space = {
+            "upper_learning_rate": upper,
+            "upper_parameters": Choice(("attention", "cross_attention", "cross_attention_kv")),
+        }
+        lower = (
+            {} if parameters.ascent_only else {"lower_learning_rate": around(parameters.chosen("lower_learning_rate"))}
+        )
+        return {**space, **lower}
 
     @classmethod
     def rehearsed(cls, parameters) -> tuple[Parameters, int]:

@@ -48,6 +48,7 @@ from harness.contracts.defense import Defense, ProtectedConcept
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core.profiles import ByProfile
 from harness.core.registry import register
+from harness.core.search import Choice, Range, Space, around
 from harness.core.sharding import exact_when_compiled, global_batch, hypergradient_mode
 
 if TYPE_CHECKING:
@@ -212,6 +213,18 @@ class Mima(Defense):
         """Class images per target if a level uses them; one if only the class prompt is needed, as the key."""
         asks = parameters.weighs_prior and parameters.prior_from == "class"
         return parameters.prior_images if asks else int(parameters.concept_key == "class")
+
+    @classmethod
+    def search_space(cls, parameters) -> Space:
+        """Vary the rates of both levels, and the weight of the prior images if any level uses them."""
+        space: dict[str, Range | Choice] = {
+            "upper_learning_rate": around(parameters.upper_learning_rate, 4.0),
+            "lower_learning_rate": around(parameters.lower_learning_rate),
+        }
+        prior = parameters.chosen("prior_on_upper")
+        if prior:  # another value than 0 would need class images that the plan does not draw
+            space["prior_on_upper"] = around(prior, 4.0)
+        return space
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:

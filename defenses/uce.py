@@ -30,6 +30,7 @@ from pydantic import Field
 from harness.contracts.defense import Defense, ProtectedConcept
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core.registry import register
+from harness.core.search import Choice, Space, around
 from harness.testbed.captions import COMMON_OBJECTS
 
 if TYPE_CHECKING:
@@ -95,6 +96,16 @@ class Uce(Defense):
             ),
         },
     }
+
+    @classmethod
+    def search_space(cls, parameters) -> Space:
+        """Vary the three weights of the least squares, and how the target values are made."""
+        return {
+            "ridge": around(parameters.ridge),
+            "erase_scale": around(parameters.erase_scale),
+            "preserve_scale": around(parameters.preserve_scale or 1.0),
+            "technique": Choice(("replace", "tensor")),
+        }
 
     @classmethod
     def used(cls, parameters) -> frozenset[str]:

@@ -31,6 +31,7 @@ class Run:
         Prompts and seeds that are hard on both sides bring chance that pairing takes away.
         """
         found = []
+        of_setting = {name: self.settings(source) for name in METHODS}
         for concept in self.concepts:
             shared = source.normal(size=(self.prompts, self.seeds))
             of_seed = {name: source.normal(size=(1, self.seeds)) for name in METHODS}
@@ -39,6 +40,7 @@ class Run:
                     values = (
                         shared
                         + (stronger_by if (name, attack) == ("theirs", self.attacks[0]) else 0.0)
+                        + of_setting[name]
                         + self.by_seed / 2**0.5 * (of_seed[name] + source.normal(size=(1, self.seeds)))
                         + self.by_prompt * source.normal(size=(self.prompts, 1))
                         + self.by_cell * source.normal(size=(self.prompts, self.seeds))
@@ -51,6 +53,10 @@ class Run:
                     ]
         return found
 
+    def settings(self, source: np.random.Generator) -> np.ndarray:
+        """Return what one side's settings add to its values, [seeds]: nothing, as both have the same setting."""
+        return np.zeros(self.seeds)
+
     def truth(self) -> Estimate:
         """Return the true variances of the difference between the two sides under one attack."""
         concepts = len(self.concepts)
@@ -61,6 +67,37 @@ class Run:
             seeds=self.seeds,
             prompts=concepts * (self.prompts - 1),
         )
+
+
+@dataclass(frozen=True)
+class Tuned(Run):
+    """Two identical defenses, each tuned by searches that find settings of different strength by chance."""
+
+    per_seed: bool = True
+    probes: int = 12
+    by_setting: float = 0.7  # of the true strength of the settings that are tried, around the stated one
+    by_probe: float = 0.7  # of a probe's score around its true strength
+
+    def settings(self, source: np.random.Generator) -> np.ndarray:
+        """Return minus the true strength of what each seed's search chose; one search for all unless `per_seed`."""
+        found = [self._search(source) for _ in range(self.seeds if self.per_seed else 1)]
+        return -np.array(found * (1 if self.per_seed else self.seeds))
+
+    def _search(self, source: np.random.Generator) -> float:
+        """Return the true strength of the setting that the search chooses, with its own repeats."""
+        from harness.core import search
+
+        def probe(strength: float) -> search.Probe:
+            values = {"strength": strength} if strength else {}
+            return search.Probe(values, strength + self.by_probe * float(source.normal()))
+
+        explored = search.explored(self.probes)
+        tried = [probe(0.0), *(probe(self.by_setting * float(source.normal())) for _ in range(explored - 1))]
+        repeats = []
+        for place in range(self.probes - explored):
+            values = search.repeated(tried, place)
+            repeats.append(search.Probe(None, None) if values is None else probe(values.get("strength", 0.0)))
+        return search.chosen([*tried, *repeats]).values.get("strength", 0.0)
 
 
 def claims(run: Run, runs: int, seed: int, stronger_by: float = 0.0, draws: int = 300) -> tuple[float, float]:

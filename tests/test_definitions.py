@@ -16,6 +16,7 @@ from harness.results.comparison import SHOWN as SHOWN_OF_COMPARISON
 from harness.results.leaderboard import LEGEND, SHOWN
 from harness.tasks import memorization_columns as memorization
 from harness.tasks import pruning_columns as pruning
+from harness.tasks import tuning_results
 from tests.conftest import run_python
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "definitions.md"
@@ -42,7 +43,9 @@ MEMORIZATION = (
 PRUNING = (
     pruning.MEASURES, pruning.PAIRS, pruning.EQUAL, pruning.COST, pruning.ATTACKED, pruning.SOON,
 )  # fmt: skip
-TABLES = (*GENERAL, masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS, *MEMORIZATION, *PRUNING)
+TUNING = (tuning_results.PROBE_COLUMNS, tuning_results.TUNED_COLUMNS)
+FREEZING = (masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS)
+TABLES = (*GENERAL, *FREEZING, *MEMORIZATION, *PRUNING, *TUNING)
 """With those of the bundled diagnostics."""
 
 

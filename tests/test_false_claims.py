@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.analysis.compare import LEVEL
-from tests.simulated import Run, claims, ranked_apart
+from tests.simulated import Run, Tuned, claims, ranked_apart
 
 KINDS = {
     "seeds": Run(by_prompt=0.1, by_cell=0.2),
@@ -29,6 +29,19 @@ def test_one_defense_under_two_names_is_not_reported_apart(kind):
 def test_equal_defenses_are_not_ranked_apart(kind):
     """All pairs of three, under three attacks and in the worst case: in no more than 5 % of 100 leaderboards."""
     assert ranked_apart(KINDS[kind], 100, seed=0) <= LEVEL
+
+
+def test_identical_defenses_tuned_apart_are_not_reported_apart():
+    """With one search a seed, the chance of a search is chance between seeds, which intervals cover: at most 5 %.
+
+    With one search for all seeds it is in every seed alike: the same defense tuned twice is called different in more
+    than 10 % of 200 leaderboards. So `tuning.per_seed` is true by default.
+    """
+    each, _ = claims(Tuned(), 200, seed=2)
+    one, _ = claims(Tuned(per_seed=False), 200, seed=2)
+
+    assert each <= LEVEL
+    assert one > 2 * LEVEL
 
 
 def test_a_difference_that_should_be_found_is_found():

@@ -36,6 +36,7 @@ PINS = {
     "pruning": "a846e7f196c87978a01b8df72472230c",
     "pruning_smoke": "93d7db5ccb5faf73219f3368aacee1fb",
     "pruning_testbed": "373c50123c7333217216a3791c80feb9",
+    "tuning_testbed": "1060543f9c86934a63465e5941fe0f48",  # 8036 stages, 2420 units, 332 trials
 }
 IMAGES = 6
 """Of each folder that a suite asks for and that does not ship; two a split."""

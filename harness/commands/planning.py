@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from harness.commands.opened import Opened
 from harness.contracts.stage import kinds_in_order
 from harness.core.counted import counted
+from harness.core.tuning import PROPOSAL
 from harness.executors.progress import format_seconds
 from harness.model.source import SD1_UNET, has_sd1_shape
 from harness.plan import cost
@@ -67,6 +68,13 @@ def show(opened: Opened, console: Console, tflops: float | None = None) -> None:
     console.print(
         f"UNet passes (a backward pass counts as two): {shared:,.0f} with sharing{apart}", highlight=False
     )
+    if counts["choose"]:
+        of_probes = sum(stage.work for stage in plan.stages.values() if PROPOSAL in stage.inputs)
+        console.print(
+            f"tuning: {of_probes:,.0f} of these passes are for {counted(counts['assess'], 'probe')}, which choose "
+            f"{counted(counts['choose'], 'setting')}",
+            highlight=False,
+        )
     for line in fetching.missing(opened.loaded):
         console.print(line, highlight=False, soft_wrap=True)  # options in it are copied
     basis = "from stages done here of the same kind, method, model, device and about the same work"

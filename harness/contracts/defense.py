@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from harness.contracts.method import Method
 from harness.contracts.protection import Protection, ThreatModel
 from harness.core import pictures
+from harness.core.search import Space
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,6 +104,14 @@ class Defense(Method):
         changed.
         """
         return None
+
+    @classmethod
+    def search_space(cls, parameters: Any) -> Space:
+        """Return the parameters that `tune` may change, with their values; {}: none.
+
+        They must not change what a plan needs: `used`, `prior_images`, `files`, `preparation`.
+        """
+        return {}
 
     @classmethod
     def check_task(cls, parameters: Any, targets: int, preserved: int) -> Sequence[tuple[str, str]]:

@@ -93,6 +93,10 @@ class MeasuredRun(Protocol):
         """The store of committed stages."""
 
     @property
+    def stages(self) -> Mapping[str, Stage]:
+        """The planned stages, by key."""
+
+    @property
     def measurements(self) -> Measurements:
         """The rows."""
 

@@ -83,6 +83,9 @@ class StageKind(Method):
     """Whether its folder holds a `Protection`, so that it can be a layer of a model state."""
     restorable: ClassVar[bool] = False
     """For a layer: whether an adaptive attacker who restores components puts back the weights from before it."""
+    reads_void: ClassVar[bool] = False
+    """Whether it takes stages without a result (`harness.stages.void`) as they are; others are void if one that they
+    read is."""
     spare: ClassVar[str | None] = None
     """A folder of the committed stage that may be deleted if it is large, once all stages of its unit have read it."""
 

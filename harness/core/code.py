@@ -33,7 +33,7 @@ BUNDLED = ("defenses", "attacks", "metrics")
 OURS = frozenset({"harness", "suites", *BUNDLED})
 COMPUTING = (
     *BUNDLED, "harness.training", "harness.model", "harness.stages", "harness.contracts", "harness.core.seeds",
-    "harness.core.search",
+    "harness.core.search", "harness.core.tuning",
 )  # fmt: skip
 """Packages and modules whose code computes results."""
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}

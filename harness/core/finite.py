@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class NotFinite(ValueError, FloatingPointError):
+    """A method returned weights that are not finite."""
+
+
 class NothingDrawn(ValueError):
     """All images of a set are one flat colour, although the model should draw something."""
 

@@ -1,4 +1,7 @@
-"""An adaptive attacker's search over an attack's own settings: which to try next, and which were best. No torch.
+"""A search over a method's own settings: which to try next, and which were best. No torch.
+
+Adaptive attackers search over an attack's settings, as described here, and `tune` over a defense's, with another score
+(`harness.core.tuning`).
 
 A *probe* is one try: the attack with other settings, trained on a part of the attacker's own images. After its last
 step it is judged by the other images, with prompts that no evaluation uses. Probes come in batches; each batch knows

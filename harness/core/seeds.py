@@ -1,4 +1,4 @@
-"""Seeds by role: defense, attack, search, sampling, images.
+"""Seeds by role: defense, attack, search, tuning, sampling, images.
 
 One number in the suite gives independent seeds for each role. The seed of an attack does not depend on the defense, so
 every defense meets the same noise, batches and initialization, and comparisons are paired. Draws inside a loop are
@@ -11,7 +11,7 @@ import functools
 import hashlib
 from typing import Literal, get_args
 
-Role = Literal["defense", "attack", "search", "sampling", "images"]
+Role = Literal["defense", "attack", "search", "tuning", "sampling", "images"]
 
 
 @functools.lru_cache(maxsize=100_000, typed=True)

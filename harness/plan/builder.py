@@ -5,7 +5,7 @@ One method for each kind of stage that several tasks share; `stage` adds any oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -227,14 +227,16 @@ class Builder:
         seed: int,
         over: ModelState,
         pairs: Pairs | None = None,
+        setting: Mapping[str, Input] = _NONE,
     ) -> str:
         """Add a stage in which a defense works on a state of the model, as eraser or immunizer (`kind`).
 
         `called`: its label in the suite. `pairs`: general images, for a method that uses them; raises ValueError if it
-        does and there are none. Only what the method uses enters the identity.
+        does and there are none. `setting`: role -> the stage that proposed or chose other values of its parameters.
+        Only what the method uses enters the identity.
         """
         cls, values = type(defense), defense.parameters
-        inputs = over.inputs()
+        inputs = {**over.inputs(), **setting}
         used = cls.used(values)
         prepared = cls.preparation(values)
         if prepared is not None:
@@ -340,11 +342,12 @@ class Builder:
         descriptions: tuple[str, ...] | None = None,
         images: int | None = None,
         is_taught: bool = True,
+        only: Collection[str] | None = None,
     ) -> dict[str, str]:
         """Score images against the references of a concept; `descriptions`: by default those of its prompts.
 
         `images`: how many images of the attack split the attack trained on, if not all. `is_taught`: whether it trained
-        on any; else no metric compares with them.
+        on any; else no metric compares with them. `only`: labels of the metrics; None: all.
         """
         place = concept.name, descriptions, images
         if place not in self._scoring:
@@ -357,7 +360,7 @@ class Builder:
         return {
             metric.name: self.stage("score", inputs={**generated, **references}, label=label, **fixed)
             for metric, (fixed, references) in self._scoring[place]
-            if is_taught or metric.cls.compares_with != "attack"
+            if (is_taught or metric.cls.compares_with != "attack") and (only is None or metric.name in only)
         }
 
     def score(

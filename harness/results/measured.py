@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from harness.analysis.claims import Claims
+    from harness.core.identity import Stage
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class RunResults:
     def costs(self) -> list[dict[str, Any]]:
         """The lines of adaptation_cost.csv."""
         return adaptation_cost.lines(self.plan, self.adaptations)
+
+    @property
+    def stages(self) -> Mapping[str, Stage]:
+        """The planned stages, by key."""
+        return self.plan.stages
 
     @property
     def suite(self) -> str:

@@ -22,7 +22,7 @@ from harness.core.errors import StageFailure, one_line
 from harness.core.files import write_json
 from harness.core.identity import Stage, describe
 from harness.model.run import Run
-from harness.stages import checkpoints, code, deaths, heartbeat, notices, sharing
+from harness.stages import checkpoints, code, deaths, heartbeat, notices, sharing, void
 from harness.stages.tracking import tracker
 from harness.stages.work import StageAtWork
 from harness.stages.workplace import Workplace, computing_in, peak_memory_bytes, prepare_device
@@ -210,19 +210,7 @@ def _execute_locked(
             started=started,
             began=clock,
         )
-        if _is_shared(stage, workplace):
-            from harness.stages import ranks
-
-            _forget_model()  # free memory for the models of the processes
-            ledger = ranks.run(stage, workplace, work_folder, folder, report, (started, clock))
-        else:
-            run.sharding = replace(workplace.sharding, workers=1, offload="none")
-            with computing_in(stage.precision, device, run.notify):
-                registry.get("stage", stage.kind)(None).do(
-                    stage.parameters, StageAtWork(stage, workplace, store, run, folder)
-                )
-            run.ledger.peak_memory_bytes = peak_memory_bytes(device)
-            ledger = run.ledger.as_json()
+        ledger = _computed_or_void(StageAtWork(stage, workplace, store, run, folder))
         scores.require(folder)
         earlier = ledger["sittings"]
         seconds = time.perf_counter() - clock + sum(each["seconds"] for each in earlier)
@@ -247,6 +235,39 @@ def _execute_locked(
             },
         )
     log.info("done in %.1f s", seconds)
+
+
+def _computed_or_void(work: StageAtWork) -> dict[str, Any]:
+    """Fill the folder of a stage; return its ledger. It is void if a stage that it reads is, or if a probe diverged."""
+    stage = work.stage
+    why = None if registry.get("stage", stage.kind).reads_void else void.of_inputs(stage, work.store)
+    if why is None:
+        try:
+            return _computed(work)
+        except void.DIVERGED as error:
+            if not void.is_of_probe(stage):
+                raise
+            log.exception("diverged: %s", stage.title)
+            _forget_model()
+            why = in_words(error)
+            notify(stage, work.workplace, f"diverged, so this probe counts as the worst: {why}")
+    void.write(work.folder, why)
+    return work.run.ledger.as_json()
+
+
+def _computed(work: StageAtWork) -> dict[str, Any]:
+    """Fill the folder of a stage, in this process or in several; return its ledger."""
+    stage, workplace, run = work.stage, work.workplace, work.run
+    if _is_shared(stage, workplace):
+        from harness.stages import ranks
+
+        _forget_model()  # free memory for the models of the processes
+        return ranks.run(stage, workplace, run.folder, work.folder, run.report, (run.started, run.began))
+    run.sharding = replace(workplace.sharding, workers=1, offload="none")
+    with computing_in(stage.precision, run.device, run.notify):
+        registry.get("stage", stage.kind)(None).do(stage.parameters, work)
+    run.ledger.peak_memory_bytes = peak_memory_bytes(run.device)
+    return run.ledger.as_json()
 
 
 def notify(stage: Stage, workplace: Workplace, text: str) -> None:

@@ -11,12 +11,14 @@ from harness.contracts.defense import Defense, ProtectedConcept
 from harness.contracts.stage import StageKind
 from harness.core import registry
 from harness.core.concept import PRIOR
-from harness.core.described import Described, optional
-from harness.core.finite import fault, fault_of_files
+from harness.core.described import Described, as_json, optional
+from harness.core.files import write_json
+from harness.core.finite import NotFinite, fault, fault_of_files
 from harness.core.identity import Stage
 from harness.core.registry import register
+from harness.core.tuning import CHOSEN, PROPOSAL
 from harness.stages.pairs import LocalPairs
-from harness.stages.work import StageAtWork
+from harness.stages.work import SETTINGS, StageAtWork
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +88,8 @@ class Protect(StageKind):
         work.run.ledger.numbers["frozen_tensors"] = len(protection.frozen)
         if work.run.world.rank == 0:
             protection.save(work.folder)
+            if {PROPOSAL, CHOSEN} & work.stage.inputs.keys():  # the stage's parameters are the stated ones
+                write_json(work.folder / SETTINGS, {"parameters": as_json(defense.parameters)})
             defense.keep(work.folder, {name: shape.numel() for name, shape in known.items()}, protection)
 
 
@@ -121,7 +125,7 @@ class Immunize(Protect):
     """Run a defense on the model, erased or not."""
 
     name = "immunize"
-    after = ("images", "erase", "prepare")
+    after = ("images", "erase", "prepare", "propose")
     is_layer = True
     restorable = True
 
@@ -151,7 +155,7 @@ def _require_declared(defense: Defense, protection: Protection, known: Mapping[s
 
 
 def _require_fitting(defense: Defense, protection: Protection, known: Mapping[str, torch.Size]) -> None:
-    """Raise ValueError if a protection does not fit the model, or contains values that are not finite."""
+    """Raise ValueError if a protection does not fit the model, NotFinite if it contains values that are not finite."""
     whole = tuple(f"{component}." for component in protection.components)
     for name, tensor in protection.tensors.items():
         if known.get(name) != tensor.shape and not (whole and name.startswith(whole)):
@@ -160,11 +164,11 @@ def _require_fitting(defense: Defense, protection: Protection, known: Mapping[st
                 f"{'no such parameter' if name not in known else tuple(known[name])}"
             )
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{defense.name} returned '{name}' with values that are not finite")
+            raise NotFinite(f"{defense.name} returned '{name}' with values that are not finite")
     for name, component in protection.components.items():
         found = fault_of_files(component) if isinstance(component, Path) else fault(component.state_dict())
         if found:
-            raise ValueError(f"{defense.name} returned the component '{name}' with values that are not finite: {found}")
+            raise NotFinite(f"{defense.name} returned the component '{name}' with values that are not finite: {found}")
     unknown = sorted(name for name in protection.frozen - known.keys() if not (whole and name.startswith(whole)))
     if unknown:
         raise ValueError(f"{defense.name} froze '{unknown[0]}', which the model does not have")

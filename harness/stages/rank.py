@@ -29,9 +29,10 @@ def main() -> None:
         _work(described, workplace, work_folder, begun, rank, told)
     except BaseException as error:
         from harness.core.errors import one_line
+        from harness.stages.void import DIVERGED
 
         traceback.print_exc()
-        recorded = {"error": f"{type(error).__name__}: {one_line(error, 500)}"}
+        recorded = {"error": f"{type(error).__name__}: {one_line(error, 500)}", "diverged": isinstance(error, DIVERGED)}
         (work_folder / f"rank{rank}.json").write_text(json.dumps(recorded), encoding="utf-8")
         sys.stderr.flush()
         os._exit(1)  # immediately: others may wait forever in a collective call

@@ -42,6 +42,10 @@ BROKEN_CONNECTION = ("connection closed by peer", "connection reset", "gloo", "n
 log = logging.getLogger("immunitybench")
 
 
+class ProcessesDiverged(RuntimeError, FloatingPointError):
+    """The training that the processes share diverged."""
+
+
 def run(
     stage: Stage,
     workplace: Workplace,
@@ -118,9 +122,7 @@ def _wait(processes: Sequence[HereProcess | ThereProcess], work_folder: Path, lo
         time.sleep(0.05)
 
 
-def _failure(
-    processes: Sequence[HereProcess | ThereProcess], work_folder: Path, logs: list[Path]
-) -> RuntimeError:
+def _failure(processes: Sequence[HereProcess | ThereProcess], work_folder: Path, logs: list[Path]) -> RuntimeError:
     """Return what made the processes fail: an error of a method, else a death, else a broken connection."""
     deadline = time.monotonic() + CAUSE_S
     while True:
@@ -133,9 +135,10 @@ def _failure(
             if not recorded.exists():
                 died.append(rank)
                 continue
-            error = f"process {rank}: {json.loads(recorded.read_text(encoding='utf-8'))['error']}"
+            known = json.loads(recorded.read_text(encoding="utf-8"))
+            error = f"process {rank}: {known['error']}"
             if not any(words in error.lower() for words in BROKEN_CONNECTION):
-                return RuntimeError(error)
+                return ProcessesDiverged(error) if known["diverged"] else RuntimeError(error)
             broken = broken or error
         if died:
             ending = deaths.in_words(deaths.end_of([logs[died[0]]]))

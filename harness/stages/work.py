@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,16 @@ from harness.contracts.layers import apply
 from harness.contracts.state import ModelState
 from harness.core import parameters, registry
 from harness.core.identity import Stage
+from harness.core.tuning import CHOSEN, PROPOSAL
 from harness.model.run import Run
 from harness.stages.workplace import Workplace
 from harness.store.store import Store
 
 if TYPE_CHECKING:
     from harness.contracts.protection import Protection
+
+SETTINGS = "settings.json"
+"""In the folder of a proposal or a choice: the changed parameters. In that of a release made with either: all."""
 
 
 @dataclass
@@ -42,8 +47,15 @@ class StageAtWork:
     def method(self) -> Any:
         """Return the method that the stage's component names, with its parameters."""
         kind = registry.get("stage", self.stage.kind).method_kind
-        given = self.stage.parameters.parameters
+        given = {**self.stage.parameters.parameters, **self._setting(kind)}
         return made(kind, self.stage.component, given, self.stage.local.get("parameters", {}))
+
+    def _setting(self, kind: str | None) -> Mapping[str, Any]:
+        """Return the parameters of a defense that a search proposed or chose; {} if none did."""
+        role = next((role for role in (CHOSEN, PROPOSAL) if role in self.stage.inputs), None)
+        if role is None or kind != "defense":
+            return {}
+        return json.loads((self.input(role) / SETTINGS).read_text(encoding="utf-8"))["values"]
 
     def released(self, role: str) -> Protection:
         """Return what the committed input stage with a role released, in main memory."""

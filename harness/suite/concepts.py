@@ -55,7 +55,7 @@ def resolve_all(loaded: LoadedSuite) -> dict[str, Concept]:
         except UserMistake as mistake:
             mistakes += mistake.messages
     used = {*suite.concept_names(), *_texts(loaded.source.replaced)}  # or was used before a --set
-    for name in suite.concepts if not loaded.broken & {"tasks", "utility"} else ():
+    for name in suite.concepts if not loaded.broken & {"tasks", "utility", "tuning"} else ():
         if name not in used:
             mistakes.append(f"{loaded.source.where(('concepts', name))}: concept '{name}' is described but not used")
     if mistakes:

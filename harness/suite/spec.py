@@ -13,6 +13,7 @@ The shape of a suite::
         preserve: []                     # concepts that the defense may use to keep the model useful
     defenses: [none, uce, {method: imma, profile: paper}]   # protects: first, for one concept of a set; tasks: [...]
     attacks: [{method: lora, steps: [10, 40, 120], batch_size: 8, learning_rate: 4e-3}]   # tasks: [...] limits one
+    tuning: {targets: [...], innocents: [...], attack: lora}   # for defenses with tune: {probes: 12}
     metrics: [clip_image, self_supervised_image, clip_text]
 """
 
@@ -88,6 +89,8 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+ProtectedSet = Annotated[list[ConceptName], BeforeValidator(_as_list), Field(min_length=1, max_length=1000)]
+"""Concepts that are protected together; a single one may be written without brackets."""
 Step = Annotated[Any, AfterValidator(_step)]
 """Optimizer steps: a number, or a multiple of the usual one."""
 Rounding = Literal["int8", "int4", "fp16", "bf16"]
@@ -137,14 +140,60 @@ class MethodSpec(Strict):
         rest = {k: v for k, v in value.items() if k not in own}
         if "method" not in own:
             raise ValueError("the key 'method' is missing; give the name of a method")
-        own.setdefault("name", own["method"])
+        own.setdefault("name", cls.usual_name(own))
         return {**own, "parameters": rest}
+
+    @classmethod
+    def usual_name(cls, own: Mapping[str, Any]) -> Any:
+        """Return the label of an entry that states none, from its keys that are not the method's."""
+        return own["method"]
 
     @model_serializer(mode="wrap")
     def _as_written(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the entry as a suite has it: parameters beside the other keys."""
         whole = serialized(self)
         return {**{key: value for key, value in whole.items() if key != "parameters"}, **whole["parameters"]}
+
+
+SpaceSpec = dict[Annotated[str, Field(max_length=40)], Annotated[list[Any], Field(min_length=1, max_length=100)]]
+"""A search space, in place of the method's own: [low, high] for a fractional number (tried on a logarithmic scale), a
+list of values for anything else."""
+
+
+class TuneSpec(Strict):
+    """How many settings of a defense are tried on the concepts of `tuning`, and which."""
+
+    probes: Annotated[int, Field(ge=2, le=10_000)]
+    """Number of tries in all, the same for every tuned defense; the first is the defense as stated here."""
+    at_once: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Probes per batch: they may run in parallel, and know only the results of earlier batches."""
+    space: SpaceSpec = {}
+
+
+class TuningSpec(Strict):
+    """Where and how the defenses with `tune` are tuned: on concepts that no table measures."""
+
+    targets: Annotated[list[ProtectedSet], Field(min_length=1, max_length=1000)]
+    innocents: Annotated[list[ConceptName], Field(min_length=1, max_length=1000)]
+    """Concepts on whose images before any attack the utility is measured."""
+    attack: Label  # one of the suite's attacks, without a search of its own
+    objective: Literal["worst", "area"] = "worst"
+    """What immunity is: one minus the recovered share, at the attack's best step, or as the mean over steps."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """A setting passes if it keeps this share of the undefended model's utility, by every metric of the tuning."""
+    metrics: Annotated[list[Label], Field(min_length=1, max_length=100)] | None = None
+    """Of the suite's metrics with a direction; None: all of them."""
+    per_seed: bool = True
+    """One search for each seed. false: one for all: its chance is then in every seed's release, and no interval of the
+    tables covers it."""
+
+    def flat_targets(self) -> list[str]:
+        """Return the targets of all protected sets, in order."""
+        return [concept for together in self.targets for concept in together]
+
+    def concept_names(self) -> list[str]:
+        """Return targets and innocents."""
+        return list(dict.fromkeys([*self.flat_targets(), *self.innocents]))
 
 
 class DefenseSpec(MethodSpec):
@@ -158,6 +207,20 @@ class DefenseSpec(MethodSpec):
     other defenses (Zimmermann et al. 2022). It is attacked on targets only."""
     tasks: Annotated[list[Label], Field(min_length=1, max_length=1000)] | None = None
     """The tasks that use it; None: all."""
+    tune: TuneSpec | None = None
+    """Choose its setting by a search on the concepts of the suite's `tuning`."""
+
+    @classmethod
+    def usual_name(cls, own: Mapping[str, Any]) -> Any:
+        """Return the method's name, with "_tuned" if it is tuned, so that both may be in one suite."""
+        is_tuned = own.get("tune") is not None and isinstance(own["method"], str)
+        return f"{own['method']}_tuned" if is_tuned else own["method"]
+
+    @model_validator(mode="after")
+    def _tunes_a_defense(self) -> DefenseSpec:
+        if self.tune is not None and (self.method == "none" or self.weak):
+            raise ValueError("'tune' is for a defense that is meant to protect; remove it")
+        return self
 
     @model_validator(mode="after")
     def _none_is_everywhere(self) -> DefenseSpec:
@@ -176,9 +239,7 @@ class SearchSpec(Strict):
     at_once: Annotated[int, Field(ge=1, le=1000)] = 1
     """Probes per batch: they may run in parallel, and know only the results of earlier batches."""
     metric: Label | None = None  # the suite's metric by which the attacker judges; None: the first
-    space: dict[Annotated[str, Field(max_length=40)], Annotated[list[Any], Field(min_length=1, max_length=100)]] = {}
-    """The search space, in place of the attack's own: [low, high] for a fractional number (tried on a logarithmic
-    scale), a list of values for anything else."""
+    space: SpaceSpec = {}
 
 
 class AttackSpec(MethodSpec):
@@ -501,6 +562,7 @@ class Suite(Strict):
     metrics: Annotated[list[MethodSpec], Field(max_length=100)] = []
     utility: list[ConceptName] = []
     general: GeneralSpec | None = None  # for attacks with trains_on: general
+    tuning: TuningSpec | None = None
     sampling: SamplingSpec = SamplingSpec()
     images: ImagesSpec = ImagesSpec()
     gates: GatesSpec = GatesSpec()
@@ -528,10 +590,11 @@ class Suite(Strict):
         for task in self.tasks.values():
             names.update(dict.fromkeys(task.concept_names()))
         names.update(dict.fromkeys(self.utility))
+        names.update(dict.fromkeys(self.tuning.concept_names() if self.tuning is not None else ()))
         return list(names)
 
 
-SECTIONS = ("defenses", "attacks", "metrics", "utility")
+SECTIONS = ("defenses", "attacks", "metrics", "utility", "tuning")
 """Keys that a suite may leave out if none of its tasks needs them."""
 METHOD_SECTIONS = {"defenses": "defense", "attacks": "attack", "metrics": "metric"}
 """Key of a suite -> kind of its methods."""
@@ -541,6 +604,8 @@ SPEC_BY_KEY: dict[str, type[Strict]] = {
     "sampling": SamplingSpec,
     "images": ImagesSpec,
     "gates": GatesSpec,
+    "tuning": TuningSpec,
+    "tune": TuneSpec,
     "resources": ResourcesSpec,
     "generate": GenerateSpec,
     "general": GeneralSpec,

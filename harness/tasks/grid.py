@@ -15,6 +15,7 @@ from harness.contracts.task import Label, Measurement
 from harness.core import registry, search, seeds
 from harness.core.concept import Concept
 from harness.core.identity import Input
+from harness.core.tuning import PROPOSAL
 from harness.plan.builder import Builder, cycled
 from harness.stages.adapt import AdaptParameters, AttackerKnows, Judge, ProbeParameters, SpentBudget
 from harness.suite.spec import AttackSpec
@@ -38,6 +39,13 @@ class Released:
     is_weak: bool = False
     undefended: ModelState | None = None  # the state of `none`, where the defense changes no weight
     must_honour: frozenset[str] = frozenset()
+    proposal: Input | None = None  # of a probe of a tuned defense: the stage that proposed its setting
+
+    def seen_by(self, attack: AttackSpec | None, build: Builder) -> dict[str, Input]:
+        """Return the inputs of a stage on the state that `met_by` returns; those of a probe are marked as such."""
+        state = self.met_by(attack)
+        mark = {PROPOSAL: self.proposal} if self.proposal is not None and state is self.state else {}
+        return {**build.inputs_of(state), **mark}
 
     def met_by(self, attack: AttackSpec | None) -> ModelState:
         """Return the state that an attack (None: sampling before any attack) works on.
@@ -64,6 +72,7 @@ class Grid:
         self, task: str, targets: tuple[str, ...], build: Builder, further: Mapping[str, Label] = MappingProxyType({})
     ):
         """`further`: labels that all its measurements have beside the grid's."""
+        self.only: frozenset[str] | None = None  # labels of the metrics that score; None: all
         self.task, self.targets, self.build, self.further = task, targets, build, further
         self._attacks: dict[tuple[int, str], Attack] = {}
         self._needs: dict[tuple[Input, ...], dict[str, str]] = {}
@@ -73,13 +82,17 @@ class Grid:
         for index, attack in self.build.loaded.attacks_on(self.task):
             learns = registry.get("attack", attack.method).takes_steps and attack.adapts_innocents
             if role == "target" or learns:
-                made = self._attack(index, name).measurement(released, role)
+                made = self.attacked_by(index, released, name, role)
                 yield made
                 if role == "target" and self._attack(index, name).is_blind:
                     yield replace(made, labels={**made.labels, "role": RELAPSE})
                 if role == "innocent" and attack.observes_targets and not released.is_weak:
                     for target in self.targets:
                         yield self._attack(index, name).on_target(released, target)
+
+    def attacked_by(self, index: int, released: Released, name: str, role: str) -> Measurement:
+        """Add one attack of the suite on a concept."""
+        return self._attack(index, name).measurement(released, role)
 
     def _attack(self, index: int, name: str) -> Attack:
         """Return an attack on a concept, made once."""
@@ -95,7 +108,8 @@ class Grid:
         """Add the scores of real images: the ceiling that an attack can reach."""
         build, images = self.build, self.build.images(name)
         concept = build.concepts[name]
-        scores = build.scores(concept, {"images": build.read(images)}, f"real images of {name}", concept.descriptions)
+        text = f"real images of {name}"
+        scores = build.scores(concept, {"images": build.read(images)}, text, concept.descriptions, only=self.only)
         build.unit(f"score real images of {name}", scores.values())
         return self.measurement(None, name, "real", (0,), images, scores)
 
@@ -106,7 +120,7 @@ class Grid:
         words = [e.description for e in concept.evaluations]
         descriptions = cycled(words, build.concepts[other].count("attack"))
         text = f"images of {other} against the references of {name} (floor)"
-        scores = build.scores(concept, {"images": build.read(images)}, text, descriptions)
+        scores = build.scores(concept, {"images": build.read(images)}, text, descriptions, only=self.only)
         build.unit(f"score {text}", scores.values())
         return self.measurement(None, name, "floor", (0,), images, scores)
 
@@ -114,8 +128,8 @@ class Grid:
         """Add the images that the released model draws before any attack (step 0)."""
         build, concept = self.build, self.build.concepts[name]
         text = f"{name} before the attack ({released.label})"
-        sample = build.sample(concept, released.seed, (0,), build.inputs_of(released.met_by(None)), text)
-        scores = build.scores(concept, {"sample": build.read(sample)}, text)
+        sample = build.sample(concept, released.seed, (0,), released.seen_by(None, build), text)
+        scores = build.scores(concept, {"sample": build.read(sample)}, text, only=self.only)
         build.unit(f"sample {text}", [sample, *scores.values()])
         return self.measurement(released, name, role, (0,), sample, scores)
 
@@ -203,7 +217,7 @@ class Attack:
         """Add the adaptation, what it draws of a concept, and the scores; `called`: its name for the concept."""
         build, spec = self.build, self.spec
         text = f"{spec.name} on {self.trained.name} ({released.label})"
-        state = build.inputs_of(released.met_by(spec))
+        state = released.seen_by(spec, build)
         members, inputs = [], dict(state)
         if self.cls.takes_steps:
             members = [self._adapted(released, text, state)]
@@ -219,7 +233,7 @@ class Attack:
             attacker=None if spec.attacker == "honest" else spec.attacker, rounded_to=spec.rounded_to,
         )  # fmt: skip
         scores = build.scores(
-            concept, {"sample": build.read(sample)}, text, images=spec.images, is_taught=is_taught
+            concept, {"sample": build.read(sample)}, text, images=spec.images, is_taught=is_taught, only=self.grid.only
         )  # fmt: skip
         build.unit(text, [*members, sample, *scores.values()])
         return self.grid.measurement(released, concept.name, role, self.steps, sample, scores, spec, **labels)

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from harness.suite.spec import ConceptName, MethodSpec, TaskSpec
-
-
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-ProtectedSet = Annotated[list[ConceptName], BeforeValidator(_as_list), Field(min_length=1, max_length=1000)]
-"""Concepts that are protected together; a single one may be written without brackets."""
+from harness.suite.spec import ConceptName, MethodSpec, ProtectedSet, TaskSpec
 
 
 class ImmunizationSpec(TaskSpec):
