@@ -1,4 +1,4 @@
-"""retention.csv and .md: the ratio of what must stay, round by round. retention_knob.csv: what a bound trades. No torch.
+"""retention.csv: the ratio of what must stay, round by round. retention_knob.csv: what a bound trades. No torch.
 
     family   defenses of a task that differ in nothing but `retain.bound`; one without a bound, but otherwise equal,
              is beside them

@@ -195,7 +195,7 @@ def retained_ratio(model, make_run, concepts, protection) -> float:
 @pytest.mark.parametrize("by", ["dual", "projection"])
 def test_the_bound_is_kept_where_ascent_alone_passes_it(model, make_run, concepts, by):
     """Under other noise and timesteps than the bound saw; and the target's loss still rises."""
-    long = {**ASCENT, "rounds": 80, "upper_learning_rate": 1e-3}
+    long = {**ASCENT, "rounds": 80, "upper_learning_rate": 1e-2}
     retain = {"bound": 1.1, "batch_size": 4, "count": 4, "by": by}
     alone = protect(model, make_run(1, "alone"), concepts, retain=None, **long)
     bounded = protect(model, make_run(1, by), concepts, retain=retain, **long)
