@@ -31,9 +31,9 @@ DEFINITIONS = (
         OURS,
     ),
     Definition(
-        "multiplier", "multiplier", "max(0, multiplier + rate * (smoothed ratio - bound))",
-        "The weight of R, divided by its start, beside the upper loss. Of a projection: the weight with the same "
-        "effect at that step.",
+        "multiplier", "multiplier", "",
+        "The weight of R, divided by its start, beside the upper loss at that step: of dual the learned multiplier with "
+        "the penalty, of a projection the weight with the same effect.",
         OURS,
     ),
     Definition("ratio_class", "ratio, class", "", "The ratio of class images alone. Empty if they are not used.", OURS),

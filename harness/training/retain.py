@@ -43,10 +43,12 @@ class Retain:
     per line."""
     count: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Class images of each target, and general images. Captions are repeated if there are fewer."""
-    rate: Annotated[float, Field(gt=0, le=1e6)] = 10.0
-    """dual: what an excess of 1 adds to the multiplier at each step; projection: the length of the descent at an excess
-    of 1, divided by the length of the ascent."""
-    window: Annotated[float, Field(ge=1, le=10_000)] = 10.0
+    rate: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """dual: what an excess of 1 adds to the multiplier at each step. Not used by projection."""
+    penalty: Annotated[float, Field(ge=0, le=1e6)] = 20.0
+    """dual: what an excess of 1 adds to the multiplier for that step alone, which damps its swings. projection: the
+    length of the descent at an excess of 1, divided by the length of the ascent."""
+    window: Annotated[float, Field(ge=1, le=10_000)] = 5.0
     """Steps over which the ratio is smoothed: each counts 1 - 1/window times as much as the next one."""
 
     def __post_init__(self) -> None:

@@ -6,9 +6,9 @@ At each upper step k the batch k mod P of every kind of images is evaluated at t
     s_k = sum_j b^(k-j) R_j(theta_j) / sum_j b^(k-j) R_j(theta_0)           smoothed ratio, b = 1 - 1/window
     e_k = s_k - bound                                                       excess
     dual         m_k = max(0, m_{k-1} + rate * e_k),  m_{-1} = 0
-                 g <- g + m_k / R_0 * grad R_k                              R_0: mean start loss of all P batches
+                 g <- g + max(0, m_k + penalty * e_k) / R_0 * grad R_k      R_0: mean start loss of all P batches
     projection   where e_k > 0, and h = grad R_k:
-                 g <- g - min(0, <g, h>) / |h|^2 * h + rate * e_k * |g| / |h| * h
+                 g <- g - min(0, <g, h>) / |h|^2 * h + penalty * e_k * |g| / |h| * h
 
 g is the gradient that the optimizer descends, so -grad U. Where <g, h> is negative, a step along -g raises R: that part
 is taken out. |g| is its length before that.
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from harness.training.diffusion import LossPart
 
 NUMBERS = ("ratio", "smoothed_ratio", "multiplier")
-"""Numbers of a step, before the ratio of each kind. Of a projection, the multiplier is that with the same effect."""
+"""Numbers of a step, before the ratio of each kind. The multiplier is what grad R / R_0 was multiplied by."""
 
 
 class Unbounded:
@@ -124,17 +124,17 @@ class Bounded(Unbounded):
         now, start = self._means(groups), self._references[place]
         sums = (1 - 1 / chosen.window) * self._sums + torch.stack([now.mean(), start.mean()])
         smoothed = sums[0] / sums[1]
-        scale = self._references.mean()
+        excess, scale = smoothed - chosen.bound, self._references.mean()
         if chosen.by == "dual":
-            multiplier = (self._multiplier + chosen.rate * (smoothed - chosen.bound)).clamp(min=0)
-            factor = multiplier / scale
+            multiplier = (self._multiplier + chosen.rate * excess).clamp(min=0)
+            factor = (multiplier + chosen.penalty * excess).clamp(min=0) / scale
         else:
-            factor = self._projecting({name: slope[name] for name in self._names}, upward, smoothed - chosen.bound)
-            multiplier = factor * scale
+            multiplier = self._multiplier
+            factor = self._projecting({name: slope[name] for name in self._names}, upward, excess)
         for name in self._names:
             add_scaled(slope[name], upward[name], factor)
         self._sums, self._multiplier = sums, multiplier
-        self._last = torch.cat([torch.stack([now.mean() / start.mean(), smoothed, multiplier]), now / start])
+        self._last = torch.cat([torch.stack([now.mean() / start.mean(), smoothed, factor * scale]), now / start])
         self._trajectory[round_index] = self._last
         return slope
 
@@ -143,7 +143,7 @@ class Bounded(Unbounded):
         length, along = self._weights.norm(upward), self._weights.dot(slope, upward)
         safe = torch.where(length > 0, length, 1.0)  # of a gradient of zeros nothing is added, whatever the factor
         projected = -along.clamp(max=0) / safe**2
-        descending = self._chosen.rate * excess * self._weights.norm(slope) / safe
+        descending = self._chosen.penalty * excess * self._weights.norm(slope) / safe
         return torch.where(excess > 0, projected + descending, 0.0)
 
     def _groups(self, place: int) -> list[list[LossPart]]:

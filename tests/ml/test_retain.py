@@ -22,7 +22,7 @@ from harness.training.retain import REFERENCES, Retain
 from tests import rehearsed_stages as stages
 
 ASCENT = {"ascent_only": True, "rounds": 6, "batch_size": 2, "upper_learning_rate": 3e-3, "flip": False}
-TIGHT = {"bound": 1.0, "batch_size": 2, "count": 3, "rate": 5.0, "window": 4.0}
+TIGHT = {"bound": 1.0, "batch_size": 2, "count": 3, "rate": 5.0, "penalty": 7.0, "window": 4.0}
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_both_ways_equal_their_equations(model, make_run, concepts, by):
 
     with torch.no_grad():
         starts = [retained(step).double() for step in range(rounds)]
-    multiplier, above, below, curve = 0.0, 0.0, 0.0, []
+    used, multiplier, above, below, curve = 0.0, 0.0, 0.0, 0.0, []
     for step in range(rounds):
         batch = diffusion.draw(own, 2, 1000, seed=run.seed_for("noise"), step=step, device="cpu")
         g = torch.cat([x.flatten() for x in torch.autograd.grad(
@@ -95,9 +95,10 @@ def test_both_ways_equal_their_equations(model, make_run, concepts, by):
         excess = above / below - 1.0
         if by == "dual":
             multiplier = max(0.0, multiplier + 5.0 * excess)
-            total = g + multiplier / float(sum(starts) / rounds) * h
+            used = max(0.0, multiplier + 7.0 * excess)
+            total = g + used / float(sum(starts) / rounds) * h
         elif excess > 0:
-            total = g - min(0.0, float(g @ h)) / float(h @ h) * h + 5.0 * excess * g.norm() / h.norm() * h
+            total = g - min(0.0, float(g @ h)) / float(h @ h) * h + 7.0 * excess * g.norm() / h.norm() * h
         else:
             total = g
         curve.append((float(loss) / float(starts[step]), above / below))
@@ -114,7 +115,7 @@ def test_both_ways_equal_their_equations(model, make_run, concepts, by):
         # fp32 losses; the weights agree as below
         assert (row["ratio"], row["smoothed_ratio"]) == pytest.approx((ratio, smoothed), rel=2e-5)
     if by == "dual":
-        assert rows[-1]["multiplier"] == pytest.approx(multiplier, rel=1e-3)  # 5 times a sum of excesses near 1e-2
+        assert rows[-1]["multiplier"] == pytest.approx(used, rel=1e-3)  # of excesses near 1e-2
     before = {n: p.detach() for n, p in model.parameters().items()}
     moved = sum(float((weights[n.removeprefix("unet.")] - before[n]).square().sum()) for n in protection.tensors)
     apart = sum(float((weights[n.removeprefix("unet.")] - t).square().sum()) for n, t in protection.tensors.items())
@@ -195,13 +196,12 @@ def retained_ratio(model, make_run, concepts, protection) -> float:
 @pytest.mark.parametrize("by", ["dual", "projection"])
 def test_the_bound_is_kept_where_ascent_alone_passes_it(model, make_run, concepts, by):
     """Under other noise and timesteps than the bound saw; and the target's loss still rises."""
-    long = {**ASCENT, "rounds": 80, "upper_learning_rate": 1e-2}
-    retain = {"bound": 1.1, "batch_size": 4, "count": 4, "by": by}
+    long = {**ASCENT, "rounds": 60, "upper_learning_rate": 2e-2}
+    retain = {"bound": 1.05, "batch_size": 4, "count": 4, "by": by}
     alone = protect(model, make_run(1, "alone"), concepts, retain=None, **long)
     bounded = protect(model, make_run(1, by), concepts, retain=retain, **long)
 
     passed, kept = (retained_ratio(model, make_run, concepts, each) for each in (alone, bounded))
     print(f"{by}: alone {passed:.3f}, bounded {kept:.3f}")
-    assert passed > 1.3
-    assert kept < 1.13  # the bound, and what one window of steps can exceed it by
-    assert kept > 1.0
+    assert passed > 1.15
+    assert 1.0 < kept < 1.08
