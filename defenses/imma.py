@@ -21,7 +21,8 @@ Profiles
 Added here: `hypergradient`. Papers and code treat phi* as a constant (first_order). With `exact` or `finite_difference`
 the lower steps of a round are SGD steps, and the upper gradient is that of the loss after these steps with respect to
 the weights before them, so it includes the weights' effect on the attack. `ascent_only` drops the lower level (the
-code's `--max`); this ablation measures the benefit of the lower level.
+code's `--max`); this ablation measures the benefit of the lower level. `retain` bounds what the ascent may cost
+(docs/constrained.md); it is part of neither paper nor code.
 
 Differences from earlier code of version 1: `lower_optimizer: sgd` with first_order now takes SGD steps in the usual
 alternation, with decay and clipping; before, it looked ahead. The version number is the same, since no bundled suite or
@@ -42,16 +43,19 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from harness.contracts.defense import Defense, ProtectedConcept
+from harness.contracts.defense import ProtectedConcept
 from harness.contracts.protection import Protection, ThreatModel
+from harness.core.described import optional
 from harness.core.profiles import ByProfile
 from harness.core.registry import register
 from harness.core.search import Choice, Space, around
 from harness.core.sharding import exact_when_compiled, global_batch, hypergradient_mode
+from harness.training.retain import Retain, Retaining, with_few_rounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +117,8 @@ class Parameters(ByProfile):
     """Limit of the gradient norm on both levels. None: by profile (paper: none; released: 1.0, but none with
     textual_inversion)."""
     flip: bool = True
+    retain: Retain | None = optional()
+    """A bound on the loss on what must stay; None: no bound. Not in the paper."""
 
     def __post_init__(self) -> None:
         """Reject invalid combinations."""
@@ -139,11 +145,11 @@ class Parameters(ByProfile):
         }
 
 
-class ImmaBase(Defense):
+class ImmaBase(Retaining):
     """Base class of IMMA and the baselines made from it."""
 
     threat_model = ThreatModel(changes=("unet.attention",))
-    uses = frozenset({"targets", "images", "seed"})
+    uses = frozenset({"targets", "preserved", "images", "seed"})
     can_shard = True
     Parameters = Parameters
     quick = {"rounds": 2, "batch_size": 2, "prior_images": 2}
@@ -154,7 +160,7 @@ class ImmaBase(Defense):
         p = parameters
         lower = 0 if p.ascent_only else p.lower_steps * (2 if p.prior_weight else 1)
         again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.hypergradient]
-        return p.rounds * p.batch_size * (lower * (1 + again) + 1) * 3.0
+        return p.rounds * p.batch_size * (lower * (1 + again) + 1) * 3.0 + super().unet_passes(p, targets)
 
     @classmethod
     def search_space(cls, parameters) -> Space:
@@ -172,14 +178,15 @@ class ImmaBase(Defense):
     @classmethod
     def rehearsed(cls, parameters) -> tuple[Parameters, int]:
         """One lower step before each upper one, if they alternate; a round of a look-ahead is one step."""
+        parameters = with_few_rounds(parameters)
         if parameters.looks_ahead or parameters.ascent_only:
             return parameters, 2
         return replace(parameters, lower_steps=1), 4
 
     @classmethod
     def prior_images(cls, parameters) -> int:
-        """The number of class images per target, if the lower level uses them."""
-        return parameters.prior_images if parameters.prior_weight else 0
+        """The number of class images per target, if the lower level or the bound uses them: the larger of both."""
+        return max(parameters.prior_images if parameters.prior_weight else 0, super().prior_images(parameters))
 
     @classmethod
     def check_compiled(cls, parameters) -> list[tuple[str, str]]:
@@ -189,7 +196,7 @@ class ImmaBase(Defense):
     @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
         """Reject settings that do not work with several processes."""
-        found = list(global_batch(parameters, sharding))
+        found = [*global_batch(parameters, sharding), *super().check_sharding(parameters, sharding)]
         mode = hypergradient_mode(parameters.hypergradient, sharding)
         if mode:
             found.append(mode)
@@ -221,12 +228,18 @@ class Imma(ImmaBase):
 
     def protect(self, model, targets, preserved, run) -> Protection:
         """Return the immunized attention weights."""
-        return Protection(tensors=immunize(model, targets, self.parameters, run))
+        return immunize(model, targets, preserved, self.parameters, run)
 
 
-def immunize(model: DiffusionModel, targets: Sequence[ProtectedConcept], p: Parameters, run: Run) -> dict[str, Tensor]:
+def immunize(
+    model: DiffusionModel,
+    targets: Sequence[ProtectedConcept],
+    preserved: Sequence[ProtectedConcept],
+    p: Parameters,
+    run: Run,
+) -> Protection:
     """Return the immunized weights of S, trained on the images of all `targets` together."""
-    from harness.training import bilevel, sharding
+    from harness.training import bilevel, retention, sharding
     from harness.training.diffusion import mean_value
     from harness.training.loop import StepOver, train
     from harness.training.selection import select
@@ -242,12 +255,16 @@ def immunize(model: DiffusionModel, targets: Sequence[ProtectedConcept], p: Para
             levels["lower"] = Level(tuple(lower), rate, p.weight_decay, clip_norm, momentum)
         weights = sharding.spread(model, {**upper, **lower}, levels, run)
         plan = list(_levels(p, len(concept)))
+        rounds = list(accumulate((level == "upper" for level in plan), initial=0))  # done before each step
+        unreleased = [name for name in lower if name not in upper]
+        stays = retention.bound(p.retain, model, run, weights, (targets, preserved), list(upper), unreleased, p.rounds)
 
         def alternating(index: int) -> dict[str, Tensor]:
             level = plan[index]
             loss = concept.at(index, -1.0 if level == "upper" else 1.0, p.prior_weight if level == "lower" else 0.0)
-            weights.step(level, weights.gradient(loss, levels[level].names))
-            return {f"{level}_loss": mean_value(loss)}
+            slope = weights.gradient(loss, levels[level].names)
+            weights.step(level, stays.bounded(slope, rounds[index]) if level == "upper" else slope)
+            return {f"{level}_loss": mean_value(loss), **stays.numbers()}
 
         def looking_ahead(index: int) -> dict[str, Tensor]:
             first = index * (p.lower_steps + 1)
@@ -256,16 +273,16 @@ def immunize(model: DiffusionModel, targets: Sequence[ProtectedConcept], p: Para
             names = list(dict.fromkeys([*upper, *lower]))
             ahead = bilevel.LookAhead(weights, names, list(lower), losses, levels["lower"].learning_rate)
             adapted = ahead.adapted()
-            slope = bilevel.hypergradient(ahead, adapted, outer, p.hypergradient)
+            slope = stays.bounded(bilevel.hypergradient(ahead, adapted, outer, p.hypergradient), index)
             weights.settle(adapted.end)
             weights.step("upper", slope)
-            return {"lower_loss": mean_value(losses[-1]), "upper_loss": mean_value(outer)}
+            return {"lower_loss": mean_value(losses[-1]), "upper_loss": mean_value(outer), **stays.numbers()}
 
         if p.looks_ahead:
-            train(run, StepOver(looking_ahead, weights), p.rounds, "IMMA")
+            train(run, StepOver(looking_ahead, stays), p.rounds, "IMMA")
         else:
-            train(run, StepOver(alternating, weights), len(plan), "IMMA")
-        return weights.whole(list(upper))
+            train(run, StepOver(alternating, stays), len(plan), "IMMA")
+        return Protection(tensors=weights.whole(list(upper)), curves=stays.curves())
 
 
 @contextlib.contextmanager
@@ -277,9 +294,10 @@ def _lower_level(model, targets: Sequence[ProtectedConcept], p: Parameters, run)
     from harness.training.diffusion import encode_images
     from harness.training.token_embedding import LearnedWord
 
-    images, captions, prior, prior_captions = (
-        [item for target in targets for item in getattr(target, attribute)]
-        for attribute in ("images", "captions", "prior_images", "prior_captions")
+    images, captions = ([item for target in targets for item in getattr(target, of)] for of in ("images", "captions"))
+    prior, prior_captions = (  # `retain` may ask for more
+        [item for target in targets for item in getattr(target, of)[: p.prior_images]]
+        for of in ("prior_images", "prior_captions")
     )
     options = {"batch_size": p.batch_size, "flip": p.flip, "seed": run.seed_for("noise")}
     if p.prior_weight:

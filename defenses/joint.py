@@ -25,8 +25,8 @@ class Joint(ImmaBase):
         """Reject several concepts for textual_inversion: a new word names one concept."""
         if parameters.lower == "textual_inversion" and targets > 1:
             return [("lower", "textual_inversion teaches one word; joint trains on several concepts at once")]
-        return []
+        return super().check_task(parameters, targets, preserved)
 
     def protect(self, model, targets, preserved, run) -> Protection:
         """Return the immunized attention weights."""
-        return Protection(tensors=immunize(model, targets, self.parameters, run))
+        return immunize(model, targets, preserved, self.parameters, run)

@@ -6,6 +6,8 @@ words are mapped by its own immunized projections. Every other weight is the mea
 concept's change by their number. MIMA's paper (AAAI 2025) compares with a baseline called CM; its exact definition
 could not be read (the released code has an offline merge of per-concept checkpoints that suggests this one), so this
 baseline has another name.
+
+`retain` bounds each concept's run, not the merged model, which may be above or below the bound.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Merged(ImmaBase):
         """The caption list."""
         from harness.core.captions import path
 
-        return {"regularization_captions": path(parameters.regularization_captions)}
+        return {"regularization_captions": path(parameters.regularization_captions), **super().files(parameters)}
 
     @classmethod
     def unet_passes(cls, parameters, targets) -> float:
@@ -86,11 +88,13 @@ class Merged(ImmaBase):
             p.ridge,
         )
         merging = LayerMerging(merge, projections)
+        curves: list[dict[str, float]] = []
         total = merging.from_start({name: value.clone() for name, value in start.items()})
         for index, target in enumerate(targets):
-            adapted = imma.immunize(model, [target], p, run.part(f"concept{index}"))
-            merging.add_adapted(total, index, adapted)
+            own = imma.immunize(model, [target], preserved, p, run.part(f"concept{index}"))
+            merging.add_adapted(total, index, own.tensors)
+            curves += [{"part": index, **row} for row in own.curves]
             with torch.no_grad():
                 for name, value in start.items():
                     parameters[name].copy_(value)
-        return Protection(tensors=total)
+        return Protection(tensors=total, curves=tuple(curves))

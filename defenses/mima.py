@@ -26,6 +26,8 @@ Not known from the paper, and therefore settings: whether Hessian terms are kept
 current weights or to the released ones (`merge_base`), S^l and S^u for each attack, rates, clipping, how weights
 outside K/V merge.
 
+Added here: `retain` bounds what the ascent may cost (docs/constrained.md); it is part of neither paper nor code.
+
 Differences from the released code in both profiles: by default a concept is keyed by its instance prompts, and Merge
 uses the words of all of them, or of templates (released: the class word in two templates, with leading tokens cut);
 C_reg is a fixed list that ships with the suites (released: 200 captions drawn from a hub data set at every merge,
@@ -44,12 +46,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from harness.contracts.defense import Defense, ProtectedConcept
+from harness.contracts.defense import ProtectedConcept
 from harness.contracts.protection import Protection, ThreatModel
+from harness.core.described import optional
 from harness.core.profiles import ByProfile
 from harness.core.registry import register
 from harness.core.search import Choice, Range, Space, around
 from harness.core.sharding import exact_when_compiled, global_batch, hypergradient_mode
+from harness.training.retain import Retain, Retaining, with_few_rounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,6 +140,8 @@ class Parameters(ByProfile):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Limit of the upper gradient's norm. None: set by the profile."""
     flip: bool = True
+    retain: Retain | None = optional()
+    """A bound on the loss on what must stay; None: no bound. Not in the paper."""
 
     def __post_init__(self) -> None:
         """Reject invalid combinations."""
@@ -160,6 +166,12 @@ class Parameters(ByProfile):
         """Whether any level uses class images."""
         return bool(self.chosen("prior_on_lower") or self.chosen("prior_on_upper"))
 
+    @property
+    def own_prior_images(self) -> int:
+        """The class images per target that losses and Merge use; one if only the class prompt is needed, as the key."""
+        asks = self.weighs_prior and self.prior_from == "class"
+        return self.prior_images if asks else int(self.concept_key == "class")
+
 
 _TESTBED: dict[str, Any] = {
     "rounds": 100,
@@ -172,7 +184,7 @@ _TESTBED: dict[str, Any] = {
 
 
 @register("defense")
-class Mima(Defense):
+class Mima(Retaining):
     """MIMA: ascent of the loss after per-concept look-aheads, merged in closed form."""
 
     name = "mima"
@@ -206,13 +218,17 @@ class Mima(Defense):
         """The caption list."""
         from harness.core.captions import path
 
-        return {"regularization_captions": path(parameters.regularization_captions)}
+        return {"regularization_captions": path(parameters.regularization_captions), **super().files(parameters)}
+
+    @classmethod
+    def used(cls, parameters) -> frozenset[str]:
+        """All of it."""
+        return cls.uses
 
     @classmethod
     def prior_images(cls, parameters) -> int:
-        """Class images per target if a level uses them; one if only the class prompt is needed, as the key."""
-        asks = parameters.weighs_prior and parameters.prior_from == "class"
-        return parameters.prior_images if asks else int(parameters.concept_key == "class")
+        """Class images per target: those of the method, or those of the bound if they are more."""
+        return max(parameters.own_prior_images, super().prior_images(parameters))
 
     @classmethod
     def search_space(cls, parameters) -> Space:
@@ -233,11 +249,13 @@ class Mima(Defense):
         lower = p.lower_steps * (2 if p.chosen("prior_on_lower") else 1)
         again = {"first_order": 0, "exact": 4 / 3, "finite_difference": 2}[p.chosen("hypergradient")]
         upper = 2 if p.chosen("prior_on_upper") else 1
-        return p.rounds * p.batch_size * targets * (lower * (1 + again) + upper) * 3.0
+        own = p.rounds * p.batch_size * targets * (lower * (1 + again) + upper) * 3.0
+        return own + super().unet_passes(p, targets)
 
     @classmethod
     def rehearsed(cls, parameters) -> tuple[Parameters, int]:
         """One lower iteration before each upper one, if they alternate; a round of a look-ahead is one step."""
+        parameters = with_few_rounds(parameters)
         if parameters.chosen("lower_persist"):
             return replace(parameters, lower_steps=1), 4
         return parameters, 2
@@ -247,7 +265,7 @@ class Mima(Defense):
         """Reject a prior weight without images for it."""
         if parameters.weighs_prior and parameters.prior_from == "preserved" and not preserved:
             return [("prior_from", "the task preserves no concept; list some under 'preserve', or use class")]
-        return []
+        return super().check_task(parameters, targets, preserved)
 
     @classmethod
     def check_compiled(cls, parameters) -> list[tuple[str, str]]:
@@ -257,7 +275,7 @@ class Mima(Defense):
     @classmethod
     def check_sharding(cls, parameters, sharding) -> list[tuple[str, str]]:
         """Reject settings that do not work with several processes."""
-        found = list(global_batch(parameters, sharding))
+        found = [*global_batch(parameters, sharding), *super().check_sharding(parameters, sharding)]
         mode = hypergradient_mode(parameters.chosen("hypergradient"), sharding)
         return found + ([mode] if mode else [])
 
@@ -277,7 +295,7 @@ class _Immunization:
         run: Run,
         preserved: Sequence[ProtectedConcept] = (),
     ):
-        from harness.training import sharding
+        from harness.training import retention, sharding
         from harness.training.concept_loss import ConceptLoss
         from harness.training.selection import select
         from harness.training.weights import Level
@@ -292,7 +310,8 @@ class _Immunization:
         self.names = list(dict.fromkeys([*self.lower, *self.upper]))
         self.projections = frozenset(select(self.lower, "cross_attention_kv"))
         self.others = [name for name in self.lower if name not in self.projections]
-        self.words = [t.prior_captions if p.concept_key == "class" else t.texts(p.concept_prompts) for t in targets]
+        by_class, own = p.concept_key == "class", p.own_prior_images  # `retain` may ask for more class images
+        self.words = [t.prior_captions[:own] if by_class else t.texts(p.concept_prompts) for t in targets]
         self.losses = [
             ConceptLoss(
                 model,
@@ -316,6 +335,11 @@ class _Immunization:
         self.reference = base
         self._targets = [self._encoded(texts) for texts in self.words]
         self._merging = None
+        persisting = self.lower if p.chosen("lower_persist") else []
+        unreleased = [name for name in persisting if name not in set(self.upper)]
+        self.stays = retention.bound(
+            p.retain, model, run, self.weights, (targets, preserved), self.upper, unreleased, p.rounds
+        )
 
     def run(self) -> Protection:
         """Train and return the weights of S^u."""
@@ -326,8 +350,8 @@ class _Immunization:
             steps, step = p.rounds * (p.lower_steps + 1), self.alternating
         else:
             steps, step = p.rounds, self.looking_ahead
-        train(self.surroundings, StepOver(step, self.weights), steps, "MIMA")
-        return Protection(tensors=self.weights.whole(self.upper))
+        train(self.surroundings, StepOver(step, self.stays), steps, "MIMA")
+        return Protection(tensors=self.weights.whole(self.upper), curves=self.stays.curves())
 
     # -- Algorithm 1 -------------------------------------------------------------------------------------
 
@@ -355,8 +379,9 @@ class _Immunization:
         else:
             with installed(self.weights, bilevel.merged(branches, merging).weights):
                 slope = self.weights.gradient(upper, self.upper)
-        self.weights.step("upper", slope)
-        return {"lower_loss": _mean(branch.losses[0] for branch in branches), "upper_loss": _mean([upper])}
+        self.weights.step("upper", self.stays.bounded(slope, step))
+        lower = _mean(branch.losses[0] for branch in branches)
+        return {"lower_loss": lower, "upper_loss": _mean([upper]), **self.stays.numbers()}
 
     # -- the released loop -------------------------------------------------------------------------------
 
@@ -365,8 +390,9 @@ class _Immunization:
         p = self.p
         if step % (p.lower_steps + 1) == p.lower_steps:
             upper = self._upper_loss(step)
-            self.weights.step("upper", self.weights.gradient(upper, self.upper))
-            return {"upper_loss": _mean([upper])}
+            slope = self.weights.gradient(upper, self.upper)
+            self.weights.step("upper", self.stays.bounded(slope, step // (p.lower_steps + 1)))
+            return {"upper_loss": _mean([upper]), **self.stays.numbers()}
         merging = self.merging(step)
         losses = [self._lower_loss(index, step) for index in range(len(self.losses))]
         start = self.weights.read(sorted(self.projections))
@@ -391,12 +417,12 @@ class _Immunization:
         if not p.weighs_prior:
             return None
         if p.prior_from == "class":
-            key = (target.prior_files, target.prior_captions)
+            key = (target.prior_files[: p.prior_images], target.prior_captions[: p.prior_images])
         else:
             key = tuple(tuple(x for c in preserved for x in getattr(c, a)) for a in ("files", "captions"))
         if key not in self._encoded_priors:
             own = p.prior_from == "class"
-            images = target.prior_images if own else [image for concept in preserved for image in concept.images]
+            images = target.prior_images[: p.prior_images] if own else [i for each in preserved for i in each.images]
             self._encoded_priors[key] = encode_images(self.model, self.surroundings, images, key[1], flip=p.flip)
         return self._encoded_priors[key]
 

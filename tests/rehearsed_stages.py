@@ -43,7 +43,12 @@ def protecting(source, name: str, given: Mapping[str, Any], *, targets: int = 1,
         )
         for word in WORDS[:targets]
     )
-    parameters = ProtectParameters(as_json(values), targets=known, preserved=known if "preserved" in used else None)
+    parameters = ProtectParameters(
+        as_json(values),
+        targets=known,
+        preserved=known if "preserved" in used else None,
+        general=tuple(cls.general_prompts(values)) or None,
+    )
     return _stage("immunize", registry.component(cls), parameters, source, precision, _label(name, given))
 
 

@@ -36,7 +36,7 @@ GENERAL = (
     leaderboard.COLUMNS, leaderboard.CONCEPT_COLUMNS, leaderboard.FLOOR_COLUMNS, curves.COLUMNS, compare.COLUMNS,
     adaptation_cost.COLUMNS,
 )  # fmt: skip
-"""Of leaderboard.csv and worst_case.csv, concepts.csv, worst_case_by_floor.csv, curves.csv, what `compare` writes, and of costs."""
+"""Of leaderboard, worst_case, concepts, worst_case_by_floor and curves .csv, what `compare` writes, and of costs."""
 MEMORIZATION = (
     memorization.DETECTION, memorization.DRAWN, memorization.MITIGATIONS, memorization.EQUAL, memorization.TOKENS,
 )  # fmt: skip

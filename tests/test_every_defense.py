@@ -22,6 +22,20 @@ VARIANTS = {
     "imma-exact": {"lower_optimizer": "sgd", "hypergradient": "exact", "lower_learning_rate": 1e-2},
     "mima-second_order": {"hypergradient": "finite_difference"},
     "mima-released": {"profile": "released"},
+    "imma-dual": {"retain": {"bound": 1.0, "images": ["class", "preserved"], "batch_size": 2, "count": 2}},
+    "imma-projection": {
+        "lower": "dreambooth", "retain": {"bound": 1.0, "by": "projection", "batch_size": 2, "count": 2},
+    },
+    "joint-dual": {
+        "lower_optimizer": "sgd", "hypergradient": "exact", "lower_learning_rate": 1e-2,
+        "retain": {"bound": 1.0, "images": ["general"], "captions": "captions_testbed", "batch_size": 2, "count": 3},
+    },
+    "merged-dual": {"retain": {"bound": 1.0, "batch_size": 2, "count": 2}},
+    "mima-projection": {
+        "hypergradient": "finite_difference",
+        "retain": {"bound": 1.0, "by": "projection", "images": ["preserved"], "batch_size": 2},
+    },
+    "mima-dual": {"profile": "released", "retain": {"bound": 1.0, "batch_size": 2, "count": 3}},
     "freezeasguard-released": {"profile": "released"},
     "bilevel_suppress-paper": {"profile": "paper"},
     "distill-denoising": {"output_weight": 0.0, "block_weight": 0.0},

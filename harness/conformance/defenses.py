@@ -111,7 +111,7 @@ def releases_what_it_declares(defense: Defense, setting: Setting) -> None:
 
 
 def releases_finite_numbers(defense: Defense, setting: Setting) -> None:
-    """No tensor, no detail and no number of the ledger is NaN or infinite."""
+    """No tensor, no detail, and no number of the ledger and the curves is NaN or infinite."""
     from harness.conformance.released import not_finite
 
     outcome = protected(defense, setting)
@@ -119,6 +119,7 @@ def releases_finite_numbers(defense: Defense, setting: Setting) -> None:
     if bad:
         fail(defense, f"releases '{bad}' with values that are not finite")
     said = {**outcome.protection.details, "the ledger": outcome.run.ledger.numbers}
+    said |= {f"row {index} of the curves": row for index, row in enumerate(outcome.protection.curves)}
     for where, numbers in said.items():
         for name, value in numbers.items():
             if not math.isfinite(value):
@@ -234,12 +235,16 @@ def protected(
 
 
 def lend(defense: Defense, setting: Setting, run: Run) -> None:
-    """Give a run the teacher and the general images that the defense declares to use, unless it has them."""
+    """Give a run the teacher and the general images that the defense declares to use or asks for, unless it has them.
+    """
     used = defense.used(defense.parameters)
     if "teacher" in used and run.teacher is None:
         run.teacher = setting.model()
     if "pairs" in used and run.pairs is None:
         run.pairs = setting.pairs()
+    prompts = tuple(defense.general_prompts(defense.parameters))
+    if prompts and run.general is None:
+        run.general = setting.drawn(prompts)
 
 
 def prepare(defense: Defense, setting: Setting, seed: int | None = 1) -> Mapping[str, Tensor]:

@@ -37,11 +37,7 @@ class GeneralImages:
     """Images that name no concept, with captions: `harness.model.run.Pairs`."""
 
     files: tuple[Path, ...]
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """One an image."""
-        return tuple(f"scene number {index}" for index in range(len(self.files)))
+    captions: tuple[str, ...]  # one an image
 
     def image(self, index: int) -> Image:
         """Return an image, RGB."""
@@ -85,7 +81,13 @@ class Setting:
 
     def pairs(self) -> GeneralImages:
         """Return general images with captions."""
-        return GeneralImages(self.images(GENERAL))
+        files = self.images(GENERAL)
+        return GeneralImages(files, tuple(f"scene number {index}" for index in range(len(files))))
+
+    def drawn(self, prompts: tuple[str, ...]) -> GeneralImages:
+        """Return an image for each prompt, repeating the few different ones."""
+        files = itertools.islice(itertools.cycle(self.images(GENERAL)), len(prompts))
+        return GeneralImages(tuple(files), prompts)
 
     def model(self) -> DiffusionModel:
         """Return the released model, newly loaded, on the CPU.

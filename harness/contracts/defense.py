@@ -97,6 +97,14 @@ class Defense(Method):
         return 0
 
     @classmethod
+    def general_prompts(cls, parameters: Any) -> Sequence[str]:
+        """Return a prompt for each general image that it needs, as `run.general`; (): it needs none.
+
+        The base model draws them (not the erased one), once for all defenses that ask for the same.
+        """
+        return ()
+
+    @classmethod
     def preparation(cls, parameters: Any) -> Defense | None:
         """Return a method that runs before, as a separate stage shared by all who ask for the same; None: no method.
 

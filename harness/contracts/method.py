@@ -35,7 +35,10 @@ class Method:
 
     @classmethod
     def files(cls, parameters: Any) -> Mapping[str, Path]:
-        """Return parameter -> file or folder on this machine: its content enters the identity, not its path."""
+        """Return parameter -> file or folder on this machine: its content enters the identity, not its path.
+
+        "retain.captions" names an entry of a parameter that is a mapping.
+        """
         return {}
 
     @classmethod

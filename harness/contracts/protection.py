@@ -5,8 +5,9 @@ Attacks and the sampler obey a `Protection` without knowing which defense made i
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ from harness.contracts.hooks import HookSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+CURVES = "curves.csv"
+"""The file of `Protection.curves` in the folder of a stage."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Protection:
     """Hooks that the serving side runs (inference-time mitigation)."""
     details: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Numbers that the method records on single tensors, by name; never loaded again."""
+    curves: Sequence[Mapping[str, float]] = ()
+    """Numbers that the method records step by step: a row each, with the same names in all; never loaded again."""
     components: Mapping[str, nn.Module | Path] = field(default_factory=dict)
     """Whole components that replace the model's, by name ("unet"), because their configuration differs (a pruned UNet):
     a module, or the folder that it was saved to. `tensors` are written over them."""
@@ -54,7 +60,10 @@ class Protection:
         )
 
     def save(self, folder: Path) -> None:
-        """Write into `folder`: protection.json, tensors.safetensors if there are any, and one folder per component."""
+        """Write into `folder`: protection.json, one folder per component, and tensors and curves if there are any.
+
+        Their files are tensors.safetensors and curves.csv.
+        """
         from safetensors.torch import save_file
 
         if self.tensors:
@@ -71,6 +80,11 @@ class Protection:
         for name, component in self.components.items():
             component.save_pretrained(folder / name, safe_serialization=True)
         (folder / "protection.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+        if self.curves:
+            with open(folder / CURVES, "w", encoding="utf-8", newline="") as file:
+                rows = csv.DictWriter(file, list(self.curves[0]), lineterminator="\n")
+                rows.writeheader()
+                rows.writerows(self.curves)
 
     @classmethod
     def load(cls, folder: Path) -> Protection:

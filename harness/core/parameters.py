@@ -55,13 +55,19 @@ def resolve(
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             name = str(detail["loc"][0]) if detail["loc"] else ""
-            mistakes.append((name, explain(detail)))
+            mistakes.append((name, _inside(detail, finite.get(name)) + explain(detail)))
     except (PydanticUserError, PydanticUndefinedAnnotation, TypeError) as error:
         mistakes.append(("", f"the Parameters of {cls.name} cannot be checked: {one_line(error)}"))
     else:
         if not mistakes:
             return parameters, []
     return None, mistakes
+
+
+def _inside(detail: Mapping[str, Any], given: Any) -> str:
+    """Return which entry of a parameter that is a mapping an error is of, as "bound: "; "" for other parameters."""
+    keys = [str(key) for key in detail["loc"][1:]] if isinstance(given, Mapping) else []
+    return f"{'.'.join(keys)}: " if keys else ""
 
 
 @lru_cache(maxsize=256)
@@ -90,6 +96,7 @@ _WORDS: dict[str, str] = {
     "string_too_short": "must not be empty",
     "string_type": "must be text",
     "tuple_type": "must be a list",
+    "unexpected_keyword_argument": "is not a known key",
 }
 """pydantic's errors in words that need no knowledge of Python."""
 

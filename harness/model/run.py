@@ -45,6 +45,10 @@ class World:
         """Return the mean over processes."""
         return value
 
+    def averaged(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean over processes of each value, on the device; the host does not wait for it."""
+        return values
+
     def sum(self, value: float) -> float:
         """Return the sum over processes."""
         return value
@@ -119,6 +123,7 @@ class Run:
     prepared: Mapping[str, torch.Tensor] = field(default_factory=dict)  # changed by the defense's `preparation`
     teacher: DiffusionModel | None = None  # the base model beside the one at work, for a defense that uses "teacher"
     pairs: Pairs | None = None  # general images with captions, for a defense that uses "pairs"
+    general: Pairs | None = None  # images that the base model drew for a defense's `general_prompts`
     keeps_end: bool = False  # keep the state at the end too: for a part that others follow in the same stage
     code: str = ""  # the code that does the stage; a state that other code saved is not used
     notify: Callable[[str], None] = log.warning  # one line for the user, such as that a saved state was dropped

@@ -19,7 +19,7 @@ from harness.core.sampling import Sampling
 from harness.plan.graph import Plan, Unit
 from harness.stages.features import FeaturesParameters
 from harness.stages.images import ImagesParameters
-from harness.stages.protect import PREPARED, KnownConcept, ProtectParameters
+from harness.stages.protect import GENERAL, PREPARED, KnownConcept, ProtectParameters
 from harness.stages.sample import SampleParameters
 from harness.stages.score import ScoreParameters
 from harness.suite.loaded import LoadedSuite
@@ -215,6 +215,14 @@ class Builder:
         self.unit(label, [k])
         return k
 
+    def general_images(self, prompts: Sequence[str]) -> str:
+        """Add the stage that draws an image for each general prompt; all who ask for the same share it."""
+        label = f"{len(prompts)} general images, {', '.join(prompts[:2])}" + (", ..." if len(prompts) > 2 else "")
+        seed = seeds.derive("images", self.suite.images.seed, GENERAL)
+        k = self._drawn({PRIOR: tuple(prompts)}, seed, label)
+        self.unit(label, [k])
+        return k
+
     # -- releases ----------------------------------------------------------------------------------------
 
     def release(
@@ -247,6 +255,10 @@ class Builder:
             if role in used:
                 known[role], read = self._known(role, names, used, cls.prior_images(values))
                 inputs |= read
+        prompts = tuple(cls.general_prompts(values))
+        if prompts:
+            known["general"] = prompts
+            inputs[GENERAL] = self.read(self.general_images(prompts))
         label = f"{kind} {called}" + (f" for {', '.join(targets)}" if "targets" in used else "")
         label += f", seed {seed}" if "seed" in used else ""
         label += _below(over)
@@ -431,11 +443,15 @@ def _below(over: ModelState) -> str:
 
 
 def _identify(cls: type, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    identity = as_json(values)
-    local = {name: identity[name] for name in cls.files(values)}
+    identity, local = as_json(values), {}
     for name, path in cls.files(values).items():
         content = digests.of_folder(path, None) if path.is_dir() else digest_of_file(path)
-        identity[name] = f"sha256:{content}"
+        first, *inner = name.split(".")
+        local[first] = as_json(getattr(values, first))
+        holder = identity
+        for outer in (first, *inner)[:-1]:
+            holder = holder[outer]
+        holder[(first, *inner)[-1]] = f"sha256:{content}"
     return identity, local
 
 

@@ -29,6 +29,20 @@ class LocalPairs:
         return image(self.local, index)
 
 
+@dataclass(frozen=True)
+class DrawnPairs:
+    """Images that a stage drew, with their captions: `harness.model.run.Pairs`."""
+
+    captions: tuple[str, ...]
+    files: tuple[Path, ...]
+
+    def image(self, index: int) -> Image:
+        """Return an image, RGB."""
+        from harness.core import pictures
+
+        return pictures.read([self.files[index]])[0]
+
+
 def image(local: Mapping[str, Any], index: int) -> Image:
     """Return an image of a description that `harness.suite.pairs.Pairs.local` made: RGB.
 

@@ -17,7 +17,7 @@ from harness.core.finite import NotFinite, fault, fault_of_files
 from harness.core.identity import Stage
 from harness.core.registry import register
 from harness.core.tuning import CHOSEN, PROPOSAL
-from harness.stages.pairs import LocalPairs
+from harness.stages.pairs import DrawnPairs, LocalPairs
 from harness.stages.work import SETTINGS, StageAtWork
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PREPARED = "prepared"
 """The input role of a defense's preparation."""
+GENERAL = "general"
+"""The input role of the images that the base model drew for `Defense.general_prompts`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class ProtectParameters:
     parameters: Described
     targets: tuple[KnownConcept, ...] | None = optional()
     preserved: tuple[KnownConcept, ...] | None = optional()
+    general: tuple[str, ...] | None = optional()
+    """A caption for each general image that the base model drew for it."""
 
 
 class Protect(StageKind):
@@ -70,6 +74,8 @@ class Protect(StageKind):
             work.run.teacher, _ = work.state("teacher")
         if "pairs" in used:
             work.run.pairs = LocalPairs(work.stage.local["pairs"])
+        if parameters.general is not None:
+            work.run.general = DrawnPairs(parameters.general, tuple(work.files(GENERAL, PRIOR)))
         targets, preserved = _concepts(parameters, work, "targets"), _concepts(parameters, work, "preserved")
         if PREPARED in work.stage.inputs:
             work.run.prepared = work.released(PREPARED).tensors

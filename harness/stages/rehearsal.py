@@ -28,6 +28,7 @@ from harness.core.sharding import Sharding
 from harness.model import model_files, resolution
 from harness.model.run import Run, World
 from harness.model.source import ModelSource
+from harness.stages.protect import GENERAL
 from harness.stages.work import class_of, made
 
 if TYPE_CHECKING:
@@ -234,6 +235,8 @@ class _Work:
     def files(self, role: str, split: str) -> list[Path]:
         """Return blank images, as many as the stage has captions for."""
         parameters, place = self.stage.parameters, role.partition(".")[2]
+        if role == GENERAL:
+            return [_blank(self.folder, _image_size(self.source))] * len(parameters.general)
         if hasattr(parameters, "concept"):
             known = parameters.concept
         else:

@@ -127,7 +127,7 @@ def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...]
     """Call the functions of a method that planning will call; return (field or nothing, message) of wrong results."""
     try:
         mistakes = [
-            ((name,), f"'{one_line(file)}' does not exist; give the path of a file or folder")
+            (tuple(name.split(".")), f"'{one_line(file)}' does not exist; give the path of a file or folder")
             for name, file in cls.files(values).items()
             if not os.path.exists(file)  # False, not an error, for an impossible path
         ]
@@ -148,6 +148,12 @@ def _planned(cls: type, values: Any, targets: int) -> list[tuple[tuple[str, ...]
                 mistakes.append(((), f"`prior_images` of {cls.name} asks for images of targets that it does not use"))
         except Exception as error:
             mistakes.append(((), f"`prior_images` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"))
+    if hasattr(cls, "general_prompts") and not mistakes:  # they may be read from one of its files
+        try:
+            if not all(isinstance(prompt, str) and prompt for prompt in cls.general_prompts(values)):
+                mistakes.append(((), f"`general_prompts` of {cls.name} must return texts that are not empty"))
+        except Exception as error:
+            mistakes.append(((), f"`general_prompts` of {cls.name} failed: {type(error).__name__}: {one_line(error)}"))
     if hasattr(cls, "unet_passes"):
         try:
             if not math.isfinite(cls.unet_passes(values, targets)):

@@ -84,6 +84,10 @@ def _make_absolute(described: dict[str, Any], path: Sequence[str | int], kind: s
     if values is None or not hasattr(cls, "files"):
         return
     for name, file in cls.files(values).items():
-        given = entry.get(name)
+        *outer, inner = name.split(".")
+        holder: Any = entry
+        for step in outer:
+            holder = holder.get(step) or {}
+        given = holder.get(inner)
         if isinstance(given, str) and Path(given) == Path(file) and not Path(given).is_absolute():
-            entry[name] = str(Path(given).absolute())
+            holder[inner] = str(Path(given).absolute())

@@ -42,6 +42,7 @@ from harness.training.weights import (
     add_scaled,
     bytes_of,
     differentiate_twice,
+    dot_product,
     finite_curvature,
     finite_gradient,
     fitting_slots,
@@ -369,6 +370,13 @@ class ZeroWeights:
             dist.all_reduce(total)
         return total.sqrt()
 
+    def dot(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+        """Return the inner product of two vectors, over the pieces of all processes."""
+        total = dot_product(first, second, self._model.device)
+        if self.stage == 3:
+            dist.all_reduce(total)
+        return total
+
     def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
         """Return the inner product of each weight's values, over the pieces of all processes."""
         found = inner_products(first, second)
@@ -556,6 +564,12 @@ class ProcessGroup(World):
     def mean(self, value: float) -> float:
         """Return the mean over processes."""
         return self.sum(value) / self.size
+
+    def averaged(self, values: Tensor) -> Tensor:
+        """Return the mean over processes of each value, on the device."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.size
 
     def sum(self, value: float) -> float:
         """Return the sum over processes."""

@@ -107,6 +107,9 @@ class Weights(Protocol):
     def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the Euclidean norm of a vector, over all processes: one number in fp64, on the device."""
 
+    def dot(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+        """Return the inner product of two vectors over the same weights, over all processes: as `norm` does."""
+
     def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
         """Return the inner product of each weight's values, [weights] in the order of `first`, fp32 on the CPU."""
 
@@ -396,6 +399,13 @@ def squared_norm(tensors: Mapping[str, Tensor], device: torch.device | None = No
     return sum(t.detach().to(device).double().square().sum() for t in tensors.values())
 
 
+def dot_product(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], device: torch.device | None = None
+) -> Tensor:
+    """Return the inner product of two vectors, fp64, computed on a device; None: where they are."""
+    return sum((t.to(device).double() * second[name].to(device).double()).sum() for name, t in first.items())
+
+
 def put_aside(values: Vector, run: Run | None) -> Vector:
     """Move a vector to main memory, one tensor at a time, if the run's resources say so; return it."""
     if run is not None and run.sharding.vectors == "cpu":
@@ -482,6 +492,10 @@ class LocalWeights:
 
     def _device(self) -> torch.device | None:
         return next((p.device for p in self.parameters.values()), None)
+
+    def dot(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+        """Return the inner product of two vectors."""
+        return dot_product(first, second, self._device())
 
     def inner(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
         """Return the inner product of each weight's values."""

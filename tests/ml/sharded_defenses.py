@@ -30,6 +30,7 @@ from harness.model.pipeline import DiffusionModel
 from harness.model.run import Run, World
 from harness.model.source import resolve_model
 from harness.suite.spec import ModelSpec
+from harness.training.retain import Retain
 from tests.ml import students
 
 COMMON = {"batch_size": 2, "upper_learning_rate": 1e-3}
@@ -38,6 +39,13 @@ CASES = {
     "mima_paper": (mima.Mima, {**MIMA, "hypergradient": "first_order"}),
     "mima_second_order": (mima.Mima, {**MIMA, "rounds": 3}),
     "mima_released": (mima.Mima, {**MIMA, "rounds": 5, "profile": "released", "lower_learning_rate": 1e-3}),
+    **{
+        f"mima_{by}": (
+            mima.Mima,
+            {**MIMA, "rounds": 5, "hypergradient": "first_order", "retain": Retain(1.0, by=by, batch_size=2, count=2)},
+        )
+        for by in ("dual", "projection")
+    },
     "joint_lora": (joint.Joint, {**COMMON, "rounds": 5, "lower_learning_rate": 1e-3, "clip_norm": 1.0}),
 }
 EXACT = ("mima_exact", (mima.Mima, {**MIMA, "rounds": 3, "hypergradient": "exact"}))

@@ -97,4 +97,5 @@ def test_attacks_on_unmoved_and_rounded_weights_are_rehearsed(suite_file, tmp_pa
     shown = capsys.readouterr().out
 
     assert code == 0 and "cannot be rehearsed" not in shown
-    assert all(row in shown for row in ("adapt unmoved on purse", "sample purse by as_released", "adapt lora on general"))
+    rows = ("adapt unmoved on purse", "sample purse by as_released", "adapt lora on general")
+    assert all(row in shown for row in rows)

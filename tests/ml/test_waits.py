@@ -25,6 +25,10 @@ from tests import rehearsed_stages as stages
 PAIRS = pairs.of_drawings(2, "general")
 """As many as a batch has: after the first step, all that the later ones need is encoded."""
 STUDENT = {"batch_size": 2, "flip": False}
+RETAIN = {
+    "images": ["class", "preserved", "general"], "captions": "captions_testbed", "batch_size": 2, "count": 2,
+}  # fmt: skip
+PROJECTED = {**RETAIN, "by": "projection"}
 LOOKING_AHEAD = {"lower": "dreambooth", "lower_optimizer": "sgd", "batch_size": 2}
 
 
@@ -80,6 +84,10 @@ STEPS = {
     "mima, exact": mima(hypergradient="exact"),
     "mima, first_order": mima(hypergradient="first_order"),
     "mima, released": mima(profile="released"),
+    "imma, dual": defense("imma", batch_size=2, retain=RETAIN),
+    "imma, dreambooth, projection": defense("imma", lower="dreambooth", batch_size=2, retain=PROJECTED),
+    "mima, dual": mima(hypergradient="finite_difference", retain=RETAIN),
+    "mima, released, projection": mima(profile="released", retain=PROJECTED),
     "esd": defense("esd", batch_size=2),
     "distill": defense("distill", **STUDENT),
     "suppress": defense("suppress", **STUDENT),
@@ -97,6 +105,11 @@ WAITING = {
         defense("imma", batch_size=2, precision="fp16"),
         2,
         "one for each gradient: whether it overflows decides whether it is computed again",
+    ),
+    "imma, dual, fp16": (
+        defense("imma", batch_size=2, precision="fp16", retain=RETAIN),
+        3,
+        "one for each gradient: of both levels and of what must stay",
     ),
     "mima, fp16": (
         mima(hypergradient="first_order", precision="fp16"),
