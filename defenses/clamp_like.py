@@ -19,13 +19,13 @@ loss of the protected concepts. u_t is the update at t, g_K the gradient at w_K,
              - f L_H(w_0)                                      inverse
 
 P is the denoising loss of benign images. The gradient goes back through the K steps. No Hessian is formed: products
-with it are central differences of gradients, or double backward passes (`hypergradient`). The directions d and v and the
-lengths eps and h count as constants.
+with it are central differences of gradients, or double backward passes (`hypergradient`). The directions d and v, and
+the lengths eps and h, count as constants.
 
-Differences from the paper: unknown beyond the above. The digest leaves open what is decided here: u_K is the update that
-would follow w_K; where c is above 0.99, B is computed with 0.99, so that it stays finite; eps and h are parts of the
-norm of the weights; D, c and G are measured on one batch of a round, k_t on the batch of step t; P is the denoising loss
-of benign images.
+Differences from the paper: unknown beyond the above. The digest leaves open what is decided here: u_K is the update
+that would follow w_K; where c is above 0.99, B is computed with 0.99, so that it stays finite; eps and h are parts of
+the norm of the weights; D, c and G are measured on one batch of a round, k_t on the batch of step t; P is the denoising
+loss of benign images.
 Differences from the released code: there is none.
 """
 

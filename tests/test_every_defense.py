@@ -24,6 +24,11 @@ VARIANTS = {
     "mima-released": {"profile": "released"},
     "freezeasguard-released": {"profile": "released"},
     "bilevel_suppress-paper": {"profile": "paper"},
+    "meta_unlearning-trained": {"sampler": "trained", "variant": "full"},
+    "meta_unlearning-exact": {"lower_optimizer": "sgd", "hypergradient": "exact", "lower_learning_rate": 1e-2},
+    "resalign-class": {"trained": "attention", "benign": "class", "fine_tuned_on": "targets"},
+    "resalign-finite_difference": {"trained": "attention", "hypergradient": "finite_difference"},
+    "clamp_like-exact": {"hypergradient": "exact"},
     "distill-denoising": {"output_weight": 0.0, "block_weight": 0.0},
 }
 """Other settings that train in ways of their own; what can go wrong there is tried of them."""
