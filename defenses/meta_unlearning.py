@@ -31,6 +31,7 @@ set.)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -239,7 +240,15 @@ class MetaUnlearning(Defense):
         from harness.training.loop import StepOver, train
 
         made = _Unlearning(self.parameters, model, targets, preserved, run)
-        train(run, StepOver(made.step, made.weights), self.parameters.iterations, "meta-unlearning")
+        p = self.parameters
+        train(run, StepOver(made.step, made.weights), p.iterations, "meta-unlearning")
+        shapes = made.weights.shapes(made.upper).values()
+        run.ledger.numbers |= {
+            "general_samples": 0,
+            "concept_samples": p.iterations
+            * (p.erase_batch_size + p.batch_size * (p.lower_steps + bool(p.harmful_after))),
+            "trainable_parameters": sum(math.prod(shape) for shape in shapes),
+        }
         return Protection(tensors=made.weights.whole(made.upper))
 
 

@@ -225,7 +225,12 @@ class ResAlign(Defense):
         with _trained(model, p, run) as theta:
             made = _Alignment(p, model, theta, targets, preserved, run)
             train(run, made, p.steps, "ResAlign")
-            run.ledger.numbers |= {"fallbacks": made.fallbacks, "simulations": p.steps * p.simulated}
+            shapes = made.weights.shapes(theta.names).values()
+            run.ledger.numbers |= {
+                "fallbacks": made.fallbacks,
+                "simulations": p.steps * p.simulated,
+                "trainable_parameters": sum(math.prod(shape) for shape in shapes),
+            }
             return Protection(tensors=theta.released(made.weights))
 
 
