@@ -61,6 +61,7 @@ _TESTBED_STYLES = ("twemoji", "noto", "blob", "fluent", "flat", "emojione")
 Variant = Literal["x", "x_strict", "u"]
 
 _NOT_IN_U = re.compile(r"\.attn2\.|^unet\.(time_embedding|conv_norm_out|conv_out)\.")
+ALL = slice(None)
 _SAMPLED_TOGETHER = 8  # trajectories of the pool per batch; guidance doubles the number of samples
 
 
@@ -155,11 +156,11 @@ class Esd(Defense):
         trained = model.change(trained_names(model.parameters(), p.variant))
         phrases = [target.phrase for target in targets]
         # before anything is trained or loaded: both sources keep the original's predictions or weights
-        source = (_Pool if p.sampler == "frozen" else _Fresh)(model, run, p, phrases, trained)
+        source = (Pool if p.sampler == "frozen" else Fresh)(model, run, p, phrases, trained)
         weights = LocalWeights(trained, {"erased": Level(tuple(trained), p.learning_rate)}, run)
 
         def step(index: int) -> dict[str, float | Tensor]:
-            loss = _Distance(model, run, source.draw(index))
+            loss = Distance(model, run, source.draw(index))
             weights.step("erased", weights.gradient([loss], list(trained)))
             return {"loss": loss.value}
 
@@ -185,7 +186,7 @@ def trained_names(names: Iterable[str], variant: Variant) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """States partly denoised for the concept, with the target of its text's prediction at each."""
 
     latents: Tensor  # [batch, channels, height, width]
@@ -194,10 +195,10 @@ class _Batch:
     target: Tensor  # shape of latents
 
 
-class _Distance:
+class Distance:
     """The network's distance from a batch's target; calling it uses the current weights."""
 
-    def __init__(self, model: DiffusionModel, run: Run, batch: _Batch):
+    def __init__(self, model: DiffusionModel, run: Run, batch: Batch):
         self.model, self.run, self.batch = model, run, batch
         self.value: float | Tensor = math.nan  # at the last call
 
@@ -214,7 +215,7 @@ class _Distance:
         return loss
 
 
-class _Source:
+class Source:
     """Guided DDIM sampling for the concepts' texts: base class of both ways of drawing x_t."""
 
     def __init__(self, model: DiffusionModel, run: Run, p: Parameters, phrases: list[str]):
@@ -267,15 +268,15 @@ class _Source:
         return torch.Generator().manual_seed(self.run.seed_for(*axes))
 
 
-class _Fresh(_Source):
+class Fresh(Source):
     """New samples at each iteration, drawn by the network at its current weights."""
 
     def __init__(self, model, run, p, phrases, trained):
         super().__init__(model, run, p, phrases)
         self.originals = {name.removeprefix("unet."): tensor.detach().clone() for name, tensor in trained.items()}
 
-    def draw(self, step: int) -> _Batch:
-        """Return the batch of an iteration."""
+    def draw(self, step: int, rows: slice = ALL) -> Batch:
+        """Return the batch of an iteration, or some rows of it, such as those of one process."""
         import torch
 
         from harness.model.transfer import to_device
@@ -287,13 +288,13 @@ class _Fresh(_Source):
         templates = torch.randint(self.texts.shape[1], (p.batch_size,), generator=generator)
         position = int(torch.randint(p.sampling_steps, (1,), generator=generator))
         first, end = self.span(position)
-        timesteps = to_device(torch.randint(first, end, (p.batch_size,), generator=generator), device)
-        latents = to_device(torch.randn((p.batch_size, *self.shape), generator=generator), device)
-        text = self.texts[to_device(concepts, device), to_device(templates, device)]
+        timesteps = to_device(torch.randint(first, end, (p.batch_size,), generator=generator)[rows], device)
+        latents = to_device(torch.randn((p.batch_size, *self.shape), generator=generator)[rows], device)
+        text = self.texts[to_device(concepts[rows], device), to_device(templates[rows], device)]
         for timestep in self.timesteps[:position]:
             latents = self.advance(*self.predict(latents, timestep, text), timestep, latents)
         target = negated(*self.predict(latents, timesteps, text, self.originals), p.eta)
-        return _Batch(latents, timesteps, text, target)
+        return Batch(latents, timesteps, text, target)
 
     def span(self, position: int) -> tuple[int, int]:
         """Return (first, last + 1) of the timesteps that the DDIM step at `position` covers."""
@@ -303,7 +304,7 @@ class _Fresh(_Source):
         return first, min(first + width, total)
 
 
-class _Pool(_Source):
+class Pool(Source):
     """States of the original's trajectories with their targets; they depend on the seed, not on the trained weights."""
 
     def __init__(self, model, run, p, phrases, trained):
@@ -328,21 +329,21 @@ class _Pool(_Source):
                     self.targets[rows, position] = negated(unconditional, conditional, p.eta).cpu()
                     latents = self.advance(unconditional, conditional, timestep, latents)
 
-    def draw(self, step: int) -> _Batch:
-        """Return the batch of an iteration."""
+    def draw(self, step: int, rows: slice = ALL) -> Batch:
+        """Return the batch of an iteration, or some rows of it, such as those of one process."""
         import torch
 
         from harness.model.transfer import to_device
 
         p, device = self.p, self.model.device
         generator = self.generator("draw", step)
-        concepts = torch.randint(self.texts.shape[0], (p.batch_size,), generator=generator)
-        chosen = torch.randint(p.pool, (p.batch_size,), generator=generator)
-        positions = torch.randint(p.sampling_steps, (p.batch_size,), generator=generator)
-        rows = concepts * p.pool + chosen
-        return _Batch(
-            to_device(self.latents[rows, positions], device),
+        concepts = torch.randint(self.texts.shape[0], (p.batch_size,), generator=generator)[rows]
+        chosen = torch.randint(p.pool, (p.batch_size,), generator=generator)[rows]
+        positions = torch.randint(p.sampling_steps, (p.batch_size,), generator=generator)[rows]
+        places = concepts * p.pool + chosen
+        return Batch(
+            to_device(self.latents[places, positions], device),
             to_device(torch.tensor(self.timesteps)[positions], device),
             self.texts[to_device(concepts, device), to_device(chosen % len(p.templates), device)],
-            to_device(self.targets[rows, positions], device),
+            to_device(self.targets[places, positions], device),
         )

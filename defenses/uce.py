@@ -1,14 +1,9 @@
 """UCE (Unified Concept Editing): erase concepts in closed form, as the 2023 code that IMMA's successors use.
 
 Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024 (arXiv 2308.14761). Every cross-attention
-key and value projection W (d_out x d_text, no bias) is replaced by the minimizer of
-
-    e sum_E |W c_i - v_i*|^2 + p sum_P |W c_j - W0 c_j|^2 + lambda |W - W0|_F^2 ,
-
-    W = W0 + e [ sum_E (v_i* - W0 c_i) c_i^T ] M^-1 ,    M = lambda I + e sum_E c_i c_i^T + p sum_P c_j c_j^T ,
-
-with c_i the text vectors of the concept from its last subject token to the end of the padded sequence, c_j all vectors
-of the preserved texts, and v_i* = W0 c_guide,i ("replace") or that without its component along W0 c ("tensor").
+key and value projection is edited in closed form (`harness.training.closed_form` has the equations), with c_i the text
+vectors of the concept from its last subject token to the end of the padded sequence, c_j all vectors of the preserved
+texts, and v_i* = W0 c_guide,i ("replace") or that without its component along W0 c ("tensor").
 
 Differences from the paper: its Eq. 7 has e = p = 1 and no lambda; scales and ridge are from the code.
 Differences from the released code: text is encoded once, M is shared by all matrices and solved in float64 (the code
@@ -20,8 +15,7 @@ concept's template (off by default: the code uses the guide alone).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -36,7 +30,7 @@ from harness.testbed.captions import COMMON_OBJECTS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from harness.model.pipeline import DiffusionModel
+    from harness.model.run import Run
 
 _TESTBED_STYLES = ("twemoji", "noto", "blob", "fluent", "flat", "emojione")
 
@@ -114,84 +108,54 @@ class Uce(Defense):
 
     def protect(self, model, targets, preserved, run) -> Protection:
         """Return the edited key and value projections."""
-        import torch
-
+        from harness.training import closed_form
         from harness.training.selection import select
 
         p = self.parameters
         with run.ledger.phase("encode"):
-            pairs = self._pairs(targets)
-            slices = [_aligned(model, pair) for pair in pairs]
-            concept = torch.cat([old for old, _ in slices])
-            named = [*p.preserve, *(c.phrase for c in preserved if p.preserve_concepts)]
-            erased = [text for text, _ in pairs]
-            texts = ["", *kept_texts(named, erased, [target.phrase for target in targets], p.left_out)]
+            edits = [closed_form.aligned(model, *pair) for pair in text_pairs(p, targets)]
+            texts = preserved_texts(p, targets, preserved)
             kept = model.encode_text(texts).double().flatten(0, 1)
-        preserve_scale = p.preserve_scale or max(0.1, 1 / len(texts))
         with run.ledger.phase("solve"):
-            width = concept.shape[1]
-            gram = p.ridge * torch.eye(width, dtype=torch.float64, device=concept.device)
-            gram += p.erase_scale * concept.T @ concept + preserve_scale * kept.T @ kept
-            edited = {}
-            parameters = model.parameters()
-            for name in select(parameters, "cross_attention_kv"):
-                weight = parameters[name].detach().double()
-                wanted = torch.cat([_wanted(weight, old, new, p.technique) for old, new in slices])
-                residual = p.erase_scale * (wanted - concept @ weight.T).T @ concept
-                edited[name] = (weight + torch.linalg.solve(gram, residual.T).T).float()
-        run.ledger.numbers |= {
-            "general_samples": 0,  # texts alone
-            "concept_samples": 0,
-            "trainable_parameters": sum(weight.numel() for weight in edited.values()),
-        }
-        return Protection(tensors=edited)
-
-    def _pairs(self, targets: Sequence[ProtectedConcept]) -> list[tuple[str, str]]:
-        """Return (text of the concept, text of its guide) for each target and template."""
-        p = self.parameters
-        return [
-            (template.replace("{}", target.phrase), template.replace("{}", p.guide) if p.guide_templates else p.guide)
-            for target in targets
-            for template in p.templates
-        ]
+            weights = model.parameters()
+            solved = closed_form.edited(
+                {name: weights[name] for name in select(weights, "cross_attention_kv")},
+                edits,
+                kept,
+                ridge=p.ridge,
+                erase_scale=p.erase_scale,
+                preserve_scale=p.preserve_scale or max(0.1, 1 / len(texts)),
+                technique=p.technique,
+            )
+        return released(solved, run)
 
 
-def kept_texts(
-    texts: Sequence[str], erased: Sequence[str], names: Sequence[str], left_out: Literal["equal", "naming"]
+def text_pairs(p: Parameters, targets: Sequence[ProtectedConcept]) -> list[tuple[str, str]]:
+    """Return (text of the concept, text of its guide) for each target and template."""
+    return [
+        (template.replace("{}", target.phrase), template.replace("{}", p.guide) if p.guide_templates else p.guide)
+        for target in targets
+        for template in p.templates
+    ]
+
+
+def preserved_texts(
+    p: Parameters, targets: Sequence[ProtectedConcept], preserved: Sequence[ProtectedConcept]
 ) -> list[str]:
-    """Return the texts to preserve without those that `left_out` excludes; `names` are those of the targets."""
-    gone = {text.casefold() for text in (*erased, *names)}
-    kept = [text for text in texts if text.casefold() not in gone]
-    if left_out == "naming":
-        named = [re.compile(rf"(?<!\w){re.escape(name.casefold())}(?!\w)") for name in names]
-        kept = [text for text in kept if not any(pattern.search(text.casefold()) for pattern in named)]
-    return kept
+    """Return the texts whose outputs the edit preserves: "" first."""
+    from harness.training.closed_form import kept_texts
+
+    named = [*p.preserve, *(c.phrase for c in preserved if p.preserve_concepts)]
+    erased = [text for text, _ in text_pairs(p, targets)]
+    return ["", *kept_texts(named, erased, [target.phrase for target in targets], p.left_out)]
 
 
-def _aligned(model: DiffusionModel, pair: tuple[str, str]) -> tuple[Tensor, Tensor]:
-    """Return the text vectors of a concept and those of its guide, each [vectors, width], aligned row by row.
-
-    Both slices start at the last subject token (the one before the end token) and are cut to equal length.
-    """
-    text, guide = pair[0], pair[1] or " "
-    starts = [_last_subject_token(model, t) for t in (text, guide)]
-    old, new = model.encode_text([text, guide]).double()
-    length = old.shape[0] - max(starts)
-    return old[starts[0] : starts[0] + length], new[starts[1] : starts[1] + length]
-
-
-def _last_subject_token(model: DiffusionModel, text: str) -> int:
-    """Return the index of the token before the end token; 0, the start token, for an empty text."""
-    tokenizer = model.tokenizer
-    tokens = tokenizer(text, truncation=True, max_length=tokenizer.model_max_length)
-    return max(0, sum(tokens.attention_mask) - 2)
-
-
-def _wanted(weight: Tensor, concept: Tensor, guide: Tensor, technique: str) -> Tensor:
-    """Return the outputs v* [vectors, d_out] that the edited matrix should give for the concept's vectors."""
-    target = guide @ weight.T
-    if technique == "replace":
-        return target
-    current = concept @ weight.T
-    unit = current / current.norm()
-    return target - (unit * target).sum() * unit
+def released(solved: Mapping[str, Tensor], run: Run) -> Protection:
+    """Return what an edit in closed form releases, fp32, and note what it used."""
+    edited = {name: weight.float() for name, weight in solved.items()}
+    run.ledger.numbers |= {
+        "general_samples": 0,  # texts alone
+        "concept_samples": 0,
+        "trainable_parameters": sum(weight.numel() for weight in edited.values()),
+    }
+    return Protection(tensors=edited)

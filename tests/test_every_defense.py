@@ -38,6 +38,11 @@ VARIANTS = {
     "mima-dual": {"profile": "released", "retain": {"bound": 1.0, "batch_size": 2, "count": 3}},
     "freezeasguard-released": {"profile": "released"},
     "bilevel_suppress-paper": {"profile": "paper"},
+    "meta_unlearning-trained": {"sampler": "trained", "variant": "full"},
+    "meta_unlearning-exact": {"lower_optimizer": "sgd", "hypergradient": "exact", "lower_learning_rate": 1e-2},
+    "resalign-class": {"trained": "attention", "benign": "class", "fine_tuned_on": "targets"},
+    "resalign-finite_difference": {"trained": "attention", "hypergradient": "finite_difference"},
+    "clamp_like-exact": {"hypergradient": "exact"},
     "distill-denoising": {"output_weight": 0.0, "block_weight": 0.0},
 }
 """Other settings that train in ways of their own; what can go wrong there is tried of them."""
@@ -66,10 +71,10 @@ MITIGATIONS = {
 }  # fmt: skip
 """They release hooks and do nothing themselves; what the hooks do: tests/ml/test_mitigations.py and the next one."""
 NOT_APPLICABLE = {
-    "gives_other_bits_for_another_seed": {"freeze_component", "none", "uce", *MITIGATIONS},
+    "gives_other_bits_for_another_seed": {"freeze_component", "none", "rece", "uce", *MITIGATIONS},
     "puts_the_model_back": {"freezeasguard"},
-    "fails_when_training_diverges": {"freeze_component", "none", "random_freeze", "uce", *MITIGATIONS},
-    "counts_its_passes": {"freeze_component", "none", "random_freeze", "uce", *MITIGATIONS},
+    "fails_when_training_diverges": {"freeze_component", "none", "random_freeze", "rece", "uce", *MITIGATIONS},
+    "counts_its_passes": {"freeze_component", "none", "random_freeze", "rece", "uce", *MITIGATIONS},
 }
 """By property: of which methods it says nothing. Of every other one it says something."""
 

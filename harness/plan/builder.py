@@ -215,7 +215,7 @@ class Builder:
         self.unit(label, [k])
         return k
 
-    def general_images(self, prompts: Sequence[str]) -> str:
+    def drawn_general(self, prompts: Sequence[str]) -> str:
         """Add the stage that draws an image for each general prompt; all who ask for the same share it."""
         label = f"{len(prompts)} general images, {', '.join(prompts[:2])}" + (", ..." if len(prompts) > 2 else "")
         seed = seeds.derive("images", self.suite.images.seed, GENERAL)
@@ -258,7 +258,7 @@ class Builder:
         prompts = tuple(cls.general_prompts(values))
         if prompts:
             known["general"] = prompts
-            inputs[GENERAL] = self.read(self.general_images(prompts))
+            inputs[GENERAL] = self.read(self.drawn_general(prompts))
         label = f"{kind} {called}" + (f" for {', '.join(targets)}" if "targets" in used else "")
         label += f", seed {seed}" if "seed" in used else ""
         label += _below(over)

@@ -123,15 +123,18 @@ class LookAhead:
         return {name: current[name] if name in current else zeros[name].zero_() for name in wanted}
 
 
-def hypergradient(look_ahead: LookAhead, adapted: Adapted, upper: Loss, mode: Mode) -> Vector:
-    """Return d/dtheta U(theta_K(theta)) over the names of `look_ahead`; the model is unchanged afterwards.
+def hypergradient(
+    look_ahead: LookAhead, adapted: Adapted, upper: Loss, mode: Mode, wanted: Sequence[str] | None = None
+) -> Vector:
+    """Return d/dtheta U(theta_K(theta)) over `wanted` (default: all names of `look_ahead`).
 
-    `adapted` is the result of `look_ahead` from the installed weights.
+    `adapted` is the result of `look_ahead` from the installed weights. The model is unchanged afterwards.
     """
     weights = look_ahead.weights
     with installed(weights, weights.aside(adapted.end)):
-        cotangent = weights.gradient(upper, look_ahead.names)
-    return look_ahead.pull_back(adapted.starts, cotangent, mode)
+        names = wanted if mode == "first_order" and wanted is not None else look_ahead.names
+        cotangent = weights.gradient(upper, names)
+    return look_ahead.pull_back(adapted.starts, cotangent, mode, wanted)
 
 
 class Merging(Protocol):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from attacks.full_finetune import FullFinetune
-from defenses import joint, mima
+from defenses import clamp_like, joint, meta_unlearning, mima, resalign
 from defenses.freezing import freezeasguard
 from defenses.mitigation.noise_norm_filter import DropLargeNorms
 from defenses.pruning.bilevel import BilevelSuppress
@@ -48,6 +48,25 @@ CASES = {
     },
     "joint_lora": (joint.Joint, {**COMMON, "rounds": 5, "lower_learning_rate": 1e-3, "clip_norm": 1.0}),
 }
+META = {
+    "iterations": 3, "learning_rate": 1e-3, "lower_learning_rate": 0.1, "sampler": "frozen", "pool": 2, "batch_size": 2,
+    "sampling_steps": 3, "erase_batch_size": 2, "lower_steps": 2, "lower_optimizer": "sgd", "irrelevant_before": 0.0,
+    "irrelevant_after": 0.0,
+}  # fmt: skip
+ALIGNED = {
+    "steps": 3, "learning_rate": 1e-3, "simulations": (("sgd", 0.1, 2), ("adam", 1e-3, 2)), "simulated": 2,
+    "batch_size": 2, "retention_batch_size": 2, "benign": "class", "iterations": 3,
+}  # fmt: skip
+CLAMP = {"rounds": 3, "learning_rate": 1e-3, "batch_size": 2, "lower_steps": 2, "inverse": 1.0}
+CASES |= {
+    "meta_unlearning": (meta_unlearning.MetaUnlearning, META),
+    "meta_unlearning_x": (meta_unlearning.MetaUnlearning, {**META, "variant": "x", "lower_optimizer": "adamw"}),
+    "resalign_adapter": (resalign.ResAlign, {**ALIGNED, "iterations": 1}),
+    "resalign_attention": (
+        resalign.ResAlign, {**ALIGNED, "trained": "attention", "hypergradient": "finite_difference"}
+    ),
+    "clamp_like": (clamp_like.ClampLike, CLAMP),
+}  # fmt: skip
 EXACT = ("mima_exact", (mima.Mima, {**MIMA, "rounds": 3, "hypergradient": "exact"}))
 FIRST_ORDER = ("mima_first_order", (mima.Mima, {**MIMA, "rounds": 3, "hypergradient": "first_order"}))
 MASKS = {

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.esd import Esd, Parameters, _Fresh, _Pool, trained_names
+from defenses.esd import Esd, Fresh, Parameters, Pool, trained_names
 from harness.contracts.defense import ProtectedConcept
 from harness.core import parameters
 from harness.model.pipeline import DiffusionModel
@@ -98,7 +98,7 @@ def test_eta_of_the_2025_code_is_one_more():
     assert not torch.allclose(negated(unconditional, conditional, 1.0), unconditional)
 
 
-@pytest.mark.parametrize("kind", [_Fresh, _Pool])
+@pytest.mark.parametrize("kind", [Fresh, Pool])
 def test_target_is_the_originals_answer_and_has_no_graph(model, make_run, kind):
     """For each sample's own text, also when the model has been trained since; at eta 0 the prediction for ""."""
     trained = model.change(trained_names(model.parameters(), "x"))
@@ -176,7 +176,7 @@ def test_models_that_predict_v_are_erased_too(v_model, make_run, sampler):
 def test_target_in_v_is_the_target_in_epsilon(v_model, make_run):
     """Converting the teacher's two v to epsilon, negating there and converting back changes nothing."""
     p = dataclasses.replace(Parameters(), **SMALL)
-    source = _Pool(v_model, make_run(), p, ["van gogh"], {})
+    source = Pool(v_model, make_run(), p, ["van gogh"], {})
     batch = source.draw(0)
     alpha = source.scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_several_concepts_are_erased_together(model, make_run, sampler):
     assert any(not torch.equal(both[name], alone[name]) for name in both)
 
 
-@pytest.mark.parametrize("kind", [_Fresh, _Pool])
+@pytest.mark.parametrize("kind", [Fresh, Pool])
 def test_each_sample_draws_its_concept_and_text(model, make_run, kind):
     """All four texts of two concepts turn up about equally often, and a draw does not depend on those before it."""
     p = dataclasses.replace(
@@ -267,13 +267,13 @@ def test_presets_are_valid(preset):
 def test_timesteps_are_as_each_code_takes_them(model, make_run):
     """trained: at random among the 20 that the DDIM step covers; frozen: the scheduler's own."""
     p = dataclasses.replace(Parameters(), sampling_steps=50, pool=1)
-    fresh = _Fresh(model, make_run(), p, ["van gogh"], {})
+    fresh = Fresh(model, make_run(), p, ["van gogh"], {})
 
     assert [fresh.span(i) for i in (0, 1, 49)] == [(980, 1000), (960, 980), (0, 20)]
     assert fresh.timesteps[:2] == [981, 961] and fresh.timesteps[-1] == 1
     few = dataclasses.replace(p, batch_size=256, sampling_steps=2, pool=2)
-    drawn = _Fresh(model, make_run(), few, ["van gogh"], {}).draw(0).timesteps
-    pooled = _Pool(model, make_run(), few, ["van gogh"], {}).draw(0).timesteps
+    drawn = Fresh(model, make_run(), few, ["van gogh"], {}).draw(0).timesteps
+    pooled = Pool(model, make_run(), few, ["van gogh"], {}).draw(0).timesteps
 
     assert int(drawn.max()) - int(drawn.min()) > 400  # one step of two covers 500
     assert set(pooled.tolist()) == {501, 1}
@@ -290,7 +290,7 @@ def test_weights_are_those_of_torchs_adam_bit_for_bit(model, make_run, sampler, 
 
     p = dataclasses.replace(Parameters(), **{**SMALL, "sampler": sampler})
     trained = model.change(trained_names(model.parameters(), p.variant))
-    source = (_Pool if sampler == "frozen" else _Fresh)(model, run, p, ["van gogh"], trained)
+    source = (Pool if sampler == "frozen" else Fresh)(model, run, p, ["van gogh"], trained)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(trained.values(), lr=p.learning_rate)

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.uce import Parameters, Uce, _aligned, _last_subject_token, kept_texts
+from defenses.uce import Parameters, Uce
 from harness.contracts.defense import ProtectedConcept
+from harness.training.closed_form import Edit, aligned, kept_texts, last_subject_token
 from harness.training.selection import select
 
 
@@ -17,6 +18,11 @@ def _edit(model, run, targets=("van gogh",), preserved=(), **changes):
     concepts = [ProtectedConcept("style", t) for t in targets]
     kept = [ProtectedConcept("style", t) for t in preserved]
     return defense.protect(model, concepts, kept, run).tensors
+
+
+def _aligned(model, text, guide):
+    edit = aligned(model, text, guide)
+    return edit.concept, edit.guide
 
 
 def test_only_cross_attention_keys_and_values_change(model, make_run):
@@ -29,7 +35,7 @@ def test_only_cross_attention_keys_and_values_change(model, make_run):
 def test_edited_matrices_solve_the_normal_equations(model, make_run):
     """W M = lambda W0 + e sum v c^T + p sum W0 c c^T, built here by explicit sums."""
     edited = _edit(model, make_run(), preserved=("monet",), ridge=0.5)
-    concept, guide = _aligned(model, ("van gogh", " "))
+    concept, guide = _aligned(model, "van gogh", " ")
     kept = model.encode_text(["", "monet"]).double().flatten(0, 1)
     p = max(0.1, 1 / 2)
     for name, new in edited.items():
@@ -51,7 +57,7 @@ def test_small_ridge_maps_the_concept_onto_its_guide(model, make_run):
     """lambda -> 0 with fewer vectors than dimensions: W c = v*. A text of full length leaves two vectors to edit."""
     text = " ".join("abcdefghij" * 8)
     edited = _edit(model, make_run(), targets=(text,), ridge=1e-6, preserve_scale=1e-6)
-    concept, guide = _aligned(model, (text, " "))
+    concept, guide = _aligned(model, text, " ")
 
     assert len(concept) == 2
     for name, new in edited.items():
@@ -105,12 +111,12 @@ def test_preserved_concepts_may_be_left_alone(model, make_run):
 @pytest.mark.parametrize(("text", "index"), [("", 0), (" ", 0), ("a", 1), ("a b", 2)])
 def test_last_subject_token_is_the_one_before_the_end(model, text, index):
     """Start token, one token a letter here, end token."""
-    assert _last_subject_token(model, text) == index
+    assert last_subject_token(model, text) == index
 
 
 def test_aligned_slices_have_equal_length_and_spare_the_start_token(model):
     """Both run from their last subject token; the concept's never includes index 0."""
-    concept, guide = _aligned(model, ("a b c", " "))
+    concept, guide = _aligned(model, "a b c", " ")
     tokens = model.tokenizer.model_max_length
     whole = model.encode_text(["a b c"]).double()[0]
 
@@ -120,11 +126,9 @@ def test_aligned_slices_have_equal_length_and_spare_the_start_token(model):
 
 def test_tensor_technique_removes_the_part_along_the_old_output(model, make_run):
     """v* is orthogonal (Frobenius) to W0 c_old."""
-    from defenses.uce import _wanted
-
-    concept, guide = _aligned(model, ("van gogh", " "))
+    concept, guide = _aligned(model, "van gogh", " ")
     weight = next(iter(model.parameters()[n] for n in select(model.parameters(), "cross_attention_kv"))).double()
-    wanted = _wanted(weight, concept, guide, "tensor")
+    wanted = Edit(concept, guide).wanted(weight, "tensor")
 
     assert abs(float((wanted * (concept @ weight.T)).sum())) < 1e-8
 
@@ -140,7 +144,7 @@ def test_commas_belong_to_a_name(model, make_run):
 def test_tensor_technique_treats_each_concept_by_itself(model, make_run):
     """Two targets: the part that is removed is along each concept's own old output, not along both together."""
     edited = _edit(model, make_run(), targets=("van gogh", "monet"), technique="tensor", ridge=0.5)
-    slices = [_aligned(model, (text, " ")) for text in ("van gogh", "monet")]
+    slices = [_aligned(model, text, " ") for text in ("van gogh", "monet")]
     kept = model.encode_text([""]).double()[0]
     for name, new in edited.items():
         old = model.parameters()[name].detach().double()

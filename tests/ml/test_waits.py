@@ -31,6 +31,15 @@ RETAIN = {
 PROJECTED = {**RETAIN, "by": "projection"}
 LOOKING_AHEAD = {"lower": "dreambooth", "lower_optimizer": "sgd", "batch_size": 2}
 
+META = {
+    "sampler": "frozen", "pool": 1, "sampling_steps": 2, "erase_batch_size": 2, "batch_size": 2, "lower_steps": 2,
+    "related_images": 2,
+}  # fmt: skip
+ALIGNED = {
+    "simulations": [["adam", 1e-3, 1]], "simulated": 1, "batch_size": 2, "retention_batch_size": 2, "benign": "class",
+    "class_images": 2,
+}  # fmt: skip
+
 
 def defense(name: str, **given):
     """Return a function that makes a stage of a defense for a source."""
@@ -94,6 +103,13 @@ STEPS = {
     "bilevel_suppress": defense("bilevel_suppress", **STUDENT),
     "bilevel_suppress, paper": defense("bilevel_suppress", profile="paper", **STUDENT),
     "memorize": memorizing,
+    "meta_unlearning": defense("meta_unlearning", **META),
+    "meta_unlearning, finite_difference": defense(
+        "meta_unlearning", lower_optimizer="sgd", hypergradient="finite_difference", **META
+    ),
+    "clamp_like, finite_difference": defense("clamp_like", batch_size=2, class_images=2, lower_steps=2),
+    "clamp_like, exact": defense("clamp_like", batch_size=2, class_images=2, lower_steps=1, hypergradient="exact"),
+    "resalign, first iteration alone": defense("resalign", iterations=1, most_norm=None, **ALIGNED),
 }
 WAITING = {
     "mima, resample": (
@@ -110,6 +126,11 @@ WAITING = {
         defense("imma", batch_size=2, precision="fp16", retain=RETAIN),
         3,
         "one for each gradient: of both levels and of what must stay",
+    ),
+    "resalign": (
+        defense("resalign", iterations=3, **ALIGNED),
+        3,
+        "whether the fixed point goes on: one for each product, and one for the norm of the gradient",
     ),
     "mima, fp16": (
         mima(hypergradient="first_order", precision="fp16"),
