@@ -23,8 +23,8 @@ from harness.stages.tune import SEARCH
 
 PROBES, TUNED = "tuning", "tuned"
 PROBE_COLUMNS = (
-    "task", "defense", "method", "search_seeds", "probe", "is_repeat", "tried_setting", "tuning_immunity", "tuning_utility",
-    "passes_floor", "is_chosen", "void", "probe_passes", "probe_seconds",
+    "task", "defense", "method", "search_seeds", "probe", "is_repeat", "tried_setting", "tuning_immunity",
+    "tuning_utility", "passes_floor", "is_chosen", "void", "probe_passes", "probe_seconds",
 )  # fmt: skip
 _COMPARED = ("sgr", "recovery", "utility", "valid")
 TUNED_COLUMNS = (
@@ -44,8 +44,9 @@ DEFINITIONS = (
         OURS,
     ),
     Definition(
-        "tried_setting", "setting", "", "The changed parameters, as JSON; {}: the defense as the suite states it. Empty: a "
-        "repeat that was not needed.", OURS,
+        "tried_setting", "setting", "",
+        "The changed parameters, as JSON; {}: the defense as the suite states it. Empty: a repeat that was not needed.",
+        OURS,
     ),
     Definition(
         "tuning_immunity", "immunity in the search", "1 - recovered",
@@ -256,7 +257,7 @@ def _beside_default(
 def _probe_section(lines: Sequence[Mapping[str, Any]]) -> Section:
     """Return the probes for people."""
     headers = (
-        "task", "defense", "seeds", "probe", "tried_setting", "result", "immunity", "utility", "UNet passes",
+        "task", "defense", "seeds", "probe", "setting", "result", "immunity", "utility", "UNet passes",
     )  # fmt: skip
     rows = [
         (
