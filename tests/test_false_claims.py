@@ -40,7 +40,8 @@ def test_identical_defenses_tuned_apart_are_not_reported_apart():
     each, _ = claims(Tuned(), 200, seed=2)
     one, _ = claims(Tuned(per_seed=False), 200, seed=2)
 
-    assert each <= LEVEL
+    # the true share is at most LEVEL; two standard deviations of 200 draws of it are 3 points
+    assert each <= LEVEL + 2 * (LEVEL * (1 - LEVEL) / 200) ** 0.5
     assert one > 2 * LEVEL
 
 

@@ -23,8 +23,8 @@ from harness.stages.tune import SEARCH
 
 PROBES, TUNED = "tuning", "tuned"
 PROBE_COLUMNS = (
-    "task", "defense", "method", "search_seeds", "probe", "is_repeat", "setting", "tuning_immunity", "tuning_utility",
-    "passes_floor", "is_chosen", "void", "probe_passes", "probe_seconds",
+    "task", "defense", "method", "search_seeds", "probe", "is_repeat", "tried_setting", "tuning_immunity",
+    "tuning_utility", "passes_floor", "is_chosen", "void", "probe_passes", "probe_seconds",
 )  # fmt: skip
 _COMPARED = ("sgr", "recovery", "utility", "valid")
 TUNED_COLUMNS = (
@@ -44,8 +44,9 @@ DEFINITIONS = (
         OURS,
     ),
     Definition(
-        "setting", "setting", "", "The changed parameters, as JSON; {}: the defense as the suite states it. Empty: a "
-        "repeat that was not needed.", OURS,
+        "tried_setting", "setting", "",
+        "The changed parameters, as JSON; {}: the defense as the suite states it. Empty: a repeat that was not needed.",
+        OURS,
     ),
     Definition(
         "tuning_immunity", "immunity in the search", "1 - recovered",
@@ -178,7 +179,7 @@ def _probes(models: Sequence[ReleasedModel], run: MeasuredRun) -> Iterator[dict[
             "search_seeds": "+".join(str(seed) for seed in sorted({each.seed for each in models})),
             "probe": index + 1,
             "is_repeat": index >= found["explored"],
-            "setting": "" if probe["values"] is None else canonical_json(probe["values"]),
+            "tried_setting": "" if probe["values"] is None else canonical_json(probe["values"]),
             "tuning_immunity": probe.get("immunity"),
             "tuning_utility": min(utilities.values()) if utilities else None,
             "passes_floor": probe.get("passes"),
@@ -264,7 +265,7 @@ def _probe_section(lines: Sequence[Mapping[str, Any]]) -> Section:
             line["defense"],
             line["search_seeds"],
             f"{line['probe']}{' (repeat)' if line['is_repeat'] else ''}",
-            _STATED if line["setting"] == "{}" else line["setting"],
+            _STATED if line["tried_setting"] == "{}" else line["tried_setting"],
             _result(line),
             _number(line["tuning_immunity"]),
             _number(line["tuning_utility"]),
