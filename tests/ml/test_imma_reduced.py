@@ -40,14 +40,15 @@ def photographs(tmp_path) -> list[str]:
 
 def test_its_setting_is_the_reduced_one(photographs):
     """256 pixels, fp16, eleven epochs of twenty images; each task has its own lower level and attack."""
-    loaded = suite.load(SUITE, photographs).suite
+    loaded = suite.load(SUITE, photographs)
 
-    assert (loaded.model.resolution, loaded.model.precision) == (256, "fp16")
-    relearning, personalization = loaded.attacks
+    assert (loaded.suite.model.resolution, loaded.suite.model.precision) == (256, "fp16")
+    relearning, personalization = loaded.suite.attacks
     assert (relearning.method, relearning.tasks, relearning.steps[-1]) == ("lora", ["relearning"], 11 * 20)
     assert (personalization.method, personalization.tasks) == ("dreambooth", ["personalization"])
-    lower = {spec.tasks[0]: (spec.params.get("lower", "lora"), spec.params["rounds"]) for spec in loaded.defenses[1:]}
-    assert lower == {"relearning": ("lora", 110), "personalization": ("dreambooth", 110)}
+    immunized = [loaded.parameters["defenses", str(index)] for index in (1, 2)]
+    assert [(each.lower, each.rounds) for each in immunized] == [("lora", 110), ("dreambooth", 110)]
+    assert [spec.tasks for spec in loaded.suite.defenses[1:]] == [["relearning"], ["personalization"]]
 
 
 @pytest.mark.slow
