@@ -167,16 +167,16 @@ def test_the_ratio_is_that_of_what_would_be_released(model, make_run, concepts, 
 
     run, (target, _) = make_run(1, "again"), concepts
     images = encoded(model, run, target.prior_files[:3], target.prior_captions[:3])
-    batch = diffusion.draw(images, 2, 1000, seed=run.seed_for("retain", "class"), step=2, device="cpu")
+    batch = diffusion.draw(images, 2, 1000, seed=run.seed_for("retain", "class"), step=1, device="cpu")
     scheduler, own = model.noise_scheduler(), dict(model.unet.named_parameters())
     with torch.no_grad():
         before = mean_loss(model, scheduler, own, batch)
-        changed = {name.removeprefix("unet."): tensor for name, tensor in seen[2].items()}
+        changed = {name.removeprefix("unet."): tensor for name, tensor in seen[1].items()}
         after = mean_loss(model, scheduler, own | changed, batch)
 
-    assert seen[2].keys() == found.tensors.keys()
-    assert found.curves[2]["ratio"] == pytest.approx(float(after / before), rel=1e-6)
-    assert abs(found.curves[2]["ratio"] - 1) > 1e-4
+    assert seen[1].keys() == found.tensors.keys()
+    assert found.curves[1]["ratio"] == pytest.approx(float(after / before), rel=1e-6)
+    assert abs(found.curves[1]["ratio"] - 1) > 1e-4
 
 
 def retained_ratio(model, make_run, concepts, protection) -> float:
@@ -195,7 +195,7 @@ def retained_ratio(model, make_run, concepts, protection) -> float:
 
 @pytest.mark.parametrize("by", ["dual", "projection"])
 def test_the_bound_is_kept_where_ascent_alone_passes_it(model, make_run, concepts, by):
-    """Under other noise and timesteps than the bound saw; and the target's loss still rises."""
+    """Under other noise and timesteps than the bound saw."""
     long = {**ASCENT, "rounds": 60, "upper_learning_rate": 2e-2}
     retain = {"bound": 1.05, "batch_size": 4, "count": 4, "by": by}
     alone = protect(model, make_run(1, "alone"), concepts, retain=None, **long)
@@ -204,4 +204,82 @@ def test_the_bound_is_kept_where_ascent_alone_passes_it(model, make_run, concept
     passed, kept = (retained_ratio(model, make_run, concepts, each) for each in (alone, bounded))
     print(f"{by}: alone {passed:.3f}, bounded {kept:.3f}")
     assert passed > 1.15
-    assert 1.0 < kept < 1.08
+    assert kept < 1.08
+    assert max(row["smoothed_ratio"] for row in bounded.curves[-20:]) < 1.08
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("by", ["dual", "projection"])
+def test_a_kill_changes_neither_the_multiplier_nor_the_trajectory(model, concepts, tmp_path, precision, by):
+    """Continued after a kill in the middle, each number of each round and each weight is the same, bit for bit."""
+    changes = {**ASCENT, "retain": {**TIGHT, "by": by}}
+
+    def run(name, kills):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return KillableRun(1, torch.device("cpu"), precision, folder, checkpoint_interval_s=0.0, kills=kills)
+
+    whole = protect(model, run("whole", Kills()), concepts, **changes)
+    with pytest.raises(Killed):
+        protect(model, run("killed", Kills(after=4)), concepts, **changes)
+    resumed = run("killed", Kills())
+    found = protect(model, resumed, concepts, **changes)
+
+    assert resumed.kills.saves == 2  # of six steps, four were done
+    assert any(row["multiplier"] > 0 for row in whole.curves[:4])
+    assert found.curves == whole.curves and len(found.curves) == 6
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in found.tensors.items())
+
+
+def test_a_state_without_the_bound_is_not_continued(model, concepts, make_run):
+    """A state of the same weights that has no multiplier is dropped, with one line; the stage starts over."""
+    whole = protect(model, make_run(1, "whole"), concepts, **ASCENT)
+    said = []
+    kills = Kills(after=3)
+    folder = make_run(1, "killed").folder
+    free = KillableRun(1, torch.device("cpu"), "fp32", folder, checkpoint_interval_s=0.0, kills=kills)
+    with pytest.raises(Killed):
+        protect(model, free, concepts, retain=None, **ASCENT)
+    bounded = dataclasses.replace(make_run(1, "killed"), notify=said.append)
+
+    found = protect(model, bounded, concepts, **ASCENT)
+
+    assert found.curves == whole.curves
+    assert len(said) == 1 and "it has no 'retain/references'" in said[0]
+
+
+def test_merged_keeps_a_curve_for_each_concept(model, make_run, concepts, tiny_folder):
+    """Its trainings are separate: each has its own bound."""
+    captions = tiny_folder / "merged.txt"
+    captions.write_text("a dog on a beach\nan old house\ntwo cups\n", "utf-8")
+    purse, cat = concepts
+    second = dataclasses.replace(cat, prior_captions=purse.prior_captions, prior_files=purse.prior_files)
+    parameters = dataclasses.replace(
+        Merged.Parameters(), rounds=2, batch_size=2, regularization_captions=str(captions), ridge=1e-3,
+        retain=Retain(**TIGHT),
+    )  # fmt: skip
+    found = Merged(parameters).protect(model, [purse, second], [], make_run())
+    model.restore()
+
+    assert [(row["part"], row["round"]) for row in found.curves] == list(itertools.product((0, 1), (0, 1)))
+
+
+def test_start_losses_are_computed_once_and_used_again():
+    """The cost in passes: P start losses of each kind, then a forward and a backward pass a round."""
+    retain = Retain(images=("class", "preserved"), batch_size=4)
+
+    assert retain.passes(10) == 2 * 4 * (10 + 3 * 10)
+    assert retain.passes(1000) == 2 * 4 * (REFERENCES + 3 * 1000)
+
+
+@pytest.mark.parametrize(("name", "given"), [("imma", {"lower": "dreambooth"}), ("mima", stages.FITTED)])
+def test_memory_is_foreseen_with_the_bound(tiny_source, name, given):
+    """A rehearsal sees its gradient, its images and, where weights are not released, their start."""
+    retain = {"images": ["class", "general"], "captions": "captions_testbed", "batch_size": 8, "count": 8}
+    batch = {"batch_size": 2, **given}
+    free, bounded = (
+        rehearsal.rehearse(stages.protecting(tiny_source, name, batch | more), tiny_source, Sharding(), on_gpu=True)
+        for more in ({}, {"retain": retain})
+    )
+
+    assert bounded.bytes > free.bytes
