@@ -52,7 +52,7 @@ def test_rows_and_tables_are_those_of_the_files(project, results):
     assert leaderboard["valid"].dtype == bool
     assert "none" in set(leaderboard["defense"])  # a word, and no missing value
     assert len(results.rows) == len(read_lines(project, "rows.csv"))
-    for name in ("worst_case", "curves", "concepts"):
+    for name in ("worst_case", "worst_case_by_floor", "curves", "concepts"):
         assert len(getattr(results, name)) == len(read_lines(project, f"{name}.csv"))
     assert len(results.concepts)
 

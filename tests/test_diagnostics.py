@@ -65,8 +65,8 @@ class Counting(Diagnostic):
         return PageSection("Models & more", "counted", template, {"words": "<b>"}, ("counted.png",), ("counted.csv",))
 '''
 RAISING = COUNTING.replace('"counting"', '"raising"').replace("counted", "raised").replace("Counting", "Raising")
-GENERAL = ("rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "curves.csv", "concepts.csv",
-           "concepts.md", "recovery_target.png", "recovery_innocent.png")  # fmt: skip
+GENERAL = ("rows.csv", "leaderboard.csv", "leaderboard.md", "worst_case.csv", "worst_case_by_floor.csv", "curves.csv",
+           "concepts.csv", "concepts.md", "recovery_target.png", "recovery_innocent.png")  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("unregister")
 

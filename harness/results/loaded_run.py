@@ -94,6 +94,11 @@ class LoadedRun:
         return self.table("worst_case")
 
     @cached_property
+    def worst_case_by_floor(self) -> DataFrame:
+        """The worst case if a released model must keep so much utility, for each of several floors."""
+        return self.table("worst_case_by_floor")
+
+    @cached_property
     def curves(self) -> DataFrame:
         """How soon each attack recovers."""
         return self.table("curves")

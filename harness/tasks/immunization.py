@@ -78,7 +78,7 @@ class Immunization(Task):
         yield Table("worst_case_by_floor", FLOOR_COLUMNS, found.by_floor)
         yield Table("curves", CURVE_COLUMNS, soon)
         yield Table("concepts", CONCEPT_COLUMNS, concepts, leaderboard.concept_sections(concepts))
-        yield Figure("worst_case_by_floor", partial(floors.draw, found))
+        yield Figure("utility_floors", partial(floors.draw, found))
         for role in ("target", "innocent"):
             yield Figure(f"recovery_{role}", partial(recovery_curves, measured, role=role))
 

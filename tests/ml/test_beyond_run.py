@@ -83,7 +83,7 @@ def test_the_worst_case_by_floor_is_written_and_shown(run):
 
     assert {line["floor"] for line in lines} == {f"{p / 100:g}" for p in range(50, 101, 5)}
     assert "Worst case over attacks, by utility floor" in (folder / "leaderboard.md").read_text(encoding="utf-8")
-    assert (folder / "worst_case_by_floor.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "utility_floors.png").read_bytes().startswith(b"\x89PNG")
     assert main(["report", *given]) == ExitCode.DONE
     page = (folder / "report" / "index.html").read_text(encoding="utf-8")
     assert 'id="floors"' in page and "comes back by itself" in page and "figures/floors-0-0.svg" in page
