@@ -32,8 +32,8 @@ DEFINITIONS = (
     ),
     Definition(
         "multiplier", "multiplier", "",
-        "The weight of R, divided by its start, beside the upper loss at that step: of dual the learned multiplier with "
-        "the penalty, of a projection the weight with the same effect.",
+        "The weight of R, divided by its start, beside the upper loss at that step: of dual the learned multiplier "
+        "with the penalty, of a projection the weight with the same effect.",
         OURS,
     ),
     Definition("ratio_class", "ratio, class", "", "The ratio of class images alone. Empty if they are not used.", OURS),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from defenses.imma import Imma, Parameters
+from defenses.imma import Imma
 from defenses.merged import Merged
 from defenses.mima import Mima
 from harness.conformance.interruption import KillableRun, Killed, Kills
