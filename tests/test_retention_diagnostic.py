@@ -28,9 +28,10 @@ def mistakes(retain, method="imma") -> list[str]:
 @pytest.mark.parametrize(
     ("retain", "message"),
     [
-        ({"bound": 0.99}, "retain: bound: must be at least 1 (got 0.99)"),
+        ({"bound": 0.99}, "retain: bound: must be at least 1.0 (got 0.99)"),
         ({"bound": "high"}, "retain: bound: must be a number (got 'high')"),
         ({"images": ["dogs"]}, "retain: images.0: must be 'class', 'preserved' or 'general' (got 'dogs')"),
+        ({"images": []}, "retain: images: empty; name class, preserved or general, one or several"),
         ({"images": ["class", "class"]}, "retain: images: each kind may be named once"),
         (
             {"images": ["general"]},
@@ -74,7 +75,7 @@ def test_what_the_task_or_the_machine_lacks_is_refused(project):
 def released(project, *defenses: str):
     """Return (plan, keys of what each defense released on the first target and seed)."""
     suite = project.plan(overrides=[f"defenses=[none, {', '.join(defenses)}]", "tasks.relearning=null"])
-    return suite, list(dict.fromkeys(t.released for t in trials(suite) if t.defense != "none" and t.seed == 0))
+    return suite, list(dict.fromkeys(t.released for t in trials(suite) if t.method == "imma" and t.seed == 0))
 
 
 def test_general_images_are_drawn_once_for_all(project, tmp_path):
@@ -147,7 +148,7 @@ def test_bounds_of_a_run_get_their_tables(bounded):
     assert list(dict.fromkeys((line["defense"], line["bound"]) for line in knob)) == [
         ("imma_105", "1.05"), ("imma_120", "1.2"), ("imma", ""),
     ]  # fmt: skip
-    assert {line["step"] for line in knob} == {"2", "4"}
+    assert {line["step"] for line in knob} >= {"2", "4"}
     leaderboard = {
         (line["defense"], line["metric"], line["step"]): (line["utility"], line["sgr"])
         for line in read_lines(bounded, "leaderboard.csv")

@@ -30,7 +30,7 @@ class Retain:
 
     bound: Annotated[float, Field(ge=1, le=1000)] = 1.05
     """The loss may rise to at most so many times its start."""
-    images: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("class",)
+    images: tuple[Kind, ...] = ("class",)
     """class: class images of the targets, drawn by the base model; preserved: images of the concepts that the task
     lists under `preserve`; general: images that the base model draws for `captions`. R is the mean over these kinds."""
     by: Literal["dual", "projection"] = "dual"
@@ -53,6 +53,8 @@ class Retain:
 
     def __post_init__(self) -> None:
         """Reject invalid combinations."""
+        if not self.images:
+            raise ValueError("images: empty; name class, preserved or general, one or several")
         if len(set(self.images)) < len(self.images):
             raise ValueError("images: each kind may be named once")
         if "general" in self.images and self.captions is None:
