@@ -9,6 +9,7 @@ import pytest
 from defenses.freezing import against_random as masks_against_random
 from defenses.freezing import masks
 from defenses.freezing import tables as freezing_tables
+from defenses.retained import tables as retained
 from harness.analysis import compare, curves, leaderboard
 from harness.analysis import definitions as general
 from harness.results import adaptation_cost, definitions
@@ -45,7 +46,8 @@ PRUNING = (
 )  # fmt: skip
 TUNING = (tuning_results.PROBE_COLUMNS, tuning_results.TUNED_COLUMNS)
 FREEZING = (masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS)
-TABLES = (*GENERAL, *FREEZING, *MEMORIZATION, *PRUNING, *TUNING)
+RETAINED = (retained.COLUMNS, retained.KNOB_COLUMNS)
+TABLES = (*GENERAL, *FREEZING, *MEMORIZATION, *PRUNING, *TUNING, *RETAINED)
 """With those of the bundled diagnostics."""
 
 
