@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from harness.model.run import Run
     from harness.training.diffusion import LossPart
 
-NUMBERS = ("ratio", "smoothed_ratio", "multiplier")
+NUMBERS = ("loss_ratio", "smoothed_ratio", "multiplier")
 """Numbers of a step, before the ratio of each kind. The multiplier is what grad R / R_0 was multiplied by."""
 
 

@@ -113,7 +113,7 @@ def test_both_ways_equal_their_equations(model, make_run, concepts, by):
     assert curve[-1][1] > 1.001  # the bound is passed, so that what keeps it acts
     for row, (ratio, smoothed) in zip(rows, curve, strict=True):
         # fp32 losses; the weights agree as below
-        assert (row["ratio"], row["smoothed_ratio"]) == pytest.approx((ratio, smoothed), rel=2e-5)
+        assert (row["loss_ratio"], row["smoothed_ratio"]) == pytest.approx((ratio, smoothed), rel=2e-5)
     if by == "dual":
         assert rows[-1]["multiplier"] == pytest.approx(used, rel=1e-3)  # of excesses near 1e-2
     before = {n: p.detach() for n, p in model.parameters().items()}
@@ -130,7 +130,7 @@ def test_below_the_bound_nothing_changes(model, make_run, concepts):
         loose = {**TIGHT, "bound": 999.0, "by": by}
         found = protect(model, make_run(1, by), concepts, retain=loose, **ASCENT)
 
-        assert found.curves[0]["ratio"] == 1.0
+        assert found.curves[0]["loss_ratio"] == 1.0
         assert {row["multiplier"] for row in found.curves} == {0.0}
         assert all(torch.equal(tensor, free.tensors[name]) for name, tensor in found.tensors.items())
 
@@ -175,8 +175,8 @@ def test_the_ratio_is_that_of_what_would_be_released(model, make_run, concepts, 
         after = mean_loss(model, scheduler, own | changed, batch)
 
     assert seen[1].keys() == found.tensors.keys()
-    assert found.curves[1]["ratio"] == pytest.approx(float(after / before), rel=1e-6)
-    assert abs(found.curves[1]["ratio"] - 1) > 1e-4
+    assert found.curves[1]["loss_ratio"] == pytest.approx(float(after / before), rel=1e-6)
+    assert abs(found.curves[1]["loss_ratio"] - 1) > 1e-4
 
 
 def retained_ratio(model, make_run, concepts, protection) -> float:
