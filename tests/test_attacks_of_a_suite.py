@@ -324,6 +324,8 @@ def test_what_moved_is_not_known_without_originals(project):
 
 # -- targets after adaptations to innocents ----------------------------------------------------------------------
 
+GENERAL = "  - {method: lora, name: blind, steps: [2, 4], batch_size: 2, trains_on: general}\n"
+CAPTIONS = "general: {captions: [a tree, a house], count: 3}\n"
 OBSERVED = SUITE.replace("    batch_size: 2\n", "    batch_size: 2\n    observe: targets\n")
 
 
@@ -359,8 +361,24 @@ def test_a_target_after_an_innocent_is_not_compared_with_training_images(project
 
     scored = {name for t in trials(plan) if t.role == "relapse" for name in t.scores}
     assert scored == {"clip_image", "clip_text"}
-    planned = {key for unit in plan.units for key in unit.stages}
-    assert planned == set(plan.stages)
+
+
+@pytest.mark.parametrize("text", [OBSERVED, with_attacks(GENERAL) + CAPTIONS], ids=["observed", "general"])
+def test_all_that_draws_from_an_adaptation_is_in_its_unit(project, text):
+    """Its large files are deleted when the unit is done; and every stage is in one unit."""
+    text = text.replace("targets: [purse]", "targets: [[purse, dog]]").replace("[dog]\n", "[lamp]\n")
+    plan = project.plan(text.replace("rounds: 3", "rounds: 3, protects: first"))
+
+    owner = {key: place for place, unit in enumerate(plan.units) for key in unit.stages}
+    assert owner.keys() == plan.stages.keys() and len(owner) == sum(len(unit.stages) for unit in plan.units)
+    drawn = [t for t in trials(plan) if t.role == "relapse"]
+    assert drawn and all(owner[plan.stages[t.sample].inputs["adapt"].key] == owner[t.sample] for t in drawn)
+    done: set[str] = set()
+    for unit in plan.units:
+        assert set(unit.needs) <= done
+        for key in unit.stages:
+            assert {read.key for read in plan.stages[key].inputs.values()} <= done
+            done.add(key)
 
 
 @pytest.mark.parametrize(
@@ -382,8 +400,6 @@ def test_observing_needs_innocents(project, change, words):
 
 # -- general images ----------------------------------------------------------------------------------------------
 
-GENERAL = "  - {method: lora, name: blind, steps: [2, 4], batch_size: 2, trains_on: general}\n"
-CAPTIONS = "general: {captions: [a tree, a house], count: 3}\n"
 
 
 def test_an_attack_on_general_images_is_one_for_all_targets(project):

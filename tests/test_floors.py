@@ -142,6 +142,24 @@ def test_a_figure_has_a_line_for_each_defense_that_counts(table, tmp_path):
     assert floors.draw(claims(alone, leaderboard(alone, Gates())), tmp_path / "b.png") is False
 
 
+def test_a_figure_without_any_defense_that_counts_says_so(tmp_path):
+    """As a panel of the run's figure, and as that of the page."""
+    from matplotlib.figure import Figure
+
+    from harness.report import drawings
+
+    low = Measurements(frame_of(claimed_rows({"none": 0.12, "one": 0.11}, attacks=ATTACKS, noise=0.0)))
+    found = claims(low, leaderboard(low, Gates()))
+    (lines,) = floors.shown(found).values()
+    axis = Figure().add_subplot()
+    floors.panel(axis, lines, {})
+
+    assert [text.get_text() for text in axis.texts] == ["no defense counts"] and not axis.lines
+    assert floors.draw(found, tmp_path / "a.png") is True
+    drawings.floors(tmp_path / "a.svg", lines, drawings.palette(["none", "one"]))
+    assert "no defense counts" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
 def test_a_step_at_which_nothing_trains_is_no_headline():
     """Attacks without steps are read at step 0 alone, however many they are."""
     from harness.analysis.claims import shown_step

@@ -22,7 +22,7 @@ from harness import plan, suite
 PINS = {
     "attack_unit_tests": "dc727cf9eea3d2841ecd8ed49356c05b",  # 108 stages, 50 units, 38 trials
     "attacks_testbed": "a3761ed25825a2489d34c238e054da14",  # 8256 stages, 1692 units, 1515 trials
-    "beyond_testbed": "66b0fec407660cb0c62187241c5c743f",  # 3165 stages, 869 units, 905 trials
+    "beyond_testbed": "e111c5b491adaac718ae5e1083c74aa0",  # 3165 stages, 749 units, 905 trials
     "freezeasguard": "2a9238951e2539b59ae8cfa375cd39ef",  # 9956 stages, 1877 units, 5420 trials
     "freezeasguard_testbed": "24d49821a44951f0e03a9bdc1002b1aa",  # 4288 stages, 1012 units, 2094 trials
     "memorization": "e68bdfc9c038446752a44e3e16338b42",  # 273 stages, 113 units, 108 trials

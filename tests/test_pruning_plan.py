@@ -187,3 +187,32 @@ def test_what_trains_on_general_images_is_no_defense_of_an_immunization_task(tmp
     assert main(["validate", str(path)]) == 2
     said = capsys.readouterr().err
     assert "distill trains on general images with captions: it is a recipe of a task of kind pruning" in said
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"method": "as_released"}, "as_released is for immunization tasks, but task 'kept80' is of kind pruning"),
+        ({"method": "lora", "steps": [2], "observe": "targets"}, "observe: is for immunization tasks, but task"),
+        ({"method": "lora", "steps": [2], "trains_on": "general"}, "trains_on: is for immunization tasks, but task"),
+        (
+            {"method": "lora", "steps": [2], "attacker": "adaptive", "search": {"probes": 2}, "tuned_on": "none"},
+            "tuned_on: is for immunization tasks, but task",
+        ),
+    ],
+)
+def test_attacks_that_only_immunization_tasks_know_are_refused(write, capsys, entry, words):
+    """Rounded weights are known to both."""
+
+    def change(task, whole):
+        whole["attacks"] = [{**entry, "name": "other"}]
+        if entry.get("trains_on"):
+            whole["general"] = {"captions": ["a tree"]}
+
+    assert main(["validate", str(write(change))]) == 2
+    assert words in capsys.readouterr().err
+
+    def rounded(task, whole):
+        whole["attacks"] = [{"method": "lora", "steps": [2], "rounded_to": "int8"}]
+
+    assert main(["validate", str(write(rounded))]) == 0

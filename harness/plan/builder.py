@@ -50,6 +50,7 @@ class Builder:
         self.concepts: dict[str, Concept] = loaded.concepts
         self.plan = Plan(self.suite.name)
         self.units: dict[tuple[str, ...], Unit] = {}
+        self._begun: dict[str, tuple[str, ...]] = {}  # first stage of a unit -> the key of the unit
         self._images: dict[str, str] = {}
         # keyed by id(); the object is kept so that its id is not reused
         self._identities: dict[int, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
@@ -138,10 +139,23 @@ class Builder:
     def unit(self, name: str, stages: Iterable[str]) -> None:
         """Group stages into a unit unless an equal one exists; a stage belongs to the first unit that names it."""
         members = tuple(dict.fromkeys(stages))
-        if members in self.units:
-            return
+        if members not in self.units:
+            self.units[members] = self._unit(name, members)
+            self._begun.setdefault(members[0], members)
+
+    def unit_with(self, name: str, first: str, stages: Iterable[str]) -> None:
+        """Add stages to the unit that begins with the stage `first`, or make it.
+
+        So one worker does all that reads the first: the large files of an adaptation are deleted after its unit.
+        """
+        members = self._begun.setdefault(first, (first,))
+        known = self.units.get(members, Unit(name, members, ()))
+        # under the same key: an equal unit that is asked for later is in it
+        self.units[members] = self._unit(known.name, tuple(dict.fromkeys([*known.stages, *stages])))
+
+    def _unit(self, name: str, members: tuple[str, ...]) -> Unit:
         reads = {read.key: None for member in members for read in self.plan.stages[member].inputs.values()}
-        self.units[members] = Unit(name, members, tuple(key for key in reads if key not in members))
+        return Unit(name, members, tuple(key for key in reads if key not in members))
 
     def share(self, *name: Any, make: Callable[[], Any]) -> dict[str, Any]:
         """Return parameters that many stages share, with their digest, as arguments of `stage`; they are made once."""

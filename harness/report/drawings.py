@@ -92,7 +92,8 @@ def floors(path: Path, lines: Sequence[Mapping[str, Any]], own: Mapping[str, Loo
     axis.set_ylabel("SGR in the worst case, %", fontsize=8, color=INK)
     _plain(axis)
     handles, labels = axis.get_legend_handles_labels()
-    _legend(figure, dict(zip(labels, handles, strict=True)))
+    if handles:
+        _legend(figure, dict(zip(labels, handles, strict=True)))
     _save(figure, path)
 
 

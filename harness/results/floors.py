@@ -23,6 +23,8 @@ LEGEND = (
     "reason. Ranks are of the defenses that count at the floor; tie: chance explains the order. All steps are in "
     "worst_case_by_floor.csv."
 )
+NOTE = "#777777"
+"""The colour of words in a panel, on a light and on a dark page."""
 TITLE = "Worst case over attacks, by utility floor"
 
 
@@ -101,7 +103,10 @@ def draw(claims: Claims, path: Path) -> bool:
 
 
 def panel(axis, lines: Sequence[Line], own: Mapping[str, Look]) -> None:
-    """Draw a line for each defense over the floors at which it counts; at its end, the 95 % interval."""
+    """Draw a line for each defense over the floors at which it counts; at its end, the 95 % interval.
+
+    Where none counts at any floor, the panel says so.
+    """
     by_defense: dict[str, list[Line]] = {}
     for line in lines:
         if line["valid"] and line["sgr"] is not None:
@@ -117,4 +122,6 @@ def panel(axis, lines: Sequence[Line], own: Mapping[str, Look]) -> None:
             continue
         reach = [[heights[-1] - 100 * last["sgr_low"]], [100 * last["sgr_high"] - heights[-1]]]
         axis.errorbar(where[-1:], heights[-1:], reach, fmt=look.mark, color=look.colour, ms=5, lw=1, capsize=2)
+    if not by_defense:
+        axis.text(0.5, 0.5, "no defense counts", transform=axis.transAxes, ha="center", fontsize=8, color=NOTE)
     axis.set_xlim(100 * floors[0] - 2, 100 * floors[-1] + 2)

@@ -235,7 +235,10 @@ class Attack:
         scores = build.scores(
             concept, {"sample": build.read(sample)}, text, images=spec.images, is_taught=is_taught, only=self.grid.only
         )  # fmt: skip
-        build.unit(text, [*members, sample, *scores.values()])
+        if members and not is_taught:  # several draw from one adaptation
+            build.unit_with(text, members[0], [sample, *scores.values()])
+        else:
+            build.unit(text, [*members, sample, *scores.values()])
         return self.grid.measurement(released, concept.name, role, self.steps, sample, scores, spec, **labels)
 
     def _adapted(self, released: Released, text: str, state: Mapping[str, Input]) -> str:
