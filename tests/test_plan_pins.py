@@ -25,6 +25,8 @@ PINS = {
     "beyond_testbed": "e111c5b491adaac718ae5e1083c74aa0",  # 3165 stages, 749 units, 905 trials
     "freezeasguard": "2a9238951e2539b59ae8cfa375cd39ef",  # 9956 stages, 1877 units, 5420 trials
     "freezeasguard_testbed": "24d49821a44951f0e03a9bdc1002b1aa",  # 4288 stages, 1012 units, 2094 trials
+    "frontier_testbed": "b5188aa413fa9e1c3cc20f7ad9792d04",  # 33537 stages, 11592 units, 4982 trials
+    "imma_reduced": "8065adfd62863868e19a77ed654a1fb4",  # 319 stages, 119 units, 92 trials
     "memorization": "e68bdfc9c038446752a44e3e16338b42",  # 273 stages, 113 units, 108 trials
     "memorization_smoke": "d9d0f3d85aa45830af87d7826103111a",  # 228 stages, 72 units, 88 trials
     "memorization_testbed": "4355947623e1ca2a71d08018771ad5ac",  # 568 stages, 163 units, 222 trials
@@ -32,7 +34,7 @@ PINS = {
     "mima_testbed": "9fb56e1dc728f093d4aaa1708a3c404b",  # 1321 stages, 337 units, 294 trials
     "mitigations_testbed": "831c6f54e37cba83b6f0d29ae37a8551",  # 256 stages, 67 units, 87 trials
     "quickstart": "6470cb019fd5f3d790ba7c8baadbbeee",  # 563 stages, 153 units, 128 trials
-    "retain_testbed": "42100d7711e1a7d569e93d939b442a47",  # 4521 stages, 1102 units, 1030 trials
+    "retain_testbed": "7c89979382136b81509a54bff335defa",  # 4521 stages, 1102 units, 1030 trials
     "smoke": "0a4e7297671f495e36058f08f5469397",  # 137 stages, 44 units, 23 trials
     "pruning": "a846e7f196c87978a01b8df72472230c",
     "pruning_smoke": "93d7db5ccb5faf73219f3368aacee1fb",
