@@ -379,10 +379,13 @@ class _End:
         """Return a random vector of norm 1; the same for any number of processes."""
         import torch
 
+        from harness.model.transfer import to_device
+
         weights, names = self.of.weights, self.of.names
         generator = torch.Generator().manual_seed(self.of.run.seed_for("probe", self.index))
         vector = {}
         for name, shape in weights.shapes(names).items():
-            vector |= weights.pieces({name: torch.randn(shape, generator=generator)})
+            drawn = to_device(torch.randn(shape, generator=generator), self.of.model.device)
+            vector |= weights.pieces({name: drawn})
         norm = weights.norm(vector)
         return {name: value.div_(norm) for name, value in vector.items()}

@@ -24,10 +24,13 @@ VARIANTS = {
     "mima-released": {"profile": "released"},
     "imma-dual": {"retain": {"bound": 1.0, "images": ["class", "preserved"], "batch_size": 2, "count": 2}},
     "imma-projection": {
-        "lower": "dreambooth", "retain": {"bound": 1.0, "by": "projection", "batch_size": 2, "count": 2},
+        "lower": "dreambooth",
+        "retain": {"bound": 1.0, "by": "projection", "batch_size": 2, "count": 2},
     },
     "joint-dual": {
-        "lower_optimizer": "sgd", "hypergradient": "exact", "lower_learning_rate": 1e-2,
+        "lower_optimizer": "sgd",
+        "hypergradient": "exact",
+        "lower_learning_rate": 1e-2,
         "retain": {"bound": 1.0, "images": ["general"], "captions": "captions_testbed", "batch_size": 2, "count": 3},
     },
     "merged-dual": {"retain": {"bound": 1.0, "batch_size": 2, "count": 2}},

@@ -62,6 +62,4 @@ def _read(model: ReleasedModel) -> Immunized:
     if retain is not None and CURVES in model.files:
         with open(model.folder / CURVES, encoding="utf-8", newline="") as file:
             curve = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return Immunized(
-        model.task, model.defense, model.method, model.protected, model.seed, retain, others, tuple(curve)
-    )
+    return Immunized(model.task, model.defense, model.method, model.protected, model.seed, retain, others, tuple(curve))

@@ -235,8 +235,7 @@ def protected(
 
 
 def lend(defense: Defense, setting: Setting, run: Run) -> None:
-    """Give a run the teacher and the general images that the defense declares to use or asks for, unless it has them.
-    """
+    """Give a run the teacher and the images that the defense declares to use or asks for, unless it has them."""
     used = defense.used(defense.parameters)
     if "teacher" in used and run.teacher is None:
         run.teacher = setting.model()

@@ -102,9 +102,7 @@ def test_both_ways_equal_their_equations(model, make_run, concepts, by):
         else:
             total = g
         curve.append((float(loss) / float(starts[step]), above / below))
-        for weight, part in zip(
-            weights.values(), total.split([w.numel() for w in weights.values()]), strict=True
-        ):
+        for weight, part in zip(weights.values(), total.split([w.numel() for w in weights.values()]), strict=True):
             weight.grad = part.view_as(weight)
         optimizer.step()
 
