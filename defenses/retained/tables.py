@@ -1,8 +1,8 @@
 """retention.csv: the ratio of what must stay, round by round. retention_knob.csv: what a bound trades. No torch.
 
-family   defenses of a task that differ in nothing but `retain.bound`; one without a bound, but otherwise equal,
-         is beside them
-lines    of the knob: for each defense of a family, metric and step, one per attack, and one for the worst case
+    family   defenses of a task that differ in nothing but `retain.bound`; one without a bound, but otherwise equal,
+             is beside them
+    lines    of the knob: for each defense of a family, metric and step, one per attack, and one for the worst case
 """
 
 from __future__ import annotations

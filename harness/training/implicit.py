@@ -49,7 +49,7 @@ class FixedPoint:
         """Return `direct` + (d w* / d theta)^T `cotangent`, where the adapted weights are installed.
 
         `lower` is L and `cotangent` g, over `names`; `direct` is the gradient of what depends on theta itself. The host
-        reads one number for each product and one for the norm: it decides whether to go on.
+        reads norms before and after each product, and the norm of the gradient, since it decides whether to go on.
         """
         for halvings in range(self.halvings + 1):
             size = 0.5**halvings

@@ -115,6 +115,7 @@ def test_both_ways_equal_their_equations(model, make_run, concepts, by):
     if by == "dual":
         assert rows[-1]["multiplier"] == pytest.approx(used, rel=1e-3)  # of excesses near 1e-2
     before = {n: p.detach() for n, p in model.parameters().items()}
+    weights = {n: w.detach() for n, w in weights.items()}
     moved = sum(float((weights[n.removeprefix("unet.")] - before[n]).square().sum()) for n in protection.tensors)
     apart = sum(float((weights[n.removeprefix("unet.")] - t).square().sum()) for n, t in protection.tensors.items())
     assert apart**0.5 < 1e-3 * moved**0.5  # AdamW takes signs of gradients near rounding

@@ -129,8 +129,9 @@ WAITING = {
     ),
     "resalign": (
         defense("resalign", iterations=3, **ALIGNED),
-        3,
-        "whether the fixed point goes on: one for each product, and one for the norm of the gradient",
+        12,
+        "whether the fixed point goes on: two for each product with its Jacobian. The values that are made up here "
+        "reject the first product of each of six step sizes",
     ),
     "mima, fp16": (
         mima(hypergradient="first_order", precision="fp16"),
