@@ -31,7 +31,7 @@ PINS = {
     "mima_testbed": "9fb56e1dc728f093d4aaa1708a3c404b",  # 1321 stages, 337 units, 294 trials
     "mitigations_testbed": "831c6f54e37cba83b6f0d29ae37a8551",  # 256 stages, 67 units, 87 trials
     "quickstart": "6470cb019fd5f3d790ba7c8baadbbeee",  # 563 stages, 153 units, 128 trials
-    "retain_testbed": "42100d7711e1a7d569e93d939b442a47",  # 4521 stages, 1102 units, 1030 trials
+    "retain_testbed": "7c89979382136b81509a54bff335defa",  # 4521 stages, 1102 units, 1030 trials
     "smoke": "0a4e7297671f495e36058f08f5469397",  # 137 stages, 44 units, 23 trials
     "pruning": "a846e7f196c87978a01b8df72472230c",
     "pruning_smoke": "93d7db5ccb5faf73219f3368aacee1fb",
