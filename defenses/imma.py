@@ -263,8 +263,11 @@ def immunize(
             level = plan[index]
             loss = concept.at(index, -1.0 if level == "upper" else 1.0, p.prior_weight if level == "lower" else 0.0)
             slope = weights.gradient(loss, levels[level].names)
-            weights.step(level, stays.bounded(slope, rounds[index]) if level == "upper" else slope)
-            return {f"{level}_loss": mean_value(loss), **stays.numbers()}
+            if level == "lower":
+                weights.step(level, slope)
+                return {"lower_loss": mean_value(loss)}
+            weights.step(level, stays.bounded(slope, rounds[index]))
+            return {"upper_loss": mean_value(loss), **stays.numbers()}
 
         def looking_ahead(index: int) -> dict[str, Tensor]:
             first = index * (p.lower_steps + 1)

@@ -7,8 +7,9 @@
     python -m tests.benchmarks.sd_shape --work DIR --settings --precision bf16 --gpu    # step times side by side
 
 Models and images are random, so the numbers of the rows mean nothing; what a stage costs does not depend on them. The
-folder keeps models and finished stages: a run that was cut goes on. At SD's shape it was not run yet: on two CPU cores
-expect hours, and more than 20 GB.
+folder keeps models and finished stages: a run that was cut goes on. On two CPU cores expect hours, and about 20 GB.
+There a stage's peak is that of its process; large blocks go back to the system when they are freed (RETURNED), so that
+a stage does not count what an earlier one left.
 
 With --gpu each stage takes more steps (GPU_STEPS), and the table also gives the share of the card's peak throughput,
 if the card is in PEAK_TFLOPS, for a UNet of SD 1.x's shape at 512 pixels.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -62,6 +64,8 @@ SETTINGS: dict[str, dict[str, bool]] = {
     "compile": {"compile": True},
     "both": {"channels_last": True, "compile": True},
 }
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Settings of glibc, in bytes."""
 FIRST, TIMED = 6, 20
 """Steps that are not timed, since kernels are chosen and code is compiled in them, and those that are."""
 
@@ -374,7 +378,7 @@ def main() -> int:
         file.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
         runs = work / f"runs_{options.shape}_{options.precision}{'_gpu' if options.gpu else ''}" / part
         command = [sys.executable, "-m", "harness", "run", str(file), "--executor", "serial", "--runs", str(runs)]
-        codes.append(subprocess.run(command, check=False).returncode)
+        codes.append(subprocess.run(command, check=False, env={**os.environ, **RETURNED}).returncode)
         print(table(part, measured(runs), options.precision, options.shape == "sd14"), flush=True)
     return int(any(codes))
 
