@@ -9,6 +9,7 @@ import pytest
 from defenses.freezing import against_random as masks_against_random
 from defenses.freezing import masks
 from defenses.freezing import tables as freezing_tables
+from defenses.retained import tables as retained_tables
 from harness.analysis import compare, curves, leaderboard
 from harness.analysis import definitions as general
 from harness.results import adaptation_cost, definitions
@@ -41,7 +42,9 @@ MEMORIZATION = (
 PRUNING = (
     pruning.MEASURES, pruning.PAIRS, pruning.EQUAL, pruning.COST, pruning.ATTACKED, pruning.SOON,
 )  # fmt: skip
-TABLES = (*GENERAL, masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS, *MEMORIZATION, *PRUNING)
+FREEZING = (masks.COLUMNS, masks_against_random.columns(), freezing_tables.COLUMNS)
+RETAINED = (retained_tables.COLUMNS, retained_tables.KNOB_COLUMNS)
+TABLES = (*GENERAL, *FREEZING, *RETAINED, *MEMORIZATION, *PRUNING)
 """With those of the bundled diagnostics."""
 
 

@@ -143,7 +143,7 @@ def test_bounds_of_a_run_get_their_tables(bounded):
     assert len(lines) == 2 * 2 * 3  # bounds, seeds, rounds
     first = lines[1]
     assert (first["defense"], first["bound"], first["round"]) == ("imma_105", "1.05", "1")
-    assert (first["ratio"], first["multiplier"], first["ratio_general"]) == ("1.04", "1.0", "")
+    assert (first["step_ratio"], first["multiplier"], first["ratio_general"]) == ("1.04", "1.0", "")
     knob = read_lines(bounded, "retention_knob.csv")
     assert list(dict.fromkeys((line["defense"], line["bound"]) for line in knob)) == [
         ("imma_105", "1.05"), ("imma_120", "1.2"), ("imma", ""),

@@ -12,7 +12,7 @@ DEFINITIONS = (
         OURS,
     ),
     Definition("by", "by", "", "How the bound is kept: dual (a learned multiplier) or projection.", OURS),
-    Definition("images", "images", "", "The kinds of images that R is the mean over, joined by +.", OURS),
+    Definition("kept_images", "images", "", "The kinds of images that R is the mean over, joined by +.", OURS),
     Definition(
         "part", "part", "",
         "Which of several trainings of one stage: for `merged` the index of the concept; else 0.",
@@ -20,7 +20,7 @@ DEFINITIONS = (
     ),
     Definition("round", "round", "", "The upper step, counted from 0; the ratio is that before the step.", OURS),
     Definition(
-        "ratio", "ratio", "R_k(theta_k) / R_k(theta_0)",
+        "step_ratio", "ratio", "R_k(theta_k) / R_k(theta_0)",
         "The loss on a batch of what must stay, over the loss of the weights before immunization on the same images, "
         "noise and timesteps. theta_k: the weights that would be released at that step.",
         OURS,

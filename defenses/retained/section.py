@@ -11,7 +11,7 @@ from harness.results.reading import mean_of, read_table
 RETENTION, KNOB = "retention.csv", "retention_knob.csv"
 FIGURES = ("retention.png", "retention_knob.png")
 TEMPLATE = Path(__file__).with_name("section.html.jinja")
-_NAMES = ("task", "defense", "protected", "by", "images", "bound")
+_NAMES = ("task", "defense", "protected", "by", "kept_images", "bound")
 
 
 def of_run(folder: Path) -> PageSection | None:

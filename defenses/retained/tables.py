@@ -15,11 +15,11 @@ from defenses.retained.collect import Immunized
 from harness.contracts.table import Section
 
 KINDS = ("class", "preserved", "general")
-LABELS = ("task", "defense", "protected", "seed", "part", "bound", "by", "images")
-COLUMNS = (*LABELS, "round", "ratio", "smoothed_ratio", "multiplier", *(f"ratio_{kind}" for kind in KINDS))
+LABELS = ("task", "defense", "protected", "seed", "part", "bound", "by", "kept_images")
+COLUMNS = (*LABELS, "round", "step_ratio", "smoothed_ratio", "multiplier", *(f"ratio_{kind}" for kind in KINDS))
 KNOB_COLUMNS = (
-    "task", "family", "bound", "by", "images", "defense", "metric", "attack", "attacker", "step", "is_worst", "sgr",
-    "sgr_low", "sgr_high", "utility", "innocent_sgr", "valid", "end_ratio", "highest_ratio",
+    "task", "family", "bound", "by", "kept_images", "defense", "metric", "attack", "attacker", "step", "is_worst",
+    "sgr", "sgr_low", "sgr_high", "utility", "innocent_sgr", "valid", "end_ratio", "highest_ratio",
 )  # fmt: skip
 OF_LEADERBOARD = (
     "metric", "attack", "attacker", "step", "sgr", "sgr_low", "sgr_high", "utility", "innocent_sgr", "valid",
@@ -37,8 +37,8 @@ def trajectories(found: Iterable[Immunized]) -> list[dict[str, Any]]:
             "seed": each.seed,
             "bound": each.bound,
             "by": each.retain["by"],
-            "images": "+".join(each.retain["images"]),
-            **row,
+            "kept_images": "+".join(each.retain["images"]),
+            **{"step_ratio" if name == "ratio" else name: value for name, value in row.items()},
             "part": int(row.get("part", 0)),
             "round": int(row["round"]),
         }
@@ -107,7 +107,7 @@ def knob(
                     "family": name,
                     "bound": each.bound,
                     "by": settings["by"],
-                    "images": "+".join(settings["images"]),
+                    "kept_images": "+".join(settings["images"]),
                     "defense": defense,
                     "is_worst": is_worst,
                     "end_ratio": _mean([line["end_ratio"] for line in own]),
@@ -139,7 +139,7 @@ def sections(summary: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, 
 
 
 def _kept(summary: Sequence[Mapping[str, Any]]) -> Section:
-    names = ("task", "defense", "protected", "bound", "by", "images")
+    names = ("task", "defense", "protected", "bound", "by", "kept_images")
     grouped: dict[tuple, list[Mapping[str, Any]]] = {}
     for line in summary:
         grouped.setdefault(tuple(line[name] for name in names), []).append(line)
