@@ -58,6 +58,19 @@ def check(capsys, *arguments: str) -> tuple[int, list[str], list[str]]:
     return code, said.out.splitlines(), said.err.splitlines()
 
 
+def test_only_methods_of_the_file_are_checked(write_plugin, unregister, capsys):
+    """Not those of a plug-in that was loaded before."""
+    from harness.core import registry
+
+    registry.load_plugins([write_plugin(RIGHT, "other.py")])
+    imports = RIGHT.partition("@dataclass")[0]
+
+    code, lines, _ = check(capsys, str(write_plugin(imports + METRIC, "zero.py")))
+
+    assert code == 0
+    assert lines == ["metric zero: there are no checks for this kind"]
+
+
 def test_a_right_plugin(write_plugin, unregister, capsys):
     """Every property holds or says why it does not apply; what has no checks is named."""
     code, lines, _ = check(capsys, str(write_plugin(RIGHT + METRIC)))

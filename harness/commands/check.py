@@ -50,17 +50,16 @@ def _methods(file: str | None, name: str | None) -> list[tuple[str, type]]:
 
     if file is None and name is None:
         raise UserMistake("check: give a Python file, or a bundled method by --method NAME")
+    def registered() -> dict[tuple[str, str], type]:
+        return {(kind, each): registry.get(kind, each) for kind in registry.KINDS for each in registry.names(kind)}
+
+    before = {} if file is None else registered()
     if file is not None:
         try:
             registry.load_plugins([file])
         except UserMistake as mistake:
             raise UserMistake([message.removeprefix("--plugin ") for message in mistake.messages]) from None
-    known = [
-        (kind, registry.get(kind, each))
-        for kind in registry.KINDS
-        for each in registry.names(kind)
-        if file is None or registry.describe(registry.get(kind, each))["origin"] == "plug-in"
-    ]
+    known = [(kind, cls) for (kind, each), cls in registered().items() if before.get((kind, each)) is not cls]
     if name is None:
         return known
     found = [(kind, cls) for kind, cls in known if cls.name == name and (_has_checks(kind) or file is not None)]

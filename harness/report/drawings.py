@@ -18,7 +18,7 @@ from harness.results.looks import COLOURS, Look, looks
 
 DARK = (
     "#f2f2f2", "#4aa8e0", "#ff8a3d", "#2fc79a", "#e39ac6", "#f0b429", "#8fd0f5", "#f5e96b",
-    "#d477a8", "#c9c95a", "#9a8cf0", "#7fd9c8",
+    "#d477a8", "#c9c95a", "#9a8cf0", "#7fd9c8", "#f29aa9", "#5fbf7f", "#dd8ad0", "#b5b5b5",
 )  # fmt: skip
 """The same palette, lighter for a dark background."""
 INK, FAINT, GRID = "#010101", "#010102", "#010103"

@@ -11,14 +11,14 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Okabe and Ito's palette, which is safe for colour-blind readers, then four colours of Tol's muted palette
+# Okabe and Ito's palette, which is safe for colour-blind readers, then seven colours of Tol's muted palette, and grey
 COLOURS = (
     "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442",
-    "#882255", "#999933", "#332288", "#44AA99",
+    "#882255", "#999933", "#332288", "#44AA99", "#CC6677", "#117733", "#AA4499", "#888888",
 )  # fmt: skip
 FIXED = (
     "none", "imma", "uce", "mima", "freezeasguard", "random_freeze", "esd", "freeze_component", "joint", "merged",
-    "concept_prune",
+    "concept_prune", "rece", "meta_unlearning", "resalign", "clamp_like",
 )  # fmt: skip
 """Labels with a colour of COLOURS each, in its order: the bundled methods that change a model as it is."""
 LINES, MARKS = ("-", "--", ":", "-."), "osD^"

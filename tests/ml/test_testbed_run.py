@@ -57,7 +57,7 @@ def test_nearest_training_images_are_compared_with_the_attack_split(runs):
     assert all(math.isfinite(float(line["nearest_training"])) for line in lines)
 
 
-NEEDS_PHOTOGRAPHS = {"mima_full": ["--set", "tasks.personalization=null"]}
+NEEDS_PHOTOGRAPHS = dict.fromkeys(("mima_full", "imma_reduced"), ["--set", "tasks.personalization=null"])
 """Suites with a task on images that do not ship, and the option that leaves it out."""
 OF_OWN_FILES = {"freezeasguard", "memorization", "pruning"}
 """All of their tasks are on such files: test_freezeasguard_suite.py, test_memorization_suite.py and
