@@ -4,7 +4,7 @@ Gong et al., "Reliable and Efficient Concept Erasure of Text-to-Image Diffusion 
 The first edit is UCE's (`defenses/uce.py`): W_0. Then, in each round k (`harness.training.closed_form`):
 
     c' = argmin sum_l |W_k,l c' - W*_l c|^2 + lambda |c'|^2     over all key and value projections l together
-    W_k+1 = UCE's edit of W_k that maps c' to W_k c_guide       with a ridge and a scale of its own
+    W_k+1 = UCE's edit of W_k that maps c' to W_k c_guide       with its own ridge and scale
 
 W* are the projections before the first edit, c the vectors of the concept's text. c' makes the edited model answer as
 W* does to c; it need not be the encoding of any text. lambda |c'|^2 keeps c' short, because the change of W and its

@@ -219,7 +219,7 @@ def test_an_attack_with_a_search_is_refused(project):
     project.write(TUNED.replace("metrics:", searching).replace("attack: lora}", "attack: hard}"))
 
     (error,) = project.validate().errors
-    assert "tuning.attack: 'hard' has a search of its own, which each probe would repeat; name one without" in error
+    assert "tuning.attack: 'hard' searches its settings, which each probe would repeat; name one that does not" in error
 
 
 def test_a_space_that_changes_what_the_plan_needs_is_refused(project):

@@ -176,7 +176,7 @@ class TuningSpec(Strict):
     targets: Annotated[list[ProtectedSet], Field(min_length=1, max_length=1000)]
     innocents: Annotated[list[ConceptName], Field(min_length=1, max_length=1000)]
     """Concepts on whose images before any attack the utility is measured."""
-    attack: Label  # one of the suite's attacks, without a search of its own
+    attack: Label  # one of the suite's attacks, without a search
     objective: Literal["worst", "area"] = "worst"
     """What immunity is: one minus the recovered share, at the attack's best step, or as the mean over steps."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.9

@@ -77,7 +77,7 @@ def _budgets(tuned: list[tuple[int, DefenseSpec]]) -> Iterator[Mistake]:
 
 
 def _attack(loaded: LoadedSuite) -> Iterator[Mistake]:
-    """Find an attack that the suite does not have, that has a search of its own, or that never sees a target."""
+    """Find an attack that the suite does not have, that searches its settings, or that never sees a target."""
     suite, path = loaded.suite, ("tuning", "attack")
     if "attacks" in loaded.broken:
         return
@@ -86,7 +86,7 @@ def _attack(loaded: LoadedSuite) -> Iterator[Mistake]:
     if found is None:
         yield path, f"unknown attack '{suite.tuning.attack}'{did_you_mean(suite.tuning.attack, by_name)}"
     elif found.search is not None:
-        yield path, f"'{found.name}' has a search of its own, which each probe would repeat; name one without"
+        yield path, f"'{found.name}' searches its settings, which each probe would repeat; name one that does not"
     elif found.trains_on == "general" or not _takes_steps(found.method):
         yield path, f"'{found.name}' never trains on a target, so it judges no setting; name an attack that does"
 
