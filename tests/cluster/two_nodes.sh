@@ -51,7 +51,7 @@ done
 printf '127.0.0.1 localhost\n%s.1 control\n%s.11 node1\n%s.12 node2\n' "$net" "$net" "$net" > "$folder/hosts"
 
 export SLURM_CONF=$folder/slurm.conf
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)  # nproc counts no more than these
 cat > "$SLURM_CONF" <<CONF
 ClusterName=two
 SlurmctldHost=control($net.1)
